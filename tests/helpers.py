@@ -1,0 +1,56 @@
+"""Small data sets, in memory and on disk, and the check of an error's one line."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mdlib.data import DataError, WindowFile, WindowSet, colorize
+
+
+@cache
+def walk(seed, steps=200, side=32):
+    """Intensity (side, steps * side / 4): a ridge that oscillates once a step, with speckle in blocks."""
+    rng = np.random.default_rng(seed)
+    x, row = np.arange(steps * side // 4), np.arange(side)[:, None]
+    ridge = np.exp(-(((row - side / 2 - 4 * np.sin(2 * np.pi * x / (side / 4))) / 3) ** 2))
+    level = np.kron(ridge[::2, ::2] * rng.gamma(4, 0.25, (side // 2, len(x) // 2)), np.ones((2, 2)))
+    return np.round(np.clip(level, 0, 1) * 255).astype(np.uint8)
+
+
+def picture(seed, number):
+    """Window `number` of a walk: four steps, starting one step after the window before."""
+    return walk(seed)[:, 8 * number : 8 * number + 32]
+
+
+def write_image(path, intensity, colormap="jet", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(colorize(intensity, colormap)).save(path, **options)
+
+
+def write_set(root, users=(1, 2), numbers=range(1, 4), name="ID{user}_case1_1_Doppler{n}.png", **options):
+    for user in users:
+        for n in numbers:
+            write_image(root / f"ID_{user}" / name.format(user=user, n=n), picture(user, n), **options)
+    return root
+
+
+def listed(numbers, user=1, recording="walk", condition=""):
+    return [WindowFile(f"ID_{user}/{recording}{n}.png", user, condition, recording, n) for n in numbers]
+
+
+def small_set(users=(4, 7), n=3):
+    files = tuple(f for user in users for f in listed(range(n), user))
+    labels = torch.arange(len(users)).repeat_interleave(n)
+    images = torch.randint(0, 256, (len(files), 1, 8, 8), dtype=torch.uint8, generator=torch.manual_seed(0))
+    return WindowSet(images, labels, users, files, "jet", "data")
+
+
+def message(function, *args, **kwargs):
+    with pytest.raises(DataError) as error:
+        function(*args, **kwargs)
+    text = str(error.value)
+    assert "\n" not in text
+    return text

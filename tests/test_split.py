@@ -1,0 +1,142 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import listed, message, picture, small_set
+
+from mdlib.data import WindowSet
+from mdlib.split import PARTS, apply_split, make_split, measured_overlap, random_split, read_split, write_split
+
+
+def part_numbers(split, part, recording="walk"):
+    return [int(p.split(recording)[1][:-4]) for p in split[part] if recording in p]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_are_blocks_in_time_with_a_gap(seed):
+    numbers = np.flatnonzero(np.random.default_rng(seed).random(150) < 0.8).tolist()
+    files = listed(numbers) + listed(numbers[:100], user=2)
+    split = make_split(files)
+    train, val, test = (part_numbers({"x": [p for p in split[k] if "ID_1/" in p]}, "x") for k in PARTS)
+    assert val[0] - train[-1] >= 4 and test[0] - val[-1] >= 4
+    assert train + val + test == sorted(train + val + test)
+    assert len(val) / len(numbers) == pytest.approx(0.15, abs=0.05)
+    assert len(test) / len(numbers) == pytest.approx(0.25, abs=0.05)
+    assert sorted(f.path for f in files) == sorted(sum((split[k] for k in (*PARTS, "dropped")), []))
+    assert split["users"] == [1, 2] and split["gap"] == 4
+
+
+def test_cuts_move_to_natural_gaps():
+    numbers = [*range(0, 57), *range(65, 80), *range(90, 120)]  # two turns, near 60 % and 75 %
+    split = make_split(listed(numbers))
+    assert split["dropped"] == []
+    assert (part_numbers(split, "train")[-1], part_numbers(split, "val")[0]) == (56, 65)
+    assert (part_numbers(split, "val")[-1], part_numbers(split, "test")[0]) == (79, 90)
+
+
+def test_every_recording_and_condition_is_split():
+    recordings = [("a", ""), ("b", ""), ("a", "Bag")]
+    split = make_split([f for r, c in recordings for f in listed(range(60), recording=r + c, condition=c)])
+    for recording in ("a", "b", "aBag"):
+        for part in PARTS:
+            assert any(f"/{recording}" in p for p in split[part])
+
+
+def test_short_recordings_are_split_as_one():
+    files = [f for letter in "abcdefghij" for f in listed(range(20), recording=letter)]
+    split = make_split(files, val=0.2, test=0.2)
+    assert split["dropped"] == []  # cut between recordings
+    whole = {part: {p.split("/")[1][0] for p in split[part]} for part in PARTS}
+    assert [len(whole[part]) for part in PARTS] == [6, 2, 2]
+    assert not (whole["train"] & whole["val"] or whole["val"] & whole["test"])
+
+
+def test_windows_per_user_thins_only_the_training_part():
+    files = listed(range(100)) + listed(range(100), user=2)
+    full, few = make_split(files), make_split(files, windows_per_user=5)
+    assert few["val"] == full["val"] and few["test"] == full["test"]
+    assert set(few["train"]) < set(full["train"])
+    mine = part_numbers({"train": few["train"][:5]}, "train")
+    assert len(few["train"]) == 10 and np.ptp(np.diff(mine)) <= 1
+    assert "user ID_1 has" in message(make_split, files, windows_per_user=99)
+
+
+def test_too_few_windows_to_split():
+    good = listed(range(50))
+    text = message(make_split, good + listed(range(8), user=6))
+    assert "ID_6 has 8 windows" in text and "9 in a row" in text
+    split = make_split(good + listed(range(9), user=6))
+    assert all(any("ID_6/" in p for p in split[part]) for part in PARTS)
+
+
+@pytest.mark.parametrize("wrong", [{"val": 0}, {"test": -0.1}, {"val": 0.6, "test": 0.4}, {"gap": 0}])
+def test_split_arguments(wrong):
+    assert next(iter(wrong)) in message(make_split, listed(range(50)), **wrong)
+
+
+def test_split_file_round_trip(tmp_path):
+    windows = small_set(n=40)
+    split = make_split(windows)
+    write_split(split, tmp_path / "new" / "split.json")
+    assert read_split(tmp_path / "new" / "split.json") == split
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["split.json"]
+    parts = apply_split(windows, split)
+    assert {k: list(part.paths) for k, part in parts.items()} == {k: split[k] for k in PARTS}
+    assert parts["test"].users == windows.users
+
+
+def hand_written(path, **parts):
+    named = {
+        "train": ["ID_4/walk0.png", "ID_7/walk0.png"],
+        "val": ["ID_4/walk1.png"],
+        "test": ["ID_4/walk2.png"],
+    }
+    path.write_text(json.dumps(named | parts))
+    return path
+
+
+def test_hand_written_split(tmp_path):
+    path = hand_written(tmp_path / "s.json", val=[".\\ID_4\\walk1.png", "./ID_7/walk1.png"])
+    parts = apply_split(small_set(), read_split(path))
+    assert [len(parts[k]) for k in PARTS] == [2, 2, 1]
+
+
+def test_bad_split_files(tmp_path):
+    path = tmp_path / "s.json"
+    assert "cannot be read" in message(read_split, path)
+    path.write_text('{"train": [')
+    assert "not a JSON file" in message(read_split, path)
+    path.write_text("[1, 2]")
+    assert "'train' must be a list" in message(read_split, path)
+    for wrong in ({"val": []}, {"val": "ID_4/walk1.png"}, {"val": [3]}):
+        assert "'val' must be a list" in message(read_split, hand_written(path, **wrong))
+    text = message(read_split, hand_written(path, test=["ID_4/walk0.png"]))
+    assert "ID_4/walk0.png is in train and in test" in text
+
+
+def test_splits_that_do_not_fit_the_data(tmp_path):
+    windows = small_set()
+    unknown = read_split(hand_written(tmp_path / "s.json", test=["ID_4/walk9.png"]))
+    assert "no ID_4/walk9.png, listed in the split's test" in message(apply_split, windows, unknown)
+    untrained = read_split(hand_written(tmp_path / "s.json", train=["ID_4/walk0.png"]))
+    assert "no training window of user ID_7" in message(apply_split, windows, untrained)
+    twice = {"train": ["ID_4/walk0.png", "ID_7/walk0.png"], "val": ["ID_4/walk0.png"], "test": []}
+    assert "ID_4/walk0.png twice" in message(apply_split, windows, twice)
+
+
+def test_a_random_split_leaks_and_blocks_do_not():
+    files = tuple(f for user in (1, 2) for f in listed(range(60), user))
+    images = np.stack([picture(f.user, f.number) for f in files])[:, None]
+    labels = torch.tensor([f.user - 1 for f in files])
+    windows = WindowSet(torch.from_numpy(images), labels, (1, 2), files, "jet", "data")
+
+    blocks = measured_overlap(windows, make_split(windows))
+    assert blocks["min_distance"] == 4 and blocks["test_share_overlapping"] == 0
+    assert blocks["nearest_train_ratio"] == 1
+
+    split = random_split(windows)
+    assert split == random_split(windows) != random_split(windows, seed=1)
+    leaky = measured_overlap(windows, split)
+    assert leaky["min_distance"] == 1 and leaky["test_share_overlapping"] > 0.8
+    assert leaky["nearest_train_ratio"] < 0.5 and leaky["test_windows"] == len(split["test"])
