@@ -1,0 +1,107 @@
+"""Pure functions: images, tokens, probabilities in, numbers out. Images are float tensors in [−1, 1]."""
+
+import numpy as np
+import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+DISTINCTIVE_RATIO = 1.5  # a distinctive code is this many times as frequent in a user's windows as in the others'
+
+
+def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each image (B, C, H, W); the peak is the range's width, 2."""
+    mse = (images - references).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / mse.clamp_min(1e-12))
+
+
+def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Structural similarity (Wang et al. 2004) of each image (B, C, H, W)."""
+    return structural_similarity_index_measure(images, references, data_range=2.0, reduction="none")
+
+
+def code_counts(tokens: torch.Tensor, labels: torch.Tensor, num_codes: int, num_users: int) -> torch.Tensor:
+    """How often user u uses code c: counts (num_users, num_codes) of tokens (B, h, w)."""
+    cell = labels.view(-1, 1, 1) * num_codes + tokens
+    return torch.bincount(cell.flatten(), minlength=num_users * num_codes).view(num_users, num_codes)
+
+
+def codebook_figures(counts: torch.Tensor, images_per_user: torch.Tensor) -> dict[str, float]:
+    """Use of the codebook from counts (num_users, num_codes).
+
+    usage: share of codes used at least once; perplexity: exp of the entropy of all indices; codes_per_user: codes a
+    user uses, mean over users; distinctive_codes_per_user: codes a user uses at least 1.5 times as often as the other
+    users taken together and at least once in every four of the user's windows, mean over users (and the least of it).
+    The four: neighbouring windows share three of their four steps, so this is once in each independent stretch.
+    """
+    total = counts.sum(0).double()
+    share = total / total.sum()
+    own = counts.double()
+    rate = own / own.sum(1, keepdim=True).clamp_min(1)
+    others = (total - own) / (total.sum() - own.sum(1, keepdim=True)).clamp_min(1)
+    often = own >= images_per_user.view(-1, 1) / 4
+    distinctive = ((rate >= DISTINCTIVE_RATIO * others) & often & (own > 0)).sum(1).double()
+    return {
+        "usage": float((total > 0).double().mean()),
+        "perplexity": float(torch.special.entr(share).sum().exp()),
+        "codes_per_user": float((own > 0).sum(1).double().mean()),
+        "distinctive_codes_per_user": float(distinctive.mean()),
+        "distinctive_codes_least": float(distinctive.min()),
+    }
+
+
+def confusion(predicted: torch.Tensor, labels: torch.Tensor, num_users: int) -> torch.Tensor:
+    """Counts (num_users, num_users): row the true user, column the one that was named."""
+    return torch.bincount(labels * num_users + predicted, minlength=num_users**2).view(num_users, num_users)
+
+
+def control_ratio(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean P(k) of windows conditioned on user k over mean P(k) of windows conditioned on others, all users alike.
+
+    1 means the condition does nothing; probabilities (N, n), labels (N,).
+    """
+    own = probabilities.gather(1, labels.unsqueeze(1)).mean()
+    others = (1 - own) / (probabilities.shape[1] - 1)
+    return float(own / others.clamp_min(1e-9))
+
+
+def block_bootstrap(values: np.ndarray, blocks: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Bootstrap means (draws,) of values (N,) that are alike within a block (Künsch 1989): whole blocks are redrawn,
+    because neighbouring windows overlap and count almost as one."""
+    names, index = np.unique(blocks, return_inverse=True)
+    sums = np.bincount(index, values, len(names))
+    sizes = np.bincount(index, minlength=len(names))
+    drawn = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    return sums[drawn].sum(1) / sizes[drawn].sum(1)
+
+
+def interval(draws: np.ndarray, level: float = 0.95) -> list[float]:
+    """Percentile interval of bootstrap draws."""
+    tail = 100 * (1 - level) / 2
+    return [float(value) for value in np.percentile(draws, [tail, 100 - tail])]
+
+
+def paired_gain(first: np.ndarray, second: np.ndarray, blocks: np.ndarray, draws: int = 4000, seed: int = 0) -> dict:
+    """Difference second − first of two arms' correctness (seeds, N) on the same test windows, with a 95 % interval
+    and a two-sided bootstrap p-value. Seeds and blocks of windows are both redrawn: both are chance."""
+    difference = second.astype(float) - first.astype(float)  # (seeds, N)
+    rng = np.random.default_rng(seed)
+    names, index = np.unique(blocks, return_inverse=True)
+    sums = np.stack([np.bincount(index, row, len(names)) for row in difference])  # (seeds, blocks)
+    sizes = np.bincount(index, minlength=len(names))
+    seeds = rng.integers(len(difference), size=(draws, len(difference)))
+    chosen = rng.integers(len(names), size=(draws, len(names)))
+    means = np.array([sums[s].mean(0)[b].sum() / sizes[b].sum() for s, b in zip(seeds, chosen, strict=True)])
+    tail = min((means <= 0).mean(), (means >= 0).mean())
+    return {
+        "gain": float(difference.mean()),
+        "ci95": interval(means),
+        "p_value": float(min(1.0, 2 * tail + 1 / draws)),
+    }
+
+
+def nearest_distance(queries: torch.Tensor, references: torch.Tensor, same_user: torch.Tensor) -> torch.Tensor:
+    """Root-mean-square distance (N,) of each query (N, D) to its nearest reference (M, D) of the same user.
+
+    same_user: bool (N, M). A query whose user has no reference gets inf.
+    """
+    distance = torch.cdist(queries, references) / queries.shape[1] ** 0.5
+    return distance.masked_fill(~same_user, torch.inf).min(1).values

@@ -1,0 +1,70 @@
+"""The few pieces more than one model needs: latent statistics, label dropout, perceptual loss."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+LPIPS_BACKBONES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
+
+class LatentStats(nn.Module):
+    """Per-channel mean and standard deviation of a codec's latents, kept with its weights.
+
+    A diffusion schedule assumes unit variance, so every codec normalises what it hands out.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, channels, 1, 1))
+
+    def fit(self, latents: torch.Tensor) -> None:
+        """Take the statistics of `latents` (B, C, h, w)."""
+        self.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
+        self.std.copy_(latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents - self.mean) / self.std
+
+    def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents * self.std + self.mean
+
+
+def drop_labels(labels: torch.Tensor, null_label: int, probability: float) -> torch.Tensor:
+    """Replace each label by the null label with `probability`, sample by sample (classifier-free guidance)."""
+    if probability <= 0:
+        return labels
+    drop = torch.rand(labels.shape, device=labels.device) < probability
+    return torch.where(drop, torch.full_like(labels, null_label), labels)
+
+
+def load_lpips(net: str = "squeeze") -> nn.Module:
+    """LPIPS distance (Zhang et al. 2018) by the `lpips` package, frozen; inputs (B, 1 or 3, H, W) in [-1, 1].
+
+    The backbone's weights are looked up on this machine first, so an offline run says what is missing at once.
+
+    Raises:
+        ValueError: unknown `net`.
+        FileNotFoundError: the backbone is neither on disk nor to be downloaded.
+    """
+    if net not in LPIPS_BACKBONES:
+        raise ValueError(f"unknown LPIPS net {net!r}: choose one of {', '.join(LPIPS_BACKBONES)}")
+    import lpips
+
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
+    try:
+        if not weights.exists() and os.environ.get("HF_HUB_OFFLINE") == "1":
+            raise OSError("offline mode is on")
+        model = lpips.LPIPS(net=net, verbose=False)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"LPIPS needs {weights.name}, which is not in {weights.parent} and could not be downloaded ({error}): "
+            "put the file there (on Kaggle: attach it as a dataset and copy it) or set perceptual_weight=0"
+        ) from error
+    return model.eval().requires_grad_(False)

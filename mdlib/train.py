@@ -1,0 +1,356 @@
+"""One training loop for every model: `fit(model, data, config, run_dir)`.
+
+A step is a pure function of (state, step number): data order depends on (seed, epoch), noise on (seed, step). So a
+run that was killed and resumed ends bit for bit like one that was not. Nothing else about randomness is saved.
+"""
+
+import csv
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from mdlib.files import whole_file
+from mdlib.progress import bar
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; what is trained is the model's own configuration."""
+
+    steps: int = 1000  # optimizer steps, not batches and not epochs
+    batch_size: int = 32  # samples a forward pass
+    accumulation: int = 1  # forward passes an optimizer step
+    learning_rate: float = 1e-3  # peak
+    warmup_steps: int = 50  # optimizer steps, linear
+    weight_decay: float = 1e-4
+    beta2: float = 0.99  # AdamW's second moment; 0.99 suits runs of a few thousand steps
+    clip: float = 1.0  # gradient norm
+    ema_decay: float = 0.0  # 0 keeps no average
+    mixed_precision: str = "no"  # no | fp16 | bf16
+    seed: int = 0
+    evaluate_every: int = 100  # optimizer steps between held-out losses
+    save_every: int = 200  # optimizer steps between checkpoints
+    patience: int = 0  # held-out evaluations without a better loss before stopping; 0 never stops early
+    keep_best: bool = True  # end with the weights of the lowest held-out loss
+    max_minutes: float = 0.0  # wall-clock budget over all resumes; 0 is none
+    tracker: str = "tensorboard"  # tensorboard | wandb | none
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "evaluate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1:
+            raise ValueError("TrainConfig needs learning_rate > 0 and ema_decay in [0, 1)")
+        if self.mixed_precision not in ("no", "fp16", "bf16"):
+            raise ValueError(f"TrainConfig.mixed_precision must be no, fp16 or bf16, got {self.mixed_precision!r}")
+        if self.tracker not in ("tensorboard", "wandb", "none"):
+            raise ValueError(f"TrainConfig.tracker must be tensorboard, wandb or none, got {self.tracker!r}")
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A training set in memory: tensors of equal length, and what to do with a drawn batch.
+
+    transform: called as transform(*batch, generator) → the arguments of `model.loss`; conversion and augmentation.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    transform: Callable | None = None
+
+    def __post_init__(self):
+        lengths = {len(tensor) for tensor in self.tensors}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(f"a training set needs tensors of one length above 0, got lengths {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def to(self, device) -> "Batches":
+        return Batches(tuple(tensor.to(device) for tensor in self.tensors), self.transform)
+
+    def take(self, index: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        batch = tuple(tensor[index.to(tensor.device)] for tensor in self.tensors)
+        return tuple(self.transform(*batch, generator)) if self.transform else batch
+
+
+def batch_order(step: int, batch_size: int, length: int, seed: int) -> torch.Tensor:
+    """Indices of batch number `step`: a window on the endless row of epochs, each a permutation by (seed, epoch)."""
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // length
+    index = torch.empty(batch_size, dtype=torch.long)
+    for epoch in epochs.unique().tolist():
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(_mix(seed, epoch, 1)))
+        here = epochs == epoch
+        index[here] = order[positions[here] % length]
+    return index
+
+
+def fit(
+    model: torch.nn.Module,
+    data: Batches,
+    config: TrainConfig,
+    run_dir: str | Path | None = None,
+    *,
+    held_out: Batches | None = None,
+    evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+    preview: Callable[[torch.nn.Module, int], None] | None = None,
+    name: str = "model",
+    progress: bool = True,
+) -> list[dict]:
+    """Train `model` in place by its `loss(*batch) → (loss, logs)`; returns the history, one dict an evaluation.
+
+    At the end the model, in eval mode, holds the weights of the best held-out loss (with `run_dir` and `held_out`),
+    or else the last ones, averaged where `ema_decay` is set.
+
+    Args:
+        run_dir: receives state.pt (resume), best.safetensors, history.csv and tensorboard/. Called again with the
+            same folder, `fit` goes on where it stopped; a finished run returns at once. None keeps nothing on disk.
+        held_out: its mean loss decides what is best and when to stop early.
+        evaluate: further held-out figures of the model (in eval mode, averaged weights).
+        preview: called as preview(model, step) at each evaluation, to draw samples.
+        name: what the progress bar is called.
+        progress: show the bar.
+
+    Raises:
+        FloatingPointError: the loss is not finite (with the step and the remedy).
+        ValueError: `run_dir` holds a run of another configuration.
+    """
+    if run_dir is not None:
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng():  # the caller's random numbers stay the caller's
+        return _Fit(model, data, config, run_dir, held_out, evaluate, preview, name, progress).run()
+
+
+class _Fit:
+    """The state of one `fit` call, and its phases in reading order."""
+
+    def __init__(self, model, data, config, run_dir, held_out, evaluate, preview, name, progress):
+        self.config, self.run_dir, self.name = config, run_dir, name
+        self.evaluate, self.preview, self.progress = evaluate, preview, progress
+        self.tracker = config.tracker if run_dir and config.tracker != "none" else None
+        # Accelerate keeps one precision a process; a notebook trains models of several, one after the other.
+        AcceleratorState._reset_state()
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=self.tracker,
+            project_dir=run_dir,
+            cpu=not torch.cuda.is_available(),
+        )
+        self.device = self.accelerator.device
+        self.data = data.to(self.device)
+        self.held_out = held_out.to(self.device) if held_out else None
+        on_cpu = self.device.type == "cpu"  # there channels last is the faster layout of a convolution
+        self.bare = model.to(self.device, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
+        self.schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
+        self.ema = EMAModel(self.bare.parameters(), decay=config.ema_decay) if config.ema_decay else None
+        self.step, self.history, self.seconds = 0, [], 0.0
+        self.best, self.stale, self.stopped = float("inf"), 0, ""
+
+    def run(self) -> list[dict]:
+        self._resume()
+        if self.step < self.config.steps and not self.stopped:
+            self._train()
+        self._load_final_weights()
+        return self.history
+
+    def _train(self) -> None:
+        if self.tracker:
+            self.accelerator.init_trackers(self.tracker, config=asdict(self.config))
+        started, before = time.monotonic(), self.seconds
+        with bar(self.config.steps, self.name, initial=self.step, show=self.progress) as progress:
+            while self.step < self.config.steps and not self.stopped:
+                logs = self._optimizer_step()
+                progress.update()
+                self.seconds = before + time.monotonic() - started
+                last = self.step == self.config.steps
+                if last or self.step % self.config.evaluate_every == 0:
+                    progress.set_postfix(self._evaluate(logs), refresh=False)
+                if self.config.max_minutes and self.seconds > 60 * self.config.max_minutes:
+                    self.stopped = f"the budget of {self.config.max_minutes:g} minutes is spent"
+                if last or self.stopped or self.step % self.config.save_every == 0:
+                    self._save()
+        self.accelerator.end_training()
+
+    def _optimizer_step(self) -> dict[str, torch.Tensor]:
+        """One update of the weights from `accumulation` batches; noise and dropout come from (seed, step)."""
+        torch.manual_seed(_mix(self.config.seed, self.step, 2))
+        generator = torch.Generator().manual_seed(_mix(self.config.seed, self.step, 3))
+        self.model.train()
+        self.optimizer.zero_grad()
+        for part in range(self.config.accumulation):
+            number = self.step * self.config.accumulation + part
+            index = batch_order(number, self.config.batch_size, len(self.data), self.config.seed)
+            with self.accelerator.autocast():
+                loss, logs = self.bare.loss(*self.data.take(index, generator))
+            self.accelerator.backward(loss / self.config.accumulation)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"{self.name}: the loss became {loss.item()} at step {self.step}: lower learning_rate, "
+                "or set mixed_precision='no' when it was fp16"
+            )
+        self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        if self.ema:
+            self.ema.step(self.bare.parameters())
+        self.step += 1
+        return logs
+
+    def _evaluate(self, logs: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Append one row to the history; keep the weights when the held-out loss is the lowest so far."""
+        row = {
+            "step": self.step,
+            "seconds": round(self.seconds, 2),
+            "learning_rate": self.schedule.get_last_lr()[0],
+        }
+        row |= {key: float(value) for key, value in logs.items()}
+        with _averaged(self.ema, self.bare), torch.no_grad():
+            self.model.eval()
+            if self.held_out:
+                row |= self._held_out_logs()
+            if self.evaluate:
+                row |= self.evaluate(self.bare)
+            self._keep_if_best(row.get("held_out_loss"))
+            if self.preview:
+                self.preview(self.bare, self.step)
+        self.history.append(row)
+        self._write_history()
+        self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=self.step)
+        return {key: f"{row[key]:.3g}" for key in ("held_out_loss", *logs) if key in row}
+
+    def _held_out_logs(self) -> dict[str, float]:
+        """Mean loss and logs over the whole held-out set, with the same noise at every evaluation."""
+        torch.manual_seed(_mix(self.config.seed, 0, 4))
+        generator = torch.Generator().manual_seed(_mix(self.config.seed, 0, 5))
+        totals: dict[str, float] = {}
+        for index in torch.arange(len(self.held_out)).split(self.config.batch_size):
+            loss, logs = self.bare.loss(*self.held_out.take(index, generator))
+            for key, value in {"loss": loss, **logs}.items():
+                totals[f"held_out_{key}"] = totals.get(f"held_out_{key}", 0.0) + float(value) * len(index)
+        return {key: value / len(self.held_out) for key, value in totals.items()}
+
+    def _keep_if_best(self, loss: float | None) -> None:
+        if loss is None:
+            return
+        if loss < self.best:
+            self.best, self.stale = loss, 0
+            if self.config.keep_best and self.run_dir:
+                tensors = {key: value.contiguous() for key, value in self.bare.state_dict().items()}
+                with whole_file(self.run_dir / "best.safetensors") as path:
+                    save_file(tensors, path)
+            return
+        self.stale += 1
+        if self.config.patience and self.stale >= self.config.patience:
+            self.stopped = f"no better held-out loss for {self.stale} evaluations"
+
+    def _load_final_weights(self) -> None:
+        if self.run_dir and self.config.keep_best and self.held_out:
+            self.bare.load_state_dict(load_file(self.run_dir / "best.safetensors", device=str(self.device)))
+        elif self.ema:
+            self.ema.copy_to(self.bare.parameters())
+        self.bare.eval()
+
+    # Checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if not self.run_dir or not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "config": _identity(self.config),
+            "step": self.step,
+            "seconds": self.seconds,
+            "stopped": self.stopped,
+            "best": self.best,
+            "stale": self.stale,
+            "history": self.history,
+            "model": self.bare.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        with whole_file(self.run_dir / "state.pt") as path:
+            torch.save(state, path)
+
+    def _resume(self) -> None:
+        if not self.run_dir or not (self.run_dir / "state.pt").exists():
+            return
+        path = self.run_dir / "state.pt"
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["config"] != _identity(self.config):
+            changed = [key for key, value in _identity(self.config).items() if state["config"].get(key) != value]
+            raise ValueError(
+                f"{self.run_dir} holds a run with other settings ({', '.join(changed)}): choose another folder, "
+                "delete this one, or restore the settings"
+            )
+        self.bare.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.best, self.stale, self.stopped = state["best"], state["stale"], state["stopped"]
+        if self.stopped.startswith("the budget") and not self._budget_spent():
+            self.stopped = ""  # a larger budget was granted
+
+    def _budget_spent(self) -> bool:
+        return bool(self.config.max_minutes) and self.seconds > 60 * self.config.max_minutes
+
+    # Records ---------------------------------------------------------------------------------------------------
+
+    def _write_history(self) -> None:
+        if not self.run_dir or not self.accelerator.is_main_process:
+            return
+        columns = list(dict.fromkeys(key for row in self.history for key in row))
+        with whole_file(self.run_dir / "history.csv") as path, open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.history)
+
+
+@contextmanager
+def _averaged(ema: EMAModel | None, model: torch.nn.Module):
+    """`with` the averaged weights in the model; without an average it changes nothing."""
+    if not ema:
+        yield
+        return
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(model.parameters())
+
+
+def _identity(config: TrainConfig) -> dict:
+    """The settings that make a run what it is; budget, tracker and checkpoint rhythm may change on resume."""
+    free = ("max_minutes", "tracker", "save_every")
+    return {key: value for key, value in asdict(config).items() if key not in free}
+
+
+def _mix(seed: int, number: int, stream: int) -> int:
+    """A well-spread 63-bit seed of (seed, number, stream), by splitmix64's finaliser (Steele et al. 2014)."""
+    value = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (value ^ (value >> 31)) >> 1

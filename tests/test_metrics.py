@@ -1,0 +1,87 @@
+"""Numbers against closed forms, brute force and other libraries."""
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.image import PeakSignalNoiseRatio
+
+from mdlib import metrics
+
+
+def test_psnr_knows_the_range():
+    images, other = torch.rand(4, 1, 8, 8) * 2 - 1, torch.rand(4, 1, 8, 8) * 2 - 1
+    reference = PeakSignalNoiseRatio(data_range=1.0)  # of intensities in [0, 1]
+    for one, two, value in zip(images, other, metrics.psnr(images, other), strict=True):
+        assert float(value) == pytest.approx(float(reference((one + 1) / 2, (two + 1) / 2)), rel=1e-5)
+    assert float(metrics.psnr(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.2))) == pytest.approx(20.0, rel=1e-4)
+
+
+def test_ssim_is_one_for_the_same_image_and_per_image():
+    images = torch.rand(3, 1, 32, 32) * 2 - 1
+    noisy = images.clone()
+    noisy[1] += 0.5 * torch.randn(1, 32, 32)
+    value = metrics.ssim(noisy.clamp(-1, 1), images)
+    assert value.shape == (3,) and value[0] == pytest.approx(1) and value[1] < 0.9
+
+
+def test_codebook_figures_are_counted():
+    tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 0], [0, 2]], [[3, 3], [3, 3]]])
+    counts = metrics.code_counts(tokens, torch.tensor([0, 0, 1]), num_codes=6, num_users=2)
+    assert counts.tolist() == [[5, 2, 1, 0, 0, 0], [0, 0, 0, 4, 0, 0]]
+    figures = metrics.codebook_figures(counts, torch.tensor([2, 1]))
+    share = np.array([5, 2, 1, 4]) / 12
+    assert figures["usage"] == pytest.approx(4 / 6)
+    assert figures["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+    assert figures["codes_per_user"] == 2.0
+    assert figures["distinctive_codes_per_user"] == 2.0 and figures["distinctive_codes_least"] == 1.0
+
+
+def test_codes_that_all_use_alike_or_hardly_are_not_distinctive():
+    counts = torch.full((3, 10), 40)
+    assert metrics.codebook_figures(counts, torch.full((3,), 20))["distinctive_codes_per_user"] == 0
+    rare = counts.clone()
+    rare[0, 0], rare[1, 0], rare[2, 0] = 4, 0, 0  # 4 times in 20 windows: less than once in four
+    assert metrics.codebook_figures(rare, torch.full((3,), 20))["distinctive_codes_per_user"] == 0
+
+
+def test_control_ratio_is_one_for_chance():
+    labels = torch.arange(4).repeat(5)
+    assert metrics.control_ratio(torch.full((20, 4), 0.25), labels) == pytest.approx(1)
+    sure = torch.nn.functional.one_hot(labels, 4) * 0.7 + 0.1 * (1 - torch.nn.functional.one_hot(labels, 4))
+    assert metrics.control_ratio(sure, labels) == pytest.approx(7)
+
+
+def test_bootstrap_interval_of_independent_values_is_the_normal_one():
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = metrics.interval(metrics.block_bootstrap(values, np.arange(400)))
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.15 * half)
+
+
+def test_overlapping_windows_widen_the_interval():
+    values = np.random.default_rng(0).normal(size=100).repeat(4)  # blocks of four alike
+    width = lambda blocks: np.ptp(metrics.interval(metrics.block_bootstrap(values, blocks)))
+    assert width(np.arange(400) // 4) == pytest.approx(2 * width(np.arange(400)), rel=0.2)
+
+
+def test_paired_gain():
+    rng = np.random.default_rng(1)
+    first = rng.random((3, 300)) < 0.6
+    blocks = np.arange(300) // 4
+    nothing = metrics.paired_gain(first, first, blocks)
+    assert nothing["gain"] == 0 and nothing["ci95"] == [0, 0] and nothing["p_value"] == 1
+    better = first | (rng.random((3, 300)) < 0.3)
+    gain = metrics.paired_gain(first, better, blocks)
+    assert gain["gain"] == pytest.approx(better.mean() - first.mean())
+    assert 0 < gain["ci95"][0] < gain["gain"] < gain["ci95"][1] and gain["p_value"] < 0.01
+
+
+def test_nearest_distance_is_brute_force_within_the_user():
+    queries, references = torch.randn(5, 7), torch.randn(6, 7)
+    users, owners = torch.tensor([0, 1, 0, 2, 1]), torch.tensor([0, 0, 1, 1, 1, 0])
+    found = metrics.nearest_distance(queries, references, users[:, None] == owners[None])
+    for query, user, value in zip(queries, users, found, strict=True):
+        mine = [
+            float((query - one).square().mean().sqrt()) for one, k in zip(references, owners, strict=True) if k == user
+        ]
+        assert float(value) == pytest.approx(min(mine, default=np.inf), rel=1e-4)
