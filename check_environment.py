@@ -74,9 +74,7 @@ def check(python: Path | str | None = None) -> list[dict]:
         *check_gpus(state),
         check_pair(state, remedies),
     ]
-    rows += [
-        check_package(name, state, remedies) for name in pins.accepted if name not in ("torch", "torchvision")
-    ]
+    rows += [check_package(name, state, remedies) for name in pins.accepted if name not in ("torch", "torchvision")]
     return [*rows, check_backbones(), check_mdlib(facts["mdlib"], remedies)]
 
 
@@ -109,9 +107,7 @@ class Remedies:
 def check_cores() -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     status = "ok" if cores >= LEAST_CORES else "warn"
-    return row(
-        "cores", status, f"{cores} on {platform.machine()}", "" if status == "ok" else "expect to wait longer"
-    )
+    return row("cores", status, f"{cores} on {platform.machine()}", "" if status == "ok" else "expect to wait longer")
 
 
 def memory_limit() -> int | None:
@@ -132,9 +128,7 @@ def check_memory() -> dict:
     if limit is None:
         return row("memory", "ok", "unknown")
     if limit < LEAST_MEMORY:
-        return row(
-            "memory", "warn", f"{limit / GIB:.1f} GiB", "close other programs, or take a smaller preset"
-        )
+        return row("memory", "warn", f"{limit / GIB:.1f} GiB", "close other programs, or take a smaller preset")
     return row("memory", "ok", f"{limit / GIB:.1f} GiB")
 
 
@@ -268,11 +262,7 @@ def main(argv: list[str]) -> int:
     python = args.python or (setup.venv_python() if setup.venv_python().exists() else sys.executable)
     rows = check(python)
     ok = not any(r["status"] == "fail" for r in rows)
-    print(
-        json.dumps({"ok": ok, "python": str(python), "checks": rows}, indent=1)
-        if args.json
-        else as_table(rows)
-    )
+    print(json.dumps({"ok": ok, "python": str(python), "checks": rows}, indent=1) if args.json else as_table(rows))
     return 0 if ok else 1
 
 

@@ -397,8 +397,7 @@ def package_trouble(s: State) -> str:
     off = [
         f"{name} {s.installed.get(name, 'missing')}"
         for name, pin in s.pins.wanted.items()
-        if name not in ("torch", "torchvision")
-        and (name not in s.installed or not satisfies(s.installed[name], pin))
+        if name not in ("torch", "torchvision") and (name not in s.installed or not satisfies(s.installed[name], pin))
     ]
     return ", ".join(off) if len(off) < 6 else f"{len(off)} packages are missing or not at their pins"
 
@@ -606,9 +605,7 @@ def summary(s: State) -> list[str]:
         f"diffusers {s.installed['diffusers']}, transformers {s.installed['transformers']}"
     ]
     if s.gpus and machine(s) == "cpu":
-        lines.append(
-            f"note: {s.gpus[0].name} is not used: its driver {s.gpus[0].driver} is below {OLDEST_DRIVER}"
-        )
+        lines.append(f"note: {s.gpus[0].name} is not used: its driver {s.gpus[0].driver} is below {OLDEST_DRIVER}")
     elif s.gpus and s.torch["cuda"] is None:
         lines.append(f"note: torch is a CPU build: to use {s.gpus[0].name}, delete {VENV} and install again")
     if needs_no_jit(s):
@@ -668,9 +665,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             command.add_argument("--extra", action="append", default=[], help="of pyproject.toml, e.g. test")
         if name == "demo":
             command.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
-            command.add_argument(
-                "--users", type=int, default=31, help="simulated people (default: %(default)s)"
-            )
+            command.add_argument("--users", type=int, default=31, help="simulated people (default: %(default)s)")
     args, args.rest = parser.parse_known_args(argv)
     if args.rest and args.command in ("install", "repair"):
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")

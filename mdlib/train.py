@@ -172,7 +172,9 @@ class _Fit:
 
     def _train(self) -> None:
         if self.tracker:
-            self.accelerator.init_trackers(self.tracker, config=asdict(self.config))
+            self.accelerator.init_trackers(
+                "tensorboard" if self.tracker == "tensorboard" else "mdlib", config=asdict(self.config)
+            )
         started, before = time.monotonic(), self.seconds
         with bar(self.config.steps, self.name, initial=self.step, show=self.progress) as progress:
             while self.step < self.config.steps and not self.stopped:

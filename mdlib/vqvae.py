@@ -69,7 +69,8 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, flat: torch.Tensor) -> torch.Tensor:
         """Index (N,) of the code nearest to each row of flat (N, D); |z−e|² without its term that all codes share."""
-        distance = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T  # (N, K)
+        with torch.autocast(flat.device.type, enabled=False):  # half precision would confuse close codes
+            distance = self.codebook.square().sum(1) - 2 * flat.float() @ self.codebook.T  # (N, K)
         return distance.argmin(1)
 
     def lookup(self, indices: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,140 @@
+"""The command line: simulate, split, run, generate, validate."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Generative models for micro-Doppler spectrograms, user by user.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[Path, typer.Option(help="folder of ID_k/ folders")]
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    users: Annotated[int, typer.Option(min=2)] = 31,
+    windows: Annotated[int, typer.Option(min=1, help="windows a user and condition")] = 150,
+    size: Annotated[int, typer.Option(min=16, help="pixels a side")] = 256,
+    seed: int = 0,
+    condition: Annotated[str, typer.Option(help="normal, backpack, bag, bag_phone or all")] = "normal",
+    recordings: Annotated[int, typer.Option(min=1, help="recordings (days) a user")] = 1,
+):
+    """Simulate walking people: windows as a 77 GHz radar records them, and every gait parameter in parameters.csv."""
+    from mdlib.simulate import simulate_dataset
+
+    simulate_dataset(
+        out, users=users, windows=windows, size=size, seed=seed, condition=condition, recordings=recordings
+    )
+    print(f"{out}: {users} users, {windows} windows each, condition {condition}")
+
+
+@app.command()
+def split(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="file to write")],
+    val: float = 0.15,
+    test: float = 0.25,
+    gap: Annotated[int, typer.Option(help="windows between the parts")] = 4,
+    windows_per_user: Annotated[int, typer.Option(help="training windows kept a user; 0 keeps all")] = 0,
+    extensions: str = "png,jpg,jpeg",
+):
+    """Split by recording and time, without leaking overlapping windows from one part into another."""
+    from mdlib.data import find_windows
+    from mdlib.split import make_split, write_split
+
+    files = find_windows(data, extensions=[part.strip(" .") for part in extensions.split(",")])
+    parts = make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
+    write_split(parts, out)
+    sizes = ", ".join(f"{len(parts[name])} {name}" for name in ("train", "val", "test"))
+    print(f"{out}: {len(parts['users'])} users, {sizes}, {len(parts['dropped'])} dropped in the gaps")
+
+
+@app.command()
+def run(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="run folder")],
+    system: str = "vqvae-transformer",
+    preset: str = "demo",
+    parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of any notebook")] = [],  # noqa: B006
+    first: Annotated[str, typer.Option("--from", help="first notebook (04); runs anew from there")] = "",
+    last: Annotated[str, typer.Option("--to", help="last notebook (06)")] = "",
+):
+    """Run the notebooks of a system on a data folder, down to report.html; a second call goes on where it stopped."""
+    from mdlib.run import execute
+
+    execute(system, preset, str(data), str(out), dict(_pair(text) for text in parameter), first, last)
+    report = out / "report.json"
+    if report.exists():
+        print(f"{out / 'report.html'}\n{json.loads(report.read_text())['verdict']['sentence']}")
+
+
+@app.command()
+def generate(
+    pipeline: Annotated[Path, typer.Option(help="RUN/pipeline")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    users: Annotated[str, typer.Option(help="1,2,5-8; all users when left out")] = "",
+    per_user: Annotated[int, typer.Option(min=1)] = 10,
+    seed: int = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    option: Annotated[list[str], typer.Option("--option", "-o", help="key=value of the prior's sampling")] = [],  # noqa: B006
+):
+    """Generate windows of given users into ID_k/ folders with a manifest."""
+    from mdlib.data import parse_users
+    from mdlib.pipeline import load_pipeline
+
+    pipe = load_pipeline(pipeline)
+    chosen = parse_users(users) if users else None
+    rows = pipe.generate_folder(out, chosen, per_user, seed, batch_size, **dict(_pair(text) for text in option))
+    print(f"{out}: {len(rows)} windows of {len({row['user'] for row in rows})} users")
+
+
+@app.command()
+def validate(
+    real: Annotated[Path, typer.Option(help="folder of real windows")],
+    generated: Annotated[Path, typer.Option(help="folder of generated windows")],
+    split: Annotated[Path, typer.Option(help="the split the generator was trained with")],
+    out: Annotated[Path, typer.Option(help="folder for report.json and report.html")],
+    size: Annotated[int, typer.Option(help="pixels a side at which windows are compared")] = 64,
+    pipeline: Annotated[Path | None, typer.Option(help="RUN/pipeline, for codec and codebook")] = None,
+    judge_steps: Annotated[int, typer.Option(help="optimizer steps of each judge")] = 400,
+    seeds: Annotated[int, typer.Option(min=2, help="classifiers an arm")] = 3,
+):
+    """Judge generated windows against real ones the generator never saw."""
+    from mdlib.report import validate_folders
+
+    report = validate_folders(real, generated, split, out, size, pipeline, judge_steps=judge_steps, seeds=seeds)
+    print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
+
+
+def _pair(text: str) -> tuple[str, object]:
+    """key=value with the value as JSON where it is JSON (3, 0.5, true), else as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{text!r} is not key=value")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one line and exit code 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"mdlib: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

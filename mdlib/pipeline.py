@@ -1,0 +1,228 @@
+"""The product: a codec and a prior that turn user ids into spectrograms, saved and loaded as a diffusers pipeline."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from mdlib.data import DataError, colorize, to_uint8
+from mdlib.files import whole_file
+from mdlib.latents import fingerprint
+from mdlib.progress import bar
+
+MANIFEST_COLUMNS = ("path", "user", "number", "seed")
+
+
+@dataclass
+class Windows(BaseOutput):
+    """Generated windows: `images` (PIL images, or a tensor (N, C, H, W) in [−1, 1]), the user id of each, and a
+    manifest (user, number, seed): the same seed gives the same window, whatever else was in its batch."""
+
+    images: list[Image.Image] | torch.Tensor
+    users: list[int]
+    manifest: list[dict]
+
+
+class MicroDopplerPipeline(DiffusionPipeline):
+    """Generate windows of given users.
+
+    Args:
+        codec, prior: a codec and a prior that fits it (see their modules).
+        users: the label map: users[label] is the k of folder ID_k.
+        colormap: colour map of the windows that go out (and came in): jet, parula, viridis, grey, or none for RGB.
+        output_size: height and width of the images that go out, in pixels.
+        sampling: keyword arguments of `prior.sample` that this pipeline uses unless the caller gives others.
+    """
+
+    def __init__(
+        self,
+        codec: ModelMixin,
+        prior: ModelMixin,
+        users: list[int] | None = None,
+        colormap: str = "jet",
+        output_size: int = 256,
+        sampling: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(codec=codec, prior=prior)
+        self.register_to_config(
+            users=list(users or []), colormap=colormap, output_size=output_size, sampling=dict(sampling or {})
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options) -> "MicroDopplerPipeline":
+        """Load a folder written by `save_pretrained`; see `DiffusionPipeline.from_pretrained` for the options.
+
+        Raises:
+            DataError: no pipeline at `path`.
+        """
+        index = Path(path) / "model_index.json"
+        if not index.exists():
+            raise DataError(f"{path} holds no pipeline (no model_index.json): give the pipeline/ folder of a run")
+        for part in json.loads(index.read_text()).values():
+            # diffusers imports no module because a file names it; ours are the only ones we vouch for.
+            if isinstance(part, list) and len(part) == 2 and str(part[0]).startswith("mdlib."):
+                import_module(part[0])
+        return super().from_pretrained(path, **options)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        users: list[int],
+        images_per_user: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+        output_type: str = "pil",
+        **sampling,
+    ) -> Windows:
+        """`images_per_user` windows of each user id (the k of ID_k).
+
+        Args:
+            seed: window i of user k depends on (seed, k, i) alone.
+            output_type: "pil" (coloured, `output_size`) or "pt" (tensor (N, C, H, W) in [−1, 1], the codec's size).
+            sampling: options of `prior.sample` (temperature, top_k, top_p, guidance_scale, …).
+
+        Raises:
+            DataError: a user this pipeline was not trained on.
+        """
+        manifest = self.plan(users, images_per_user, seed)
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
+        parts = [images for _, images in self.stream(manifest, batch_size, **sampling)]
+        images = torch.cat(parts) if parts else torch.empty(0)
+        return Windows(
+            images=images if output_type == "pt" else self.to_pil(images),
+            users=[row["user"] for row in manifest],
+            manifest=manifest,
+        )
+
+    def plan(self, users: list[int], images_per_user: int, seed: int) -> list[dict]:
+        """The manifest of a request, checked: one row a window."""
+        unknown = [user for user in users if user not in self.config.users]
+        if unknown:
+            raise DataError(
+                f"this pipeline knows users {_ranges(self.config.users)}; it was not trained on {_ranges(unknown)}"
+            )
+        if images_per_user < 1:
+            raise DataError(f"images_per_user must be at least 1, got {images_per_user}")
+        return [
+            {"user": user, "number": number, "seed": seed} for user in users for number in range(1, images_per_user + 1)
+        ]
+
+    def stream(
+        self, manifest: list[dict], batch_size: int = 64, **sampling
+    ) -> Iterator[tuple[list[dict], torch.Tensor]]:
+        """Batches (rows, images (B, C, H, W) in [−1, 1]) of a manifest, as they are made."""
+        options = {**self.config.sampling, **sampling}
+        for start in range(0, len(manifest), batch_size):
+            rows = manifest[start : start + batch_size]
+            labels = torch.tensor([self.config.users.index(row["user"]) for row in rows], device=self.device)
+            generators = [torch.Generator().manual_seed(_window_seed(**row)) for row in rows]
+            drawn = self.prior.sample(labels, generator=generators, **options)
+            decode = self.codec.decode_tokens if self.prior.consumes == "tokens" else self.codec.decode
+            yield rows, decode(drawn).float().cpu()
+
+    def to_pil(self, images: torch.Tensor) -> list[Image.Image]:
+        """Images (B, C, H, W) in [−1, 1] as coloured PIL images of `output_size`, like the windows on disk."""
+        size = self.config.output_size
+        pictures = [Image.fromarray(_coloured(image, self.config.colormap)) for image in to_uint8(images)]
+        # Whole multiples keep every cell a block, as in the recorded files; anything else is interpolated.
+        whole = size % images.shape[-1] == 0 if len(images) else True
+        return [picture.resize((size, size), Image.NEAREST if whole else Image.BICUBIC) for picture in pictures]
+
+    def generate_folder(
+        self,
+        out: str | Path,
+        users: list[int] | None = None,
+        per_user: int = 10,
+        seed: int = 0,
+        batch_size: int = 64,
+        **sampling,
+    ) -> list[dict]:
+        """Write `out/ID_k/*.png` and `out/manifest.csv`; returns the manifest with paths.
+
+        Windows that are there already are kept, so an interrupted call goes on where it stopped and a later one adds
+        users or numbers; `out/generation.json` tells what made them.
+
+        Raises:
+            DataError: a user this pipeline was not trained on; `out` holds windows of other weights or options.
+        """
+        out = Path(out)
+        users = list(self.config.users) if users is None else users
+        manifest = [{"path": _file_name(row), **row} for row in self.plan(users, per_user, seed)]
+        options = {**self.config.sampling, **sampling}
+        _claim(out, {"weights": fingerprint(self.codec) + fingerprint(self.prior), "seed": seed, **options})
+        missing = [row for row in manifest if not (out / row["path"]).exists()]
+        requests = [{key: row[key] for key in ("user", "number", "seed")} for row in missing]
+        with bar(len(manifest), "generate", initial=len(manifest) - len(missing), unit="window") as progress:
+            for rows, images in self.stream(requests, batch_size, **sampling):
+                for row, picture in zip(rows, self.to_pil(images), strict=True):
+                    _save_whole(picture, out / _file_name(row))
+                progress.update(len(rows))
+        _write_manifest(manifest, out / "manifest.csv")
+        return manifest
+
+
+def _claim(out: Path, made_by: dict) -> None:
+    """Note what makes the windows of `out`, or refuse when something else made those that are there."""
+    note = out / "generation.json"
+    if note.exists():
+        before = json.loads(note.read_text())
+        changed = sorted(key for key in before.keys() | made_by.keys() if before.get(key) != made_by.get(key))
+        if changed:
+            raise DataError(
+                f"{out} holds windows made otherwise ({', '.join(changed)} differ): choose another folder or delete it"
+            )
+        return
+    with whole_file(note) as temporary:
+        temporary.write_text(json.dumps(made_by, indent=1) + "\n")
+
+
+def _window_seed(user: int, number: int, seed: int) -> int:
+    return int(np.random.SeedSequence([seed, user, number]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _file_name(row: dict) -> str:
+    return f"ID_{row['user']}/ID{row['user']}_generated_seed{row['seed']}_{row['number']}.png"
+
+
+def _coloured(image: torch.Tensor, colormap: str) -> np.ndarray:
+    """uint8 (C, H, W) → uint8 (H, W, 3)."""
+    return image.permute(1, 2, 0).numpy() if len(image) == 3 else colorize(image[0], colormap)
+
+
+def _save_whole(picture: Image.Image, path: Path) -> None:
+    with whole_file(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def _write_manifest(rows: list[dict], path: Path) -> None:
+    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, MANIFEST_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _ranges(users: list[int]) -> str:
+    """[1, 2, 3, 7] → "1-3, 7"."""
+    runs: list[list[int]] = []
+    for user in sorted(set(users)):
+        if runs and user == runs[-1][1] + 1:
+            runs[-1][1] = user
+        else:
+            runs.append([user, user])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs) or "none"
+
+
+def load_pipeline(path: str | Path) -> MicroDopplerPipeline:
+    """The pipeline of a folder, on the GPU where there is one."""
+    pipeline = MicroDopplerPipeline.from_pretrained(path)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

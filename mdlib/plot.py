@@ -1,0 +1,188 @@
+"""Every figure. The only file that imports matplotlib; functions take tensors or plain data and return a Figure."""
+
+from io import BytesIO
+
+import numpy as np
+import seaborn
+import torch
+from matplotlib.figure import Figure
+
+from mdlib.data import WindowSet, colorize, to_uint8
+
+INK, ACCENT, SECOND, THIRD = "#1f2933", "#2463a4", "#c4572e", "#5f8f4e"
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
+    """A figure outside pyplot's global list, so that notebooks show it once and batch runs do not keep it."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(colors=INK, labelsize=8)
+    return figure, axes
+
+
+def picture(image: torch.Tensor, colormap: str) -> np.ndarray:
+    """One image (C, H, W), uint8 or float in [−1, 1], as RGB (H, W, 3)."""
+    image = image if image.dtype == torch.uint8 else to_uint8(image)
+    if len(image) == 3:
+        return image.permute(1, 2, 0).numpy()
+    return colorize(image[0], "jet" if colormap == "none" else colormap)
+
+
+def windows(images: torch.Tensor, titles: list[str] | None = None, colormap: str = "jet", columns: int = 8) -> Figure:
+    """A grid of windows (N, C, H, W): Doppler up, time to the right."""
+    rows = -(-len(images) // columns)
+    figure, axes = _figure(1.35 * min(columns, len(images)) + 0.2, 1.5 * rows + 0.2, rows, min(columns, len(images)))
+    for number, axis in enumerate(axes.flat):
+        axis.set_axis_off()
+        if number < len(images):
+            axis.imshow(picture(images[number], colormap), interpolation="nearest")
+            if titles:
+                axis.set_title(titles[number], fontsize=8, color=INK)
+    return figure
+
+
+def real_beside_generated(
+    real: WindowSet, generated: WindowSet, users: list[int] | None = None, each: int = 4
+) -> Figure:
+    """Contact sheet: a row a user, real windows on the left, generated ones on the right."""
+    users = list(real.users[:8]) if users is None else users
+    figure, axes = _figure(1.2 * (2 * each + 0.4), 1.25 * len(users) + 0.4, len(users), 2 * each)
+    for row, user in zip(axes, users, strict=True):
+        for side, (part, name) in enumerate(((real, "real"), (generated, "generated"))):
+            mine = part.of_user(user)
+            chosen = np.linspace(0, len(mine) - 1, min(each, len(mine))).round().astype(int)
+            for column in range(each):
+                axis = row[side * each + column]
+                axis.set_axis_off()
+                if column < len(chosen):
+                    axis.imshow(picture(mine.images[chosen[column]], real.colormap), interpolation="nearest")
+            row[side * each].set_title(f"ID_{user} {name}", fontsize=8, color=INK, loc="left")
+    return figure
+
+
+def reconstructions(real: torch.Tensor, decoded: torch.Tensor, colormap: str = "jet") -> Figure:
+    """Windows (N, C, H, W) above their codec round trips, and the absolute difference below."""
+    n = len(real)
+    figure, axes = _figure(1.3 * n + 0.6, 4.2, 3, n)
+    difference = (decoded - real).abs()
+    for column in range(n):
+        axes[0, column].imshow(picture(real[column], colormap), interpolation="nearest")
+        axes[1, column].imshow(picture(decoded[column], colormap), interpolation="nearest")
+        axes[2, column].imshow(
+            difference[column].mean(0).numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest"
+        )
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], ("real", "round trip", "|difference|"), strict=True):
+        axis.set_ylabel(name, fontsize=8, color=INK)
+    return figure
+
+
+def history(rows: list[dict], keys: list[tuple[str, ...]]) -> Figure:
+    """Training curves over optimizer steps: one panel for each tuple of keys of the history's rows."""
+    figure, axes = _figure(3.4 * len(keys), 2.5, 1, len(keys))
+    for axis, names in zip(axes[0], keys, strict=True):
+        for name, colour in zip(names, (ACCENT, SECOND, THIRD), strict=False):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points, strict=True), color=colour, label=name.replace("_", " "))
+        axis.set_xlabel("optimizer step", fontsize=8)
+        axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def code_usage(counts: np.ndarray | list[int]) -> Figure:
+    """How often each code is used: by index, and sorted on a log axis; red marks codes nobody used."""
+    counts = np.asarray(counts)
+    used = counts > 0
+    figure, axes = _figure(7.5, 2.6, 1, 2)
+    left, right = axes[0]
+    left.bar(np.arange(len(counts)), counts, width=1.0, color=ACCENT)
+    left.plot(np.flatnonzero(~used), np.zeros((~used).sum()), "|", color=SECOND, markersize=8)
+    left.set_xlabel("code", fontsize=8)
+    left.set_ylabel("times used", fontsize=8)
+    right.semilogy(np.sort(counts[used])[::-1], color=ACCENT)
+    right.axhline(counts.sum() / len(counts), color=INK, linewidth=0.7, linestyle=":")
+    right.set_xlabel(f"rank ({used.sum()} of {len(counts)} codes used)", fontsize=8)
+    right.set_ylabel("times used (dotted: uniform)", fontsize=8)
+    return figure
+
+
+def user_codes(counts: torch.Tensor, users: tuple[int, ...]) -> Figure:
+    """Counts (num_users, num_codes) as each user's share of a code, over the mean user's: what is distinctive."""
+    share = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
+    ratio = (share / share.mean(0).clamp_min(1e-9)).clamp(0.25, 4).log2()
+    order = counts.sum(0).argsort(descending=True)
+    figure, axes = _figure(8, 0.14 * len(users) + 1.2)
+    seaborn.heatmap(
+        ratio[:, order].numpy(),
+        ax=axes[0, 0],
+        cmap="vlag",
+        center=0,
+        xticklabels=False,
+        yticklabels=[f"ID_{user}" for user in users],
+        cbar_kws={"label": "log2 of use over mean use"},
+    )
+    axes[0, 0].set_xlabel("codes, most used first", fontsize=8)
+    axes[0, 0].tick_params(axis="y", labelsize=6)
+    return figure
+
+
+def confusion(share: list[list[float]], users: tuple[int, ...] | list[int]) -> Figure:
+    """Share (n, n) of windows of the row's user that the judges gave to the column's."""
+    names = [f"{user}" for user in users]
+    figure, axes = _figure(0.16 * len(users) + 2.2, 0.15 * len(users) + 1.8)
+    seaborn.heatmap(
+        np.asarray(share),
+        ax=axes[0, 0],
+        cmap="rocket_r",
+        vmin=0,
+        vmax=1,
+        xticklabels=names,
+        yticklabels=names,
+    )
+    axes[0, 0].set_xlabel("named by the judges", fontsize=8)
+    axes[0, 0].set_ylabel("generated for", fontsize=8)
+    axes[0, 0].tick_params(labelsize=6)
+    return figure
+
+
+def arms(augmentation: dict) -> Figure:
+    """Accuracy of the arms of the augmentation study, a dot a seed, the bar its 95 % interval."""
+    names = ["real_only", "real_plus_generated", "generated_only"]
+    figure, axes = _figure(5.2, 2.2)
+    axis = axes[0, 0]
+    for row, (name, colour) in enumerate(zip(names, (INK, ACCENT, SECOND), strict=True)):
+        arm = augmentation[name]
+        axis.plot(
+            [100 * edge for edge in arm["ci95"]],
+            [row, row],
+            color=colour,
+            linewidth=5,
+            alpha=0.25,
+            solid_capstyle="butt",
+        )
+        axis.plot(
+            [100 * value for value in arm["per_seed"]],
+            [row] * len(arm["per_seed"]),
+            "o",
+            color=colour,
+            markersize=4,
+        )
+    axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlabel("accuracy on unseen windows, %", fontsize=8)
+    return figure
+
+
+def save(figure: Figure, path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, dpi=110)
+
+
+def to_png(figure: Figure) -> bytes:
+    """A figure as PNG bytes, for a page that opens offline."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()

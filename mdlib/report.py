@@ -1,0 +1,172 @@
+"""report.json and report.html: one page that opens offline, the verdict on top."""
+
+import base64
+import html
+import json
+from pathlib import Path
+
+from mdlib import plot
+from mdlib.data import WindowSet, load_windows
+from mdlib.files import whole_file
+from mdlib.split import apply_split, read_split
+from mdlib.validate import Evidence, Protocol, concatenate, evaluate, through_codec
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #d5dbe1; }
+.verdict { font-size: 1.15rem; padding: .8rem 1rem; background: #eef3f8; border-left: 5px solid #2463a4; }
+table { border-collapse: collapse; font-size: .92rem; } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
+  vertical-align: top; } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
+img { max-width: 100%; } .note { color: #5a6672; font-size: .88rem; }
+"""
+
+_SECTIONS = {
+    "augmentation": (
+        "Does real + generated train a better identifier?",
+        "Classifiers from scratch on the generator's own training windows; equal optimizer steps and the same "
+        "classical augmentation (whole-stride shifts, stride recombination) in every arm; test windows untouched. The "
+        "share of generated windows in a batch is chosen on validation windows.",
+    ),
+    "identity": (
+        "Do generated windows look like their user?",
+        "Judges trained on real windows the generator never saw. judge_accuracy is their own on real windows they "
+        "did not see. control_ratio: probability of the conditioned user over that of any other.",
+    ),
+    "reconstruction": (
+        "What does the codec keep?",
+        "On test windows, intensity in [0, 1]. identity_accuracy: judges after the codec's round trip, beside before.",
+    ),
+    "codebook": (
+        "Is the codebook used?",
+        "Counted on validation and test windows. A code is distinctive for a user who uses it at least 1.5 times as "
+        "often as the others together, and at least once in four windows.",
+    ),
+    "memorisation": (
+        "Are training windows copied?",
+        "Distance to the nearest training window of the same user, over shifts by whole strides, relative to that of "
+        "real test windows. Well below 1, or many copies, means copying.",
+    ),
+    "fidelity": ("Fidelity and diversity", ""),
+    "physics": ("Gait physics", ""),
+}
+
+
+def write_report(report: dict, evidence: Evidence, out: str | Path) -> None:
+    """Write report.json and report.html into `out`."""
+    out = Path(out)
+    with whole_file(out / "report.json") as path:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    page = _page(report, _pictures(report, evidence))
+    with whole_file(out / "report.html") as path:
+        path.write_text(page, encoding="utf-8")
+
+
+def validate_folders(
+    real: str | Path,
+    generated: str | Path,
+    split: str | Path,
+    out: str | Path,
+    size: int = 64,
+    pipeline: str | Path | None = None,
+    **protocol,
+) -> dict:
+    """The protocol over folders of images: load, evaluate, write the report into `out`; returns the report.
+
+    Args:
+        pipeline: where given, its codec adds the reconstruction and codebook figures, at its own image size.
+        protocol: fields of `validate.Protocol`.
+
+    Raises:
+        DataError: users of the two folders differ, or the split does not fit.
+    """
+    codec = None
+    if pipeline:
+        from mdlib.pipeline import load_pipeline
+
+        codec = load_pipeline(pipeline).codec
+        size = codec.config.image_size
+    windows = load_windows(real, size=size)
+    evidence = gather(windows, read_split(split), load_generated(generated, windows), codec)
+    about = {"real": str(real), "generated": str(generated), "split": str(split)}
+    report = evaluate(evidence, Protocol(**protocol), about)
+    write_report(report, evidence, out)
+    return report
+
+
+def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None) -> Evidence:
+    """What the protocol needs, from a set, its split and the generated windows."""
+    return Evidence(**apply_split(windows, split), generated=generated, gap=split.get("gap", 4), codec=codec)
+
+
+def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:
+    """Generated windows at the real set's size, with the real set's label map.
+
+    Raises:
+        DataError: a generated user without real windows.
+    """
+    return load_windows(
+        folder,
+        size=real.images.shape[-1],
+        channels=real.images.shape[1],
+        colormap=real.colormap,
+        users=real.users,
+    )
+
+
+def _pictures(report: dict, evidence: Evidence) -> dict[str, list[bytes]]:
+    real = concatenate(evidence.val, evidence.test)
+    shown = [user for user in real.users if user in {file.user for file in evidence.generated.files}][:6]
+    pictures = {
+        "augmentation": [plot.arms(report["augmentation"])],
+        "identity": [
+            plot.real_beside_generated(real, evidence.generated, shown),
+            plot.confusion(report["identity"]["confusion"], report["users"]),
+        ],
+    }
+    if evidence.codec is not None:
+        some = evidence.test.images[:: max(1, len(evidence.test) // 6)][:6]
+        decoded = through_codec(evidence.codec, some)
+        pictures["reconstruction"] = [plot.reconstructions(some.float() / 127.5 - 1, decoded, real.colormap)]
+    if "counts" in report["codebook"]:
+        pictures["codebook"] = [plot.code_usage(report["codebook"]["counts"])]
+    return {name: [plot.to_png(figure) for figure in figures] for name, figures in pictures.items()}
+
+
+def _page(report: dict, pictures: dict[str, list[bytes]]) -> str:
+    about = {**report["about"], **{f"{name} windows": n for name, n in report["windows"].items()}}
+    parts = [
+        f"<h1>mdlib report</h1><p class=verdict>{html.escape(report['verdict']['sentence'])}</p>",
+        _table({name: str(value) for name, value in about.items()}),
+        *(_section(name, report[name], pictures.get(name, [])) for name in _SECTIONS),
+        f"<p class=note>mdlib {report['mdlib']}, {report['created']}. The figures of this page are in report.json.</p>",
+    ]
+    body = "\n".join(parts)
+    head = f"<meta charset=utf-8><title>mdlib report</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang=en>{head}{body}</html>"
+
+
+def _section(name: str, figures: dict, pictures: list[bytes]) -> str:
+    title, note = _SECTIONS[name]
+    rows = {key: _cell(value) for key, value in figures.items() if not isinstance(value, list)}
+    images = "".join(
+        f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>' for png in pictures
+    )
+    return f"<h2>{html.escape(title)}</h2><p class=note>{html.escape(note)}</p>{_table(rows)}{images}"
+
+
+def _cell(figure: dict | float) -> str:
+    if not isinstance(figure, dict):
+        return f"{figure:.4g}"
+    if figure["value"] is None:
+        return figure["reason"]
+    interval = figure.get("ci95")
+    spread = f"  [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""
+    return f"{figure['value']:.4g}{spread}  (n = {figure['n']})"
+
+
+def _table(rows: dict[str, str]) -> str:
+    lines = (
+        f"<tr><th>{html.escape(k.replace('_', ' '))}</th><td class=n>{html.escape(v)}</td></tr>"
+        for k, v in rows.items()
+    )
+    return f"<table>{''.join(lines)}</table>"

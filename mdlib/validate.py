@@ -1,0 +1,323 @@
+"""The evaluation protocol: real and generated windows in, report.json and report.html out.
+
+Every figure is measured here on windows the generator never saw, carries its n and, where it is an estimate, a 95 %
+interval. What was not measured is null with its reason.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+
+from mdlib import __version__, metrics
+from mdlib.augment import enlarge, stride_shift
+from mdlib.data import WindowSet, to_float, to_uint8
+from mdlib.judge import Judge, train_judge
+from mdlib.progress import bar
+
+NOT_YET = "not yet measured by this version"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How much work the evaluation does; what it does is fixed."""
+
+    judge_steps: int = 400  # optimizer steps of each judge and each classifier
+    seeds: int = 3  # judges, and classifiers an arm
+    shares: tuple[float, ...] = (0.125, 0.25, 0.5)  # of generated windows in a batch; validation windows choose
+    variants: int = 8  # stride-recombined copies of each window in every arm's training set
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a report is made from: one image size, one label map.
+
+    train: what the generator was trained on; val chose its checkpoints; test was kept for the end.
+    generated: windows of the same users; codec: the pipeline's, or None when only folders are at hand.
+    """
+
+    train: WindowSet
+    val: WindowSet
+    test: WindowSet
+    generated: WindowSet
+    gap: int
+    codec: torch.nn.Module | None = None
+
+
+def evaluate(evidence: Evidence, protocol: Protocol = Protocol(), about: dict | None = None) -> dict:
+    """The report as a dictionary with the protocol's stable keys.
+
+    about: what the reader should know of the run (system, preset, data …), copied into the report.
+    """
+    with bar(4 * protocol.seeds + len(protocol.shares), "judges", unit="judge") as progress:
+        judges = unseen_judges(evidence, protocol, progress)
+        arms = train_arms(evidence, protocol, progress)
+    report = {
+        "mdlib": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "about": about or {},
+        "windows": {name: len(getattr(evidence, name)) for name in ("train", "val", "test", "generated")},
+        "users": list(evidence.train.users),
+        "reconstruction": reconstruction(evidence, arms),
+        "codebook": codebook(evidence),
+        "identity": identity(evidence, judges),
+        "augmentation": augmentation(evidence, protocol, arms),
+        "fidelity": missing("fd", "kid", "precision", "recall", "density", "coverage"),
+        "memorisation": memorisation(evidence),
+        "physics": missing("torso_speed", "cadence", "step_length", "envelopes", "bandwidth", "left_right_asymmetry"),
+    }
+    report["verdict"] = verdict(report["augmentation"])
+    return report
+
+
+# Judges ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The classifiers of the augmentation study, one a seed in each arm, and their correctness on the test windows."""
+
+    judges: dict[str, list[Judge]]
+    correct: dict[str, np.ndarray]  # arm → (seeds, N) bool
+    share: float  # of generated windows in real_plus_generated
+
+
+def unseen_judges(evidence: Evidence, protocol: Protocol, progress) -> list[Judge]:
+    """Judges trained on validation and test windows: real ones the generator was not trained on. Their own accuracy is
+    read on the generator's training windows, which they have not seen and which generated windows imitate."""
+    unseen = concatenate(evidence.val, evidence.test)
+    judges = []
+    for seed in range(protocol.seeds):
+        images, labels = enlarge(unseen.images, unseen.labels, protocol.variants, seed)
+        judges.append(_train(images, labels, unseen.num_users, seed, protocol))
+        progress.update()
+    return judges
+
+
+def train_arms(evidence: Evidence, protocol: Protocol, progress) -> Arms:
+    """Classifiers from scratch on the generator's own training windows, with and without generated ones: equal steps,
+    the same classical augmentation in every arm, the test windows untouched."""
+    train, test = evidence.train, evidence.test
+    share = _chosen_share(evidence, protocol, progress)
+    judges: dict[str, list[Judge]] = {"real_only": [], "real_plus_generated": [], "generated_only": []}
+    for seed in range(protocol.seeds):
+        real, made = _enlarged(evidence, protocol, seed)
+        sets = {"real_only": real, "real_plus_generated": _mixed(real, made, share), "generated_only": made}
+        for name, (images, labels) in sets.items():
+            judges[name].append(_train(images, labels, train.num_users, seed, protocol))
+            progress.update()
+    correct = {name: correctness(some, test.images, test.labels) for name, some in judges.items()}
+    return Arms(judges, correct, share)
+
+
+def _chosen_share(evidence: Evidence, protocol: Protocol, progress) -> float:
+    """The share of generated windows whose classifier does best on validation windows; the test plays no part."""
+    val, scores = evidence.val, {}
+    real, made = _enlarged(evidence, protocol, seed=protocol.seeds)
+    for share in protocol.shares:
+        judge = _train(*_mixed(real, made, share), val.num_users, protocol.seeds, protocol)
+        scores[share] = correctness([judge], val.images, val.labels).mean()
+        progress.update()
+    return max(scores, key=scores.get)
+
+
+def _enlarged(evidence: Evidence, protocol: Protocol, seed: int):
+    """(images, labels) of the real training windows and of the generated ones, each with its recombined copies."""
+    sets = (evidence.train, evidence.generated)
+    return [enlarge(part.images, part.labels, protocol.variants, seed + 1000 * k) for k, part in enumerate(sets)]
+
+
+def _mixed(real, made, share: float):
+    """Both sets, repeated as needed, so that `share` of a batch is generated and all windows of a set count alike."""
+    total = max(len(real[0]) / (1 - share), len(made[0]) / share)
+    rows = [torch.arange(round(total * part)) % len(some[0]) for part, some in ((1 - share, real), (share, made))]
+    images = torch.cat([real[0][rows[0]], made[0][rows[1]]])
+    return images, torch.cat([real[1][rows[0]], made[1][rows[1]]])
+
+
+def correctness(judges: list[Judge], images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Whether each judge names the right user: bool (judges, N)."""
+    return torch.stack([judge.probabilities(images).argmax(1) == labels for judge in judges]).numpy()
+
+
+def _train(images: torch.Tensor, labels: torch.Tensor, num_users: int, seed: int, protocol: Protocol) -> Judge:
+    return train_judge(images, labels, num_users, protocol.judge_steps, seed, protocol.batch_size)
+
+
+def time_blocks(windows: WindowSet, gap: int) -> np.ndarray:
+    """Block id (N,) of each window: `gap` consecutive windows of a recording overlap and count as one."""
+    block = np.zeros(len(windows), dtype=int)
+    for number, rows in enumerate(by_recording(windows)):
+        times = np.array([windows.files[row].number for row in rows])
+        block[rows] = number * 1_000_000 + (times - times.min()) // max(gap, 1)
+    return block
+
+
+def by_recording(windows: WindowSet) -> list[np.ndarray]:
+    """Rows of each recording, in time order."""
+    groups: dict[tuple, list[int]] = {}
+    for row, file in enumerate(windows.files):
+        groups.setdefault((file.user, file.condition, file.recording), []).append(row)
+    return [np.array(sorted(rows, key=lambda row: windows.files[row].number)) for rows in groups.values()]
+
+
+def concatenate(first: WindowSet, second: WindowSet) -> WindowSet:
+    return WindowSet(
+        images=torch.cat([first.images, second.images]),
+        labels=torch.cat([first.labels, second.labels]),
+        users=first.users,
+        files=first.files + second.files,
+        colormap=first.colormap,
+        root=first.root,
+    )
+
+
+# Figures ---------------------------------------------------------------------------------------------------------
+
+
+def figure(value: float, n: int, ci95: list[float] | None = None) -> dict:
+    return {"value": value, "n": n} | ({"ci95": ci95} if ci95 else {})
+
+
+def missing(*names: str, reason: str = NOT_YET) -> dict:
+    return {name: {"value": None, "reason": reason} for name in names}
+
+
+def bootstrapped(values: np.ndarray, blocks: np.ndarray) -> dict:
+    """Mean of correctness or of any per-window value, with its block-bootstrap interval."""
+    return figure(float(values.mean()), len(values), metrics.interval(metrics.block_bootstrap(values, blocks)))
+
+
+@torch.no_grad()
+def through_codec(codec: torch.nn.Module, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """uint8 images → the codec's reconstructions, float in [−1, 1]."""
+    round_trip = (
+        (lambda x: codec.decode_tokens(codec.encode_tokens(x)))
+        if _has_tokens(codec)
+        else (lambda x: codec.decode(codec.encode(x)))
+    )
+    return torch.cat([round_trip(to_float(part).to(codec.device)).cpu() for part in images.split(batch_size)])
+
+
+def reconstruction(evidence: Evidence, arms: Arms) -> dict:
+    """PSNR, SSIM and identity on test windows. Identity: accuracy of the real-only classifiers, which saw the windows
+    the codec was trained on and no others, before and after the codec's round trip."""
+    if evidence.codec is None:
+        return missing("psnr_db", "ssim", "identity_accuracy", "identity_accuracy_before", reason="no codec was given")
+    test, blocks = evidence.test, time_blocks(evidence.test, evidence.gap)
+    outputs = through_codec(evidence.codec, test.images)
+    after = correctness(arms.judges["real_only"], to_uint8(outputs), test.labels)
+    return {
+        "psnr_db": bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks),
+        "ssim": bootstrapped(metrics.ssim(outputs, test.float()).numpy(), blocks),
+        "identity_accuracy": bootstrapped(after.mean(0), blocks),
+        "identity_accuracy_before": bootstrapped(arms.correct["real_only"].mean(0), blocks),
+    }
+
+
+@torch.no_grad()
+def codebook(evidence: Evidence) -> dict:
+    """Codebook use on unseen windows (val and test), counted from real indices."""
+    names = ("usage", "perplexity", "codes_per_user", "distinctive_codes_per_user", "distinctive_codes_least")
+    codec = evidence.codec
+    if codec is None or not _has_tokens(codec):
+        return missing(*names, reason="this codec has no codebook" if codec is not None else "no codec was given")
+    unseen = concatenate(evidence.val, evidence.test)
+    tokens = torch.cat([codec.encode_tokens(to_float(part).to(codec.device)).cpu() for part in unseen.images.split(64)])
+    counts = metrics.code_counts(tokens, unseen.labels, codec.num_codes, unseen.num_users)
+    per_user = torch.bincount(unseen.labels, minlength=unseen.num_users)
+    figures = metrics.codebook_figures(counts, per_user)
+    return {name: figure(figures[name], len(unseen)) for name in names} | {"counts": counts.sum(0).tolist()}
+
+
+def identity(evidence: Evidence, judges: list[Judge]) -> dict:
+    """How often the judges name the user a window was generated for, beside how often they name that of a real one."""
+    generated, train = evidence.generated, evidence.train
+    probabilities = torch.stack([judge.probabilities(generated.images) for judge in judges])  # (judges, N, n)
+    named = probabilities.argmax(2)
+    correct = (named == generated.labels).double().mean(0).numpy()  # (N,)
+    own = correctness(judges, train.images, train.labels).mean(0)
+    table = sum(metrics.confusion(row, generated.labels, generated.num_users) for row in named)
+    share = table / table.sum(1, keepdim=True).clamp_min(1)
+    each = np.arange(len(generated))  # generated windows are drawn one by one: each is its own block
+    ratio = metrics.control_ratio(probabilities.mean(0), generated.labels)
+    return {
+        "accuracy": bootstrapped(correct, each),
+        "judge_accuracy": bootstrapped(own, time_blocks(train, evidence.gap)),
+        "control_ratio": figure(ratio, len(generated)),
+        "confusion": share.tolist(),
+        **missing("verification_eer"),
+    }
+
+
+def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
+    """Real + generated against real alone, on test windows."""
+    train, test, correct = evidence.train, evidence.test, arms.correct
+    blocks = time_blocks(test, evidence.gap)
+    gain = metrics.paired_gain(correct["real_only"], correct["real_plus_generated"], blocks)
+    figures = {name: bootstrapped(rows.mean(0), blocks) for name, rows in correct.items()}
+    for name, rows in correct.items():
+        figures[name]["per_seed"] = rows.mean(1).tolist()
+    return {
+        **figures,
+        **missing("real_x2", "equivalent_real_windows"),
+        "gain": figure(gain["gain"], len(test), gain["ci95"]),
+        "gain_ci95": gain["ci95"],
+        "p_value": gain["p_value"],
+        "generated_share": arms.share,
+        "real_windows_per_user": len(train) / train.num_users,
+        "generated_windows_per_user": len(evidence.generated) / train.num_users,
+        "seeds": protocol.seeds,
+        "steps": protocol.judge_steps,
+    }
+
+
+def memorisation(evidence: Evidence, copy_quantile: float = 0.01) -> dict:
+    """Is a generated window nearer to the training windows than a real unseen one is?
+
+    Distance: root mean square over 32×32 pixels in [−1, 1], to the nearest training window of the same user, over
+    shifts by whole strides. nearest_train_ratio: median over generated windows by median over test windows; well below
+    1 smells of copying. copies: share of generated windows nearer than all but 1 % of the test windows are.
+    """
+    generated, test = (_nearest_train(part, evidence.train) for part in (evidence.generated, evidence.test))
+    threshold = torch.quantile(test, copy_quantile)
+    ratio = float(generated.median() / test.median().clamp_min(1e-9))
+    return {
+        "nearest_train_ratio": figure(ratio, len(generated)),
+        "copies": figure(float((generated < threshold).double().mean()), len(generated)),
+        "copies_expected": copy_quantile,
+    }
+
+
+def _nearest_train(queries: WindowSet, train: WindowSet) -> torch.Tensor:
+    small = lambda images: torch.nn.functional.interpolate(images, size=(32, 32), mode="area")
+    references = small(train.float())
+    shifted = torch.cat([references, stride_shift(references, 2)]).flatten(1)
+    labels = train.labels.repeat(2)
+    return metrics.nearest_distance(small(queries.float()).flatten(1), shifted, queries.labels[:, None] == labels[None])
+
+
+def verdict(augmentation: dict) -> dict:
+    """helps / no evidence / hurts, from the interval of the gain, and one sentence a person can read."""
+    low, high = augmentation["gain_ci95"]
+    word = "helps" if low > 0 else "hurts" if high < 0 else "no evidence"
+    meaning = {
+        "helps": "Generated windows help",
+        "hurts": "Generated windows hurt",
+        "no evidence": "No evidence that generated windows help or hurt",
+    }[word]
+    real, both = augmentation["real_only"], augmentation["real_plus_generated"]
+    gain = augmentation["gain"]["value"]
+    sentence = (
+        f"{meaning}: with {augmentation['real_windows_per_user']:.3g} real windows a user, accuracy on unseen windows "
+        f"goes from {100 * real['value']:.1f} % to {100 * both['value']:.1f} % when generated windows are added "
+        f"(gain {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
+        f"{augmentation['seeds']} seeds, {real['n']} test windows)."
+    )
+    return {"word": word, "sentence": sentence}
+
+
+def _has_tokens(codec: torch.nn.Module) -> bool:
+    return hasattr(codec, "encode_tokens")

@@ -1,0 +1,186 @@
+"""From a folder of windows to a report, through the notebooks and the command line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from mdlib.data import DataError
+from mdlib.run import NOTEBOOKS, execute, open_run
+from mdlib.simulate import simulate_dataset
+from mdlib.systems import SYSTEMS
+
+ROOT = NOTEBOOKS.parent
+
+
+@pytest.fixture(scope="session")
+def people(tmp_path_factory):
+    """Three simulated users of 40 windows."""
+    return simulate_dataset(tmp_path_factory.mktemp("people") / "data", users=3, windows=40, size=64, progress=False)
+
+
+@pytest.fixture(scope="session")
+def finished(people, tmp_path_factory):
+    """A whole run with the smoke preset, and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    command = ["run", "--system", "vqvae-transformer", "--preset", "smoke", "--data", people, "--out", out]
+    return out, mdlib(*command, "-p", "images_per_user=4")
+
+
+def mdlib(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mdlib", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_one_command_leads_to_the_report(finished):
+    out, answer = finished
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert answer.stdout.rstrip().endswith(report["verdict"]["sentence"])
+    assert str(out / "report.html") in answer.stdout
+    products = (
+        "split.json codec/config.json codec/history.csv prior/history.csv pipeline/model_index.json "
+        "generated/manifest.csv samples/contact_sheet.png report.html run.json"
+    )
+    assert [name for name in products.split() if not (out / name).exists()] == []
+    assert len(list((out / "generated").glob("ID_*/*.png"))) == 12
+    assert report["reconstruction"]["psnr_db"]["value"] > 0 and report["codebook"]["usage"]["n"] > 0
+
+
+def test_progress_is_visible_while_it_runs(finished):
+    printed = finished[1].stdout
+    for name in SYSTEMS["vqvae-transformer"].notebooks:
+        assert f"{name}: starts" in printed and re.search(rf"{name}: done in \d+ s", printed)
+    assert "codec:" in printed and "6/6" in printed, "the training bar"
+
+
+def test_run_json_tells_versions_settings_and_times(finished):
+    record = json.loads((finished[0] / "run.json").read_text())
+    assert record["settings"]["preset"] == "smoke" and record["versions"]["torch"]
+    assert list(record["steps"]) == list(SYSTEMS["vqvae-transformer"].notebooks)
+    assert all(step["seconds"] > 0 and step["peak_memory_gb"] > 0 for step in record["steps"].values())
+
+
+def test_the_generator_saw_training_windows_only(finished, people):
+    split = json.loads((finished[0] / "split.json").read_text())
+    number = lambda path: int(re.search(r"Doppler(\d+)", path).group(1))
+    for user in ("ID_1", "ID_2", "ID_3"):
+        mine = {k: [number(p) for p in split[k] if p.startswith(user + "/")] for k in ("train", "val", "test")}
+        assert min(mine["val"]) - max(mine["train"]) >= 4 and min(mine["test"]) - max(mine["val"]) >= 4
+
+
+def test_a_second_call_skips_what_is_done_and_from_runs_anew(finished, people):
+    out, _ = finished
+    again = mdlib("run", "--preset", "smoke", "--data", people, "--out", out)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done already") == 5
+    stamp = (out / "generated" / "manifest.csv").stat().st_mtime_ns
+    codec = (out / "codec" / "state.pt").stat().st_mtime_ns
+    anew = mdlib("run", "--preset", "smoke", "--data", people, "--out", out, "--from", "05", "--to", "05")
+    assert anew.returncode == 0, anew.stderr
+    assert (out / "generated" / "manifest.csv").stat().st_mtime_ns > stamp
+    assert (out / "codec" / "state.pt").stat().st_mtime_ns == codec
+
+
+def test_generate_and_validate_from_the_command_line(finished, people, tmp_path):
+    out, _ = finished
+    made = mdlib(
+        "generate", "--pipeline", out / "pipeline", "--out", tmp_path / "made", "--users", "1,3", "--per-user", 2
+    )
+    assert made.returncode == 0, made.stderr
+    assert sorted(path.parent.name for path in (tmp_path / "made").glob("ID_*/*.png")) == ["ID_1"] * 2 + ["ID_3"] * 2
+    judged = mdlib(
+        "validate", "--real", people, "--generated", out / "generated", "--split", out / "split.json",
+        "--out", tmp_path / "report", "--size", 32, "--judge-steps", 3, "--seeds", 2,
+    )  # fmt: skip
+    assert judged.returncode == 0, judged.stderr
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_split_from_the_command_line(people, tmp_path):
+    answer = mdlib("split", "--data", people, "--out", tmp_path / "split.json", "--windows-per-user", 5)
+    assert answer.returncode == 0 and "3 users, 15 train" in answer.stdout
+    assert len(json.loads((tmp_path / "split.json").read_text())["train"]) == 15
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "--data", "{data}", "--out", "{out}", "--system", "vae"], "unknown system 'vae': choose one of"),
+        (["run", "--data", "{data}", "--out", "{out}", "--preset", "huge"], "unknown preset 'huge'"),
+        (
+            ["run", "--data", "{data}", "--out", "{out}", "-p", "codec_step=3"],
+            "no notebook has a parameter 'codec_step'",
+        ),
+        (["run", "--data", "{data}", "--out", "{out}", "--from", "04"], "no notebook '04'"),
+        (["run", "--data", "{out}/none", "--out", "{out}", "--preset", "smoke"], "none"),
+        (["generate", "--pipeline", "{out}", "--out", "{out}/made"], "holds no pipeline"),
+        (["split", "--data", "{out}", "--out", "{out}/split.json"], "{out}"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(arguments, message, people, tmp_path):
+    fill = lambda text: text.format(data=people, out=tmp_path)
+    answer = mdlib(*map(fill, arguments))
+    assert answer.returncode == 1
+    lines = answer.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("mdlib: ") and fill(message) in lines[0], answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_run_of_other_settings_is_refused(people, tmp_path):
+    open_run(tmp_path, data=people, preset="smoke")
+    with pytest.raises(DataError, match="other settings .seed: 0 is not 1.: choose another --out"):
+        open_run(tmp_path, data=people, preset="smoke", seed=1)
+    assert open_run(tmp_path).settings["preset"] == "smoke"
+
+
+def test_a_split_of_ones_own_is_used(people, tmp_path):
+    answer = mdlib("split", "--data", people, "--out", tmp_path / "mine.json", "--windows-per-user", 4)
+    assert answer.returncode == 0
+    run = open_run(tmp_path / "run", data=people, preset="smoke", split=tmp_path / "mine.json")
+    assert len(run.parts["train"]) == 12
+
+
+def test_a_notebook_that_stops_names_the_cause(people, tmp_path):
+    (tmp_path / "bad.json").write_text('{"train": ["ID_1/none.png"], "val": ["a"], "test": ["b"]}')
+    with pytest.raises(DataError, match="02_train_vqvae stopped: DataError: .*none.png"):
+        execute(
+            "vqvae-transformer",
+            "smoke",
+            str(people),
+            str(tmp_path / "run"),
+            {"split": str(tmp_path / "bad.json")},
+            last="02",
+        )
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_thin_and_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    for cell in code:
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert len(lines) <= 25 and not any(line.startswith("class ") for line in lines)
+        assert "backward(" not in cell.source, "training loops live in mdlib.train"
+
+
+def test_every_notebook_of_a_system_exists():
+    here = {path.stem for path in NOTEBOOKS.glob("*.ipynb")}
+    for system in SYSTEMS.values():
+        assert set(system.notebooks) <= here
+
+
+def test_the_parameters_read_as_a_manual():
+    import papermill
+
+    told = papermill.inspect_notebook(NOTEBOOKS / "02_train_vqvae.ipynb")
+    assert told["codec_steps"]["inferred_type_name"] == "int" and "optimizer steps" in told["codec_steps"]["help"]
+    assert Path(NOTEBOOKS).name == "notebooks"
