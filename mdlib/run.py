@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from mdlib import __version__
-from mdlib.data import DataError, WindowSet, load_windows
+from mdlib.data import DataError, WindowSet, find_windows, load_windows
 from mdlib.files import whole_file
 from mdlib.split import apply_split, make_split, read_split, write_split
 from mdlib.systems import Preset, get_preset, get_system
@@ -159,7 +159,8 @@ def open_run(
         return Run(out, kept)
     if not data:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
-    get_preset(system, preset)  # a wrong name is told before anything is written
+    get_preset(system, preset)  # a wrong name or folder is told before anything is written
+    find_windows(data)
     out.mkdir(parents=True, exist_ok=True)
     _write(out, {"mdlib": __version__, "settings": settings, "versions": versions(), "steps": {}})
     return Run(out, settings)
