@@ -60,18 +60,19 @@ def split(
 
 @app.command()
 def run(
-    data: Data,
     out: Annotated[Path, typer.Option(help="run folder")],
-    system: str = "vqvae-transformer",
-    preset: str = "demo",
+    data: Annotated[Path | None, typer.Option(help="folder of ID_k/ folders; a run knows its own")] = None,
+    system: Annotated[str, typer.Option(help="vqvae-transformer unless the run says otherwise")] = "",
+    preset: Annotated[str, typer.Option(help="demo unless the run says otherwise")] = "",
     parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of any notebook")] = [],  # noqa: B006
-    first: Annotated[str, typer.Option("--from", help="first notebook (04); runs anew from there")] = "",
+    first: Annotated[str, typer.Option("--from", help="first notebook (03); runs anew from there")] = "",
     last: Annotated[str, typer.Option("--to", help="last notebook (06)")] = "",
 ):
     """Run the notebooks of a system on a data folder, down to report.html; a second call goes on where it stopped."""
     from mdlib.run import execute
 
-    execute(system, preset, str(data), str(out), dict(_pair(text) for text in parameter), first, last)
+    parameters = dict(_pair(text) for text in parameter)
+    execute(str(out), parameters, first, last, data=str(data or ""), system=system, preset=preset)
     report = out / "report.json"
     if report.exists():
         print(f"{out / 'report.html'}\n{json.loads(report.read_text())['verdict']['sentence']}")
@@ -105,13 +106,16 @@ def validate(
     out: Annotated[Path, typer.Option(help="folder for report.json and report.html")],
     size: Annotated[int, typer.Option(help="pixels a side at which windows are compared")] = 64,
     pipeline: Annotated[Path | None, typer.Option(help="RUN/pipeline, for codec and codebook")] = None,
+    channels: Annotated[int, typer.Option(help="1: intensity, 3: RGB as it is")] = 1,
+    colormap: Annotated[str, typer.Option(help="of the real images")] = "auto",
     judge_steps: Annotated[int, typer.Option(help="optimizer steps of each judge")] = 400,
     seeds: Annotated[int, typer.Option(min=2, help="classifiers an arm")] = 3,
 ):
     """Judge generated windows against real ones the generator never saw."""
     from mdlib.report import validate_folders
 
-    report = validate_folders(real, generated, split, out, size, pipeline, judge_steps=judge_steps, seeds=seeds)
+    protocol = dict(judge_steps=judge_steps, seeds=seeds)
+    report = validate_folders(real, generated, split, out, size, pipeline, channels, colormap, **protocol)
     print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
 
 

@@ -82,6 +82,8 @@ def find_windows(
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the folder that holds ID_1, ID_2, ...")
     conditions = [d for d in _visible(root) if d.is_dir() and not _USER_FOLDER.fullmatch(d.name)]
+    for made in (d for d in conditions if (d / "generation.json").exists()):
+        raise DataError(f"{made}: generated windows inside a folder of real ones; move them out of {root}")
     files = [
         window
         for condition, level in [("", root), *((d.name, d) for d in conditions)]

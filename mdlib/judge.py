@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mdlib.augment import classical_augmentation
-from mdlib.data import WindowSet, to_float
+from mdlib.data import to_float
 from mdlib.train import Batches, TrainConfig, fit
 
 
@@ -93,8 +93,3 @@ def train_judge(
     )
     fit(judge, Batches((images, labels), classical_augmentation), config, progress=False)
     return judge
-
-
-def accuracy(judge: Judge, windows: WindowSet) -> float:
-    """Share of windows whose user the judge names."""
-    return float((judge.probabilities(windows.images).argmax(1) == windows.labels).float().mean())

@@ -1,6 +1,7 @@
 """The product: a codec and a prior that turn user ids into spectrograms, saved and loaded as a diffusers pipeline."""
 
 import csv
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,11 +133,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     def to_pil(self, images: torch.Tensor) -> list[Image.Image]:
         """Images (B, C, H, W) in [−1, 1] as coloured PIL images of `output_size`, like the windows on disk."""
-        size = self.config.output_size
-        pictures = [Image.fromarray(_coloured(image, self.config.colormap)) for image in to_uint8(images)]
-        # Whole multiples keep every cell a block, as in the recorded files; anything else is interpolated.
-        whole = size % images.shape[-1] == 0 if len(images) else True
-        return [picture.resize((size, size), Image.NEAREST if whole else Image.BICUBIC) for picture in pictures]
+        return [_picture(image, self.config.colormap, self.config.output_size) for image in to_uint8(images)]
 
     def generate_folder(
         self,
@@ -159,6 +156,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         users = list(self.config.users) if users is None else users
         manifest = [{"path": _file_name(row), **row} for row in self.plan(users, per_user, seed)]
         options = {**self.config.sampling, **sampling}
+        self._check_options(options)
         _claim(out, {"weights": fingerprint(self.codec) + fingerprint(self.prior), "seed": seed, **options})
         missing = [row for row in manifest if not (out / row["path"]).exists()]
         requests = [{key: row[key] for key in ("user", "number", "seed")} for row in missing]
@@ -167,14 +165,22 @@ class MicroDopplerPipeline(DiffusionPipeline):
                 for row, picture in zip(rows, self.to_pil(images), strict=True):
                     _save_whole(picture, out / _file_name(row))
                 progress.update(len(rows))
-        _write_manifest(manifest, out / "manifest.csv")
+        _write_manifest(manifest, out)
         return manifest
+
+    def _check_options(self, options: dict) -> None:
+        """Refuse what `prior.sample` does not know, before anything is written."""
+        known = set(inspect.signature(self.prior.sample).parameters) - {"label", "generator"}
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            told = ", ".join(sorted(known))
+            raise DataError(f"this prior has no sampling option {', '.join(unknown)}; there are {told}")
 
 
 def _claim(out: Path, made_by: dict) -> None:
     """Note what makes the windows of `out`, or refuse when something else made those that are there."""
     note = out / "generation.json"
-    if note.exists():
+    if note.exists() and any(out.glob("ID_*/*.png")):
         before = json.loads(note.read_text())
         changed = sorted(key for key in before.keys() | made_by.keys() if before.get(key) != made_by.get(key))
         if changed:
@@ -194,9 +200,12 @@ def _file_name(row: dict) -> str:
     return f"ID_{row['user']}/ID{row['user']}_generated_seed{row['seed']}_{row['number']}.png"
 
 
-def _coloured(image: torch.Tensor, colormap: str) -> np.ndarray:
-    """uint8 (C, H, W) → uint8 (H, W, 3)."""
-    return image.permute(1, 2, 0).numpy() if len(image) == 3 else colorize(image[0], colormap)
+def _picture(image: torch.Tensor, colormap: str, size: int) -> Image.Image:
+    """uint8 (C, H, W) → RGB image of size × size. Whole multiples keep every cell a block, as in the recorded files;
+    anything else is interpolated, before it is coloured: between two colours of a map lies none of the map."""
+    plain = Image.fromarray(image.permute(1, 2, 0).numpy() if len(image) == 3 else image[0].numpy())
+    plain = plain.resize((size, size), Image.NEAREST if size % image.shape[-1] == 0 else Image.BICUBIC)
+    return plain if len(image) == 3 else Image.fromarray(colorize(np.asarray(plain), colormap))
 
 
 def _save_whole(picture: Image.Image, path: Path) -> None:
@@ -204,7 +213,13 @@ def _save_whole(picture: Image.Image, path: Path) -> None:
         picture.save(temporary, format="PNG")
 
 
-def _write_manifest(rows: list[dict], path: Path) -> None:
+def _write_manifest(rows: list[dict], out: Path) -> None:
+    """The manifest of all windows in `out`: those of earlier calls stay in it."""
+    path, known = out / "manifest.csv", {}
+    if path.exists():
+        with open(path, newline="") as file:
+            known = {row["path"]: row for row in csv.DictReader(file) if (out / row["path"]).exists()}
+    rows = [*(known | {row["path"]: row for row in rows}).values()]
     with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, MANIFEST_COLUMNS)
         writer.writeheader()
@@ -224,5 +239,9 @@ def _ranges(users: list[int]) -> str:
 
 def load_pipeline(path: str | Path) -> MicroDopplerPipeline:
     """The pipeline of a folder, on the GPU where there is one."""
-    pipeline = MicroDopplerPipeline.from_pretrained(path)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return MicroDopplerPipeline.from_pretrained(path).to(best_device())
+
+
+def best_device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,6 +11,8 @@ from mdlib.files import whole_file
 from mdlib.split import apply_split, read_split
 from mdlib.validate import Evidence, Protocol, concatenate, evaluate, through_codec
 
+OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #d5dbe1; }
@@ -29,7 +31,7 @@ _SECTIONS = {
     ),
     "identity": (
         "Do generated windows look like their user?",
-        "Judges trained on real windows the generator never saw. judge_accuracy is their own on real windows they "
+        "Judges trained on real windows the generator was not trained on. judge_accuracy is their own on windows they "
         "did not see. control_ratio: probability of the conditioned user over that of any other.",
     ),
     "reconstruction": (
@@ -68,12 +70,15 @@ def validate_folders(
     out: str | Path,
     size: int = 64,
     pipeline: str | Path | None = None,
+    channels: int = 1,
+    colormap: str = "auto",
     **protocol,
 ) -> dict:
     """The protocol over folders of images: load, evaluate, write the report into `out`; returns the report.
 
     Args:
-        pipeline: where given, its codec adds the reconstruction and codebook figures, at its own image size.
+        pipeline: where given, its codec adds the reconstruction and codebook figures, at its own size and channels.
+        channels, colormap: how the real images are read, see `mdlib.data.load_windows`.
         protocol: fields of `validate.Protocol`.
 
     Raises:
@@ -84,8 +89,8 @@ def validate_folders(
         from mdlib.pipeline import load_pipeline
 
         codec = load_pipeline(pipeline).codec
-        size = codec.config.image_size
-    windows = load_windows(real, size=size)
+        size, channels = codec.config.image_size, codec.config.in_channels
+    windows = load_windows(real, size=size, channels=channels, colormap=colormap)
     evidence = gather(windows, read_split(split), load_generated(generated, windows), codec)
     about = {"real": str(real), "generated": str(generated), "split": str(split)}
     report = evaluate(evidence, Protocol(**protocol), about)
@@ -95,7 +100,8 @@ def validate_folders(
 
 def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None) -> Evidence:
     """What the protocol needs, from a set, its split and the generated windows."""
-    return Evidence(**apply_split(windows, split), generated=generated, gap=split.get("gap", 4), codec=codec)
+    gap = max(OVERLAP, split.get("gap", OVERLAP))  # a split may ignore the overlap; an interval may not
+    return Evidence(**apply_split(windows, split), generated=generated, gap=gap, codec=codec)
 
 
 def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:

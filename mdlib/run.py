@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from traitlets.config import Config
 
 from mdlib import __version__
 from mdlib.data import DataError, WindowSet, find_windows, load_windows
@@ -48,8 +50,9 @@ class Run:
     @cached_property
     def preset(self) -> Preset:
         """The preset with this run's changes."""
-        changes = {key: self.settings[key] for key in ("codec_steps", "prior_steps", "windows_per_user")}
-        return get_preset(self.settings["system"], self.settings["preset"], **changes)
+        changes = ("windows_per_user", "codec_steps", "prior_steps", "perceptual_weight", "seed")
+        given = {key: self.settings[key] for key in changes}
+        return get_preset(self.settings["system"], self.settings["preset"], **given)
 
     @cached_property
     def windows(self) -> WindowSet:
@@ -62,9 +65,8 @@ class Run:
         """The run's split: read from split.json, which is made (or copied from the user's file) at first use."""
         path = self.path / "split.json"
         if not path.exists():
-            given = self.settings["split"]
-            per_user = self.preset.windows_per_user or None
-            split = read_split(given) if given else make_split(self.windows, windows_per_user=per_user)
+            given, per_user = self.settings["split"], self.preset.windows_per_user
+            split = read_split(given) if given else make_split(self.windows, windows_per_user=per_user or None)
             apply_split(self.windows, split)  # a split that does not fit is refused before it is kept
             write_split(split, path)
         return read_split(path)
@@ -74,14 +76,9 @@ class Run:
         """train, val and test."""
         return apply_split(self.windows, self.split)
 
-    @classmethod
-    def at(cls, path: str | Path) -> "Run":
-        """The run in a folder that holds one."""
-        return open_run(path)
-
     @property
     def output_size(self) -> int:
-        """Height and width in pixels of the windows on disk; generated ones get the same."""
+        """The longer side in pixels of the windows on disk: height and width of the generated ones."""
         with Image.open(Path(self.settings["data"]) / self.windows.files[0].path) as image:
             return max(image.size)
 
@@ -119,6 +116,7 @@ def open_run(
     windows_per_user: int = 0,
     codec_steps: int = 0,
     prior_steps: int = 0,
+    perceptual_weight: float = 0.0,
     channels: int = 1,
     colormap: str = "auto",
     seed: int = 0,
@@ -126,94 +124,101 @@ def open_run(
     """Start a run folder, or go on with one.
 
     Args:
-        out: the folder; where it holds a run, that run's settings stand and empty `data` means just that run.
+        out: the folder; where it holds a run and `data` is empty, that run's settings stand.
         data: folder of ID_k/ folders.
         system, preset: names of `mdlib.systems`.
         split: a split file of your own; "" makes one by recording and time.
-        windows_per_user, codec_steps, prior_steps: instead of the preset's; 0 keeps the preset's.
+        windows_per_user: training windows kept a user; 0 keeps what the preset says, -1 keeps all.
+        codec_steps, prior_steps: optimizer steps instead of the preset's; 0 keeps the preset's.
+        perceptual_weight: of LPIPS in the codec's loss; needs its backbone's weights.
         channels, colormap: how images are read, see `mdlib.data.load_windows`.
         seed: of weights, data order and noise.
 
     Raises:
-        DataError: `out` holds a run of other settings, or there is no run and no data.
+        DataError: `out` holds a run of other settings, there is no run and no data, or a setting cannot be used.
     """
+    settings = {key: value for key, value in locals().items() if key != "out"}
     out = Path(out)
-    settings = {
-        "system": system,
-        "preset": preset,
-        "data": str(Path(data).resolve()) if data else "",
-        "split": str(Path(split).resolve()) if split else "",
-        "windows_per_user": windows_per_user,
-        "codec_steps": codec_steps,
-        "prior_steps": prior_steps,
-        "channels": channels,
-        "colormap": colormap,
-        "seed": seed,
-    }
+    for key in ("data", "split"):
+        settings[key] = str(Path(settings[key]).resolve()) if settings[key] else ""
     if (out / "run.json").exists():
-        kept = _read(out)["settings"]
-        changed = [key for key in settings if kept.get(key) != settings[key]] if data else []
-        if changed:
-            told = ", ".join(f"{key}: {kept.get(key)!r} is not {settings[key]!r}" for key in changed)
+        kept = {**open_run.__kwdefaults__, **_read(out)["settings"]}
+        changed = [key for key in settings if kept[key] != settings[key]] if data else []
+        if not changed:
+            return Run(out, kept)
+        if _anything_made(out):
+            told = ", ".join(f"{key}: {kept[key]!r} is not {settings[key]!r}" for key in changed)
             raise DataError(f"{out} holds a run with other settings ({told}): choose another --out or those settings")
-        return Run(out, kept)
     if not data:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
-    get_preset(system, preset)  # a wrong name or folder is told before anything is written
-    find_windows(data)
+    run = Run(out, settings)
+    _check(run)  # what cannot be used is told before anything is written
     out.mkdir(parents=True, exist_ok=True)
     _write(out, {"mdlib": __version__, "settings": settings, "versions": versions(), "steps": {}})
-    return Run(out, settings)
+    return run
 
 
-def execute(system: str, preset: str, data: str, out: str, parameters: dict, first: str = "", last: str = "") -> Path:
+def _check(run: Run) -> None:
+    for key, default in open_run.__kwdefaults__.items():
+        wanted = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(run.settings[key], wanted):
+            raise DataError(f"{key} must be of type {type(default).__name__}, got {run.settings[key]!r}")
+    precision = run.preset.codec_training.mixed_precision
+    if precision != "no" and not torch.cuda.is_available():
+        preset = run.settings["preset"]
+        raise DataError(f"preset {preset!r} trains in {precision}, which needs a GPU: take demo or demo-long")
+    find_windows(run.settings["data"])
+    if run.settings["split"]:
+        read_split(run.settings["split"])
+
+
+def _anything_made(out: Path) -> bool:
+    return any((out / product).exists() for products in PRODUCTS.values() for product in products)
+
+
+def execute(out: str, parameters: dict, first: str = "", last: str = "", **said: str) -> Path:
     """Run the system's notebooks with papermill, output relayed as it comes; returns the path of the run folder.
 
     Notebooks that are done are skipped. `first` and `last` are notebook numbers ("03"); naming `first` runs anew from
-    there on.
+    there on: what the later notebooks made is removed, because it came from what is made anew.
+
+    Args:
+        parameters: of any notebook.
+        said: data, system and preset; what is not said is the run's, or else `open_run`'s default.
 
     Raises:
         DataError: an unknown system, preset, notebook number or parameter, or what a notebook stopped with.
     """
-    names = _chosen(get_system(system).notebooks, first, last)
-    known = {name: _parameters(name) for name in names}
+    before = _read(Path(out))["settings"] if (Path(out) / "run.json").exists() else {}
+    said = {key: value for key, value in said.items() if value}
+    system = get_system({**open_run.__kwdefaults__, **before, **said}["system"])
+    known = {name: _parameters(name) for name in system.notebooks}
+    allowed = set().union(*known.values()) - {"system", "preset", "data", "out"}
     for key in parameters:
-        if not any(key in accepted for accepted in known.values()):
-            everything = sorted(set().union(*known.values()) - {"system", "preset", "data", "out"})
-            raise DataError(f"no notebook has a parameter {key!r}; there are {', '.join(everything)}")
-    out = Path(out)
-    kept = {key: value for key, value in parameters.items() if key in known.get("02_train_vqvae", {})}
-    given = {**kept, "system": system, "preset": preset, "data": data}
-    if not (out / "run.json").exists() or "02_train_vqvae" in names:
-        open_run(out, **{key: value for key, value in given.items() if key in open_run.__kwdefaults__})
+        if key not in allowed:
+            raise DataError(f"no notebook has a parameter {key!r}; there are {', '.join(sorted(allowed))}")
+    names = _chosen(system.notebooks, first, last)
+    typed = {key: value for key, value in {**parameters, **said}.items() if key in open_run.__kwdefaults__}
+    run = open_run(out, **{**before, **typed})
     if first:
-        _forget(out, names)
-    common = {
-        "system": system,
-        "preset": preset,
-        "data": str(Path(data).resolve()),
-        "out": str(out.resolve()),
-    }
+        _forget(run.path, [name for name in system.notebooks if name[:2] >= first])
+    common = {**parameters, **run.settings, "out": str(run.path.resolve())}
     for name in names:
-        if name in _read(out)["steps"]:
-            print(f"{name}: done already", flush=True)
+        if name in _read(run.path)["steps"]:
+            print(f"{name}: done already (--from {name[:2]} runs it anew)", flush=True)
             continue
-        values = {key: value for key, value in {**common, **parameters}.items() if key in known[name]}
-        _execute_one(name, out, values)
-    return out
+        _execute_one(name, run.path, {key: value for key, value in common.items() if key in known[name]})
+    return run.path
 
 
 def _execute_one(name: str, out: Path, values: dict) -> None:
     import papermill
-    from traitlets.config import Config
 
-    # Sockets in the file system where there are such: nobody on the network can listen, and ipykernel does not warn.
-    transport = Config(KernelManager={"transport": "ipc"} if os.name == "posix" else {})
     print(f"{name}: starts", flush=True)
     started = time.monotonic()
     target = out / "notebooks" / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _environment(MDLIB_BATCH="1", PYTHONPATH=_python_path()):
+    with _environment(MDLIB_BATCH="1", PYTHONPATH=_python_path()), _private_sockets() as config:
         try:
             papermill.execute_notebook(
                 NOTEBOOKS / f"{name}.ipynb",
@@ -221,13 +226,29 @@ def _execute_one(name: str, out: Path, values: dict) -> None:
                 parameters=values,
                 kernel_name="python3",
                 progress_bar=False,
-                config=transport,
+                config=config,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
             )
         except papermill.PapermillExecutionError as error:
-            raise DataError(f"{name} stopped: {error.ename}: {error.evalue} (see {target})") from error
+            cause = " ".join(str(error.evalue).split())
+            raise DataError(f"{name} stopped: {error.ename}: {cause} (see {target})") from error
+        except RuntimeError as error:  # nbclient's DeadKernelError is one
+            raise DataError(
+                f"{name} stopped: {error}: most likely memory ran out; take a smaller preset, or give the command again"
+            ) from error
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+@contextmanager
+def _private_sockets():
+    """Kernel sockets in a folder of our own where the system has such: nobody on the network can listen, and two runs
+    started in one folder do not meet."""
+    if os.name != "posix":
+        yield Config()
+        return
+    with tempfile.TemporaryDirectory(prefix="mdlib-") as folder:
+        yield Config(KernelManager={"transport": "ipc", "ip": str(Path(folder) / "kernel")})
 
 
 def _chosen(names: tuple[str, ...], first: str, last: str) -> list[str]:
@@ -246,14 +267,15 @@ def _parameters(name: str) -> dict:
 
 
 def _forget(out: Path, names: list[str]) -> None:
-    """Remove what the named notebooks made, and the note that they are done."""
+    """Remove the note that the named notebooks are done, and what they made."""
     record = _read(out)
     for name in names:
         record["steps"].pop(name, None)
+    _write(out, record)
+    for name in names:
         for product in PRODUCTS[name[:2]]:
             path = out / product
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    _write(out, record)
 
 
 @contextmanager
@@ -299,11 +321,13 @@ def device_name() -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def peak_memory_gb() -> float:
-    """Largest resident memory of this process, or of the GPU where one is used, in GB (10⁹ bytes)."""
+def peak_memory_gb() -> float | None:
+    """Largest resident memory of this process, or of the GPU where one is used, in GB (10⁹ bytes); None if unknown."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)

@@ -62,7 +62,6 @@ def _gpu(batch_size: int, precision: str) -> Preset:
         batch_size=batch_size,
         learning_rate=5e-4,
         warmup_steps=200,
-        ema_decay=0.999,
         mixed_precision=precision,
         evaluate_every=250,
         save_every=250,
@@ -70,8 +69,8 @@ def _gpu(batch_size: int, precision: str) -> Preset:
     return Preset(
         codec=codec,
         prior=dict(hidden_size=384, num_layers=8, num_heads=6, dropout=0.2),
-        codec_training=training,
-        prior_training=replace(training, steps=8000, learning_rate=3e-4, weight_decay=0.05),
+        codec_training=training,  # without an average: its codebook is none, and must fit the encoder
+        prior_training=replace(training, steps=8000, learning_rate=3e-4, weight_decay=0.05, ema_decay=0.999),
         teacher_steps=1500,
         images_per_user=50,
         validation=dict(judge_steps=1500, seeds=5),
@@ -147,22 +146,35 @@ def get_system(name: str) -> System:
     return SYSTEMS[name]
 
 
-def get_preset(system: str, name: str, *, codec_steps: int = 0, prior_steps: int = 0, **changes) -> Preset:
-    """A preset with some of its values changed; 0 or None leaves the preset's.
+def get_preset(
+    system: str,
+    name: str,
+    *,
+    codec_steps: int = 0,
+    prior_steps: int = 0,
+    perceptual_weight: float = 0.0,
+    windows_per_user: int = 0,
+    seed: int = 0,
+) -> Preset:
+    """A preset with some of its values changed; 0 leaves the preset's.
 
     Args:
         codec_steps, prior_steps: optimizer steps of the two trainings.
-        changes: fields of `Preset` (images_per_user, windows_per_user, variants …).
+        perceptual_weight: of LPIPS in the codec's loss.
+        windows_per_user: training windows kept a user; -1 keeps all.
+        seed: of data order and noise in both trainings.
     """
     presets = get_system(system).presets
     if name not in presets:
         raise DataError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
-    preset = replace(presets[name], **{key: value for key, value in changes.items() if value})
-    if codec_steps:
-        preset = replace(preset, codec_training=replace(preset.codec_training, steps=codec_steps))
-    if prior_steps:
-        preset = replace(preset, prior_training=replace(preset.prior_training, steps=prior_steps))
-    return preset
+    preset = presets[name]
+    codec_training = replace(preset.codec_training, seed=seed, steps=codec_steps or preset.codec_training.steps)
+    prior_training = replace(preset.prior_training, seed=seed, steps=prior_steps or preset.prior_training.steps)
+    codec = {**preset.codec, "perceptual_weight": perceptual_weight} if perceptual_weight else preset.codec
+    kept = max(0, windows_per_user) if windows_per_user else preset.windows_per_user
+    return replace(
+        preset, codec=codec, codec_training=codec_training, prior_training=prior_training, windows_per_user=kept
+    )
 
 
 def make_codec(system: str, preset: Preset, channels: int = 1):

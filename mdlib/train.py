@@ -1,7 +1,8 @@
 """One training loop for every model: `fit(model, data, config, run_dir)`.
 
 A step is a pure function of (state, step number): data order depends on (seed, epoch), noise on (seed, step). So a
-run that was killed and resumed ends bit for bit like one that was not. Nothing else about randomness is saved.
+run that was killed and resumed on the same CPU ends bit for bit like one that was not. Nothing else about randomness
+is saved.
 """
 
 import csv
@@ -181,11 +182,11 @@ class _Fit:
                 logs = self._optimizer_step()
                 progress.update()
                 self.seconds = before + time.monotonic() - started
-                last = self.step == self.config.steps
-                if last or self.step % self.config.evaluate_every == 0:
-                    progress.set_postfix(self._evaluate(logs), refresh=False)
-                if self.config.max_minutes and self.seconds > 60 * self.config.max_minutes:
+                if self._budget_spent():
                     self.stopped = f"the budget of {self.config.max_minutes:g} minutes is spent"
+                last = self.step == self.config.steps
+                if last or self.stopped or self.step % self.config.evaluate_every == 0:
+                    progress.set_postfix(self._evaluate(logs), refresh=False)
                 if last or self.stopped or self.step % self.config.save_every == 0:
                     self._save()
         self.accelerator.end_training()
@@ -263,8 +264,9 @@ class _Fit:
             self.stopped = f"no better held-out loss for {self.stale} evaluations"
 
     def _load_final_weights(self) -> None:
-        if self.run_dir and self.config.keep_best and self.held_out:
-            self.bare.load_state_dict(load_file(self.run_dir / "best.safetensors", device=str(self.device)))
+        best = self.run_dir / "best.safetensors" if self.run_dir and self.config.keep_best else None
+        if best and self.held_out and best.exists():
+            self.bare.load_state_dict(load_file(best, device=str(self.device)))
         elif self.ema:
             self.ema.copy_to(self.bare.parameters())
         self.bare.eval()

@@ -148,10 +148,12 @@ def _train(images: torch.Tensor, labels: torch.Tensor, num_users: int, seed: int
 
 def time_blocks(windows: WindowSet, gap: int) -> np.ndarray:
     """Block id (N,) of each window: `gap` consecutive windows of a recording overlap and count as one."""
-    block = np.zeros(len(windows), dtype=int)
-    for number, rows in enumerate(by_recording(windows)):
+    block, used = np.zeros(len(windows), dtype=int), 0
+    for rows in by_recording(windows):
         times = np.array([windows.files[row].number for row in rows])
-        block[rows] = number * 1_000_000 + (times - times.min()) // max(gap, 1)
+        _, place = np.unique((times - times.min()) // gap, return_inverse=True)
+        block[rows] = used + place
+        used += place.max() + 1
     return block
 
 

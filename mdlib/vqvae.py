@@ -172,8 +172,6 @@ class VQVAE(ModelMixin, ConfigMixin):
         self.latent_shape = (code_dim, *(image_size // factor for factor in factors))
         # Frozen teachers are no part of the model: in a tuple they reach neither optimizer nor checkpoint.
         self._teachers: tuple = ()
-        if perceptual_weight > 0:
-            self.add_teacher("lpips", load_lpips(perceptual_net), perceptual_weight)
 
     def add_teacher(self, name: str, distance: nn.Module, weight: float) -> None:
         """Add weight·distance(outputs, images) to the loss, logged as `name`; `distance` is frozen and not saved."""
@@ -190,6 +188,9 @@ class VQVAE(ModelMixin, ConfigMixin):
 
     def loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Reconstruction (mean square) + β·commitment [+ teachers] for images (B, C, H, W); scalar logs beside it."""
+        if self.config.perceptual_weight and not any(name == "lpips" for name, *_ in self._teachers):
+            # Loaded for training only: a trained codec must open where LPIPS's weights are not.
+            self.add_teacher("lpips", load_lpips(self.config.perceptual_net), self.config.perceptual_weight)
         codes, indices, commitment = self.quantizer(self._features(images))
         output = self._pixels(codes)
         mse = F.mse_loss(output, images)
@@ -225,9 +226,10 @@ class VQVAE(ModelMixin, ConfigMixin):
         return self.decode_tokens(tokens)
 
     @torch.no_grad()
-    def calibrate(self, images: torch.Tensor) -> None:
+    def calibrate(self, images: torch.Tensor, batch_size: int = 64) -> None:
         """Fill the latent mean and standard deviation from images (B, C, H, W), usually the training windows."""
-        self.stats.fit(self.quantizer.lookup(self.encode_tokens(images)))
+        tokens = torch.cat([self.encode_tokens(part.to(self.device)) for part in images.split(batch_size)])
+        self.stats.fit(self.quantizer.lookup(tokens))
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         rows, columns = self.patch

@@ -1,4 +1,19 @@
+import os
+import shlex
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
+from helpers import ROOT, readme_commands
+
+SMALLER = {
+    "--users 31": "--users 3",
+    "--windows 150": "--windows 40 --size 64",
+    "--preset demo": "--preset smoke",
+    "--windows-per-user 20": "--windows-per-user 5",
+    "--out runs/judged": "--out runs/judged --size 32 --judge-steps 2 --seeds 2",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -6,3 +21,22 @@ def cache_folder(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("MDLIB_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory):
+    """The README's commands, made small and run one after the other in a folder of their own.
+
+    `folder`: that folder; `answers`: what each command printed, by its name (simulate, run, …).
+    """
+    folder = tmp_path_factory.mktemp("readme")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MDLIB_CACHE": str(folder / "cache")}
+    answers = {}
+    for command in readme_commands():
+        for long, short in SMALLER.items():
+            command = command.replace(long, short)
+        words = [sys.executable, *shlex.split(command)[1:]]
+        answer = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        assert answer.returncode == 0, f"{command}\n{answer.stdout[-2000:]}{answer.stderr[-2000:]}"
+        answers[words[3]] = answer
+    return SimpleNamespace(folder=folder, answers=answers)

@@ -1,6 +1,8 @@
 """Small data sets, in memory and on disk, and the check of an error's one line."""
 
+import re
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ import torch
 from PIL import Image
 
 from mdlib.data import DataError, WindowFile, WindowSet, colorize
+
+ROOT = Path(__file__).parents[1]
 
 
 @cache
@@ -54,3 +58,15 @@ def message(function, *args, **kwargs):
     text = str(error.value)
     assert "\n" not in text
     return text
+
+
+def readme_blocks(language: str) -> list[str]:
+    """The README's code blocks in `language`."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def readme_commands() -> list[str]:
+    """The README's `python -m mdlib` commands, in order."""
+    lines = [line.split("  #")[0].strip() for block in readme_blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python -m mdlib")]

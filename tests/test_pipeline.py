@@ -90,6 +90,35 @@ def test_windows_of_another_pipeline_or_of_other_options_are_not_mixed_in(pipeli
         pipeline.generate_folder(tmp_path, per_user=2)
 
 
+def test_a_corrected_option_is_accepted_and_an_unknown_one_named(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        pipeline.generate_folder(tmp_path, per_user=1, temperature=-1.0)
+    with pytest.raises(DataError, match="no sampling option top_kk; there are .*top_k"):
+        pipeline.generate_folder(tmp_path, per_user=1, top_kk=3)
+    assert len(pipeline.generate_folder(tmp_path, per_user=1, temperature=0.9)) == 3
+
+
+def test_the_manifest_keeps_the_rows_of_earlier_calls(pipeline, tmp_path):
+    pipeline.generate_folder(tmp_path, users=[3, 7], per_user=2)
+    pipeline.generate_folder(tmp_path, users=[12], per_user=1)
+    assert [row["user"] for row in csv_rows(tmp_path / "manifest.csv")] == [3, 3, 7, 7, 12]
+
+
+def test_other_sizes_stay_on_the_colour_map(pipeline, tmp_path):
+    pipeline.register_to_config(output_size=50)
+    pipeline.generate_folder(tmp_path, per_user=1)
+    assert load_windows(tmp_path, size=16).colormap == "jet"
+
+
+def test_generated_windows_are_not_read_as_real_ones(pipeline, tmp_path):
+    for user in (3, 7):
+        (tmp_path / f"ID_{user}").mkdir()
+        Image.new("RGB", (16, 16), (0, 0, 143)).save(tmp_path / f"ID_{user}" / "w_1.png")
+    pipeline.generate_folder(tmp_path / "generated", per_user=1)
+    with pytest.raises(DataError, match="generated windows inside a folder of real ones; move them out"):
+        load_windows(tmp_path, size=16)
+
+
 def test_rgb_codecs_need_no_colour_map(tmp_path):
     codec = VQVAE(image_size=16, in_channels=3, block_out_channels=(8,), norm_num_groups=4, num_codes=4, code_dim=4)
     prior = TokenPrior(4, codec.token_shape, num_users=2, hidden_size=8, num_layers=1, num_heads=1)

@@ -2,33 +2,30 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 
 from mdlib.data import DataError
 from mdlib.run import NOTEBOOKS, execute, open_run
-from mdlib.simulate import simulate_dataset
 from mdlib.systems import SYSTEMS
 
 ROOT = NOTEBOOKS.parent
 
 
-@pytest.fixture(scope="session")
-def people(tmp_path_factory):
+@pytest.fixture
+def people(story):
     """Three simulated users of 40 windows."""
-    return simulate_dataset(tmp_path_factory.mktemp("people") / "data", users=3, windows=40, size=64, progress=False)
+    return story.folder / "people"
 
 
-@pytest.fixture(scope="session")
-def finished(people, tmp_path_factory):
+@pytest.fixture
+def finished(story):
     """A whole run with the smoke preset, and what it printed."""
-    out = tmp_path_factory.mktemp("run") / "run"
-    command = ["run", "--system", "vqvae-transformer", "--preset", "smoke", "--data", people, "--out", out]
-    return out, mdlib(*command, "-p", "images_per_user=4")
+    return story.folder / "runs" / "first", story.answers["run"]
 
 
 def mdlib(*arguments) -> subprocess.CompletedProcess:
@@ -38,16 +35,15 @@ def mdlib(*arguments) -> subprocess.CompletedProcess:
 
 def test_one_command_leads_to_the_report(finished):
     out, answer = finished
-    assert answer.returncode == 0, answer.stdout + answer.stderr
     report = json.loads((out / "report.json").read_text())
     assert answer.stdout.rstrip().endswith(report["verdict"]["sentence"])
-    assert str(out / "report.html") in answer.stdout
+    assert "runs/first/report.html" in answer.stdout
     products = (
         "split.json codec/config.json codec/history.csv prior/history.csv pipeline/model_index.json "
         "generated/manifest.csv samples/contact_sheet.png report.html run.json"
     )
     assert [name for name in products.split() if not (out / name).exists()] == []
-    assert len(list((out / "generated").glob("ID_*/*.png"))) == 12
+    assert len(list((out / "generated").glob("ID_*/*.png"))) == 9
     assert report["reconstruction"]["psnr_db"]["value"] > 0 and report["codebook"]["usage"]["n"] > 0
 
 
@@ -73,32 +69,60 @@ def test_the_generator_saw_training_windows_only(finished, people):
         assert min(mine["val"]) - max(mine["train"]) >= 4 and min(mine["test"]) - max(mine["val"]) >= 4
 
 
-def test_a_second_call_skips_what_is_done_and_from_runs_anew(finished, people):
-    out, _ = finished
-    again = mdlib("run", "--preset", "smoke", "--data", people, "--out", out)
+def test_a_second_call_skips_what_is_done_and_from_runs_anew(finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    again = mdlib("run", "--out", out)  # a run knows its own data, system and preset
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done already") == 5
     stamp = (out / "generated" / "manifest.csv").stat().st_mtime_ns
     codec = (out / "codec" / "state.pt").stat().st_mtime_ns
-    anew = mdlib("run", "--preset", "smoke", "--data", people, "--out", out, "--from", "05", "--to", "05")
+    anew = mdlib("run", "--out", out, "--from", "05", "--to", "05", "-p", "images_per_user=2", "-p", "temperature=0.8")
     assert anew.returncode == 0, anew.stderr
     assert (out / "generated" / "manifest.csv").stat().st_mtime_ns > stamp
+    assert len(list((out / "generated").glob("ID_*/*.png"))) == 6
     assert (out / "codec" / "state.pt").stat().st_mtime_ns == codec
+    assert "06_validate" not in json.loads((out / "run.json").read_text())["steps"]
+    assert not (out / "report.json").exists() and "report" not in anew.stdout, "the old verdict is of other windows"
 
 
-def test_generate_and_validate_from_the_command_line(finished, people, tmp_path):
+def test_from_with_other_settings_is_refused_before_anything_is_removed(finished, people):
     out, _ = finished
-    made = mdlib(
-        "generate", "--pipeline", out / "pipeline", "--out", tmp_path / "made", "--users", "1,3", "--per-user", 2
-    )
-    assert made.returncode == 0, made.stderr
-    assert sorted(path.parent.name for path in (tmp_path / "made").glob("ID_*/*.png")) == ["ID_1"] * 2 + ["ID_3"] * 2
-    judged = mdlib(
-        "validate", "--real", people, "--generated", out / "generated", "--split", out / "split.json",
-        "--out", tmp_path / "report", "--size", 32, "--judge-steps", 3, "--seeds", 2,
-    )  # fmt: skip
-    assert judged.returncode == 0, judged.stderr
-    assert (tmp_path / "report" / "report.html").exists()
+    before = sorted(out.rglob("*"))
+    answer = mdlib("run", "--data", people, "--out", out, "--preset", "demo", "--from", "03")
+    assert answer.returncode == 1 and "other settings (preset: 'smoke' is not 'demo')" in answer.stderr
+    assert sorted(out.rglob("*")) == before
+
+
+def test_the_seed_reaches_both_trainings(people, tmp_path):
+    run = open_run(tmp_path, data=people, preset="smoke", seed=5)
+    assert run.preset.codec_training.seed == 5 and run.preset.prior_training.seed == 5
+
+
+def test_a_first_attempt_that_failed_may_be_corrected(people, tmp_path):
+    open_run(tmp_path, data=people, preset="smoke", codec_steps=7)
+    assert open_run(tmp_path, data=people, preset="smoke").settings["codec_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(codec_steps="many"), "codec_steps must be of type int, got 'many'"),
+        (dict(codec_steps=-3), "steps must be at least 1"),
+        (dict(split="none.json"), "none.json"),
+        (dict(preset="t4x2"), "'t4x2' trains in fp16, which needs a GPU"),
+    ],
+)
+def test_settings_that_cannot_be_used_leave_no_run_folder(settings, message, people, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        open_run(tmp_path / "run", **{"data": people, "preset": "smoke", **settings})
+    assert not (tmp_path / "run").exists()
+
+
+def test_windows_per_user_of_minus_one_keeps_all(people, tmp_path):
+    run = open_run(tmp_path, data=people, preset="demo", windows_per_user=-1)
+    assert run.preset.windows_per_user == 0
+    assert open_run(tmp_path / "other", data=people, preset="demo").preset.windows_per_user == 10
 
 
 def test_split_from_the_command_line(people, tmp_path):
@@ -114,12 +138,12 @@ def test_split_from_the_command_line(people, tmp_path):
         (["run", "--data", "{data}", "--out", "{out}", "--preset", "huge"], "unknown preset 'huge'"),
         (
             ["run", "--data", "{data}", "--out", "{out}", "-p", "codec_step=3"],
-            "no notebook has a parameter 'codec_step'",
+            "no notebook has a parameter 'codec_step'; there are ",
         ),
         (["run", "--data", "{data}", "--out", "{out}", "--from", "04"], "no notebook '04'"),
-        (["run", "--data", "{out}/none", "--out", "{out}", "--preset", "smoke"], "none"),
+        (["run", "--data", "{out}/none", "--out", "{out}/run"], "no such folder; give the folder that holds ID_1"),
         (["generate", "--pipeline", "{out}", "--out", "{out}/made"], "holds no pipeline"),
-        (["split", "--data", "{out}", "--out", "{out}/split.json"], "{out}"),
+        (["split", "--data", "{out}", "--out", "{out}/split.json"], "no user folders in it"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(arguments, message, people, tmp_path):
@@ -134,6 +158,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(arguments, message, peo
 
 def test_a_run_of_other_settings_is_refused(people, tmp_path):
     open_run(tmp_path, data=people, preset="smoke")
+    (tmp_path / "codec").mkdir()  # from now on something is made
     with pytest.raises(DataError, match="other settings .seed: 0 is not 1.: choose another --out"):
         open_run(tmp_path, data=people, preset="smoke", seed=1)
     assert open_run(tmp_path).settings["preset"] == "smoke"
@@ -150,12 +175,7 @@ def test_a_notebook_that_stops_names_the_cause(people, tmp_path):
     (tmp_path / "bad.json").write_text('{"train": ["ID_1/none.png"], "val": ["a"], "test": ["b"]}')
     with pytest.raises(DataError, match="02_train_vqvae stopped: DataError: .*none.png"):
         execute(
-            "vqvae-transformer",
-            "smoke",
-            str(people),
-            str(tmp_path / "run"),
-            {"split": str(tmp_path / "bad.json")},
-            last="02",
+            str(tmp_path / "run"), {"split": str(tmp_path / "bad.json")}, "02", "02", data=str(people), preset="smoke"
         )
 
 
@@ -183,4 +203,3 @@ def test_the_parameters_read_as_a_manual():
 
     told = papermill.inspect_notebook(NOTEBOOKS / "02_train_vqvae.ipynb")
     assert told["codec_steps"]["inferred_type_name"] == "int" and "optimizer steps" in told["codec_steps"]["help"]
-    assert Path(NOTEBOOKS).name == "notebooks"

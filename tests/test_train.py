@@ -140,19 +140,21 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
         fit(line(), points(), replace(CONFIG, learning_rate=0.1), tmp_path, progress=False)
 
 
-def test_a_broken_off_checkpoint_is_never_seen(tmp_path, monkeypatch):
-    fit(line(), points(), replace(CONFIG, steps=4), tmp_path, progress=False)
-    before = (tmp_path / "state.pt").read_bytes()
+def test_a_broken_off_checkpoint_leaves_the_one_before(tmp_path, monkeypatch):
+    save, calls = torch.save, []
 
-    def half(state, path):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+    def second_fails(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+        save(state, path)
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(torch, "save", second_fails)
     with pytest.raises(OSError, match="disk full"):
-        fit(line(), points(), CONFIG, tmp_path / "other", progress=False)
-    assert not list((tmp_path / "other").glob("*state.pt*"))
-    assert (tmp_path / "state.pt").read_bytes() == before
+        fit(line(), points(), CONFIG, tmp_path, progress=False)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 4
+    assert not list(tmp_path.glob(".state*"))
 
 
 def test_the_schedule_counts_optimizer_steps(tmp_path):
@@ -205,6 +207,12 @@ def test_a_budget_stops_the_run_and_a_larger_one_lets_it_go_on(tmp_path):
     assert 1 <= history[-1]["step"] < 12
     finished = fit(line(), points(), replace(budget, max_minutes=0), tmp_path, progress=False)
     assert finished[-1]["step"] == 12
+
+
+def test_a_budget_spent_before_the_first_evaluation_still_ends_with_weights(tmp_path):
+    config = replace(CONFIG, steps=500, evaluate_every=500, save_every=500, max_minutes=1e-6)
+    history = fit(line(), points(), config, tmp_path, held_out=points(9), progress=False)
+    assert len(history) == 1 and history[0]["step"] == 1 and (tmp_path / "best.safetensors").exists()
 
 
 def test_a_loss_that_is_not_finite_is_one_line():

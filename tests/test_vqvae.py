@@ -185,7 +185,7 @@ def test_lpips_without_weights_says_what_to_attach(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match="squeezenet1_1-b8a52dc0.pth.*perceptual_weight=0"):
-        small_codec(perceptual_weight=0.1)
+        small_codec(perceptual_weight=0.1).loss(torch.zeros(1, 1, 16, 16))
 
 
 def test_lpips_from_weights_on_disk_stays_out_of_the_checkpoint(tmp_path, monkeypatch):
