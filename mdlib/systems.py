@@ -1,7 +1,7 @@
 """The systems and their presets: which classes, which sizes. Nothing else knows all of them.
 
 A preset is where sizes meet a machine: `smoke` (seconds, for tests), `demo` (2 CPU cores, minutes), `demo-long` (the
-same sizes, an hour), and the GPU ones.
+same sizes, half an hour), and the GPU ones.
 """
 
 from dataclasses import dataclass, field, replace
@@ -107,8 +107,8 @@ _DEMO_LONG = replace(
     codec_training=replace(_DEMO.codec_training, steps=4000, evaluate_every=500, save_every=500),
     prior_training=replace(_DEMO.prior_training, steps=2000, evaluate_every=250, save_every=250),
     teacher_steps=600,
-    images_per_user=40,
-    validation=dict(judge_steps=600),
+    images_per_user=20,
+    validation=dict(judge_steps=300),
 )
 
 _SMOKE = Preset(
