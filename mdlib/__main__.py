@@ -111,7 +111,7 @@ def validate(
     judge_steps: Annotated[int, typer.Option(help="optimizer steps of each judge")] = 400,
     seeds: Annotated[int, typer.Option(min=2, help="classifiers an arm")] = 3,
 ):
-    """Judge generated windows against real ones the generator never saw."""
+    """Judge generated windows against real ones the generator was not trained on."""
     from mdlib.report import validate_folders
 
     protocol = dict(judge_steps=judge_steps, seeds=seeds)

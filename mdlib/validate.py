@@ -1,7 +1,7 @@
 """The evaluation protocol: real and generated windows in, report.json and report.html out.
 
-Every figure is measured here on windows the generator never saw, carries its n and, where it is an estimate, a 95 %
-interval. What was not measured is null with its reason.
+Every figure is measured here on windows the generator was not trained on, carries its n and, where it is an estimate,
+a 95 % interval. What was not measured is null with its reason.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from mdlib import __version__, metrics
 from mdlib.augment import enlarge, stride_shift
 from mdlib.data import WindowSet, to_float, to_uint8
 from mdlib.judge import Judge, train_judge
+from mdlib.latents import encode_all
 from mdlib.progress import bar
 
 NOT_YET = "not yet measured by this version"
@@ -227,7 +228,7 @@ def codebook(evidence: Evidence) -> dict:
     if codec is None or not _has_tokens(codec):
         return missing(*names, reason="this codec has no codebook" if codec is not None else "no codec was given")
     unseen = concatenate(evidence.val, evidence.test)
-    tokens = torch.cat([codec.encode_tokens(to_float(part).to(codec.device)).cpu() for part in unseen.images.split(64)])
+    tokens = encode_all(codec, unseen.images, "tokens")
     counts = metrics.code_counts(tokens, unseen.labels, codec.num_codes, unseen.num_users)
     per_user = torch.bincount(unseen.labels, minlength=unseen.num_users)
     figures = metrics.codebook_figures(counts, per_user)
