@@ -8,11 +8,11 @@ Legend: B batch, C image channels, H W pixels, h w latent grid, D code width, K 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import nn
 
-from mdlib.nn import LatentStats, load_lpips
+from mdlib.codec import Codec
 
 
 class VectorQuantizer(nn.Module):
@@ -110,7 +110,7 @@ class VectorQuantizer(nn.Module):
         return flat[torch.randint(len(flat), (n,), device=flat.device)]
 
 
-class VQVAE(ModelMixin, ConfigMixin):
+class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module when it loads
     """Codec: image (B, C, H, W) in [−1, 1] ↔ tokens (B, h, w) ↔ normalised latents (B, D, h, w).
 
     Args:
@@ -150,13 +150,7 @@ class VQVAE(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         widths = tuple(block_out_channels)
-        self.patch = tuple(patch_size)
-        factors = [side * 2 ** (len(widths) - 1) for side in self.patch]
-        if any(image_size % factor for factor in factors):
-            raise ValueError(
-                f"image_size {image_size} must be a multiple of {factors[0]} and {factors[1]} "
-                f"(patch {self.patch}, {len(widths)} levels)"
-            )
+        grid = self._grid(image_size, patch_size, len(widths))
         shared = dict(
             block_out_channels=widths,
             layers_per_block=layers_per_block,
@@ -168,14 +162,7 @@ class VQVAE(ModelMixin, ConfigMixin):
         self.encoder = Encoder(channels, code_dim, down_block_types=down, double_z=False, **shared)
         self.quantizer = VectorQuantizer(num_codes, code_dim, decay, cosine=cosine, revive_below=revive_below)
         self.decoder = Decoder(code_dim, channels, up_block_types=up, **shared)
-        self.stats = LatentStats(code_dim)
-        self.latent_shape = (code_dim, *(image_size // factor for factor in factors))
-        # Frozen teachers are no part of the model: in a tuple they reach neither optimizer nor checkpoint.
-        self._teachers: tuple = ()
-
-    def add_teacher(self, name: str, distance: nn.Module, weight: float) -> None:
-        """Add weight·distance(outputs, images) to the loss, logged as `name`; `distance` is frozen and not saved."""
-        self._teachers += ((name, distance.requires_grad_(False), weight),)
+        self._finish(code_dim, grid)
 
     @property
     def token_shape(self) -> tuple[int, int]:
@@ -188,22 +175,16 @@ class VQVAE(ModelMixin, ConfigMixin):
 
     def loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Reconstruction (mean square) + β·commitment [+ teachers] for images (B, C, H, W); scalar logs beside it."""
-        if self.config.perceptual_weight and not any(name == "lpips" for name, *_ in self._teachers):
-            # Loaded for training only: a trained codec must open where LPIPS's weights are not.
-            self.add_teacher("lpips", load_lpips(self.config.perceptual_net), self.config.perceptual_weight)
         codes, indices, commitment = self.quantizer(self._features(images))
         output = self._pixels(codes)
         mse = F.mse_loss(output, images)
-        loss = mse + self.config.commitment_weight * commitment
         logs = {
             "mse": mse,
             "commitment": commitment,
             "psnr_db": -10 * torch.log10(mse / 4),
             **self._usage(indices),
         }
-        for name, distance, weight in self._teachers:
-            logs[name] = distance.to(images.device)(output, images).mean()
-            loss = loss + weight * logs[name]
+        loss = mse + self.config.commitment_weight * commitment + self._taught(output, images, logs)
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def encode_tokens(self, images: torch.Tensor) -> torch.Tensor:
@@ -217,29 +198,24 @@ class VQVAE(ModelMixin, ConfigMixin):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images → quantised latents (B, D, h, w), normalised per channel (see `calibrate`)."""
-        return self.stats.normalise(self.quantizer.lookup(self.encode_tokens(images)))
+        return self.stats.normalise(self.raw_latents(images))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents (B, D, h, w) → images; each vector is first snapped to its nearest code."""
+        """Normalised latents (B, D, h, w) → images; each vector is first snapped to its nearest code, through which a
+        gradient passes as if it were not there."""
         vectors = self.quantizer.project(self.stats.denormalise(latents).movedim(1, -1))
-        tokens = self.quantizer.nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
-        return self.decode_tokens(tokens)
+        indices = self.quantizer.nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
+        codes, vectors = self.quantizer.lookup(indices), vectors.movedim(-1, 1)
+        return self._pixels(codes + (vectors - vectors.detach())).clamp(-1, 1)
 
-    @torch.no_grad()
-    def calibrate(self, images: torch.Tensor, batch_size: int = 64) -> None:
-        """Fill the latent mean and standard deviation from images (B, C, H, W), usually the training windows."""
-        tokens = torch.cat([self.encode_tokens(part.to(self.device)) for part in images.split(batch_size)])
-        self.stats.fit(self.quantizer.lookup(tokens))
+    def raw_latents(self, images: torch.Tensor) -> torch.Tensor:
+        return self.quantizer.lookup(self.encode_tokens(images))
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
-        rows, columns = self.patch
-        patches = images.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # (B, C, H/r, r, W/c, c)
-        return self.encoder(patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3))  # (B, D, h, w)
+        return self.encoder(self._fold(images))  # (B, D, h, w)
 
     def _pixels(self, codes: torch.Tensor) -> torch.Tensor:
-        rows, columns = self.patch
-        patches = self.decoder(codes).unflatten(1, (-1, rows, columns))  # (B, C, r, c, H/r, W/c)
-        return patches.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+        return self._unfold(self.decoder(codes))
 
     def _usage(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
         """Share of codes used, perplexity and entropy (nats) of one batch of indices, counted."""
