@@ -1,0 +1,312 @@
+"""Diffusion over a codec's latents by a UNet, conditional on the user.
+
+Ho et al. 2020 (DDPM), Salimans and Ho 2022 (v-prediction), Hang et al. 2023 (Min-SNR weights), Ho and Salimans 2022
+(classifier-free guidance). Network, noise schedules and samplers are diffusers'.
+Legend: B batch, D latent channels, h w latent grid, x_t = α_t·x_0 + σ_t·ε.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    ModelMixin,
+    PNDMScheduler,
+    UNet2DModel,
+)
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.training_utils import compute_snr
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from mdlib.attention import use_window_axial
+from mdlib.nn import drop_labels
+
+# timestep_spacing "trailing" starts at pure noise (Lin et al. 2024). A clipped sample would be wrong: latents have unit
+# variance, not a range.
+SAMPLERS = {
+    "ddpm": (DDPMScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "lambda_min_clipped": -5.1}),
+}
+SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
+
+
+class LatentDiffusion(ModelMixin, ConfigMixin):
+    """p(latents | user) by denoising.
+
+    Args:
+        latent_shape: (D, h, w) of the codec.
+        num_users: n; label n is the null label of classifier-free guidance.
+        block_out_channels: widths of the levels; n levels down-sample n − 1 times.
+        layers_per_block: residual blocks a level.
+        norm_num_groups: groups of the group norms.
+        attention: "full" (at all levels but the first), "window_axial" (see `mdlib.attention`) or "none".
+        window: side of the windows in latent positions.
+        head_dim: channels of an attention head.
+        dropout: of the residual blocks.
+        label_dropout: share of training samples whose label is the null label.
+        prediction: what the network predicts, "epsilon" or "v_prediction".
+        schedule: of the noise, "squaredcos_cap_v2", "linear" or "scaled_linear".
+        num_train_timesteps: T.
+        min_snr_gamma: γ of the Min-SNR weights; 0 weighs all timesteps alike.
+        gradient_checkpointing: recompute the residual blocks in the backward pass: less memory, a third more time.
+
+    Raises:
+        ValueError: sizes or names that do not fit.
+    """
+
+    consumes = "latents"
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_shape: tuple[int, int, int],
+        num_users: int,
+        block_out_channels: tuple[int, ...] = (64, 128),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 16,
+        attention: str = "full",
+        window: int = 4,
+        head_dim: int = 16,
+        dropout: float = 0.0,
+        label_dropout: float = 0.1,
+        prediction: str = "v_prediction",
+        schedule: str = "squaredcos_cap_v2",
+        num_train_timesteps: int = 1000,
+        min_snr_gamma: float = 5.0,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        _check_names(attention, prediction, schedule)
+        _check_sizes(latent_shape, block_out_channels, head_dim if attention != "none" else 1)
+        if min_snr_gamma < 0 or not 0 <= label_dropout <= 1:
+            raise ValueError(
+                f"min_snr_gamma must be 0 or more and label_dropout within [0, 1], got {min_snr_gamma}, {label_dropout}"
+            )
+        self.latent_shape, self.null_label = tuple(latent_shape), num_users
+        levels = len(block_out_channels)
+        attends = [attention == "window_axial" or (attention == "full" and level > 0) for level in range(levels)]
+        self.unet = UNet2DModel(
+            in_channels=self.latent_shape[0],
+            out_channels=self.latent_shape[0],
+            down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attends),
+            up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            attn_norm_num_groups=norm_num_groups,
+            attention_head_dim=head_dim,
+            add_attention=attention != "none",
+            dropout=dropout,
+            resnet_time_scale_shift="scale_shift",  # time and user scale every feature, not only shift it
+            class_embed_type="identity",
+        )
+        if attention == "window_axial":
+            use_window_axial(self.unet, window)
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        # A table of our own instead of the UNet's: between two users lie points that are no label.
+        self.users = nn.Embedding(num_users + 1, 4 * block_out_channels[0])
+        nn.init.normal_(self.users.weight, std=0.5)
+        self.schedule = DDPMScheduler(
+            num_train_timesteps=num_train_timesteps,
+            beta_schedule=schedule,
+            beta_start=0.00085 if schedule == "scaled_linear" else 0.0001,  # the customary ends of each schedule
+            beta_end=0.012 if schedule == "scaled_linear" else 0.02,
+            prediction_type=prediction,
+            clip_sample=False,
+            timestep_spacing="trailing",
+        )
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+        """ε or v (B, D, h, w) at noisy latents (B, D, h, w), timesteps (B,) and user embeddings (B, E)."""
+        return self.unet(noisy, timesteps, class_labels=users).sample
+
+    def loss(self, latents: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Min-SNR weighted mean square error at one timestep a sample, for latents (B, D, h, w) and labels (B,)."""
+        self._check_shape(latents)
+        labels = drop_labels(labels, self.null_label, self.config.label_dropout if self.training else 0.0)
+        noise = torch.randn_like(latents)
+        timesteps = self._timesteps(len(latents), latents.device)
+        noisy = self.schedule.add_noise(latents, noise, timesteps)
+        velocity = self.config.prediction == "v_prediction"
+        target = self.schedule.get_velocity(latents, noise, timesteps) if velocity else noise
+        error = (self(noisy, timesteps, self.users(labels)).float() - target).square().mean((1, 2, 3))  # (B,)
+        loss = (self._weights(timesteps) * error).mean()
+        return loss, {"denoising_mse": error.mean().detach()}
+
+    def _timesteps(self, count: int, device) -> torch.Tensor:
+        """Timesteps (count,) spread evenly over 0…T−1 from a random start (Kingma et al. 2021): each is uniform, and
+        the batch's loss varies less than with independent ones."""
+        start = torch.rand((), device=device)
+        places = (start + torch.arange(count, device=device) / count) % 1
+        return (places * self.config.num_train_timesteps).long().clamp_max(self.config.num_train_timesteps - 1)
+
+    def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Min-SNR-γ weights (B,) of the squared error in ε or v (Hang et al. 2023): min(SNR, γ) in x_0."""
+        gamma = self.config.min_snr_gamma
+        if not gamma:
+            return torch.ones(len(timesteps), device=timesteps.device)
+        snr = compute_snr(self.schedule, timesteps)
+        return snr.clamp_max(gamma) / (snr + 1 if self.config.prediction == "v_prediction" else snr)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        label: torch.Tensor,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int = 20,
+        scheduler: str = "dpm++",
+        classifier: Callable | None = None,
+        classifier_scale: float = 0.0,
+        towards: torch.Tensor | None = None,
+        share: float | torch.Tensor = 0.0,
+        on_step: Callable | None = None,
+    ) -> torch.Tensor:
+        """Latents (B, D, h, w) for labels (B,).
+
+        Args:
+            generator: one for the batch, or one a sample: a sample then does not depend on its batch.
+            guidance_scale: s in null + s·(user − null) on all channels; 1 is plain conditional sampling.
+            guidance_interval: guide only where t/T lies in it (Kynkäänniemi et al. 2024); 1 is pure noise.
+            num_inference_steps: denoising steps.
+            scheduler: "ddpm", "ddim", "pndm" or "dpm++" (DPM-Solver++, Lu et al. 2022).
+            classifier: log p(label | latents) as a function (latents (B, D, h, w), labels (B,)) → (B,), asked at the
+                estimate of x_0; needed where classifier_scale is not 0.
+            classifier_scale: of the classifier's gradient (Dhariwal and Nichol 2021, there with a classifier of noisy
+                latents); 0 leaves it out.
+            towards, share: second labels (B,), and how far (0 to 1, a number or (B,)) the user's embedding lies
+                towards theirs.
+            on_step: called as on_step(number, x_0 estimate (B, D, h, w)) after every denoising step.
+
+        Raises:
+            ValueError: an option outside its range, a label outside 0…num_users, too few generators.
+        """
+        self._check_labels(label)
+        self._check_guidance(guidance_scale, guidance_interval, classifier, classifier_scale)
+        self._check_steps(scheduler, num_inference_steps)
+        if isinstance(generator, list) and len(generator) != len(label):
+            raise ValueError(f"{len(label)} samples need {len(label)} generators, got {len(generator)}")
+        if not len(label):
+            return torch.empty(0, *self.latent_shape, device=label.device)
+        users = self._embedded(label, towards, share)
+        sampler = make_sampler(scheduler, self.schedule)
+        sampler.set_timesteps(num_inference_steps, device=label.device)
+        options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
+        shape = (len(label), *self.latent_shape)
+        noisy = randn_tensor(shape, generator=generator, device=label.device) * sampler.init_noise_sigma
+        for number, timestep in enumerate(sampler.timesteps):
+            at = sampler.scale_model_input(noisy, timestep)
+            inside = guidance_interval[0] <= float(timestep) / self.config.num_train_timesteps <= guidance_interval[1]
+            output = self._guided(at, timestep, users, guidance_scale if inside else 1.0)
+            estimate = self.estimate(at, output, timestep)
+            if classifier_scale and inside:
+                output = output + classifier_scale * self._towards_class(estimate, timestep, classifier, label)
+            if on_step:
+                on_step(number, estimate)
+            noisy = sampler.step(output, timestep, noisy, **options).prev_sample
+        return noisy
+
+    def estimate(self, noisy: torch.Tensor, output: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The estimate of x_0 (B, D, h, w) that the network's output (B, D, h, w) at `timestep` () stands for."""
+        alpha, sigma = self._alpha_sigma(timestep)
+        if self.config.prediction == "v_prediction":
+            return alpha * noisy - sigma * output
+        return (noisy - sigma * output) / alpha
+
+    def _alpha_sigma(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha_squared = self.schedule.alphas_cumprod.to(timestep.device)[timestep.long()]
+        return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+
+    def _guided(self, noisy: torch.Tensor, timestep: torch.Tensor, users: torch.Tensor, scale: float) -> torch.Tensor:
+        if scale == 1.0:
+            return self(noisy, timestep, users)
+        null = self.users.weight[self.null_label].expand_as(users)
+        user, null = self(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([users, null])).chunk(2)
+        return null + scale * (user - null)
+
+    @torch.enable_grad()
+    def _towards_class(self, estimate, timestep, classifier, label) -> torch.Tensor:
+        """Change of the output (B, D, h, w) that a classifier asks for: −σ·∇ log p(label | x_t) in ε, 1/α of it in v.
+
+        ∇ is taken at the estimate of x_0 and comes back to x_t as a factor α, which is right for latents of unit
+        variance; through the network it would be multiplied by 1/α times the network's errors, without bound.
+        """
+        estimate = estimate.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(classifier(estimate, label).sum(), estimate)
+        alpha, sigma = self._alpha_sigma(timestep)
+        return -sigma * gradient * (1 if self.config.prediction == "v_prediction" else alpha)
+
+    def _embedded(self, label: torch.Tensor, towards: torch.Tensor | None, share: float | torch.Tensor) -> torch.Tensor:
+        users = self.users(label)
+        if towards is None:
+            return users
+        self._check_labels(towards)
+        share = torch.as_tensor(share, dtype=users.dtype, device=users.device)
+        if share.shape not in ((), (len(label),)) or not ((share >= 0) & (share <= 1)).all():
+            raise ValueError(f"share must lie in [0, 1], one number or one a sample, got {share.tolist()}")
+        return users.lerp(self.users(towards), share.expand(len(label)).unsqueeze(1))
+
+    def _check_shape(self, latents: torch.Tensor) -> None:
+        if tuple(latents.shape[1:]) != self.latent_shape:
+            raise ValueError(f"this prior was made for latents {self.latent_shape}, got {tuple(latents.shape[1:])}")
+
+    def _check_labels(self, label: torch.Tensor) -> None:
+        if len(label) and not (0 <= int(label.min()) and int(label.max()) <= self.null_label):
+            raise ValueError(f"labels must lie in 0…{self.null_label}, got {int(label.min())}…{int(label.max())}")
+
+    @staticmethod
+    def _check_guidance(scale: float, interval, classifier: Callable | None, classifier_scale: float) -> None:
+        if not (0 <= scale < float("inf") and 0 <= classifier_scale < float("inf")):
+            raise ValueError(f"guidance scales must be 0 or more, got {scale} and {classifier_scale}")
+        pair = isinstance(interval, (tuple, list)) and len(interval) == 2
+        if not pair or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be two numbers in order within [0, 1], got {interval}")
+        if classifier_scale and classifier is None:
+            raise ValueError("classifier_scale needs a classifier, and this sampler was given none")
+
+    def _check_steps(self, scheduler: str, steps: int) -> None:
+        _check(scheduler, tuple(SAMPLERS), "scheduler")
+        total = self.config.num_train_timesteps
+        if not 1 <= steps <= total:
+            raise ValueError(f"num_inference_steps must lie in 1…{total}, got {steps}")
+        if scheduler in ("ddim", "pndm") and total % steps:
+            # They step by T // n; timesteps that lie T / n apart would leave noise in the sample.
+            raise ValueError(f"scheduler {scheduler} needs a number of steps that divides {total}, got {steps}")
+
+
+def make_sampler(name: str, schedule: DDPMScheduler):
+    """The diffusers scheduler of that name, over the noise schedule a model was trained with."""
+    kind, options = SAMPLERS[name]
+    return kind.from_config(schedule.config, **options)
+
+
+def _check_names(attention: str, prediction: str, schedule: str) -> None:
+    _check(attention, ("full", "window_axial", "none"), "attention")
+    _check(prediction, ("epsilon", "v_prediction"), "prediction")
+    _check(schedule, SCHEDULES, "schedule")
+    if prediction == "epsilon" and schedule == "squaredcos_cap_v2":
+        # At the end of this schedule α is 5e-5: the estimate of x_0 would be the network's error times 20,000.
+        raise ValueError("prediction epsilon cannot start at the end of squaredcos_cap_v2: take schedule scaled_linear")
+
+
+def _check_sizes(latent_shape: tuple[int, int, int], widths: tuple[int, ...], head_dim: int) -> None:
+    halvings = len(widths) - 1
+    if any(side % 2**halvings for side in latent_shape[1:]):
+        raise ValueError(f"latents of {tuple(latent_shape[1:])} cannot be halved {halvings} times: fewer levels")
+    if any(width % head_dim for width in widths):
+        raise ValueError(f"block_out_channels {tuple(widths)} must be multiples of head_dim {head_dim}")
+
+
+def _check(value: str, known: tuple[str, ...], name: str) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
