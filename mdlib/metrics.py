@@ -98,6 +98,31 @@ def paired_gain(first: np.ndarray, second: np.ndarray, blocks: np.ndarray, draws
     }
 
 
+def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Fréchet distance between Gaussians fitted to features (N, D) and (M, D) (Heusel et al. 2017), in float64.
+
+    |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½. With Σ = RᵀR the eigenvalues of (Σ₁Σ₂)^½ are the singular values of
+    R₁R₂ᵀ: no root of a singular matrix is taken where there are fewer samples than features. Biased upwards, the more
+    the smaller the sets: compare distances of equal N and M only.
+
+    Raises:
+        ValueError: fewer than two rows, or features of different widths.
+    """
+    if min(len(first), len(second)) < 2 or first.shape[1] != second.shape[1]:
+        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+        raise ValueError(f"a Fréchet distance needs two sets of two rows or more, equally wide; got {shapes}")
+    (mean, root), (other_mean, other_root) = (_gaussian(part.double()) for part in (first, second))
+    shared = torch.linalg.svdvals(root @ other_root.mT).sum()
+    distance = (mean - other_mean).square().sum() + root.square().sum() + other_root.square().sum() - 2 * shared
+    return float(distance.clamp_min(0))
+
+
+def _gaussian(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (D,) of features (N, D) and R (min(N, D), D), whose RᵀR is their covariance."""
+    mean = features.mean(0)
+    return mean, torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5, mode="r").R
+
+
 def nearest_distance(queries: torch.Tensor, references: torch.Tensor, same_user: torch.Tensor) -> torch.Tensor:
     """Root-mean-square distance (N,) of each query (N, D) to its nearest reference (M, D) of the same user.
 

@@ -9,6 +9,7 @@ from mdlib import plot
 from mdlib.data import WindowSet, load_windows
 from mdlib.files import whole_file
 from mdlib.split import apply_split, read_split
+from mdlib.systems import load_codec
 from mdlib.validate import Evidence, Protocol, concatenate, evaluate, through_codec
 
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
@@ -18,7 +19,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; m
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #d5dbe1; }
 .verdict { font-size: 1.15rem; padding: .8rem 1rem; background: #eef3f8; border-left: 5px solid #2463a4; }
 table { border-collapse: collapse; font-size: .92rem; } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
-  vertical-align: top; } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
+  vertical-align: top; } td.n { font-variant-numeric: tabular-nums; }
 img { max-width: 100%; } .note { color: #5a6672; font-size: .88rem; }
 """
 
@@ -36,7 +37,8 @@ _SECTIONS = {
     ),
     "reconstruction": (
         "What does the codec keep?",
-        "On test windows, intensity in [0, 1]. identity_accuracy: judges after the codec's round trip, beside before.",
+        "On test windows, intensity in [0, 1]. identity_accuracy: judges after the codec's round trip, beside before. "
+        "codec_choice: VQ or KL, where a codec of the other kind was given beside this one.",
     ),
     "codebook": (
         "Is the codebook used?",
@@ -48,7 +50,15 @@ _SECTIONS = {
         "Distance to the nearest training window of the same user, over shifts by whole strides, relative to that of "
         "real test windows. Well below 1, or many copies, means copying.",
     ),
-    "fidelity": ("Fidelity and diversity", ""),
+    "fidelity": (
+        "Are generated windows spread like real ones?",
+        "Fréchet distance (fd) between generated windows and unseen real ones, in the features of classifiers that saw "
+        "neither; lower is better. fd_real_vs_real: between two halves of the unseen real windows that do not overlap, "
+        "as low as fd can be hoped to get. fd_train: the generator's training windows against the unseen, what a "
+        "perfect copier would get. fd_ratio: fd over fd_real_vs_real, 1 for real windows. Every comparison takes the "
+        "same number n of windows a side, user by user: fd grows when n shrinks, so compare fd at equal n only. "
+        "Copies score well here too: read it beside memorisation.",
+    ),
     "physics": ("Gait physics", ""),
 }
 
@@ -72,17 +82,19 @@ def validate_folders(
     pipeline: str | Path | None = None,
     channels: int = 1,
     colormap: str = "auto",
+    rival: str | Path | None = None,
     **protocol,
 ) -> dict:
     """The protocol over folders of images: load, evaluate, write the report into `out`; returns the report.
 
     Args:
         pipeline: where given, its codec adds the reconstruction and codebook figures, at its own size and channels.
+        rival: codec/ folder of a run with the other kind of codec (VQ, KL); adds which of the two to take.
         channels, colormap: how the real images are read, see `mdlib.data.load_windows`.
         protocol: fields of `validate.Protocol`.
 
     Raises:
-        DataError: users of the two folders differ, or the split does not fit.
+        DataError: users of the two folders differ, the split does not fit, or the rival's size does not.
     """
     codec = None
     if pipeline:
@@ -91,17 +103,19 @@ def validate_folders(
         codec = load_pipeline(pipeline).codec
         size, channels = codec.config.image_size, codec.config.in_channels
     windows = load_windows(real, size=size, channels=channels, colormap=colormap)
-    evidence = gather(windows, read_split(split), load_generated(generated, windows), codec)
+    evidence = gather(
+        windows, read_split(split), load_generated(generated, windows), codec, load_codec(rival) if rival else None
+    )
     about = {"real": str(real), "generated": str(generated), "split": str(split)}
     report = evaluate(evidence, Protocol(**protocol), about)
     write_report(report, evidence, out)
     return report
 
 
-def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None) -> Evidence:
-    """What the protocol needs, from a set, its split and the generated windows."""
+def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None, rival=None) -> Evidence:
+    """What the protocol needs, from a set, its split and the generated windows; codec and rival: see `Evidence`."""
     gap = max(OVERLAP, split.get("gap", OVERLAP))  # a split may ignore the overlap; an interval may not
-    return Evidence(**apply_split(windows, split), generated=generated, gap=gap, codec=codec)
+    return Evidence(**apply_split(windows, split), generated=generated, gap=gap, codec=codec, rival=rival)
 
 
 def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:
@@ -163,6 +177,8 @@ def _section(name: str, figures: dict, pictures: list[bytes]) -> str:
 def _cell(figure: dict | float) -> str:
     if not isinstance(figure, dict):
         return f"{figure:.4g}"
+    if "sentence" in figure:
+        return figure["sentence"]
     if figure["value"] is None:
         return figure["reason"]
     interval = figure.get("ci95")

@@ -4,7 +4,7 @@ Every figure is measured here on windows the generator was not trained on, carri
 a 95 % interval. What was not measured is null with its reason.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -12,12 +12,14 @@ import torch
 
 from mdlib import __version__, metrics
 from mdlib.augment import enlarge, stride_shift
-from mdlib.data import WindowSet, to_float, to_uint8
+from mdlib.data import DataError, WindowSet, to_float, to_uint8
 from mdlib.judge import Judge, train_judge
 from mdlib.latents import encode_all
 from mdlib.progress import bar
+from mdlib.quality import choose_codec
 
 NOT_YET = "not yet measured by this version"
+COMPARED = {"fd": ("generated", "unseen"), "fd_real_vs_real": ("first", "second"), "fd_train": ("train", "unseen")}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Evidence:
 
     train: what the generator was trained on; val chose its checkpoints; test was kept for the end.
     generated: windows of the same users; codec: the pipeline's, or None when only folders are at hand.
+    rival: a codec of the other kind (KL beside VQ), trained on the same windows at the same latent grid.
+
+    Raises:
+        DataError: a rival of another size or latent grid.
     """
 
     train: WindowSet
@@ -45,6 +51,14 @@ class Evidence:
     generated: WindowSet
     gap: int
     codec: torch.nn.Module | None = None
+    rival: torch.nn.Module | None = None
+
+    def __post_init__(self):
+        if self.codec is None or self.rival is None:
+            return
+        codec, rival = (_sizes(one) for one in (self.codec, self.rival))
+        if codec != rival:
+            raise DataError(f"codec ({codec}) and rival ({rival}) differ: train both at one size and one latent grid")
 
 
 def evaluate(evidence: Evidence, protocol: Protocol = Protocol(), about: dict | None = None) -> dict:
@@ -65,7 +79,7 @@ def evaluate(evidence: Evidence, protocol: Protocol = Protocol(), about: dict | 
         "codebook": codebook(evidence),
         "identity": identity(evidence, judges),
         "augmentation": augmentation(evidence, protocol, arms),
-        "fidelity": missing("fd", "kid", "precision", "recall", "density", "coverage"),
+        "fidelity": fidelity(evidence, arms),
         "memorisation": memorisation(evidence),
         "physics": missing("torso_speed", "cadence", "step_length", "envelopes", "bandwidth", "left_right_asymmetry"),
     }
@@ -158,6 +172,20 @@ def time_blocks(windows: WindowSet, gap: int) -> np.ndarray:
     return block
 
 
+def halves(windows: WindowSet, gap: int) -> list[list[int]]:
+    """Rows of two halves of real windows that share no step: every other stretch of 2·gap windows of each recording,
+    without the windows at a stretch's beginning that reach into the other half."""
+    stretch, chosen = time_blocks(windows, 2 * gap), [[], []]
+    for rows in by_recording(windows):
+        last = [-np.inf, -np.inf]  # time of the last window each half took
+        for row in rows:
+            half, time = stretch[row] % 2, windows.files[row].number
+            if time - last[1 - half] >= gap:
+                chosen[half].append(int(row))
+                last[half] = time
+    return chosen
+
+
 def by_recording(windows: WindowSet) -> list[np.ndarray]:
     """Rows of each recording, in time order."""
     groups: dict[tuple, list[int]] = {}
@@ -207,17 +235,36 @@ def through_codec(codec: torch.nn.Module, images: torch.Tensor, batch_size: int 
 def reconstruction(evidence: Evidence, arms: Arms) -> dict:
     """PSNR, SSIM and identity on test windows. Identity: accuracy of the real-only classifiers, which saw the windows
     the codec was trained on and no others, before and after the codec's round trip."""
+    names = ("psnr_db", "ssim", "identity_accuracy", "identity_accuracy_before", "codec_choice")
     if evidence.codec is None:
-        return missing("psnr_db", "ssim", "identity_accuracy", "identity_accuracy_before", reason="no codec was given")
+        return missing(*names, reason="no codec was given")
     test, blocks = evidence.test, time_blocks(evidence.test, evidence.gap)
     outputs = through_codec(evidence.codec, test.images)
     after = correctness(arms.judges["real_only"], to_uint8(outputs), test.labels)
+    psnr = bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks)
     return {
-        "psnr_db": bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks),
+        "psnr_db": psnr,
         "ssim": bootstrapped(metrics.ssim(outputs, test.float()).numpy(), blocks),
         "identity_accuracy": bootstrapped(after.mean(0), blocks),
         "identity_accuracy_before": bootstrapped(arms.correct["real_only"].mean(0), blocks),
+        **codec_choice(evidence, psnr["value"]),
     }
+
+
+def codec_choice(evidence: Evidence, psnr_db: float) -> dict:
+    """VQ or KL, by the rule of `quality.choose_codec`; psnr_db: of evidence.codec on test windows."""
+    codec, rival, test = evidence.codec, evidence.rival, evidence.test
+    if rival is None:
+        return missing("codec_choice", reason="no rival codec was given")
+    if _has_tokens(codec) == _has_tokens(rival):
+        return missing("codec_choice", reason="both codecs are of one kind")
+    blocks = time_blocks(test, evidence.gap)
+    found = bootstrapped(metrics.psnr(through_codec(rival, test.images), test.float()).numpy(), blocks)
+    vq, vq_psnr, kl_psnr = (codec, psnr_db, found["value"]) if _has_tokens(codec) else (rival, found["value"], psnr_db)
+    usage = codebook(replace(evidence, codec=vq))["usage"]
+    choice = choose_codec({"psnr_db": vq_psnr, "usage": usage["value"]}, {"psnr_db": kl_psnr})
+    counted = {"n": len(test), "usage_n": usage["n"], "rival_psnr_db": found}
+    return {"codec_choice": {"value": choice["choice"], **choice, **counted}}
 
 
 @torch.no_grad()
@@ -277,6 +324,53 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
     }
 
 
+def fidelity(evidence: Evidence, arms: Arms, draws: int = 4) -> dict:
+    """Fréchet distances in the features of the real-only classifiers, mean over them and over draws of windows. These
+    classifiers saw the generator's training windows and neither generated nor unseen ones.
+
+    fd: generated windows against unseen real ones (val and test); fd_real_vs_real: one half of the unseen against the
+    other; fd_train: the generator's training windows against the unseen, what a perfect copier would get; fd_ratio: fd
+    over fd_real_vs_real. The distance is biased by the number of windows, so all sets give as many of each user.
+    """
+    rest = missing("kid", "precision", "recall", "density", "coverage")
+    unseen = concatenate(evidence.val, evidence.test)
+    sets = {"generated": evidence.generated, "unseen": unseen, "train": evidence.train}
+    sets |= dict(zip(("first", "second"), (unseen.select(rows) for rows in halves(unseen, evidence.gap)), strict=True))
+    n = len(alike(sets, seed=0)["unseen"])
+    if n < 2:
+        why = "no user has generated windows, training windows and windows in both halves of the unseen"
+        return missing(*COMPARED, "fd_ratio", reason=why) | rest
+    judges = arms.judges["real_only"]
+    each = [_distances(judge, sets, seed) for judge in judges for seed in range(draws)]
+    found = {name: float(np.mean([one[name] for one in each])) for name in COMPARED}
+    found["fd_ratio"] = found["fd"] / max(found["fd_real_vs_real"], 1e-9)
+    return {name: figure(value, n) for name, value in found.items()} | rest
+
+
+def _distances(judge: Judge, sets: dict[str, WindowSet], seed: int) -> dict[str, float]:
+    """The Fréchet distances of one draw of windows."""
+    rows = alike(sets, seed)
+    parts = {name: features(judge, part.images[rows[name]]) for name, part in sets.items()}
+    return {name: metrics.frechet_distance(parts[one], parts[other]) for name, (one, other) in COMPARED.items()}
+
+
+def alike(sets: dict[str, WindowSet], seed: int) -> dict[str, torch.Tensor]:
+    """Rows drawn from each set: of each user as many as the set that has fewest of that user."""
+    least = torch.stack([torch.bincount(part.labels, minlength=part.num_users) for part in sets.values()]).min(0).values
+    rows = {}
+    for place, (name, part) in enumerate(sets.items()):
+        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(1000 * place + seed))
+        rows[name] = torch.cat([order[part.labels[order] == user][:k] for user, k in enumerate(least.tolist())])
+    return rows
+
+
+@torch.no_grad()
+def features(judge: Judge, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+    """A judge's features (N, D) of uint8 images (N, C, S, S)."""
+    judge.eval()
+    return torch.cat([judge.features(to_float(part.to(judge.device))).cpu() for part in images.split(batch_size)])
+
+
 def memorisation(evidence: Evidence, copy_quantile: float = 0.01) -> dict:
     """Is a generated window nearer to the training windows than a real unseen one is?
 
@@ -320,6 +414,11 @@ def verdict(augmentation: dict) -> dict:
         f"{augmentation['seeds']} seeds, {real['n']} test windows)."
     )
     return {"word": word, "sentence": sentence}
+
+
+def _sizes(codec: torch.nn.Module) -> str:
+    size, (rows, columns) = codec.config.image_size, codec.latent_shape[1:]
+    return f"{size}×{size} pixels, channels {codec.config.in_channels}, latent grid {rows}×{columns}"
 
 
 def _has_tokens(codec: torch.nn.Module) -> bool:

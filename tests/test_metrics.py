@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from torch import nn
 from torchmetrics.image import PeakSignalNoiseRatio
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from mdlib import metrics
 
@@ -74,6 +77,50 @@ def test_paired_gain():
     gain = metrics.paired_gain(first, better, blocks)
     assert gain["gain"] == pytest.approx(better.mean() - first.mean())
     assert 0 < gain["ci95"][0] < gain["gain"] < gain["ci95"][1] and gain["p_value"] < 0.01
+
+
+def correlated(n: int, width: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator, dtype=torch.double)
+    return torch.randn(n, width, generator=generator, dtype=torch.double) @ mix + seed
+
+
+def test_frechet_distance_is_the_formula_with_a_matrix_root():
+    first, second = correlated(200, 12, 0), correlated(150, 12, 1)
+    cov, other = np.cov(first.T.numpy()), np.cov(second.T.numpy())
+    root = scipy.linalg.sqrtm(cov @ other).real
+    expected = float((first.mean(0) - second.mean(0)).square().sum()) + np.trace(cov + other - 2 * root)
+    assert metrics.frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet_distance(second, first) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_agrees_with_torchmetrics():
+    first, second = correlated(90, 6, 0), correlated(80, 6, 1)
+    reference = FrechetInceptionDistance(feature=nn.Flatten(), input_img_size=(1, 2, 3))
+    reference.set_dtype(torch.double)
+    for part, real in ((first, True), (second, False)):
+        reference.update(part.view(-1, 1, 2, 3), real=real)
+    assert metrics.frechet_distance(first, second) == pytest.approx(float(reference.compute()), rel=1e-4)
+
+
+def test_frechet_distance_between_shifted_copies_is_the_shift():
+    white = torch.linalg.qr(torch.randn(60, 8, dtype=torch.double)).Q
+    white = white - white.mean(0)
+    shift = torch.arange(8.0)
+    assert metrics.frechet_distance(white, white + shift) == pytest.approx(float(shift.square().sum()))
+    # Σ and 9Σ: the roots differ by a factor of three, tr(Σ + 9Σ − 2·3Σ) = 4 tr Σ.
+    assert metrics.frechet_distance(white, 3 * white) == pytest.approx(4 * float(white.var(0).sum()))
+
+
+def test_frechet_distance_of_fewer_samples_than_features():
+    few = correlated(40, 1024, 0).float()
+    assert metrics.frechet_distance(few, few) == pytest.approx(0, abs=1e-6 * float(few.var(0).sum()))
+    flat = torch.zeros(50, 1024)
+    # Against a point, nothing but the mean and the own variance is left.
+    expected = float(few.double().mean(0).square().sum() + few.double().var(0).sum())
+    assert metrics.frechet_distance(few, flat) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r"\(1, 1024\)"):
+        metrics.frechet_distance(few, few[:1])
 
 
 def test_nearest_distance_is_brute_force_within_the_user():

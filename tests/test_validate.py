@@ -1,15 +1,33 @@
 """The ruler itself: what is fed in decides what it says."""
 
+import html
 import json
 
 import numpy as np
 import pytest
 import torch
+from helpers import write_set
 
 from mdlib.data import DataError, WindowFile, WindowSet
 from mdlib.judge import Judge
 from mdlib.report import load_generated, write_report
-from mdlib.validate import Evidence, Protocol, _mixed, evaluate, memorisation, time_blocks, verdict
+from mdlib.vae import KLVAE
+from mdlib.validate import (
+    Arms,
+    Evidence,
+    Protocol,
+    _mixed,
+    alike,
+    codec_choice,
+    concatenate,
+    evaluate,
+    features,
+    fidelity,
+    halves,
+    memorisation,
+    time_blocks,
+    verdict,
+)
 from mdlib.vqvae import VQVAE
 
 USERS = (2, 5, 9, 11)
@@ -55,7 +73,7 @@ def test_every_key_of_the_protocol_is_there(honest):
         for name, value in honest[section].items():
             if isinstance(value, dict):
                 assert value["value"] is not None and value["n"] > 0 or value["reason"], (section, name)
-    assert honest["fidelity"]["fd"] == {"value": None, "reason": "not yet measured by this version"}
+    assert honest["fidelity"]["kid"] == {"value": None, "reason": "not yet measured by this version"}
     assert honest["reconstruction"]["psnr_db"]["reason"] == "no codec was given"
     json.dumps(honest)
 
@@ -66,6 +84,8 @@ def test_real_windows_fed_in_as_generated_pass(honest):
     assert honest["augmentation"]["gain"]["value"] > -0.02
     assert 0.5 < honest["memorisation"]["nearest_train_ratio"]["value"] < 1.5
     assert honest["memorisation"]["copies"]["value"] < 0.2
+    assert 0.5 < honest["fidelity"]["fd_ratio"]["value"] < 2
+    assert {honest["fidelity"][name]["n"] for name in ("fd", "fd_real_vs_real", "fd_train")} == {12}
 
 
 def test_noise_fails_everything():
@@ -74,6 +94,8 @@ def test_noise_fails_everything():
     assert report["identity"]["accuracy"]["value"] < 0.5
     assert report["augmentation"]["generated_only"]["value"] < 0.6
     assert report["verdict"]["word"] in ("hurts", "no evidence")
+    assert report["fidelity"]["fd_ratio"]["value"] > 5
+    assert report["fidelity"]["fd"]["value"] > 5 * report["fidelity"]["fd_train"]["value"]
 
 
 def test_windows_of_another_user_fail_identity(honest):
@@ -102,6 +124,88 @@ def test_overlapping_windows_are_one_block():
     blocks = time_blocks(windows(10, 0), gap=4)
     assert [len(set(blocks[10 * k : 10 * k + 10])) for k in range(4)] == [3, 3, 3, 3]
     assert len(set(blocks)) == 12
+
+
+def test_halves_of_real_windows_share_no_step():
+    unseen = concatenate(windows(12, 2, 40), windows(25, 3, 80))
+    first, second = halves(unseen, gap=4)
+    assert not set(first) & set(second)
+    for label in range(len(USERS)):
+        one, other = (
+            np.array([unseen.files[row].number for row in rows if unseen.labels[row] == label])
+            for rows in (first, second)
+        )
+        assert len(one) >= 5 and len(other) >= 5
+        assert abs(one[:, None] - other).min() >= 4
+
+
+def test_sets_are_compared_at_equal_numbers_of_each_user():
+    sets = {"few": windows(3, 1).select(range(1, 12)), "many": windows(9, 2)}
+    rows = alike(sets, seed=0)
+    drawn = {name: part.labels[rows[name]].bincount().tolist() for name, part in sets.items()}
+    assert drawn == {"few": [2, 3, 3, 3], "many": [2, 3, 3, 3]}
+    assert len(set(rows["many"].tolist())) == 11
+    assert rows["many"].tolist() == alike(sets, seed=0)["many"].tolist() != alike(sets, seed=1)["many"].tolist()
+
+
+def test_fidelity_needs_windows_in_every_set():
+    judges = Arms({"real_only": [Judge(len(USERS))]}, {}, 0.5)
+    found = fidelity(evidence(windows(5, 7), val=windows(2, 2, 40), test=windows(2, 3, 42)), judges)
+    assert found["fd"]["value"] is None and "both halves" in found["fd_ratio"]["reason"]
+
+
+def test_features_come_in_batches():
+    judge, images = Judge(len(USERS)), windows(4, 0).images
+    assert features(judge, images).shape[0] == 16
+    torch.testing.assert_close(features(judge, images), features(judge, images, batch_size=5))
+
+
+CODEC = dict(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4)
+
+
+def test_two_codecs_of_different_kinds_are_compared():
+    torch.manual_seed(0)
+    vq, kl = VQVAE(**CODEC, num_codes=8, code_dim=4).eval(), KLVAE(**CODEC).eval()
+    made = windows(5, 7)
+    choice = codec_choice(evidence(made, codec=vq, rival=kl), psnr_db=40.0)["codec_choice"]
+    assert choice["vq_psnr_db"] == 40 and choice["kl_psnr_db"] == choice["rival_psnr_db"]["value"] < 30
+    assert choice["choice"] == ("vq" if choice["usage"] > 0.8 else "kl")
+    assert choice["n"] == 100 and choice["usage_n"] == 4 * 37
+    swapped = codec_choice(evidence(made, codec=kl, rival=vq), psnr_db=40.0)["codec_choice"]
+    assert swapped["kl_psnr_db"] == 40 and swapped["choice"] == "kl" and swapped["usage"] == choice["usage"]
+    assert codec_choice(evidence(made, codec=vq), 40.0)["codec_choice"]["reason"] == "no rival codec was given"
+    alone = codec_choice(evidence(made, codec=kl, rival=kl), 40.0)["codec_choice"]
+    assert alone["reason"] == "both codecs are of one kind"
+
+
+@pytest.mark.parametrize("changes", [dict(image_size=64), dict(patch_size=(1, 1)), dict(in_channels=3)])
+def test_codecs_of_different_sizes_are_not_compared(changes):
+    vq = VQVAE(**CODEC, num_codes=8, code_dim=4)
+    with pytest.raises(DataError, match="one size and one latent grid") as error:
+        evidence(windows(5, 7), codec=vq, rival=KLVAE(**{**CODEC, **changes}))
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_takes_a_rival(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from mdlib.__main__ import app
+
+    codec = VQVAE(**CODEC, num_codes=8, code_dim=4).eval()
+    monkeypatch.setattr("mdlib.pipeline.load_pipeline", lambda path: SimpleNamespace(codec=codec))
+    KLVAE(**CODEC).save_pretrained(tmp_path / "two")
+    files = [path.as_posix() for path in write_set(tmp_path / "real", numbers=range(24)).glob("*/*.png")]
+    write_set(tmp_path / "made", numbers=range(2))
+    parts = {"train": range(4), "val": range(8, 12), "test": range(16, 24)}
+    name = lambda path: path.split("/real/")[1]
+    number = lambda path: int(path.split("Doppler")[1][:-4])
+    split = {part: [name(path) for path in files if number(path) in some] for part, some in parts.items()}
+    (tmp_path / "split.json").write_text(json.dumps({**split, "gap": 4}))
+    options = dict(real="real", generated="made", split="split.json", out="out", pipeline="one", rival="two")
+    words = [word for key, value in options.items() for word in (f"--{key}", str(tmp_path / value))]
+    app(["validate", *words, "--judge-steps", "1", "--seeds", "2"], standalone_mode=False)
+    choice = json.loads((tmp_path / "out" / "report.json").read_text())["reconstruction"]["codec_choice"]
+    assert choice["sentence"] in html.unescape((tmp_path / "out" / "report.html").read_text())
 
 
 @pytest.mark.parametrize(
