@@ -87,6 +87,7 @@ def generate(
     seed: int = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     option: Annotated[list[str], typer.Option("--option", "-o", help="key=value of the prior's sampling")] = [],  # noqa: B006
+    grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, a row a user")] = False,
 ):
     """Generate windows of given users into ID_k/ folders with a manifest."""
     from mdlib.data import parse_users
@@ -95,6 +96,10 @@ def generate(
     pipe = load_pipeline(pipeline)
     chosen = parse_users(users) if users else None
     rows = pipe.generate_folder(out, chosen, per_user, seed, batch_size, **dict(_pair(text) for text in option))
+    if grid:
+        from mdlib import plot
+
+        plot.save(plot.sheet(out, rows), out / "grid.png")
     print(f"{out}: {len(rows)} windows of {len({row['user'] for row in rows})} users")
 
 
@@ -106,6 +111,7 @@ def validate(
     out: Annotated[Path, typer.Option(help="folder for report.json and report.html")],
     size: Annotated[int, typer.Option(help="pixels a side at which windows are compared")] = 64,
     pipeline: Annotated[Path | None, typer.Option(help="RUN/pipeline, for codec and codebook")] = None,
+    rival: Annotated[Path | None, typer.Option(help="RUN/codec of the other kind, VQ or KL")] = None,
     channels: Annotated[int, typer.Option(help="1: intensity, 3: RGB as it is")] = 1,
     colormap: Annotated[str, typer.Option(help="of the real images")] = "auto",
     judge_steps: Annotated[int, typer.Option(help="optimizer steps of each judge")] = 400,
@@ -115,7 +121,7 @@ def validate(
     from mdlib.report import validate_folders
 
     protocol = dict(judge_steps=judge_steps, seeds=seeds)
-    report = validate_folders(real, generated, split, out, size, pipeline, channels, colormap, **protocol)
+    report = validate_folders(real, generated, split, out, size, pipeline, channels, colormap, rival, **protocol)
     print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
 
 

@@ -1,7 +1,10 @@
-"""The judge: a user classifier from scratch that measures windows. It never trains a generator."""
+"""The judge: a user classifier from scratch that measures windows. One that measures never teaches or guides a
+generator; those that do (the codec's teacher, classifier guidance) are trained on the generator's own windows."""
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
 from mdlib.augment import classical_augmentation
@@ -9,7 +12,7 @@ from mdlib.data import to_float
 from mdlib.train import Batches, TrainConfig, fit
 
 
-class Judge(nn.Module):
+class Judge(ModelMixin, ConfigMixin):
     """A small CNN on windows (B, C, S, S) in [−1, 1] → logits (B, num_users).
 
     A 5×5 binomial filter comes first: speckle is chance, and a judge that leans on it would know neither the same user
@@ -17,6 +20,7 @@ class Judge(nn.Module):
     energy lies in velocity tells users apart, when exactly a step falls into the window does not.
     """
 
+    @register_to_config
     def __init__(self, num_users: int, channels: int = 1, widths: tuple[int, ...] = (16, 32, 64), dropout: float = 0.3):
         super().__init__()
         row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
@@ -27,7 +31,7 @@ class Judge(nn.Module):
             layers += [_convolution(before, width), nn.MaxPool2d(2)]
         self.blocks = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d((8, 2))
-        self.dropout = nn.Dropout(dropout)
+        self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(widths[-1] * 16, num_users)
 
     def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -48,7 +52,7 @@ class Judge(nn.Module):
         return smooth.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.dropout(self.features(images)))
+        return self.head(self.drop(self.features(images)))
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logits = self(images)

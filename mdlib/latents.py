@@ -1,4 +1,4 @@
-"""What a codec makes of a set of windows, computed once and kept beside the prior that trains on it."""
+"""What a codec makes of a set of windows, computed once and kept beside the prior that trains on it; and back."""
 
 import hashlib
 from pathlib import Path
@@ -30,6 +30,13 @@ def encode_all(
         with whole_file(path) as temporary:
             save_file({kind: result.contiguous()}, temporary)
     return result
+
+
+@torch.no_grad()
+def decode_all(codec, latents: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """Images (N, C, H, W) in [−1, 1] of normalised latents (N, D, h, w)."""
+    codec.eval()
+    return torch.cat([codec.decode(part.to(codec.device)).cpu() for part in latents.split(batch_size)])
 
 
 def fingerprint(model: torch.nn.Module, *tensors: torch.Tensor) -> str:

@@ -20,6 +20,8 @@ from mdlib.latents import fingerprint
 from mdlib.progress import bar
 
 MANIFEST_COLUMNS = ("path", "user", "number", "seed")
+# Arguments of prior.sample that are no plain values: this file fills them in.
+_NO_OPTIONS = {"label", "generator", "classifier", "towards", "share", "on_step"}
 
 
 @dataclass
@@ -37,23 +39,28 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     Args:
         codec, prior: a codec and a prior that fits it (see their modules).
+        classifier: a user classifier of images for classifier guidance, or None.
         users: the label map: users[label] is the k of folder ID_k.
         colormap: colour map of the windows that go out (and came in): jet, parula, viridis, grey, or none for RGB.
         output_size: height and width of the images that go out, in pixels.
         sampling: keyword arguments of `prior.sample` that this pipeline uses unless the caller gives others.
     """
 
+    _optional_components = ["classifier"]
+
     def __init__(
         self,
         codec: ModelMixin,
         prior: ModelMixin,
+        classifier: ModelMixin | None = None,
         users: list[int] | None = None,
         colormap: str = "jet",
         output_size: int = 256,
         sampling: dict | None = None,
     ):
         super().__init__()
-        self.register_modules(codec=codec, prior=prior)
+        _check_fit(codec, prior)
+        self.register_modules(codec=codec, prior=prior, classifier=classifier)
         self.register_to_config(
             users=list(users or []), colormap=colormap, output_size=output_size, sampling=dict(sampling or {})
         )
@@ -89,7 +96,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         Args:
             seed: window i of user k depends on (seed, k, i) alone.
             output_type: "pil" (coloured, `output_size`) or "pt" (tensor (N, C, H, W) in [−1, 1], the codec's size).
-            sampling: options of `prior.sample` (temperature, top_k, top_p, guidance_scale, …).
+            sampling: options of `prior.sample` (guidance_scale, temperature, num_inference_steps, …).
 
         Raises:
             DataError: a user this pipeline was not trained on.
@@ -122,14 +129,62 @@ class MicroDopplerPipeline(DiffusionPipeline):
         self, manifest: list[dict], batch_size: int = 64, **sampling
     ) -> Iterator[tuple[list[dict], torch.Tensor]]:
         """Batches (rows, images (B, C, H, W) in [−1, 1]) of a manifest, as they are made."""
-        options = {**self.config.sampling, **sampling}
         for start in range(0, len(manifest), batch_size):
             rows = manifest[start : start + batch_size]
-            labels = torch.tensor([self.config.users.index(row["user"]) for row in rows], device=self.device)
-            generators = [torch.Generator().manual_seed(_window_seed(**row)) for row in rows]
-            drawn = self.prior.sample(labels, generator=generators, **options)
-            decode = self.codec.decode_tokens if self.prior.consumes == "tokens" else self.codec.decode
-            yield rows, decode(drawn).float().cpu()
+            yield rows, self._decode(self._draw(rows, **sampling))
+
+    def _draw(self, rows: list[dict], **sampling) -> torch.Tensor:
+        """Tokens or latents of the manifest's rows."""
+        options = {**self.config.sampling, **sampling}
+        if options.get("classifier_scale"):
+            if self.classifier is None:
+                raise DataError("classifier_scale needs a classifier, and this pipeline has none (classifier_steps)")
+            options["classifier"] = self._log_probability
+        labels = torch.tensor([self.config.users.index(row["user"]) for row in rows], device=self.device)
+        generators = [torch.Generator().manual_seed(_window_seed(**row)) for row in rows]
+        return self.prior.sample(labels, generator=generators, **options)
+
+    def _decode(self, drawn: torch.Tensor) -> torch.Tensor:
+        decode = self.codec.decode_tokens if self.prior.consumes == "tokens" else self.codec.decode
+        return decode(drawn).float().cpu()
+
+    def _log_probability(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """log p(label | decoded latents) (B,) by the classifier."""
+        logits = self.classifier(self.codec.decode(latents))
+        return logits.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+
+    @torch.no_grad()
+    def interpolate(self, first: int, second: int, images: int = 5, seed: int = 0, **sampling) -> torch.Tensor:
+        """Windows (images, C, H, W) in [−1, 1] from user `first` to user `second`, all from the same noise: what
+        changes is what the model thinks tells the two apart.
+
+        Raises:
+            DataError: an unknown user, or a prior that cannot stand between two users.
+        """
+        rows = self.plan([first], 1, seed) * images
+        self._needs_latents("interpolation")
+        self.plan([second], 1, seed)
+        towards = torch.full((images,), self.config.users.index(second), device=self.device)
+        return self._decode(self._draw(rows, towards=towards, share=torch.linspace(0, 1, images), **sampling))
+
+    @torch.no_grad()
+    def denoising(self, user: int, frames: int = 8, seed: int = 0, **sampling) -> torch.Tensor:
+        """What the prior takes the window to be, step by step: images (≤ frames, C, H, W) in [−1, 1], the last one
+        the window itself.
+
+        Raises:
+            DataError: an unknown user, or a prior that does not denoise latents.
+        """
+        self._needs_latents("a picture of the denoising")
+        seen: list[torch.Tensor] = []
+        last = self._draw(self.plan([user], 1, seed), on_step=lambda _, estimate: seen.append(estimate), **sampling)
+        seen[-1] = last
+        chosen = torch.linspace(0, len(seen) - 1, min(frames, len(seen))).round().long().tolist()
+        return self._decode(torch.cat([seen[number] for number in chosen]))
+
+    def _needs_latents(self, what: str) -> None:
+        if self.prior.consumes != "latents":
+            raise DataError(f"{what} needs a prior over latents; this pipeline's prior is over {self.prior.consumes}")
 
     def to_pil(self, images: torch.Tensor) -> list[Image.Image]:
         """Images (B, C, H, W) in [−1, 1] as coloured PIL images of `output_size`, like the windows on disk."""
@@ -157,7 +212,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         manifest = [{"path": _file_name(row), **row} for row in self.plan(users, per_user, seed)]
         options = {**self.config.sampling, **sampling}
         self._check_options(options)
-        _claim(out, {"weights": fingerprint(self.codec) + fingerprint(self.prior), "seed": seed, **options})
+        made_by = [self.codec, self.prior] + ([self.classifier] if options.get("classifier_scale") else [])
+        _claim(out, {"weights": "".join(map(fingerprint, made_by)), "seed": seed, **options})
         missing = [row for row in manifest if not (out / row["path"]).exists()]
         requests = [{key: row[key] for key in ("user", "number", "seed")} for row in missing]
         with bar(len(manifest), "generate", initial=len(manifest) - len(missing), unit="window") as progress:
@@ -170,11 +226,25 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     def _check_options(self, options: dict) -> None:
         """Refuse what `prior.sample` does not know, before anything is written."""
-        known = set(inspect.signature(self.prior.sample).parameters) - {"label", "generator"}
+        known = set(inspect.signature(self.prior.sample).parameters) - _NO_OPTIONS
         unknown = sorted(options.keys() - known)
         if unknown:
             told = ", ".join(sorted(known))
             raise DataError(f"this prior has no sampling option {', '.join(unknown)}; there are {told}")
+
+
+def _check_fit(codec: ModelMixin, prior: ModelMixin) -> None:
+    """Refuse a prior that was made for another codec."""
+    if prior.consumes == "tokens":
+        if not hasattr(codec, "token_shape"):
+            raise DataError(f"a prior over tokens needs a codec with a codebook, not {type(codec).__name__}")
+        here, wanted = codec.token_shape, prior.token_shape
+    else:
+        here, wanted = codec.latent_shape, prior.latent_shape
+    if tuple(here) != tuple(wanted):
+        raise DataError(
+            f"prior and codec do not fit: the prior makes {prior.consumes} {tuple(wanted)}, the codec reads {here}"
+        )
 
 
 def _claim(out: Path, made_by: dict) -> None:

@@ -1,11 +1,14 @@
 """Every figure. The only file that imports matplotlib; functions take tensors or plain data and return a Figure."""
 
+from collections import Counter
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import seaborn
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from mdlib.data import WindowSet, colorize, to_uint8
 
@@ -30,7 +33,9 @@ def picture(image: torch.Tensor, colormap: str) -> np.ndarray:
     return colorize(image[0], "jet" if colormap == "none" else colormap)
 
 
-def windows(images: torch.Tensor, titles: list[str] | None = None, colormap: str = "jet", columns: int = 8) -> Figure:
+def windows(
+    images: torch.Tensor | list[torch.Tensor], titles: list[str] | None = None, colormap: str = "jet", columns: int = 8
+) -> Figure:
     """A grid of windows (N, C, H, W): Doppler up, time to the right."""
     rows = -(-len(images) // columns)
     figure, axes = _figure(1.35 * min(columns, len(images)) + 0.2, 1.5 * rows + 0.2, rows, min(columns, len(images)))
@@ -41,6 +46,24 @@ def windows(images: torch.Tensor, titles: list[str] | None = None, colormap: str
             if titles:
                 axis.set_title(titles[number], fontsize=8, color=INK)
     return figure
+
+
+def sheet(folder: str | Path, rows: list[dict]) -> Figure:
+    """Windows on disk, a row a user. rows: of a manifest, `path` (within `folder`) and `user` in each."""
+    columns = max(Counter(row["user"] for row in rows).values())
+    blank = torch.full((3, 1, 1), 255, dtype=torch.uint8)
+    images, titles = [], []
+    for user in dict.fromkeys(row["user"] for row in rows):
+        mine = [_read(Path(folder) / row["path"]) for row in rows if row["user"] == user]
+        images += mine + [blank] * (columns - len(mine))
+        titles += [f"ID_{user}"] + [""] * (columns - 1)
+    return windows(images, titles, "none", columns)
+
+
+def _read(path: Path) -> torch.Tensor:
+    """An image file as uint8 (3, H, W)."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
 
 
 def real_beside_generated(
@@ -106,6 +129,23 @@ def code_usage(counts: np.ndarray | list[int]) -> Figure:
     right.axhline(counts.sum() / len(counts), color=INK, linewidth=0.7, linestyle=":")
     right.set_xlabel(f"rank ({used.sum()} of {len(counts)} codes used)", fontsize=8)
     right.set_ylabel("times used (dotted: uniform)", fontsize=8)
+    return figure
+
+
+def latent_statistics(latents: torch.Tensor) -> Figure:
+    """Normalised latents (N, D, h, w): each channel's histogram on N(0, 1), and each channel's deviation beside 1."""
+    channels = latents.detach().float().cpu().transpose(0, 1).flatten(1).numpy()
+    figure, axes = _figure(7.5, 2.6, 1, 2)
+    left, right = axes[0]
+    edges = np.linspace(-5, 5, 61)
+    for values in channels:
+        left.hist(values.clip(-5, 5), edges, density=True, histtype="step", color=ACCENT, alpha=0.5, linewidth=0.8)
+    left.plot(edges, np.exp(-(edges**2) / 2) / (2 * np.pi) ** 0.5, color=INK, linestyle=":")
+    left.set_xlabel("normalised latent, a line a channel (dotted: N(0, 1))", fontsize=8)
+    right.bar(np.arange(len(channels)), channels.std(1), color=ACCENT)
+    right.axhline(1, color=INK, linewidth=0.7, linestyle=":")
+    right.set_xlabel("channel", fontsize=8)
+    right.set_ylabel("standard deviation", fontsize=8)
     return figure
 
 

@@ -4,6 +4,7 @@ A run folder remembers what it is (run.json), so a notebook needs only its path,
 first one stopped.
 """
 
+import inspect
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from mdlib import __version__
 from mdlib.data import DataError, WindowSet, find_windows, load_windows
 from mdlib.files import whole_file
 from mdlib.split import apply_split, make_split, read_split, write_split
-from mdlib.systems import Preset, get_preset, get_system
+from mdlib.systems import Preset, get_preset, get_system, make_codec, make_prior
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
@@ -50,9 +51,8 @@ class Run:
     @cached_property
     def preset(self) -> Preset:
         """The preset with this run's changes."""
-        changes = ("windows_per_user", "codec_steps", "prior_steps", "perceptual_weight", "seed")
-        given = {key: self.settings[key] for key in changes}
-        return get_preset(self.settings["system"], self.settings["preset"], **given)
+        changes = inspect.signature(get_preset).parameters.keys() & self.settings.keys() - {"system"}
+        return get_preset(self.settings["system"], self.settings["preset"], **{k: self.settings[k] for k in changes})
 
     @cached_property
     def windows(self) -> WindowSet:
@@ -114,8 +114,11 @@ def open_run(
     preset: str = "demo",
     split: str = "",
     windows_per_user: int = 0,
+    codec: str = "",
     codec_steps: int = 0,
     prior_steps: int = 0,
+    codec_options: dict = {},  # noqa: B006
+    prior_options: dict = {},  # noqa: B006
     perceptual_weight: float = 0.0,
     channels: int = 1,
     colormap: str = "auto",
@@ -129,8 +132,8 @@ def open_run(
         system, preset: names of `mdlib.systems`.
         split: a split file of your own; "" makes one by recording and time.
         windows_per_user: training windows kept a user; 0 keeps what the preset says, -1 keeps all.
-        codec_steps, prior_steps: optimizer steps instead of the preset's; 0 keeps the preset's.
-        perceptual_weight: of LPIPS in the codec's loss; needs its backbone's weights.
+        codec, codec_steps, prior_steps, codec_options, prior_options, perceptual_weight: changes of the preset, see
+            `systems.get_preset`; "", 0 and {} keep the preset's.
         channels, colormap: how images are read, see `mdlib.data.load_windows`.
         seed: of weights, data order and noise.
 
@@ -163,10 +166,14 @@ def _check(run: Run) -> None:
         wanted = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(run.settings[key], wanted):
             raise DataError(f"{key} must be of type {type(default).__name__}, got {run.settings[key]!r}")
-    precision = run.preset.codec_training.mixed_precision
-    if precision != "no" and not torch.cuda.is_available():
-        preset = run.settings["preset"]
-        raise DataError(f"preset {preset!r} trains in {precision}, which needs a GPU: take demo or demo-long")
+    for training in (run.preset.codec_training, run.preset.prior_training):
+        if training.mixed_precision in ("fp16", "bf16") and not torch.cuda.is_available():
+            raise DataError(
+                f"preset {run.settings['preset']!r} trains in {training.mixed_precision}, which needs a GPU: "
+                "take demo or demo-long"
+            )
+    with torch.device("meta"):  # sizes that do not fit each other are told now, not after an hour
+        make_prior(run.settings["system"], run.preset, make_codec(run.preset, run.settings["channels"]), num_users=2)
     find_windows(run.settings["data"])
     if run.settings["split"]:
         read_split(run.settings["split"])

@@ -4,14 +4,21 @@ A preset is where sizes meet a machine: `smoke` (seconds, for tests), `demo` (2 
 same sizes, half an hour), and the GPU ones.
 """
 
-from dataclasses import dataclass, field, replace
+import inspect
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
 
 from mdlib.data import DataError
 from mdlib.train import TrainConfig
 from mdlib.transformer import TokenPrior
+from mdlib.unet import LatentDiffusion
+from mdlib.vae import KLVAE
 from mdlib.vqvae import VQVAE
+
+CODECS = {"vq": VQVAE, "kl": KLVAE}
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,7 @@ class Preset:
     prior: dict  # keyword arguments of the prior class that the codec and the users do not fix
     codec_training: TrainConfig
     prior_training: TrainConfig
+    codec_class: type = None  # filled in by get_preset: the system's, or another kind of codec of the same sizes
     sampling: dict = field(default_factory=dict)  # keyword arguments of prior.sample
     teacher_steps: int = 0  # optimizer steps of the codec's teacher (mdlib.teacher); 0 does without
     teacher_weight: float = 0.2  # of its distance in the codec's loss
@@ -129,21 +137,135 @@ _SMOKE = Preset(
     validation=dict(judge_steps=4, seeds=2, variants=1),
 )
 
-_GPU_PRESETS = {
-    "gpu-6gb": _gpu(16, "fp16"),
-    "gpu-8gb": _gpu(32, "fp16"),
-    "gpu-16gb": _gpu(64, "fp16"),
-    "p100": _gpu(64, "no"),  # Pascal: no tensor cores, half precision gains nothing
-    "t4x2": _gpu(64, "fp16"),
+_CARDS = {
+    "gpu-6gb": (16, "fp16"),
+    "gpu-8gb": (32, "fp16"),
+    "gpu-16gb": (64, "fp16"),
+    "p100": (64, "no"),  # Pascal: no tensor cores, half precision gains nothing
+    "t4x2": (64, "fp16"),
 }
+_TOKEN_PRESETS = {
+    "demo": _DEMO,
+    "demo-long": _DEMO_LONG,
+    "smoke": _SMOKE,
+    **{card: _gpu(*sizes) for card, sizes in _CARDS.items()},
+}
+
+
+# Diffusion over latents: the same codec training and evaluation, another codec and prior --------------------------
+
+_LATENT_DEMO = dict(block_out_channels=(48, 96), norm_num_groups=8, head_dim=16, label_dropout=0.15)
+_LATENT_SMOKE = dict(block_out_channels=(8, 16), norm_num_groups=4, head_dim=8)
+_LATENT_GPU = dict(block_out_channels=(128, 256, 384), layers_per_block=2, norm_num_groups=32, head_dim=64, dropout=0.1)
+
+
+def _diffusion(base: Preset, codec: dict, prior: dict, sampling: dict | None = None, **training) -> Preset:
+    """`base` with another codec's sizes, a diffusion prior's, and the training that diffusion needs: many steps whose
+    weights are averaged."""
+    return replace(
+        base,
+        codec=codec,
+        prior=prior,
+        prior_training=replace(base.prior_training, **training),
+        sampling=sampling or dict(guidance_scale=2.0, num_inference_steps=20),
+    )
+
+
+def _latent_presets(codecs: dict[str, dict], prior: dict) -> dict[str, Preset]:
+    """The presets of a diffusion system, from its codecs' sizes for demo, smoke and GPUs."""
+    small = dict(batch_size=32, learning_rate=1e-3, weight_decay=0.01)
+    large = dict(steps=20_000, learning_rate=2e-4, weight_decay=0.01, warmup_steps=500, evaluate_every=1000)
+    demo, long = (
+        _diffusion(base, codecs["demo"], _LATENT_DEMO | prior, steps=steps, ema_decay=decay, **small)
+        for base, steps, decay in ((_DEMO, 1500, 0.99), (_DEMO_LONG, 6000, 0.998))
+    )
+    on_gpu = {
+        card: _diffusion(_TOKEN_PRESETS[card], codecs["gpu"], _LATENT_GPU | prior, ema_decay=0.9995, **large)
+        for card in _CARDS
+    }
+    smoke = _diffusion(_SMOKE, codecs["smoke"], _LATENT_SMOKE | prior, dict(num_inference_steps=3), ema_decay=0.5)
+    return {"demo": demo, "demo-long": long, "smoke": smoke, **on_gpu}
+
+
+_KL = _latent_presets(
+    {
+        "demo": dict(image_size=64, patch_size=(2, 4), block_out_channels=(48, 96), latent_channels=6),
+        "gpu": dict(
+            image_size=128,
+            patch_size=(2, 2),
+            block_out_channels=(64, 128, 256),
+            layers_per_block=2,
+            norm_num_groups=32,
+            latent_channels=4,
+        ),
+        "smoke": dict(
+            image_size=32, patch_size=(2, 2), block_out_channels=(8, 16), norm_num_groups=4, latent_channels=2
+        ),
+    },
+    dict(attention="full"),
+)
+_STANDARD = replace(
+    _KL["gpu-16gb"],
+    codec_training=replace(_KL["gpu-16gb"].codec_training, mixed_precision="auto"),
+    prior_training=replace(_KL["gpu-16gb"].prior_training, mixed_precision="auto"),
+)
+_MEMORY_OPTIMISED = replace(
+    _STANDARD,
+    codec=_STANDARD.codec | dict(gradient_checkpointing=True),
+    prior=_STANDARD.prior | dict(gradient_checkpointing=True),
+    codec_training=replace(_STANDARD.codec_training, batch_size=8, accumulation=8),
+    prior_training=replace(_STANDARD.prior_training, batch_size=8, accumulation=8),
+)
+_HIGH_QUALITY = replace(
+    _STANDARD,
+    codec=_STANDARD.codec | dict(block_out_channels=(128, 256, 512), perceptual_weight=0.1, perceptual_net="vgg"),
+    prior=_STANDARD.prior | dict(block_out_channels=(192, 384, 512)),
+    prior_training=replace(_STANDARD.prior_training, steps=60_000, ema_decay=0.9999),
+    sampling=dict(guidance_scale=2.0, num_inference_steps=50),
+)
+
+_LDM = _latent_presets(
+    {
+        # Eight-fold in both directions, by a patch of two and two halvings.
+        "demo": dict(image_size=64, patch_size=(2, 2), block_out_channels=(48, 96, 96), num_codes=256, code_dim=8),
+        "gpu": dict(
+            image_size=128,
+            patch_size=(2, 2),
+            block_out_channels=(64, 128, 256),
+            layers_per_block=2,
+            norm_num_groups=32,
+            num_codes=256,
+            code_dim=8,
+        ),
+        "smoke": dict(
+            image_size=32,
+            patch_size=(2, 2),
+            block_out_channels=(8, 8, 16),
+            norm_num_groups=4,
+            num_codes=16,
+            code_dim=4,
+        ),
+    },
+    dict(attention="window_axial", window=4),
+)
+_LDM["gpu-6gb"] = replace(_LDM["gpu-6gb"], codec=_LDM["gpu-6gb"].codec | dict(num_codes=128))
+
+_DIFFUSION_NOTEBOOKS = ("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate")
 
 SYSTEMS = {
     "vqvae-transformer": System(
         codec=VQVAE,
         prior=TokenPrior,
         notebooks=("01_env_check", "02_train_vqvae", "03_train_prior", "05_generate", "06_validate"),
-        presets={"demo": _DEMO, "demo-long": _DEMO_LONG, "smoke": _SMOKE, **_GPU_PRESETS},
+        presets=_TOKEN_PRESETS,
     ),
+    "vae-diffusion": System(
+        codec=KLVAE,
+        prior=LatentDiffusion,
+        notebooks=_DIFFUSION_NOTEBOOKS,
+        presets=_KL | {"standard": _STANDARD, "memory-optimised": _MEMORY_OPTIMISED, "high-quality": _HIGH_QUALITY},
+    ),
+    "vqvae-ldm": System(codec=VQVAE, prior=LatentDiffusion, notebooks=_DIFFUSION_NOTEBOOKS, presets=_LDM),
 }
 
 
@@ -158,42 +280,103 @@ def get_preset(
     system: str,
     name: str,
     *,
+    codec: str = "",
     codec_steps: int = 0,
     prior_steps: int = 0,
+    codec_options: dict | None = None,
+    prior_options: dict | None = None,
     perceptual_weight: float = 0.0,
     windows_per_user: int = 0,
     seed: int = 0,
 ) -> Preset:
-    """A preset with some of its values changed; 0 leaves the preset's.
+    """A preset with some of its values changed; 0 and "" leave the preset's.
 
     Args:
+        codec: "vq" or "kl": that kind of codec, of the system's sizes, instead of the system's own.
         codec_steps, prior_steps: optimizer steps of the two trainings.
+        codec_options, prior_options: arguments of the model's class or fields of its TrainConfig, by name.
         perceptual_weight: of LPIPS in the codec's loss.
         windows_per_user: training windows kept a user; -1 keeps all.
         seed: of data order and noise in both trainings.
+
+    Raises:
+        DataError: a name that does not exist, or a codec the system's prior cannot read.
     """
     presets = get_system(system).presets
     if name not in presets:
         raise DataError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
-    preset = presets[name]
-    codec_training = replace(preset.codec_training, seed=seed, steps=codec_steps or preset.codec_training.steps)
-    prior_training = replace(preset.prior_training, seed=seed, steps=prior_steps or preset.prior_training.steps)
-    codec = {**preset.codec, "perceptual_weight": perceptual_weight} if perceptual_weight else preset.codec
+    preset = _with_codec(presets[name], get_system(system), codec)
+    prior_class = get_system(system).prior
     kept = max(0, windows_per_user) if windows_per_user else preset.windows_per_user
+    preset = replace(
+        preset,
+        codec={**preset.codec, "perceptual_weight": perceptual_weight} if perceptual_weight else preset.codec,
+        codec_training=replace(preset.codec_training, seed=seed, steps=codec_steps or preset.codec_training.steps),
+        prior_training=replace(preset.prior_training, seed=seed, steps=prior_steps or preset.prior_training.steps),
+        windows_per_user=kept,
+    )
+    preset = _with_options(preset, "codec", preset.codec_class, codec_options or {})
+    return _with_options(preset, "prior", prior_class, prior_options or {})
+
+
+def _with_codec(preset: Preset, system: System, kind: str) -> Preset:
+    """The preset with its codec's class named, and with those of its sizes that the class knows."""
+    if kind and kind not in CODECS:
+        raise DataError(f"unknown codec {kind!r}: choose one of {', '.join(CODECS)}, or leave it empty")
+    chosen = CODECS[kind] if kind else system.codec
+    if system.prior.consumes == "tokens" and not hasattr(chosen, "encode_tokens"):
+        raise DataError(f"this system's prior reads tokens, which a {kind} codec does not make: leave codec empty")
+    known = _arguments(chosen)
+    return replace(preset, codec_class=chosen, codec={k: v for k, v in preset.codec.items() if k in known})
+
+
+def _with_options(preset: Preset, part: str, model: type, options: dict) -> Preset:
+    """The preset with `options` of its codec or prior changed: the model's arguments, or its training's fields."""
+    # Data, users and the other model fix these; steps and seed are settings of their own.
+    fixed = {"in_channels", "num_users", "latent_shape", "num_codes" if part == "prior" else "", "token_shape"}
+    sizes = _arguments(model) - fixed
+    effort = {entry.name for entry in fields(TrainConfig)} - {"steps", "seed"}
+    for key in options.keys() - sizes - effort:
+        raise DataError(f"{part}_options has no {key!r}; there are {', '.join(sorted(sizes | effort))}")
+    training = {key: value for key, value in options.items() if key in effort}
+    changed = {key: value for key, value in options.items() if key in sizes}
     return replace(
-        preset, codec=codec, codec_training=codec_training, prior_training=prior_training, windows_per_user=kept
+        preset,
+        **{part: {**getattr(preset, part), **changed}},
+        **{f"{part}_training": replace(getattr(preset, f"{part}_training"), **training)},
     )
 
 
-def make_codec(system: str, preset: Preset, channels: int = 1):
+def _arguments(model: type) -> set[str]:
+    return set(inspect.signature(model.__init__).parameters) - {"self"}
+
+
+def make_codec(preset: Preset, channels: int = 1):
     """A new codec of the preset's size for images of `channels`."""
-    return get_system(system).codec(in_channels=channels, **preset.codec)
+    return preset.codec_class(in_channels=channels, **preset.codec)
+
+
+def load_codec(path: str | Path):
+    """The codec of a folder written by its `save_pretrained` (the codec/ folder of a run), of whichever kind.
+
+    Raises:
+        DataError: no codec at `path`.
+    """
+    config = Path(path) / "config.json"
+    kinds = {kind.__name__: kind for kind in CODECS.values()}
+    name = json.loads(config.read_text()).get("_class_name") if config.exists() else None
+    if name not in kinds:
+        raise DataError(f"{path} holds no codec: give the codec/ folder of a run")
+    return kinds[name].from_pretrained(path)
 
 
 def make_prior(system: str, preset: Preset, codec, num_users: int):
     """A new prior that fits `codec` and the number of users."""
     prior = get_system(system).prior
-    shape = dict(num_codes=codec.num_codes, token_shape=codec.token_shape)
+    if prior.consumes == "tokens":
+        shape = dict(num_codes=codec.num_codes, token_shape=codec.token_shape)
+    else:
+        shape = dict(latent_shape=codec.latent_shape)
     return prior(num_users=num_users, **shape, **preset.prior)
 
 

@@ -36,7 +36,7 @@ class TrainConfig:
     beta2: float = 0.99  # AdamW's second moment; 0.99 suits runs of a few thousand steps
     clip: float = 1.0  # gradient norm
     ema_decay: float = 0.0  # 0 keeps no average
-    mixed_precision: str = "no"  # no | fp16 | bf16
+    mixed_precision: str = "no"  # no | fp16 | bf16 | auto (fp16 where the GPU gains from it, else no)
     seed: int = 0
     evaluate_every: int = 100  # optimizer steps between held-out losses
     save_every: int = 200  # optimizer steps between checkpoints
@@ -51,8 +51,8 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1:
             raise ValueError("TrainConfig needs learning_rate > 0 and ema_decay in [0, 1)")
-        if self.mixed_precision not in ("no", "fp16", "bf16"):
-            raise ValueError(f"TrainConfig.mixed_precision must be no, fp16 or bf16, got {self.mixed_precision!r}")
+        if self.mixed_precision not in ("no", "fp16", "bf16", "auto"):
+            raise ValueError(f"TrainConfig.mixed_precision is no, fp16, bf16 or auto, not {self.mixed_precision!r}")
         if self.tracker not in ("tensorboard", "wandb", "none"):
             raise ValueError(f"TrainConfig.tracker must be tensorboard, wandb or none, got {self.tracker!r}")
 
@@ -142,7 +142,7 @@ class _Fit:
         # Accelerate keeps one precision a process; a notebook trains models of several, one after the other.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=precision(config.mixed_precision),
             log_with=self.tracker,
             project_dir=run_dir,
             cpu=not torch.cuda.is_available(),
@@ -344,6 +344,14 @@ def _averaged(ema: EMAModel | None, model: torch.nn.Module):
         yield
     finally:
         ema.restore(model.parameters())
+
+
+def precision(wanted: str) -> str:
+    """`wanted`, or for "auto" fp16 on a GPU with tensor cores (compute capability 7 and above) and float32 elsewhere:
+    older GPUs gain nothing from half precision."""
+    if wanted != "auto":
+        return wanted
+    return "fp16" if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 7 else "no"
 
 
 def _identity(config: TrainConfig) -> dict:

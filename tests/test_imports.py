@@ -15,8 +15,8 @@ FILES = sorted(PACKAGE.glob("*.py"))
 FLOORS = [
     {"colormap", "files", "gait", "physics", "progress", "metrics"},
     {"nn", "data", "radar"},
-    {"split", "augment", "latents", "train", "simulate", "plot"},
-    {"vqvae", "transformer", "judge", "widgets", "pipeline"},
+    {"split", "augment", "latents", "train", "simulate", "plot", "codec", "attention"},
+    {"vqvae", "vae", "transformer", "unet", "joint", "judge", "widgets", "pipeline", "quality"},
     {"systems", "validate", "teacher"},
     {"run", "report"},
     {"__main__"},

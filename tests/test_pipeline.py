@@ -9,8 +9,11 @@ import torch
 from PIL import Image
 
 from mdlib.data import DataError, load_windows
+from mdlib.judge import Judge
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.transformer import TokenPrior
+from mdlib.unet import LatentDiffusion
+from mdlib.vae import KLVAE
 from mdlib.vqvae import VQVAE
 
 
@@ -20,6 +23,19 @@ def pipeline():
     codec = VQVAE(image_size=16, block_out_channels=(8, 8), norm_num_groups=4, num_codes=8, code_dim=4).eval()
     prior = TokenPrior(8, codec.token_shape, num_users=3, hidden_size=16, num_layers=1, num_heads=2).eval()
     return MicroDopplerPipeline(codec, prior, users=(3, 7, 12), colormap="jet", output_size=64)
+
+
+@pytest.fixture(params=["kl", "vq"])
+def diffusion(request):
+    """A pipeline whose prior denoises latents, with a classifier, over either kind of codec."""
+    torch.manual_seed(0)
+    sizes = dict(image_size=16, block_out_channels=(8, 8), norm_num_groups=4)
+    codec = KLVAE(**sizes, latent_channels=2) if request.param == "kl" else VQVAE(**sizes, num_codes=8, code_dim=4)
+    codec.calibrate(torch.rand(8, 1, 16, 16) * 2 - 1)
+    small = dict(block_out_channels=(8, 16), norm_num_groups=4, head_dim=8, attention="window_axial")
+    prior = LatentDiffusion(codec.latent_shape, num_users=3, **small)
+    options = dict(users=(3, 7, 12), output_size=32, sampling=dict(num_inference_steps=4))
+    return MicroDopplerPipeline(codec.eval(), prior.eval(), Judge(3, widths=(4, 8)).eval(), **options)
 
 
 def test_users_are_named_as_on_disk(pipeline):
@@ -124,6 +140,77 @@ def test_rgb_codecs_need_no_colour_map(tmp_path):
     prior = TokenPrior(4, codec.token_shape, num_users=2, hidden_size=8, num_layers=1, num_heads=1)
     made = MicroDopplerPipeline(codec.eval(), prior.eval(), users=(1, 2), colormap="none", output_size=16)([1])
     assert np.asarray(made.images[0]).shape == (16, 16, 3) and isinstance(made.images[0], Image.Image)
+
+
+def test_a_diffusion_pipeline_is_saved_and_loaded_whole(diffusion, tmp_path):
+    options = dict(images_per_user=2, classifier_scale=2.0, output_type="pt")
+    expected = diffusion([7], **options).images
+    diffusion.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path)
+    torch.testing.assert_close(again([7], **options).images, expected)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["prior"] == ["mdlib.unet", "LatentDiffusion"] and index["classifier"] == ["mdlib.judge", "Judge"]
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+
+
+def test_a_denoised_window_does_not_depend_on_its_batch(diffusion):
+    many = diffusion([3, 7, 12], images_per_user=2, batch_size=4, output_type="pt", scheduler="ddpm").images
+    one = diffusion([7], images_per_user=1, output_type="pt", scheduler="ddpm").images
+    torch.testing.assert_close(many[2:3], one, rtol=1e-3, atol=1e-3)
+
+
+def test_between_two_users_the_ends_are_theirs(diffusion):
+    between = diffusion.interpolate(3, 12, images=3, seed=5)
+    alone = diffusion([3], seed=5, output_type="pt").images
+    torch.testing.assert_close(between[:1], alone)
+    assert between.shape == (3, 1, 16, 16)
+    with pytest.raises(DataError, match="not trained on 4"):
+        diffusion.interpolate(3, 4)
+
+
+def test_the_picture_of_the_denoising_ends_with_the_window(diffusion):
+    frames = diffusion.denoising(7, frames=3, seed=2)
+    assert len(frames) == 3 and len(diffusion.denoising(7, frames=9)) == 4, "no more than there are steps"
+    torch.testing.assert_close(frames[-1:], diffusion([7], seed=2, output_type="pt").images)
+
+
+@pytest.mark.parametrize("diffusion", ["kl"], indirect=True)  # eight random codes would jump, not follow
+def test_the_classifier_raises_its_users_probability(diffusion):
+    torch.nn.init.normal_(diffusion.classifier.head.weight, std=2.0)
+    labels = torch.tensor([0, 1, 2]).repeat_interleave(8)
+    probability = []
+    for scale in (0.0, 20.0):
+        images = diffusion([3, 7, 12], images_per_user=8, classifier_scale=scale, output_type="pt").images
+        chances = diffusion.classifier(images).softmax(1)
+        probability.append(chances.gather(1, labels.unsqueeze(1)).mean())
+    assert probability[1] > probability[0]
+
+
+def test_a_gradient_passes_through_the_codebook():
+    codec = VQVAE(image_size=16, block_out_channels=(8, 8), norm_num_groups=4, num_codes=8, code_dim=4).eval()
+    latents = torch.randn(2, *codec.latent_shape, requires_grad=True)
+    codec.decode(latents).square().sum().backward()
+    assert latents.grad.abs().sum() > 0
+
+
+def test_what_only_a_prior_over_latents_can_is_refused_in_one_line(pipeline, diffusion):
+    with pytest.raises(
+        DataError, match="interpolation needs a prior over latents; this pipeline's prior is over tokens"
+    ):
+        pipeline.interpolate(3, 7)
+    with pytest.raises(DataError, match="picture of the denoising needs a prior over latents"):
+        pipeline.denoising(3)
+    diffusion.classifier = None
+    with pytest.raises(DataError, match="classifier_scale needs a classifier, and this pipeline has none"):
+        diffusion([3], classifier_scale=1.0)
+
+
+def test_a_prior_of_another_codec_is_refused(pipeline, diffusion):
+    other = KLVAE(image_size=32, block_out_channels=(8,), norm_num_groups=4, latent_channels=2)
+    with pytest.raises(DataError, match=r"do not fit: the prior makes latents .*, the codec reads \(2, 32, 32\)"):
+        MicroDopplerPipeline(other, diffusion.prior)
+    with pytest.raises(DataError, match="needs a codec with a codebook, not KLVAE"):
+        MicroDopplerPipeline(other, pipeline.prior)
 
 
 def csv_rows(path):

@@ -1,5 +1,6 @@
 """From a folder of windows to a report, through the notebooks and the command line."""
 
+import html
 import json
 import re
 import shutil
@@ -28,6 +29,26 @@ def finished(story):
     return story.folder / "runs" / "first", story.answers["run"]
 
 
+@pytest.fixture(scope="module")
+def denoised(story):
+    """Whole runs of both diffusion systems with the smoke preset, everything optional switched on."""
+    people, out = story.folder / "people", story.folder / "runs"
+    common = ["--data", people, "--preset", "smoke"]
+    extra = [
+        "-p",
+        "joint_steps=2",
+        "-p",
+        "classifier_steps=2",
+        "-p",
+        'prior_options={"prediction": "epsilon", "schedule": "scaled_linear"}',
+    ]
+    rival = ["-p", f"rival={out / 'first' / 'codec'}"]
+    first = mdlib("run", *common, "--system", "vae-diffusion", "--out", out / "kl", *extra, *rival)
+    second = mdlib("run", *common, "--system", "vqvae-ldm", "--out", out / "ldm")
+    assert first.returncode == 0 and second.returncode == 0, first.stderr + second.stderr
+    return {"vae-diffusion": out / "kl", "vqvae-ldm": out / "ldm"}
+
+
 def mdlib(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mdlib", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -45,6 +66,42 @@ def test_one_command_leads_to_the_report(finished):
     assert [name for name in products.split() if not (out / name).exists()] == []
     assert len(list((out / "generated").glob("ID_*/*.png"))) == 9
     assert report["reconstruction"]["psnr_db"]["value"] > 0 and report["codebook"]["usage"]["n"] > 0
+
+
+@pytest.mark.parametrize("system", ["vae-diffusion", "vqvae-ldm"])
+def test_a_diffusion_system_leads_to_the_same_report(system, denoised, finished):
+    out = denoised[system]
+    report, other = (json.loads((folder / "report.json").read_text()) for folder in (out, finished[0]))
+    assert report["about"]["system"] == system and report.keys() == other.keys()
+    for section in ("reconstruction", "identity", "augmentation", "fidelity", "memorisation"):
+        assert report[section].keys() == other[section].keys()
+    products = "prior/history.csv pipeline/model_index.json generated/manifest.csv samples/denoising.png report.html"
+    assert [name for name in products.split() if not (out / name).exists()] == []
+    again = mdlib("run", "--out", out)
+    assert again.returncode == 0 and again.stdout.count("done already") == 5
+
+
+def test_the_two_kinds_of_codec_stand_side_by_side(denoised, finished):
+    out = denoised["vae-diffusion"]
+    report, other = (json.loads((folder / "report.json").read_text()) for folder in (out, finished[0]))
+    choice = report["reconstruction"]["codec_choice"]
+    assert choice["kl_psnr_db"] == pytest.approx(report["reconstruction"]["psnr_db"]["value"])
+    assert choice["vq_psnr_db"] == pytest.approx(other["reconstruction"]["psnr_db"]["value"])
+    assert choice["value"] in ("vq", "kl") and choice["sentence"] in html.unescape((out / "report.html").read_text())
+    assert other["reconstruction"]["codec_choice"]["reason"] == "no rival codec was given"
+
+
+def test_samplers_are_chosen_by_name_and_a_grid_is_drawn(denoised, tmp_path):
+    options = ["--per-user", 2, "-o", "scheduler=ddim", "-o", "num_inference_steps=5", "-o", "classifier_scale=1.5"]
+    answer = mdlib(
+        "generate", "--pipeline", denoised["vae-diffusion"] / "pipeline", "--out", tmp_path, "--grid", *options
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert (tmp_path / "grid.png").exists() and len(list(tmp_path.glob("ID_*/*.png"))) == 6
+    wrong = mdlib(
+        "generate", "--pipeline", denoised["vqvae-ldm"] / "pipeline", "--out", tmp_path / "x", "-o", "scheduler=lms"
+    )
+    assert wrong.returncode == 1 and "scheduler must be one of ddpm, ddim, pndm, dpm++, got 'lms'" in wrong.stderr
 
 
 def test_progress_is_visible_while_it_runs(finished):
@@ -110,6 +167,9 @@ def test_a_first_attempt_that_failed_may_be_corrected(people, tmp_path):
         (dict(codec_steps=-3), "steps must be at least 1"),
         (dict(split="none.json"), "none.json"),
         (dict(preset="t4x2"), "'t4x2' trains in fp16, which needs a GPU"),
+        (dict(codec="kl"), "reads tokens, which a kl codec does not make"),
+        (dict(system="vae-diffusion", prior_options={"attention": "linear"}), "attention must be one of full, window"),
+        (dict(system="vae-diffusion", prior_options=3), "prior_options must be of type dict, got 3"),
     ],
 )
 def test_settings_that_cannot_be_used_leave_no_run_folder(settings, message, people, tmp_path, monkeypatch):

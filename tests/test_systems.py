@@ -4,18 +4,71 @@ import pytest
 import torch
 
 from mdlib.data import DataError
-from mdlib.systems import SYSTEMS, get_preset, get_system, make_codec, make_prior, seeded
+from mdlib.systems import SYSTEMS, get_preset, get_system, load_codec, make_codec, make_prior, seeded
 
 
 @pytest.mark.parametrize("system, preset", [(s, p) for s in SYSTEMS for p in SYSTEMS[s].presets])
 def test_every_preset_builds_a_codec_and_a_prior_that_fits(system, preset):
     sizes = get_preset(system, preset)
     with torch.device("meta"):
-        codec = make_codec(system, sizes)
+        codec = make_codec(sizes)
         prior = make_prior(system, sizes, codec, num_users=31)
-    assert codec.config.image_size == sizes.image_size
-    assert prior.token_shape == codec.token_shape and prior.null_label == 31
-    assert codec.num_codes * 8 <= 31 * 10 * codec.token_shape[0] * codec.token_shape[1], "codes must be fillable"
+    assert codec.config.image_size == sizes.image_size and prior.null_label == 31
+    if prior.consumes == "tokens":
+        assert prior.token_shape == codec.token_shape
+    else:
+        assert prior.latent_shape == codec.latent_shape
+    if hasattr(codec, "num_codes"):
+        assert codec.num_codes * 8 <= 31 * 10 * codec.token_shape[0] * codec.token_shape[1], "codes must be fillable"
+
+
+def test_every_system_has_the_same_presets_for_the_same_machines():
+    common = set.intersection(*(set(system.presets) for system in SYSTEMS.values()))
+    assert {"smoke", "demo", "demo-long", "gpu-6gb", "gpu-8gb", "gpu-16gb", "p100", "t4x2"} <= common
+    demos = [get_preset(system, "demo") for system in SYSTEMS]
+    for effort in ("codec_training", "windows_per_user", "variants", "images_per_user", "validation"):
+        assert all(getattr(demo, effort) == getattr(demos[0], effort) for demo in demos), "equal terms"
+
+
+def test_the_latent_diffusion_system_keeps_its_promises():
+    for name, preset in SYSTEMS["vqvae-ldm"].presets.items():
+        chosen = get_preset("vqvae-ldm", name)
+        with torch.device("meta"):
+            codec = make_codec(chosen)
+        assert codec.config.num_codes <= 256 and preset.prior["attention"] == "window_axial"
+        assert codec.token_shape == (preset.image_size // 8, preset.image_size // 8), "three halvings"
+
+
+def test_a_system_takes_the_other_kind_of_codec_at_the_same_grid():
+    own, other = (make_codec(get_preset("vae-diffusion", "smoke", codec=kind)) for kind in ("", "vq"))
+    assert type(own).__name__ == "KLVAE" and type(other).__name__ == "VQVAE"
+    assert own.latent_shape[1:] == other.latent_shape[1:]
+    with pytest.raises(DataError, match="reads tokens, which a kl codec does not make"):
+        get_preset("vqvae-transformer", "smoke", codec="kl")
+    with pytest.raises(DataError, match="unknown codec 'vqgan': choose one of vq, kl"):
+        get_preset("vae-diffusion", "smoke", codec="vqgan")
+
+
+def test_a_codec_is_loaded_whichever_kind_it_is(tmp_path):
+    for system in SYSTEMS:
+        codec = make_codec(get_preset(system, "smoke"))
+        codec.save_pretrained(tmp_path / system)
+        assert type(load_codec(tmp_path / system)) is type(codec)
+    with pytest.raises(DataError, match="holds no codec: give the codec/ folder of a run"):
+        load_codec(tmp_path)
+
+
+def test_options_reach_the_model_or_its_training():
+    options = {"prediction": "epsilon", "schedule": "linear", "ema_decay": 0.9, "batch_size": 4}
+    changed = get_preset("vae-diffusion", "smoke", prior_options=options, codec_options={"reconstruction": "l1"})
+    assert changed.prior["prediction"] == "epsilon" and changed.prior["schedule"] == "linear"
+    assert changed.prior_training.ema_decay == 0.9 and changed.prior_training.batch_size == 4
+    assert changed.codec_training.batch_size == 8 and changed.codec["reconstruction"] == "l1"
+    for part in ("codec", "prior"):
+        with pytest.raises(DataError, match=f"{part}_options has no 'colour'; there are .*learning_rate"):
+            get_preset("vae-diffusion", "smoke", **{f"{part}_options": {"colour": 1}})
+    with pytest.raises(DataError, match="has no 'num_users'"):
+        get_preset("vae-diffusion", "smoke", prior_options={"num_users": 3})
 
 
 def test_overrides_change_what_they_name_and_zero_keeps():
@@ -40,9 +93,9 @@ def test_unknown_names_are_one_line():
 def test_weights_come_from_the_seed_alone():
     preset = get_preset("vqvae-transformer", "smoke")
     torch.manual_seed(1)
-    first = seeded(5, make_codec, "vqvae-transformer", preset)
+    first = seeded(5, make_codec, preset)
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    second = seeded(5, make_codec, "vqvae-transformer", preset)
+    second = seeded(5, make_codec, preset)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert torch.equal(torch.get_rng_state(), before)
