@@ -37,13 +37,14 @@ class TiledAttnProcessor:
         """(B, C, h, w) → (B, C, h, w)."""
         height, width = hidden_states.shape[2:]
         tile = (min(self.rows or height, height), min(self.columns or width, width))
-        flat = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)  # (B, h·w, C)
-        shape = (len(flat), height, width, attn.heads, -1)
-        query, key, value = (_tiles(part(flat).view(shape), tile) for part in (attn.to_q, attn.to_k, attn.to_v))
-        inside = _inside(height, width, tile, flat.device)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=inside)  # (B, tiles, heads, r·c, d)
-        output = attn.to_out[1](attn.to_out[0](_grid(mixed, height, width, tile).flatten(3)))  # (B, h, w, C)
-        output = output.movedim(-1, 1)
+        flat = _tiles(attn.group_norm(hidden_states).permute(0, 2, 3, 1), tile)  # (B·tiles, r·c, C)
+        shape = (*flat.shape[:2], attn.heads, -1)
+        query, key, value = (part(flat).view(shape).transpose(1, 2) for part in (attn.to_q, attn.to_k, attn.to_v))
+        inside = _inside(height, width, tile, len(hidden_states), flat.device)
+        # Tiles stand in the batch: with more than four dimensions torch has no fused attention.
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=inside)  # (B·tiles, heads, r·c, d)
+        output = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
+        output = _grid(output, height, width, tile).permute(0, 3, 1, 2)
         return (output + hidden_states if attn.residual_connection else output) / attn.rescale_output_factor
 
 
@@ -85,23 +86,25 @@ def _replace(block: nn.Module, window: int) -> None:
 
 
 def _tiles(grid: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
-    """(B, h, w, heads, d) → (B, tiles, heads, r·c, d), zeros where the grid is no multiple of the tile."""
+    """(B, h, w, C) → (B·tiles, r·c, C), zeros where the grid is no multiple of the tile."""
     rows, columns = tile
     below, right = -grid.shape[1] % rows, -grid.shape[2] % columns
-    parts = F.pad(grid, (0, 0, 0, 0, 0, right, 0, below)).unflatten(2, (-1, columns)).unflatten(1, (-1, rows))
-    return parts.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 2)  # from (B, h/r, r, w/c, c, heads, d)
+    if below or right:
+        grid = F.pad(grid, (0, 0, 0, right, 0, below))
+    parts = grid.unflatten(2, (-1, columns)).unflatten(1, (-1, rows))
+    return parts.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # from (B, h/r, r, w/c, c, C)
 
 
 def _grid(tiles: torch.Tensor, height: int, width: int, tile: tuple[int, int]) -> torch.Tensor:
-    """(B, tiles, heads, r·c, d) → (B, h, w, heads, d)."""
+    """(B·tiles, r·c, C) → (B, h, w, C)."""
     rows, columns = tile
-    parts = tiles.unflatten(3, (rows, columns)).unflatten(1, (-(-height // rows), -(-width // columns)))
-    return parts.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+    parts = tiles.unflatten(1, (rows, columns)).unflatten(0, (-1, -(-height // rows), -(-width // columns)))
+    return parts.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
-def _inside(height: int, width: int, tile: tuple[int, int], device) -> torch.Tensor | None:
-    """Which keys of a tile lie in the grid: bool (tiles, 1, 1, r·c); None when all do."""
+def _inside(height: int, width: int, tile: tuple[int, int], count: int, device) -> torch.Tensor | None:
+    """Which keys of a tile lie in the grid, for `count` grids: bool (B·tiles, 1, 1, r·c); None when all do."""
     if height % tile[0] == 0 and width % tile[1] == 0:
         return None
-    ones = torch.ones(1, height, width, 1, 1, device=device)
-    return _tiles(ones, tile)[0, :, :, :, 0].bool().unsqueeze(2)
+    ones = torch.ones(1, height, width, 1, device=device)
+    return _tiles(ones, tile)[:, None, None, :, 0].bool().repeat(count, 1, 1, 1)

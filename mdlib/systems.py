@@ -226,8 +226,8 @@ _HIGH_QUALITY = replace(
 
 _LDM = _latent_presets(
     {
-        # Eight-fold in both directions, by a patch of two and two halvings.
-        "demo": dict(image_size=64, patch_size=(2, 2), block_out_channels=(48, 96, 96), num_codes=256, code_dim=8),
+        # Eight-fold in both directions: by a patch of four and one halving, or of two and two on a GPU.
+        "demo": dict(image_size=64, patch_size=(4, 4), block_out_channels=(64, 128), num_codes=256, code_dim=8),
         "gpu": dict(
             image_size=128,
             patch_size=(2, 2),

@@ -84,7 +84,6 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         _check_names(attention, prediction, schedule)
-        _check_sizes(latent_shape, block_out_channels, head_dim if attention != "none" else 1)
         if min_snr_gamma < 0 or not 0 <= label_dropout <= 1:
             raise ValueError(
                 f"min_snr_gamma must be 0 or more and label_dropout within [0, 1], got {min_snr_gamma}, {label_dropout}"
@@ -92,6 +91,7 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         self.latent_shape, self.null_label = tuple(latent_shape), num_users
         levels = len(block_out_channels)
         attends = [attention == "window_axial" or (attention == "full" and level > 0) for level in range(levels)]
+        _check_sizes(latent_shape, block_out_channels, head_dim, attends)
         self.unet = UNet2DModel(
             in_channels=self.latent_shape[0],
             out_channels=self.latent_shape[0],
@@ -299,11 +299,11 @@ def _check_names(attention: str, prediction: str, schedule: str) -> None:
         raise ValueError("prediction epsilon cannot start at the end of squaredcos_cap_v2: take schedule scaled_linear")
 
 
-def _check_sizes(latent_shape: tuple[int, int, int], widths: tuple[int, ...], head_dim: int) -> None:
+def _check_sizes(latent_shape: tuple, widths: tuple[int, ...], head_dim: int, attends: list[bool]) -> None:
     halvings = len(widths) - 1
     if any(side % 2**halvings for side in latent_shape[1:]):
         raise ValueError(f"latents of {tuple(latent_shape[1:])} cannot be halved {halvings} times: fewer levels")
-    if any(width % head_dim for width in widths):
+    if any(here and width % head_dim for here, width in zip(attends, widths, strict=True)):
         raise ValueError(f"block_out_channels {tuple(widths)} must be multiples of head_dim {head_dim}")
 
 
