@@ -159,15 +159,18 @@ _LATENT_SMOKE = dict(block_out_channels=(8, 16), norm_num_groups=4, head_dim=8)
 _LATENT_GPU = dict(block_out_channels=(128, 256, 384), layers_per_block=2, norm_num_groups=32, head_dim=64, dropout=0.1)
 
 
-def _diffusion(base: Preset, codec: dict, prior: dict, sampling: dict | None = None, **training) -> Preset:
+def _diffusion(
+    base: Preset, codec: dict, prior: dict, sampling: dict | None = None, images_per_user: int = 0, **training
+) -> Preset:
     """`base` with another codec's sizes, a diffusion prior's, and the training that diffusion needs: many steps whose
-    weights are averaged."""
+    weights are averaged. Twenty denoising steps are quick, so more windows are drawn."""
     return replace(
         base,
         codec=codec,
         prior=prior,
         prior_training=replace(base.prior_training, **training),
-        sampling=sampling or dict(guidance_scale=2.0, num_inference_steps=20),
+        sampling=sampling or dict(guidance_scale=1.5, num_inference_steps=20),
+        images_per_user=max(base.images_per_user, images_per_user),
     )
 
 
@@ -176,7 +179,7 @@ def _latent_presets(codecs: dict[str, dict], prior: dict) -> dict[str, Preset]:
     small = dict(batch_size=32, learning_rate=1e-3, weight_decay=0.01)
     large = dict(steps=20_000, learning_rate=2e-4, weight_decay=0.01, warmup_steps=500, evaluate_every=1000)
     demo, long = (
-        _diffusion(base, codecs["demo"], _LATENT_DEMO | prior, steps=steps, ema_decay=decay, **small)
+        _diffusion(base, codecs["demo"], _LATENT_DEMO | prior, None, 30, steps=steps, ema_decay=decay, **small)
         for base, steps, decay in ((_DEMO, 1500, 0.99), (_DEMO_LONG, 6000, 0.998))
     )
     on_gpu = {
@@ -221,7 +224,7 @@ _HIGH_QUALITY = replace(
     codec=_STANDARD.codec | dict(block_out_channels=(128, 256, 512), perceptual_weight=0.1, perceptual_net="vgg"),
     prior=_STANDARD.prior | dict(block_out_channels=(192, 384, 512)),
     prior_training=replace(_STANDARD.prior_training, steps=60_000, ema_decay=0.9999),
-    sampling=dict(guidance_scale=2.0, num_inference_steps=50),
+    sampling=dict(guidance_scale=1.5, num_inference_steps=50),
 )
 
 _LDM = _latent_presets(

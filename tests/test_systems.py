@@ -26,7 +26,7 @@ def test_every_system_has_the_same_presets_for_the_same_machines():
     common = set.intersection(*(set(system.presets) for system in SYSTEMS.values()))
     assert {"smoke", "demo", "demo-long", "gpu-6gb", "gpu-8gb", "gpu-16gb", "p100", "t4x2"} <= common
     demos = [get_preset(system, "demo") for system in SYSTEMS]
-    for effort in ("codec_training", "windows_per_user", "variants", "images_per_user", "validation"):
+    for effort in ("codec_training", "windows_per_user", "variants", "validation"):
         assert all(getattr(demo, effort) == getattr(demos[0], effort) for demo in demos), "equal terms"
 
 
