@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # memory and seconds are read as a CPU run has them
 os.environ["TQDM_DISABLE"] = "1"  # the sampler of denoising-diffusion-pytorch shows a bar
 
 import torch

@@ -44,6 +44,11 @@ def drop_labels(labels: torch.Tensor, null_label: int, probability: float) -> to
     return torch.where(drop, torch.full_like(labels, null_label), labels)
 
 
+def lpips_weights(net: str) -> Path:
+    """Where the weights of an LPIPS backbone lie, or would."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
+
+
 def load_lpips(net: str = "squeeze") -> nn.Module:
     """LPIPS distance (Zhang et al. 2018) by the `lpips` package, frozen; inputs (B, 1 or 3, H, W) in [-1, 1].
 
@@ -51,17 +56,20 @@ def load_lpips(net: str = "squeeze") -> nn.Module:
 
     Raises:
         ValueError: unknown `net`.
-        FileNotFoundError: the backbone is neither on disk nor to be downloaded.
+        FileNotFoundError: the package is absent, or the backbone is neither on disk nor to be downloaded.
     """
     if net not in LPIPS_BACKBONES:
         raise ValueError(f"unknown LPIPS net {net!r}: choose one of {', '.join(LPIPS_BACKBONES)}")
-    import lpips
-
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
+    try:
+        import lpips
+    except ImportError as error:
+        raise FileNotFoundError("LPIPS needs the package lpips: install it or set perceptual_weight=0") from error
+    weights = lpips_weights(net)
     try:
         if not weights.exists() and os.environ.get("HF_HUB_OFFLINE") == "1":
             raise OSError("offline mode is on")
-        model = lpips.LPIPS(net=net, verbose=False)
+        with torch.random.fork_rng():  # it draws weights before it loads them; a training's noise must not depend on it
+            model = lpips.LPIPS(net=net, verbose=False)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"LPIPS needs {weights.name}, which is not in {weights.parent} and could not be downloaded ({error}): "

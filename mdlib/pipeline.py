@@ -140,7 +140,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
             if self.classifier is None:
                 raise DataError("classifier_scale needs a classifier, and this pipeline has none (classifier_steps)")
             options["classifier"] = self._log_probability
-        labels = torch.tensor([self.config.users.index(row["user"]) for row in rows], device=self.device)
+        users = [self.config.users.index(row["user"]) for row in rows]
+        labels = torch.tensor(users, dtype=torch.long, device=self.device)
         generators = [torch.Generator().manual_seed(_window_seed(**row)) for row in rows]
         return self.prior.sample(labels, generator=generators, **options)
 
@@ -163,6 +164,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         """
         rows = self.plan([first], 1, seed) * images
         self._needs_latents("interpolation")
+        if {**self.config.sampling, **sampling}.get("classifier_scale"):
+            raise DataError("between two users there is no class for a classifier: leave classifier_scale out")
         self.plan([second], 1, seed)
         towards = torch.full((images,), self.config.users.index(second), device=self.device)
         return self._decode(self._draw(rows, towards=towards, share=torch.linspace(0, 1, images), **sampling))
@@ -176,10 +179,12 @@ class MicroDopplerPipeline(DiffusionPipeline):
             DataError: an unknown user, or a prior that does not denoise latents.
         """
         self._needs_latents("a picture of the denoising")
+        if frames < 1:
+            raise DataError(f"frames must be at least 1, got {frames}")
         seen: list[torch.Tensor] = []
         last = self._draw(self.plan([user], 1, seed), on_step=lambda _, estimate: seen.append(estimate), **sampling)
         seen[-1] = last
-        chosen = torch.linspace(0, len(seen) - 1, min(frames, len(seen))).round().long().tolist()
+        chosen = torch.linspace(len(seen) - 1, 0, min(frames, len(seen))).round().long().flip(0).tolist()
         return self._decode(torch.cat([seen[number] for number in chosen]))
 
     def _needs_latents(self, what: str) -> None:
@@ -231,6 +236,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         if unknown:
             told = ", ".join(sorted(known))
             raise DataError(f"this prior has no sampling option {', '.join(unknown)}; there are {told}")
+        self._draw([], **options)  # the prior checks their values
 
 
 def _check_fit(codec: ModelMixin, prior: ModelMixin) -> None:
@@ -250,6 +256,7 @@ def _check_fit(codec: ModelMixin, prior: ModelMixin) -> None:
 def _claim(out: Path, made_by: dict) -> None:
     """Note what makes the windows of `out`, or refuse when something else made those that are there."""
     note = out / "generation.json"
+    made_by = json.loads(json.dumps(made_by))  # as it reads back: a tuple is a list
     if note.exists() and any(out.glob("ID_*/*.png")):
         before = json.loads(note.read_text())
         changed = sorted(key for key in before.keys() | made_by.keys() if before.get(key) != made_by.get(key))
@@ -309,7 +316,11 @@ def _ranges(users: list[int]) -> str:
 
 def load_pipeline(path: str | Path) -> MicroDopplerPipeline:
     """The pipeline of a folder, on the GPU where there is one."""
-    return MicroDopplerPipeline.from_pretrained(path).to(best_device())
+    pipeline = MicroDopplerPipeline.from_pretrained(path).to(best_device())
+    for part in (pipeline.codec, pipeline.classifier):
+        if part is not None:
+            part.requires_grad_(False)  # classifier guidance needs gradients of latents, not of weights
+    return pipeline
 
 
 def best_device() -> str:

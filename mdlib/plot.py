@@ -49,12 +49,14 @@ def windows(
 
 
 def sheet(folder: str | Path, rows: list[dict]) -> Figure:
-    """Windows on disk, a row a user. rows: of a manifest, `path` (within `folder`) and `user` in each."""
-    columns = max(Counter(row["user"] for row in rows).values())
+    """The first ten windows on disk of each user, a row a user. rows: of a manifest, `path` (within `folder`) and
+    `user` in each."""
+    columns = min(10, max(Counter(row["user"] for row in rows).values()))
     blank = torch.full((3, 1, 1), 255, dtype=torch.uint8)
     images, titles = [], []
     for user in dict.fromkeys(row["user"] for row in rows):
-        mine = [_read(Path(folder) / row["path"]) for row in rows if row["user"] == user]
+        paths = [Path(folder) / row["path"] for row in rows if row["user"] == user]
+        mine = [_read(path) for path in paths[:columns]]
         images += mine + [blank] * (columns - len(mine))
         titles += [f"ID_{user}"] + [""] * (columns - 1)
     return windows(images, titles, "none", columns)

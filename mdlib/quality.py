@@ -4,7 +4,7 @@ import torch
 
 from mdlib import metrics
 from mdlib.data import DataError, to_float
-from mdlib.nn import load_lpips
+from mdlib.nn import load_lpips, lpips_weights
 
 GRADES = ((28.0, "excellent"), (25.0, "good"), (20.0, "fair"))  # PSNR in dB from which a codec is called so
 FAR_MEAN, FAR_STD = 0.5, (0.5, 2.0)  # normalised latents beyond these were normalised by other windows' statistics
@@ -95,7 +95,10 @@ def choose_codec(vq: dict, kl: dict) -> dict:
 
 
 def _lpips(device: torch.device) -> tuple[torch.nn.Module | None, str]:
-    """LPIPS, or None and why not."""
+    """LPIPS, or None and why not. Nothing is downloaded for a figure nobody asked for."""
+    weights = lpips_weights("squeeze")
+    if not weights.exists():
+        return None, f"{weights.name} is not in {weights.parent}"
     try:
         return load_lpips().to(device), ""
     except FileNotFoundError as error:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from mdlib import plot
-from mdlib.data import WindowSet, load_windows
+from mdlib.data import DataError, WindowSet, load_windows
 from mdlib.files import whole_file
 from mdlib.split import apply_split, read_split
 from mdlib.systems import load_codec
@@ -97,25 +97,47 @@ def validate_folders(
         DataError: users of the two folders differ, the split does not fit, or the rival's size does not.
     """
     codec = None
+    if rival and not pipeline:
+        raise DataError("a rival codec stands beside the pipeline's own: give --pipeline too")
     if pipeline:
         from mdlib.pipeline import load_pipeline
 
         codec = load_pipeline(pipeline).codec
         size, channels = codec.config.image_size, codec.config.in_channels
     windows = load_windows(real, size=size, channels=channels, colormap=colormap)
-    evidence = gather(
-        windows, read_split(split), load_generated(generated, windows), codec, load_codec(rival) if rival else None
-    )
+    evidence = gather(windows, read_split(split), load_generated(generated, windows), codec, rival)
     about = {"real": str(real), "generated": str(generated), "split": str(split)}
     report = evaluate(evidence, Protocol(**protocol), about)
     write_report(report, evidence, out)
     return report
 
 
-def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None, rival=None) -> Evidence:
-    """What the protocol needs, from a set, its split and the generated windows; codec and rival: see `Evidence`."""
+def gather(
+    windows: WindowSet, split: dict, generated: WindowSet, codec=None, rival: str | Path | None = None
+) -> Evidence:
+    """What the protocol needs, from a set, its split and the generated windows.
+
+    rival: codec/ folder of a run with the other kind of codec than `codec`, see `Evidence`.
+    """
     gap = max(OVERLAP, split.get("gap", OVERLAP))  # a split may ignore the overlap; an interval may not
-    return Evidence(**apply_split(windows, split), generated=generated, gap=gap, codec=codec, rival=rival)
+    other = load_rival(rival, split).to(codec.device) if rival else None
+    return Evidence(**apply_split(windows, split), generated=generated, gap=gap, codec=codec, rival=other)
+
+
+def load_rival(path: str | Path, split: dict):
+    """The codec of folder `path`, which lies in the folder of the run that trained it.
+
+    Raises:
+        DataError: no codec there, or its run trained it on windows that `split` keeps for the test.
+    """
+    codec = load_codec(path)
+    for folder in Path(path).resolve().parents[:2]:  # RUN/codec or RUN/pipeline/codec
+        if (folder / "split.json").exists():
+            other = read_split(folder / "split.json")
+            leaked = len(set(split["test"]) & {*other["train"], *other["val"]})
+            if leaked:
+                raise DataError(f"{path} was trained on {leaked} of the test windows: train it on the same split")
+    return codec
 
 
 def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:

@@ -25,6 +25,8 @@ from traitlets.config import Config
 from mdlib import __version__
 from mdlib.data import DataError, WindowSet, find_windows, load_windows
 from mdlib.files import whole_file
+from mdlib.joint import JointFineTuning
+from mdlib.nn import load_lpips
 from mdlib.split import apply_split, make_split, read_split, write_split
 from mdlib.systems import Preset, get_preset, get_system, make_codec, make_prior
 
@@ -35,8 +37,8 @@ PRODUCTS = {
     "01": (),
     "02": ("codec", "split.json"),
     "03": ("prior", "pipeline"),
-    "04": ("prior", "pipeline"),
-    "05": ("generated",),
+    "04": ("prior", "pipeline", "samples/denoising.png"),
+    "05": ("generated", "samples/contact_sheet.png"),
     "06": ("report.json", "report.html"),
 }
 
@@ -94,6 +96,12 @@ class Run:
             "time": ", ".join(f"{name} {seconds}" for name, seconds in times.items()),
         }
 
+    def expect(self, notebook: str) -> None:
+        """DataError where `notebook` is none of this run's system."""
+        system = self.settings["system"]
+        if notebook not in get_system(system).notebooks:
+            raise DataError(f"{notebook} is no notebook of system {system}: {', '.join(get_system(system).notebooks)}")
+
     def done(self, notebook: str, started: float) -> None:
         """Note in run.json that `notebook`, begun at time.monotonic() `started`, is done."""
         record = _read(self.path)
@@ -120,6 +128,8 @@ def open_run(
     codec_options: dict = {},  # noqa: B006
     prior_options: dict = {},  # noqa: B006
     perceptual_weight: float = 0.0,
+    joint_steps: int = 0,
+    classifier_steps: int = 0,
     channels: int = 1,
     colormap: str = "auto",
     seed: int = 0,
@@ -134,6 +144,8 @@ def open_run(
         windows_per_user: training windows kept a user; 0 keeps what the preset says, -1 keeps all.
         codec, codec_steps, prior_steps, codec_options, prior_options, perceptual_weight: changes of the preset, see
             `systems.get_preset`; "", 0 and {} keep the preset's.
+        joint_steps: optimizer steps of codec and prior together at the end; 0 does without.
+        classifier_steps: optimizer steps of a user classifier for classifier guidance; 0 does without.
         channels, colormap: how images are read, see `mdlib.data.load_windows`.
         seed: of weights, data order and noise.
 
@@ -144,6 +156,7 @@ def open_run(
     out = Path(out)
     for key in ("data", "split"):
         settings[key] = str(Path(settings[key]).resolve()) if settings[key] else ""
+    settings = json.loads(json.dumps(settings))  # as they read back: a tuple is a list
     if (out / "run.json").exists():
         kept = {**open_run.__kwdefaults__, **_read(out)["settings"]}
         changed = [key for key in settings if kept[key] != settings[key]] if data else []
@@ -166,17 +179,33 @@ def _check(run: Run) -> None:
         wanted = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(run.settings[key], wanted):
             raise DataError(f"{key} must be of type {type(default).__name__}, got {run.settings[key]!r}")
-    for training in (run.preset.codec_training, run.preset.prior_training):
+    preset = _preset(run)
+    for training in (preset.codec_training, preset.prior_training):
         if training.mixed_precision in ("fp16", "bf16") and not torch.cuda.is_available():
             raise DataError(
                 f"preset {run.settings['preset']!r} trains in {training.mixed_precision}, which needs a GPU: "
                 "take demo or demo-long"
             )
-    with torch.device("meta"):  # sizes that do not fit each other are told now, not after an hour
-        make_prior(run.settings["system"], run.preset, make_codec(run.preset, run.settings["channels"]), num_users=2)
+    if preset.codec.get("perceptual_weight"):
+        load_lpips(preset.codec.get("perceptual_net", "squeeze"))
     find_windows(run.settings["data"])
     if run.settings["split"]:
         read_split(run.settings["split"])
+
+
+def _preset(run: Run) -> Preset:
+    """The run's preset, after its models were built without memory: sizes that do not fit each other are told now, not
+    after an hour of training."""
+    try:
+        preset = run.preset
+        with torch.device("meta"):
+            codec = make_codec(preset, run.settings["channels"])
+            prior = make_prior(run.settings["system"], preset, codec, num_users=2)
+        if run.settings["joint_steps"]:
+            JointFineTuning(codec, prior)
+    except TypeError as error:
+        raise DataError(f"codec_options or prior_options: {error}") from error
+    return preset
 
 
 def _anything_made(out: Path) -> bool:

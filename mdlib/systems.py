@@ -183,7 +183,9 @@ def _latent_presets(codecs: dict[str, dict], prior: dict) -> dict[str, Preset]:
         for base, steps, decay in ((_DEMO, 1500, 0.99), (_DEMO_LONG, 6000, 0.998))
     )
     on_gpu = {
-        card: _diffusion(_TOKEN_PRESETS[card], codecs["gpu"], _LATENT_GPU | prior, ema_decay=0.9995, **large)
+        card: _diffusion(
+            _TOKEN_PRESETS[card], codecs["gpu"], _LATENT_GPU | prior, ema_decay=0.9995, keep_best=False, **large
+        )
         for card in _CARDS
     }
     smoke = _diffusion(_SMOKE, codecs["smoke"], _LATENT_SMOKE | prior, dict(num_inference_steps=3), ema_decay=0.5)
@@ -319,6 +321,8 @@ def get_preset(
         windows_per_user=kept,
     )
     preset = _with_options(preset, "codec", preset.codec_class, codec_options or {})
+    if preset.codec_training.ema_decay and hasattr(preset.codec_class, "encode_tokens"):
+        raise DataError("a VQ codec trains without ema_decay: averaged weights would not fit its codebook")
     return _with_options(preset, "prior", prior_class, prior_options or {})
 
 

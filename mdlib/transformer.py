@@ -117,6 +117,8 @@ class TokenPrior(ModelMixin, ConfigMixin):
         warpers = _warpers(temperature, top_k, top_p)
         if len(label) and not (0 <= int(label.min()) and int(label.max()) <= self.null_label):
             raise ValueError(f"labels must lie in 0…{self.null_label}, got {int(label.min())}…{int(label.max())}")
+        if not len(label):
+            return label.new_empty(0, *self.token_shape)
         uniform = _uniform(len(label), self.num_tokens, generator).to(label.device)  # (B, T)
         guided = guidance_scale != 1.0
         labels = torch.cat([label, torch.full_like(label, self.null_label)]) if guided else label

@@ -61,7 +61,6 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
     """
 
     consumes = "latents"
-    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -117,8 +116,9 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         self.schedule = DDPMScheduler(
             num_train_timesteps=num_train_timesteps,
             beta_schedule=schedule,
-            beta_start=0.00085 if schedule == "scaled_linear" else 0.0001,  # the customary ends of each schedule
-            beta_end=0.012 if schedule == "scaled_linear" else 0.02,
+            # The customary ends for a thousand timesteps; fewer must each take away more.
+            beta_start=(0.00085 if schedule == "scaled_linear" else 0.0001) * 1000 / num_train_timesteps,
+            beta_end=(0.012 if schedule == "scaled_linear" else 0.02) * 1000 / num_train_timesteps,
             prediction_type=prediction,
             clip_sample=False,
             timestep_spacing="trailing",
@@ -201,6 +201,8 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         users = self._embedded(label, towards, share)
         sampler = make_sampler(scheduler, self.schedule)
         sampler.set_timesteps(num_inference_steps, device=label.device)
+        if sampler.timesteps[-1] < 0:
+            raise ValueError(f"{scheduler} cannot take {num_inference_steps} steps: choose another number")
         options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
         shape = (len(label), *self.latent_shape)
         noisy = randn_tensor(shape, generator=generator, device=label.device) * sampler.init_noise_sigma
@@ -264,21 +266,24 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         if len(label) and not (0 <= int(label.min()) and int(label.max()) <= self.null_label):
             raise ValueError(f"labels must lie in 0…{self.null_label}, got {int(label.min())}…{int(label.max())}")
 
-    @staticmethod
-    def _check_guidance(scale: float, interval, classifier: Callable | None, classifier_scale: float) -> None:
-        if not (0 <= scale < float("inf") and 0 <= classifier_scale < float("inf")):
+    def _check_guidance(self, scale: float, interval, classifier: Callable | None, classifier_scale: float) -> None:
+        if not all(isinstance(s, int | float) and 0 <= s < float("inf") for s in (scale, classifier_scale)):
             raise ValueError(f"guidance scales must be 0 or more, got {scale} and {classifier_scale}")
-        pair = isinstance(interval, (tuple, list)) and len(interval) == 2
+        pair = isinstance(interval, (tuple, list)) and [isinstance(end, int | float) for end in interval] == [True] * 2
         if not pair or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"guidance_interval must be two numbers in order within [0, 1], got {interval}")
         if classifier_scale and classifier is None:
             raise ValueError("classifier_scale needs a classifier, and this sampler was given none")
+        if scale != 1 and self.config.label_dropout == 0:
+            raise ValueError(
+                "this prior was trained without label_dropout, so nothing can guide: guidance_scale must be 1"
+            )
 
     def _check_steps(self, scheduler: str, steps: int) -> None:
         _check(scheduler, tuple(SAMPLERS), "scheduler")
         total = self.config.num_train_timesteps
-        if not 1 <= steps <= total:
-            raise ValueError(f"num_inference_steps must lie in 1…{total}, got {steps}")
+        if not isinstance(steps, int) or not 1 <= steps <= total:
+            raise ValueError(f"num_inference_steps must be a whole number in 1…{total}, got {steps}")
         if scheduler in ("ddim", "pndm") and total % steps:
             # They step by T // n; timesteps that lie T / n apart would leave noise in the sample.
             raise ValueError(f"scheduler {scheduler} needs a number of steps that divides {total}, got {steps}")

@@ -33,8 +33,6 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
     """
 
-    _supports_gradient_checkpointing = True
-
     @register_to_config
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """The evaluation protocol: real and generated windows in, report.json and report.html out.
 
 Every figure is measured here on windows the generator was not trained on, carries its n and, where it is an estimate,
-a 95 % interval. What was not measured is null with its reason.
+a 95 % interval; Fréchet distances have none, because redrawing windows would bias them. What was not measured is null
+with its reason.
 """
 
 from dataclasses import dataclass, replace

@@ -193,6 +193,34 @@ def test_a_gradient_passes_through_the_codebook():
     assert latents.grad.abs().sum() > 0
 
 
+def test_a_pair_of_numbers_may_be_given_as_a_tuple_twice(diffusion, tmp_path):
+    for _ in range(2):
+        assert len(diffusion.generate_folder(tmp_path, per_user=1, guidance_interval=(0.1, 0.8))) == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(scheduler="lms"), "scheduler must be one of"),
+        (dict(guidance_scale="much"), "guidance scales must be 0 or more"),
+        (dict(num_inference_steps=2.5), "num_inference_steps must be a whole number in 1…1000, got 2.5"),
+        (dict(guidance_interval=["a", "b"]), "guidance_interval must be two numbers"),
+    ],
+)
+def test_an_option_that_cannot_be_used_leaves_nothing_behind(diffusion, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        diffusion.generate_folder(tmp_path / "made", per_user=1, **options)
+    assert not (tmp_path / "made").exists()
+
+
+def test_one_frame_is_the_window_itself_and_a_classifier_has_no_say_between_users(diffusion):
+    torch.testing.assert_close(diffusion.denoising(7, frames=1), diffusion([7], output_type="pt").images)
+    with pytest.raises(DataError, match="frames must be at least 1, got 0"):
+        diffusion.denoising(7, frames=0)
+    with pytest.raises(DataError, match="no class for a classifier"):
+        diffusion.interpolate(3, 7, classifier_scale=1.0)
+
+
 def test_what_only_a_prior_over_latents_can_is_refused_in_one_line(pipeline, diffusion):
     with pytest.raises(
         DataError, match="interpolation needs a prior over latents; this pipeline's prior is over tokens"

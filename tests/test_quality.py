@@ -1,6 +1,7 @@
 """The codec's check and the choice between two: what is said of codecs whose answer is known."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,6 @@ from mdlib.vae import KLVAE
 from mdlib.vqvae import VQVAE
 
 SMALL = dict(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4)
-NO_WEIGHTS = "the weights are not here"
 
 
 class Noisy(nn.Module):
@@ -42,11 +42,10 @@ def images(n: int = 20) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def without_lpips(monkeypatch):
-    def absent():
-        raise FileNotFoundError(NO_WEIGHTS)
-
-    monkeypatch.setattr(quality, "load_lpips", absent)
+def weights(tmp_path, monkeypatch):
+    """Where LPIPS's weights would lie; nothing is there."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return quality.lpips_weights("squeeze")
 
 
 @pytest.mark.parametrize("psnr_db, grade", [(28.5, "excellent"), (25.5, "good"), (24.5, "fair"), (19.5, "poor")])
@@ -89,9 +88,18 @@ def test_both_kinds_of_codec_are_checked(kind):
     json.dumps(found)
 
 
-def test_lpips_is_measured_where_its_weights_are(monkeypatch):
-    assert check_codec(Noisy(0.1), images())["lpips"] is None
-    assert check_codec(Noisy(0.1), images())["lpips_reason"] == NO_WEIGHTS
+def test_a_missing_lpips_is_told_and_nothing_is_downloaded(weights, monkeypatch):
+    found = check_codec(Noisy(0.1), images())
+    assert found["lpips"] is None and found["lpips_reason"].startswith("squeezenet1_1-b8a52dc0.pth is not in")
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    monkeypatch.setitem(sys.modules, "lpips", None)  # the weights without the package
+    assert "needs the package lpips" in check_codec(Noisy(0.1), images())["lpips_reason"]
+
+
+def test_lpips_is_measured_where_its_weights_are(weights, monkeypatch):
+    weights.parent.mkdir(parents=True)
+    weights.touch()
 
     class Distance(nn.Module):
         def forward(self, one, other):

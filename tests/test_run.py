@@ -9,10 +9,14 @@ import sys
 
 import nbformat
 import pytest
+import torch
 
 from mdlib.data import DataError
+from mdlib.latents import encode_all
+from mdlib.report import load_rival
 from mdlib.run import NOTEBOOKS, execute, open_run
-from mdlib.systems import SYSTEMS
+from mdlib.split import read_split, write_split
+from mdlib.systems import SYSTEMS, load_codec
 
 ROOT = NOTEBOOKS.parent
 
@@ -81,6 +85,30 @@ def test_a_diffusion_system_leads_to_the_same_report(system, denoised, finished)
     assert again.returncode == 0 and again.stdout.count("done already") == 5
 
 
+def test_joint_fine_tuning_changes_the_pipelines_codec_and_calibrates_it(denoised):
+    out = denoised["vae-diffusion"]
+    before, after = load_codec(out / "codec"), load_codec(out / "pipeline" / "codec")
+    assert not torch.equal(before.vae.encoder.conv_in.weight, after.vae.encoder.conv_in.weight)
+    latents = encode_all(after, open_run(out).parts["train"].images, "latents")
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(2), rtol=1e-3, atol=1e-3)
+    assert open_run(out).settings["joint_steps"] == 2 and (out / "pipeline" / "classifier").exists()
+
+
+def test_a_notebook_of_another_system_is_refused(denoised, finished):
+    with pytest.raises(DataError, match="04_train_diffusion is no notebook of system vqvae-transformer: 01_env"):
+        open_run(finished[0]).expect("04_train_diffusion")
+    open_run(denoised["vqvae-ldm"]).expect("04_train_diffusion")
+
+
+def test_a_rival_that_saw_the_test_windows_is_refused(denoised, tmp_path):
+    codec = shutil.copytree(denoised["vqvae-ldm"] / "codec", tmp_path / "codec")
+    split = read_split(denoised["vqvae-ldm"] / "split.json")
+    assert load_rival(codec, split).num_codes == 16
+    write_split({**split, "train": split["test"], "test": split["train"]}, tmp_path / "split.json")
+    with pytest.raises(DataError, match="was trained on 39 of the test windows: train it on the same split"):
+        load_rival(codec, split)
+
+
 def test_the_two_kinds_of_codec_stand_side_by_side(denoised, finished):
     out = denoised["vae-diffusion"]
     report, other = (json.loads((folder / "report.json").read_text()) for folder in (out, finished[0]))
@@ -101,6 +129,7 @@ def test_samplers_are_chosen_by_name_and_a_grid_is_drawn(denoised, tmp_path):
     wrong = mdlib(
         "generate", "--pipeline", denoised["vqvae-ldm"] / "pipeline", "--out", tmp_path / "x", "-o", "scheduler=lms"
     )
+    assert not (tmp_path / "x").exists()
     assert wrong.returncode == 1 and "scheduler must be one of ddpm, ddim, pndm, dpm++, got 'lms'" in wrong.stderr
 
 
@@ -170,6 +199,9 @@ def test_a_first_attempt_that_failed_may_be_corrected(people, tmp_path):
         (dict(codec="kl"), "reads tokens, which a kl codec does not make"),
         (dict(system="vae-diffusion", prior_options={"attention": "linear"}), "attention must be one of full, window"),
         (dict(system="vae-diffusion", prior_options=3), "prior_options must be of type dict, got 3"),
+        (dict(system="vae-diffusion", prior_options={"block_out_channels": 64}), "codec_options or prior_options: "),
+        (dict(system="vae-diffusion", codec_options={"batch_size": "16"}), "codec_options or prior_options: "),
+        (dict(system="vqvae-ldm", joint_steps=5), "needs a codec of continuous latents"),
     ],
 )
 def test_settings_that_cannot_be_used_leave_no_run_folder(settings, message, people, tmp_path, monkeypatch):

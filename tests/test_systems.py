@@ -67,6 +67,8 @@ def test_options_reach_the_model_or_its_training():
     for part in ("codec", "prior"):
         with pytest.raises(DataError, match=f"{part}_options has no 'colour'; there are .*learning_rate"):
             get_preset("vae-diffusion", "smoke", **{f"{part}_options": {"colour": 1}})
+    with pytest.raises(DataError, match="a VQ codec trains without ema_decay"):
+        get_preset("vqvae-ldm", "smoke", codec_options={"ema_decay": 0.9})
     with pytest.raises(DataError, match="has no 'num_users'"):
         get_preset("vae-diffusion", "smoke", prior_options={"num_users": 3})
 

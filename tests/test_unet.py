@@ -333,8 +333,8 @@ def test_a_classifier_leads_samples_to_its_label(prediction):
         (dict(guidance_interval=(0.6, 0.4)), r"guidance_interval must be two numbers in order within \[0, 1\]"),
         (dict(guidance_interval=(0.0, 2.0)), r"guidance_interval must be .* got \(0.0, 2.0\)"),
         (dict(guidance_interval=(0.5,)), r"guidance_interval must be two numbers"),
-        (dict(num_inference_steps=0), "num_inference_steps must lie in 1…1000, got 0"),
-        (dict(num_inference_steps=1001), "num_inference_steps must lie in 1…1000, got 1001"),
+        (dict(num_inference_steps=0), "num_inference_steps must be a whole number in 1…1000, got 0"),
+        (dict(num_inference_steps=1001), "num_inference_steps must be a whole number in 1…1000, got 1001"),
         (dict(scheduler="euler"), r"scheduler must be one of ddpm, ddim, pndm, dpm\+\+, got 'euler'"),
         (dict(generator=generators(1)), "2 samples need 2 generators, got 1"),
     ],
@@ -461,3 +461,19 @@ def test_more_bad_options(options, message):
 def test_heads_wider_than_the_level_are_refused(attention):
     with pytest.raises(ValueError, match="head_dim"):
         small_prior(head_dim=32, attention=attention)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_fewer_timesteps_end_in_noise_too(schedule):
+    prior = small_prior(schedule=schedule, num_train_timesteps=100)
+    assert prior.schedule.alphas_cumprod[-1] < 0.02
+
+
+def test_steps_that_leave_the_schedule_are_refused():
+    with pytest.raises(ValueError, match="dpm.. cannot take 230 steps: choose another number"):
+        small_prior().sample(torch.tensor([0]), num_inference_steps=230)
+
+
+def test_a_null_label_that_was_never_trained_guides_nobody():
+    with pytest.raises(ValueError, match="trained without label_dropout"):
+        small_prior(label_dropout=0.0).sample(torch.tensor([0]), guidance_scale=1.5)
