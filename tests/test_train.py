@@ -252,7 +252,7 @@ def test_the_callers_random_numbers_are_left_alone():
     "changes, message",
     [
         (dict(steps=0), "steps must be at least 1"),
-        (dict(mixed_precision="int8"), "no, fp16 or bf16"),
+        (dict(mixed_precision="int8"), "no, fp16, bf16 or auto"),
         (dict(ema_decay=1.0), "ema_decay"),
         (dict(tracker="paper"), "tensorboard, wandb or none"),
     ],
