@@ -44,6 +44,12 @@ def drop_labels(labels: torch.Tensor, null_label: int, probability: float) -> to
     return torch.where(drop, torch.full_like(labels, null_label), labels)
 
 
+def check_labels(labels: torch.Tensor, null_label: int) -> None:
+    """ValueError where a label (B,) is neither a user's (0…null_label − 1) nor the null label."""
+    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= null_label):
+        raise ValueError(f"labels must lie in 0…{null_label}, got {int(labels.min())}…{int(labels.max())}")
+
+
 def lpips_weights(net: str) -> Path:
     """Where the weights of an LPIPS backbone lie, or would."""
     return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]

@@ -53,17 +53,13 @@ class System:
     presets: dict[str, Preset]
 
 
+_GPU_CODEC = dict(
+    image_size=128, patch_size=(2, 2), block_out_channels=(64, 128, 256), layers_per_block=2, norm_num_groups=32
+)
+
+
 def _gpu(batch_size: int, precision: str) -> Preset:
     """The sizes of a GPU run: 128 pixels, 16×16 tokens, 512 codes; only batch and precision differ by card."""
-    codec = dict(
-        image_size=128,
-        patch_size=(2, 2),
-        block_out_channels=(64, 128, 256),
-        layers_per_block=2,
-        norm_num_groups=32,
-        num_codes=512,
-        code_dim=32,
-    )
     steps = 6000
     training = TrainConfig(
         steps=steps,
@@ -75,7 +71,7 @@ def _gpu(batch_size: int, precision: str) -> Preset:
         save_every=250,
     )
     return Preset(
-        codec=codec,
+        codec=_GPU_CODEC | dict(num_codes=512, code_dim=32),
         prior=dict(hidden_size=384, num_layers=8, num_heads=6, dropout=0.2),
         codec_training=training,  # without an average: its codebook is none, and must fit the encoder
         prior_training=replace(training, steps=8000, learning_rate=3e-4, weight_decay=0.05, ema_decay=0.999),
@@ -195,14 +191,7 @@ def _latent_presets(codecs: dict[str, dict], prior: dict) -> dict[str, Preset]:
 _KL = _latent_presets(
     {
         "demo": dict(image_size=64, patch_size=(2, 4), block_out_channels=(48, 96), latent_channels=6),
-        "gpu": dict(
-            image_size=128,
-            patch_size=(2, 2),
-            block_out_channels=(64, 128, 256),
-            layers_per_block=2,
-            norm_num_groups=32,
-            latent_channels=4,
-        ),
+        "gpu": _GPU_CODEC | dict(latent_channels=4),
         "smoke": dict(
             image_size=32, patch_size=(2, 2), block_out_channels=(8, 16), norm_num_groups=4, latent_channels=2
         ),
@@ -233,15 +222,7 @@ _LDM = _latent_presets(
     {
         # Eight-fold in both directions: by a patch of four and one halving, or of two and two on a GPU.
         "demo": dict(image_size=64, patch_size=(4, 4), block_out_channels=(64, 128), num_codes=256, code_dim=8),
-        "gpu": dict(
-            image_size=128,
-            patch_size=(2, 2),
-            block_out_channels=(64, 128, 256),
-            layers_per_block=2,
-            norm_num_groups=32,
-            num_codes=256,
-            code_dim=8,
-        ),
+        "gpu": _GPU_CODEC | dict(num_codes=256, code_dim=8),
         "smoke": dict(
             image_size=32,
             patch_size=(2, 2),

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mdlib.nn import drop_labels
+from mdlib.nn import check_labels, drop_labels
 
 
 class TokenPrior(ModelMixin, ConfigMixin):
@@ -115,8 +115,7 @@ class TokenPrior(ModelMixin, ConfigMixin):
             ValueError: a sampling option outside its range, a label outside 0…num_users, too few generators.
         """
         warpers = _warpers(temperature, top_k, top_p)
-        if len(label) and not (0 <= int(label.min()) and int(label.max()) <= self.null_label):
-            raise ValueError(f"labels must lie in 0…{self.null_label}, got {int(label.min())}…{int(label.max())}")
+        check_labels(label, self.null_label)
         if not len(label):
             return label.new_empty(0, *self.token_shape)
         uniform = _uniform(len(label), self.num_tokens, generator).to(label.device)  # (B, T)

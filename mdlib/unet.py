@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from mdlib.attention import use_window_axial
-from mdlib.nn import drop_labels
+from mdlib.nn import check_labels, drop_labels
 
 # timestep_spacing "trailing" starts at pure noise (Lin et al. 2024). A clipped sample would be wrong: latents have unit
 # variance, not a range.
@@ -191,7 +191,7 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         Raises:
             ValueError: an option outside its range, a label outside 0…num_users, too few generators.
         """
-        self._check_labels(label)
+        check_labels(label, self.null_label)
         self._check_guidance(guidance_scale, guidance_interval, classifier, classifier_scale)
         self._check_steps(scheduler, num_inference_steps)
         if isinstance(generator, list) and len(generator) != len(label):
@@ -252,7 +252,7 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         users = self.users(label)
         if towards is None:
             return users
-        self._check_labels(towards)
+        check_labels(towards, self.null_label)
         share = torch.as_tensor(share, dtype=users.dtype, device=users.device)
         if share.shape not in ((), (len(label),)) or not ((share >= 0) & (share <= 1)).all():
             raise ValueError(f"share must lie in [0, 1], one number or one a sample, got {share.tolist()}")
@@ -261,10 +261,6 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
     def _check_shape(self, latents: torch.Tensor) -> None:
         if tuple(latents.shape[1:]) != self.latent_shape:
             raise ValueError(f"this prior was made for latents {self.latent_shape}, got {tuple(latents.shape[1:])}")
-
-    def _check_labels(self, label: torch.Tensor) -> None:
-        if len(label) and not (0 <= int(label.min()) and int(label.max()) <= self.null_label):
-            raise ValueError(f"labels must lie in 0…{self.null_label}, got {int(label.min())}…{int(label.max())}")
 
     def _check_guidance(self, scale: float, interval, classifier: Callable | None, classifier_scale: float) -> None:
         if not all(isinstance(s, int | float) and 0 <= s < float("inf") for s in (scale, classifier_scale)):
