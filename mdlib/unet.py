@@ -5,7 +5,6 @@ Ho et al. 2020 (DDPM), Salimans and Ho 2022 (v-prediction), Hang et al. 2023 (Mi
 Legend: B batch, D latent channels, h w latent grid, x_t = α_t·x_0 + σ_t·ε.
 """
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -17,13 +16,13 @@ from diffusers import (
     PNDMScheduler,
     UNet2DModel,
 )
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.training_utils import compute_snr
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from mdlib.attention import use_window_axial
-from mdlib.nn import check_labels, drop_labels
+from mdlib.diffusion import LatentPrior, check_name, evenly_spread
+from mdlib.nn import drop_labels
 
 # timestep_spacing "trailing" starts at pure noise (Lin et al. 2024). A clipped sample would be wrong: latents have unit
 # variance, not a range.
@@ -36,7 +35,7 @@ SAMPLERS = {
 SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
 
 
-class LatentDiffusion(ModelMixin, ConfigMixin):
+class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module
     """p(latents | user) by denoising.
 
     Args:
@@ -59,8 +58,6 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
     Raises:
         ValueError: sizes or names that do not fit.
     """
-
-    consumes = "latents"
 
     @register_to_config
     def __init__(
@@ -141,12 +138,9 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         loss = (self._weights(timesteps) * error).mean()
         return loss, {"denoising_mse": error.mean().detach()}
 
-    def _timesteps(self, count: int, device) -> torch.Tensor:
-        """Timesteps (count,) spread evenly over 0…T−1 from a random start (Kingma et al. 2021): each is uniform, and
-        the batch's loss varies less than with independent ones."""
-        start = torch.rand((), device=device)
-        places = (start + torch.arange(count, device=device) / count) % 1
-        return (places * self.config.num_train_timesteps).long().clamp_max(self.config.num_train_timesteps - 1)
+    def _timesteps(self, count: int, device: torch.device) -> torch.Tensor:
+        total = self.config.num_train_timesteps
+        return (evenly_spread(count, device) * total).long().clamp_max(total - 1)
 
     def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Min-SNR-γ weights (B,) of the squared error in ε or v (Hang et al. 2023): min(SNR, γ) in x_0."""
@@ -191,35 +185,25 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         Raises:
             ValueError: an option outside its range, a label outside 0…num_users, too few generators.
         """
-        check_labels(label, self.null_label)
-        self._check_guidance(guidance_scale, guidance_interval, classifier, classifier_scale)
+        self._check_request(label, generator, guidance_scale, guidance_interval, classifier, classifier_scale)
         self._check_steps(scheduler, num_inference_steps)
-        if isinstance(generator, list) and len(generator) != len(label):
-            raise ValueError(f"{len(label)} samples need {len(label)} generators, got {len(generator)}")
         if not len(label):
             return torch.empty(0, *self.latent_shape, device=label.device)
-        users = self._embedded(label, towards, share)
         sampler = make_sampler(scheduler, self.schedule)
         sampler.set_timesteps(num_inference_steps, device=label.device)
         if sampler.timesteps[-1] < 0:
             raise ValueError(f"{scheduler} cannot take {num_inference_steps} steps: choose another number")
-        options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
-        shape = (len(label), *self.latent_shape)
-        noisy = randn_tensor(shape, generator=generator, device=label.device) * sampler.init_noise_sigma
-        for number, timestep in enumerate(sampler.timesteps):
-            at = sampler.scale_model_input(noisy, timestep)
-            inside = guidance_interval[0] <= float(timestep) / self.config.num_train_timesteps <= guidance_interval[1]
-            output = self._guided(at, timestep, users, guidance_scale if inside else 1.0)
-            estimate = self.estimate(at, output, timestep)
-            if classifier_scale and inside:
-                output = output + classifier_scale * self._towards_class(estimate, timestep, classifier, label)
-            if on_step:
-                on_step(number, estimate)
-            noisy = sampler.step(output, timestep, noisy, **options).prev_sample
-        return noisy
+        guidance = (guidance_scale, guidance_interval, classifier, classifier_scale)
+        return self._walk(sampler, label, generator, *guidance, towards, share, on_step)
+
+    @property
+    def timesteps(self) -> int:
+        return self.config.num_train_timesteps
+
+    def _output(self, noisy: torch.Tensor, timestep: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+        return self(noisy, timestep, users)
 
     def estimate(self, noisy: torch.Tensor, output: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The estimate of x_0 (B, D, h, w) that the network's output (B, D, h, w) at `timestep` () stands for."""
         alpha, sigma = self._alpha_sigma(timestep)
         if self.config.prediction == "v_prediction":
             return alpha * noisy - sigma * output
@@ -229,54 +213,14 @@ class LatentDiffusion(ModelMixin, ConfigMixin):
         alpha_squared = self.schedule.alphas_cumprod.to(timestep.device)[timestep.long()]
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
-    def _guided(self, noisy: torch.Tensor, timestep: torch.Tensor, users: torch.Tensor, scale: float) -> torch.Tensor:
-        if scale == 1.0:
-            return self(noisy, timestep, users)
-        null = self.users.weight[self.null_label].expand_as(users)
-        user, null = self(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([users, null])).chunk(2)
-        return null + scale * (user - null)
-
-    @torch.enable_grad()
-    def _towards_class(self, estimate, timestep, classifier, label) -> torch.Tensor:
-        """Change of the output (B, D, h, w) that a classifier asks for: −σ·∇ log p(label | x_t) in ε, 1/α of it in v.
-
-        ∇ is taken at the estimate of x_0 and comes back to x_t as a factor α, which is right for latents of unit
-        variance; through the network it would be multiplied by 1/α times the network's errors, without bound.
-        """
-        estimate = estimate.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(classifier(estimate, label).sum(), estimate)
+    def _class_change(self, gradient: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """−σ·∇ log p(label | x_t) in ε, 1/α of it in v (Dhariwal and Nichol 2021). The gradient at x_0 comes back to
+        x_t as a factor α, which is right for latents of unit variance."""
         alpha, sigma = self._alpha_sigma(timestep)
         return -sigma * gradient * (1 if self.config.prediction == "v_prediction" else alpha)
 
-    def _embedded(self, label: torch.Tensor, towards: torch.Tensor | None, share: float | torch.Tensor) -> torch.Tensor:
-        users = self.users(label)
-        if towards is None:
-            return users
-        check_labels(towards, self.null_label)
-        share = torch.as_tensor(share, dtype=users.dtype, device=users.device)
-        if share.shape not in ((), (len(label),)) or not ((share >= 0) & (share <= 1)).all():
-            raise ValueError(f"share must lie in [0, 1], one number or one a sample, got {share.tolist()}")
-        return users.lerp(self.users(towards), share.expand(len(label)).unsqueeze(1))
-
-    def _check_shape(self, latents: torch.Tensor) -> None:
-        if tuple(latents.shape[1:]) != self.latent_shape:
-            raise ValueError(f"this prior was made for latents {self.latent_shape}, got {tuple(latents.shape[1:])}")
-
-    def _check_guidance(self, scale: float, interval, classifier: Callable | None, classifier_scale: float) -> None:
-        if not all(isinstance(s, int | float) and 0 <= s < float("inf") for s in (scale, classifier_scale)):
-            raise ValueError(f"guidance scales must be 0 or more, got {scale} and {classifier_scale}")
-        pair = isinstance(interval, (tuple, list)) and [isinstance(end, int | float) for end in interval] == [True] * 2
-        if not pair or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"guidance_interval must be two numbers in order within [0, 1], got {interval}")
-        if classifier_scale and classifier is None:
-            raise ValueError("classifier_scale needs a classifier, and this sampler was given none")
-        if scale != 1 and self.config.label_dropout == 0:
-            raise ValueError(
-                "this prior was trained without label_dropout, so nothing can guide: guidance_scale must be 1"
-            )
-
     def _check_steps(self, scheduler: str, steps: int) -> None:
-        _check(scheduler, tuple(SAMPLERS), "scheduler")
+        check_name(scheduler, tuple(SAMPLERS), "scheduler")
         total = self.config.num_train_timesteps
         if not isinstance(steps, int) or not 1 <= steps <= total:
             raise ValueError(f"num_inference_steps must be a whole number in 1…{total}, got {steps}")
@@ -292,9 +236,9 @@ def make_sampler(name: str, schedule: DDPMScheduler):
 
 
 def _check_names(attention: str, prediction: str, schedule: str) -> None:
-    _check(attention, ("full", "window_axial", "none"), "attention")
-    _check(prediction, ("epsilon", "v_prediction"), "prediction")
-    _check(schedule, SCHEDULES, "schedule")
+    check_name(attention, ("full", "window_axial", "none"), "attention")
+    check_name(prediction, ("epsilon", "v_prediction"), "prediction")
+    check_name(schedule, SCHEDULES, "schedule")
     if prediction == "epsilon" and schedule == "squaredcos_cap_v2":
         # At the end of this schedule α is 5e-5: the estimate of x_0 would be the network's error times 20,000.
         raise ValueError("prediction epsilon cannot start at the end of squaredcos_cap_v2: take schedule scaled_linear")
@@ -306,8 +250,3 @@ def _check_sizes(latent_shape: tuple, widths: tuple[int, ...], head_dim: int, at
         raise ValueError(f"latents of {tuple(latent_shape[1:])} cannot be halved {halvings} times: fewer levels")
     if any(here and width % head_dim for here, width in zip(attends, widths, strict=True)):
         raise ValueError(f"block_out_channels {tuple(widths)} must be multiples of head_dim {head_dim}")
-
-
-def _check(value: str, known: tuple[str, ...], name: str) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -14,9 +14,9 @@ FILES = sorted(PACKAGE.glob("*.py"))
 # The floors of the house, lowest first: a file imports from floors below its own, or beside it where named.
 FLOORS = [
     {"colormap", "files", "gait", "physics", "progress", "metrics"},
-    {"nn", "data", "radar"},
-    {"split", "augment", "latents", "train", "simulate", "plot", "codec", "attention"},
-    {"vqvae", "vae", "transformer", "unet", "joint", "judge", "widgets", "pipeline", "quality"},
+    {"nn", "data", "radar", "published"},
+    {"split", "augment", "latents", "train", "simulate", "plot", "codec", "attention", "diffusion"},
+    {"vqvae", "vae", "transformer", "unet", "dit", "joint", "judge", "widgets", "pipeline", "quality"},
     {"systems", "validate", "teacher"},
     {"run", "report"},
     {"__main__"},
