@@ -131,7 +131,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         """Batches (rows, images (B, C, H, W) in [−1, 1]) of a manifest, as they are made."""
         for start in range(0, len(manifest), batch_size):
             rows = manifest[start : start + batch_size]
-            yield rows, self._decode(self._draw(rows, **sampling))
+            yield rows, self._decode(self._draw(rows, **sampling), self._labels(rows))
 
     def _draw(self, rows: list[dict], **sampling) -> torch.Tensor:
         """Tokens or latents of the manifest's rows."""
@@ -140,18 +140,21 @@ class MicroDopplerPipeline(DiffusionPipeline):
             if self.classifier is None:
                 raise DataError("classifier_scale needs a classifier, and this pipeline has none (classifier_steps)")
             options["classifier"] = self._log_probability
-        users = [self.config.users.index(row["user"]) for row in rows]
-        labels = torch.tensor(users, dtype=torch.long, device=self.device)
+        labels = self._labels(rows)
         generators = [torch.Generator().manual_seed(_window_seed(**row)) for row in rows]
         return self.prior.sample(labels, generator=generators, **options)
 
-    def _decode(self, drawn: torch.Tensor) -> torch.Tensor:
+    def _labels(self, rows: list[dict]) -> torch.Tensor:
+        users = [self.config.users.index(row["user"]) for row in rows]
+        return torch.tensor(users, dtype=torch.long, device=self.device)
+
+    def _decode(self, drawn: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         decode = self.codec.decode_tokens if self.prior.consumes == "tokens" else self.codec.decode
-        return decode(drawn).float().cpu()
+        return decode(drawn, labels).float().cpu()
 
     def _log_probability(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """log p(label | decoded latents) (B,) by the classifier."""
-        logits = self.classifier(self.codec.decode(latents))
+        logits = self.classifier(self.codec.decode(latents, labels))
         return logits.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
 
     @torch.no_grad()
@@ -168,7 +171,9 @@ class MicroDopplerPipeline(DiffusionPipeline):
             raise DataError("between two users there is no class for a classifier: leave classifier_scale out")
         self.plan([second], 1, seed)
         towards = torch.full((images,), self.config.users.index(second), device=self.device)
-        return self._decode(self._draw(rows, towards=towards, share=torch.linspace(0, 1, images), **sampling))
+        share = torch.linspace(0, 1, images)
+        nearer = torch.where(share.to(self.device) < 0.5, self._labels(rows), towards)  # for a codec that is told users
+        return self._decode(self._draw(rows, towards=towards, share=share, **sampling), nearer)
 
     @torch.no_grad()
     def denoising(self, user: int, frames: int = 8, seed: int = 0, **sampling) -> torch.Tensor:
@@ -182,10 +187,11 @@ class MicroDopplerPipeline(DiffusionPipeline):
         if frames < 1:
             raise DataError(f"frames must be at least 1, got {frames}")
         seen: list[torch.Tensor] = []
-        last = self._draw(self.plan([user], 1, seed), on_step=lambda _, estimate: seen.append(estimate), **sampling)
+        plan = self.plan([user], 1, seed)
+        last = self._draw(plan, on_step=lambda _, estimate: seen.append(estimate), **sampling)
         seen[-1] = last
         chosen = torch.linspace(len(seen) - 1, 0, min(frames, len(seen))).round().long().flip(0).tolist()
-        return self._decode(torch.cat([seen[number] for number in chosen]))
+        return self._decode(torch.cat([seen[number] for number in chosen]), self._labels([plan[0]] * len(chosen)))
 
     def _needs_latents(self, what: str) -> None:
         if self.prior.consumes != "latents":

@@ -38,7 +38,9 @@ _SECTIONS = {
     "reconstruction": (
         "What does the codec keep?",
         "On test windows, intensity in [0, 1]. identity_accuracy: judges after the codec's round trip, beside before. "
-        "codec_choice: VQ or KL, where a codec of the other kind was given beside this one.",
+        "rival_psnr_db: of a codec given beside this one; codec_choice: VQ or KL, where it is of the other kind. "
+        "other_label: of a codec that is told users when it is told a wrong one; taken: how often its output then passes "
+        "for that other user.",
     ),
     "codebook": (
         "Is the codebook used?",
@@ -166,8 +168,9 @@ def _pictures(report: dict, evidence: Evidence) -> dict[str, list[bytes]]:
         ],
     }
     if evidence.codec is not None:
-        some = evidence.test.images[:: max(1, len(evidence.test) // 6)][:6]
-        decoded = through_codec(evidence.codec, some)
+        every = slice(None, None, max(1, len(evidence.test) // 6))
+        some, labels = evidence.test.images[every][:6], evidence.test.labels[every][:6]
+        decoded = through_codec(evidence.codec, some, labels)
         pictures["reconstruction"] = [plot.reconstructions(some.float() / 127.5 - 1, decoded, real.colormap)]
     if "counts" in report["codebook"]:
         pictures["codebook"] = [plot.code_usage(report["codebook"]["counts"])]

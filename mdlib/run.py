@@ -25,6 +25,7 @@ from traitlets.config import Config
 from mdlib import __version__
 from mdlib.data import DataError, WindowSet, find_windows, load_windows
 from mdlib.files import whole_file
+from mdlib.foundation import load_foundation
 from mdlib.joint import JointFineTuning
 from mdlib.nn import load_lpips
 from mdlib.split import apply_split, make_split, read_split, write_split
@@ -128,6 +129,10 @@ def open_run(
     codec_options: dict = {},  # noqa: B006
     prior_options: dict = {},  # noqa: B006
     perceptual_weight: float = 0.0,
+    foundation: str = "",
+    user_codec: bool = False,
+    codec_start: str = "",
+    prior_start: str = "",
     joint_steps: int = 0,
     classifier_steps: int = 0,
     channels: int = 1,
@@ -142,8 +147,9 @@ def open_run(
         system, preset: names of `mdlib.systems`.
         split: a split file of your own; "" makes one by recording and time.
         windows_per_user: training windows kept a user; 0 keeps what the preset says, -1 keeps all.
-        codec, codec_steps, prior_steps, codec_options, prior_options, perceptual_weight: changes of the preset, see
-            `systems.get_preset`; "", 0 and {} keep the preset's.
+        codec, codec_steps, prior_steps, codec_options, prior_options, perceptual_weight, foundation, user_codec:
+            changes of the preset, see `systems.get_preset`; "", 0, {} and False keep the preset's.
+        codec_start, prior_start: weights to start from, see `systems.start_codec` and `systems.start_prior`.
         joint_steps: optimizer steps of codec and prior together at the end; 0 does without.
         classifier_steps: optimizer steps of a user classifier for classifier guidance; 0 does without.
         channels, colormap: how images are read, see `mdlib.data.load_windows`.
@@ -154,7 +160,7 @@ def open_run(
     """
     settings = {key: value for key, value in locals().items() if key != "out"}
     out = Path(out)
-    for key in ("data", "split"):
+    for key in ("data", "split", "codec_start", "prior_start"):
         settings[key] = str(Path(settings[key]).resolve()) if settings[key] else ""
     settings = json.loads(json.dumps(settings))  # as they read back: a tuple is a list
     if (out / "run.json").exists():
@@ -186,6 +192,11 @@ def _check(run: Run) -> None:
                 f"preset {run.settings['preset']!r} trains in {training.mixed_precision}, which needs a GPU: "
                 "take demo or demo-long"
             )
+    if preset.foundation not in ("none", "classifier"):
+        load_foundation(preset.foundation)
+    for key in ("codec_start", "prior_start"):
+        if run.settings[key] and not Path(run.settings[key]).exists():
+            raise DataError(f"{key}: there is nothing at {run.settings[key]}")
     if preset.codec.get("perceptual_weight"):
         load_lpips(preset.codec.get("perceptual_net", "squeeze"))
     find_windows(run.settings["data"])
@@ -199,7 +210,7 @@ def _preset(run: Run) -> Preset:
     try:
         preset = run.preset
         with torch.device("meta"):
-            codec = make_codec(preset, run.settings["channels"])
+            codec = make_codec(preset, run.settings["channels"], num_users=2, foundation_width=8)
             prior = make_prior(run.settings["system"], preset, codec, num_users=2)
         if run.settings["joint_steps"]:
             JointFineTuning(codec, prior)

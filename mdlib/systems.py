@@ -12,13 +12,17 @@ from pathlib import Path
 import torch
 
 from mdlib.data import DataError
+from mdlib.dit import SIZES, LightningDiT
+from mdlib.ldm import load_published_codec
+from mdlib.published import load_completely
 from mdlib.train import TrainConfig
 from mdlib.transformer import TokenPrior
 from mdlib.unet import LatentDiffusion
 from mdlib.vae import KLVAE
+from mdlib.vavae import RECIPE, VAVAE
 from mdlib.vqvae import VQVAE
 
-CODECS = {"vq": VQVAE, "kl": KLVAE}
+CODECS = {"vq": VQVAE, "kl": KLVAE, "va": VAVAE}
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Preset:
     sampling: dict = field(default_factory=dict)  # keyword arguments of prior.sample
     teacher_steps: int = 0  # optimizer steps of the codec's teacher (mdlib.teacher); 0 does without
     teacher_weight: float = 0.2  # of its distance in the codec's loss
+    foundation: str = "none"  # what latents are aligned with: none, classifier, or a transformers vision model
+    stages: tuple = ()  # of the codec's training: pairs of a share of its steps and options of `VAVAE.configure`
+    user_codec: bool = False  # the codec is told whose window it sees (VAVAE)
     variants: int = 15  # stride-recombined copies of each training window, for codec and prior
     images_per_user: int = 20  # windows generated
     windows_per_user: int = 0  # training windows kept a user; 0 keeps all
@@ -236,6 +243,59 @@ _LDM = _latent_presets(
 )
 _LDM["gpu-6gb"] = replace(_LDM["gpu-6gb"], codec=_LDM["gpu-6gb"].codec | dict(num_codes=128))
 
+# Flow matching over aligned latents ---------------------------------------------------------------------------------
+
+# On a GPU the authors' three stages, with an adversary; on a CPU the first one, without.
+_STAGES = tuple((share, options | dict(adversarial_start=0)) for share, options in RECIPE)
+_VA_SMALL = dict(image_size=64, patch_size=(4, 4), block_out_channels=(64, 128), latent_channels=16)
+_VA_GPU = _GPU_CODEC | dict(latent_channels=16, reconstruction="l1", adversarial_weight=0.5)
+
+
+def _flow(base: Preset, codec: dict, prior: dict, sampling: dict, **changes) -> Preset:
+    """`base`, a preset of latent diffusion, with an aligned codec and a velocity prior."""
+    return replace(base, codec=codec, prior=prior, sampling=dict(guidance_scale=1.5) | sampling, **changes)
+
+
+_DIT = {
+    name: _flow(
+        _KL[name],
+        _VA_SMALL,
+        dict(patch_size=1, hidden_size=128, depth=6, num_heads=4, label_dropout=0.15),
+        dict(scheduler="euler", num_inference_steps=20),
+        foundation="classifier",
+        prior_training=replace(_KL[name].prior_training, steps=steps, learning_rate=2e-3),
+    )
+    for name, steps in (("demo", 800), ("demo-long", 4000))
+}
+_DIT["smoke"] = _flow(
+    _KL["smoke"],
+    dict(
+        image_size=32,
+        patch_size=(2, 2),
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        adversarial_weight=0.5,
+        discriminator_width=8,
+        discriminator_layers=2,
+    ),
+    dict(patch_size=2, hidden_size=16, depth=2, num_heads=2),
+    dict(num_inference_steps=3),
+    foundation="classifier",
+    stages=_STAGES,
+)
+for _card in _CARDS:
+    _small = _card in ("gpu-6gb", "gpu-8gb")
+    _DIT[_card] = _flow(
+        _KL[_card],
+        _VA_GPU,
+        SIZES["S" if _small else "B"] | dict(patch_size=1, qk_norm=True, gradient_checkpointing=_card == "gpu-6gb"),
+        dict(num_inference_steps=25),
+        foundation="facebook/dinov2-large",
+        stages=_STAGES,
+        prior_training=replace(_KL[_card].prior_training, learning_rate=1e-4, beta2=0.95),
+    )
+
 _DIFFUSION_NOTEBOOKS = ("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate")
 
 SYSTEMS = {
@@ -252,6 +312,7 @@ SYSTEMS = {
         presets=_KL | {"standard": _STANDARD, "memory-optimised": _MEMORY_OPTIMISED, "high-quality": _HIGH_QUALITY},
     ),
     "vqvae-ldm": System(codec=VQVAE, prior=LatentDiffusion, notebooks=_DIFFUSION_NOTEBOOKS, presets=_LDM),
+    "vavae-dit": System(codec=VAVAE, prior=LightningDiT, notebooks=_DIFFUSION_NOTEBOOKS, presets=_DIT),
 }
 
 
@@ -272,16 +333,20 @@ def get_preset(
     codec_options: dict | None = None,
     prior_options: dict | None = None,
     perceptual_weight: float = 0.0,
+    foundation: str = "",
+    user_codec: bool = False,
     windows_per_user: int = 0,
     seed: int = 0,
 ) -> Preset:
     """A preset with some of its values changed; 0 and "" leave the preset's.
 
     Args:
-        codec: "vq" or "kl": that kind of codec, of the system's sizes, instead of the system's own.
+        codec: "vq", "kl" or "va": that kind of codec, of the system's sizes, instead of the system's own.
         codec_steps, prior_steps: optimizer steps of the two trainings.
         codec_options, prior_options: arguments of the model's class or fields of its TrainConfig, by name.
         perceptual_weight: of LPIPS in the codec's loss.
+        foundation: what a VA-VAE is aligned with, see `Preset.foundation`.
+        user_codec: tell a VA-VAE whose window it sees.
         windows_per_user: training windows kept a user; -1 keeps all.
         seed: of data order and noise in both trainings.
 
@@ -300,7 +365,11 @@ def get_preset(
         codec_training=replace(preset.codec_training, seed=seed, steps=codec_steps or preset.codec_training.steps),
         prior_training=replace(preset.prior_training, seed=seed, steps=prior_steps or preset.prior_training.steps),
         windows_per_user=kept,
+        foundation=foundation or preset.foundation,
+        user_codec=user_codec,
     )
+    if preset.codec_class is not VAVAE and (foundation not in ("", "none") or user_codec):
+        raise DataError("foundation and user_codec are of a VA-VAE: take system vavae-dit, or codec va")
     preset = _with_options(preset, "codec", preset.codec_class, codec_options or {})
     if preset.codec_training.ema_decay and hasattr(preset.codec_class, "encode_tokens"):
         raise DataError("a VQ codec trains without ema_decay: averaged weights would not fit its codebook")
@@ -315,13 +384,21 @@ def _with_codec(preset: Preset, system: System, kind: str) -> Preset:
     if system.prior.consumes == "tokens" and not hasattr(chosen, "encode_tokens"):
         raise DataError(f"this system's prior reads tokens, which a {kind} codec does not make: leave codec empty")
     known = _arguments(chosen)
-    return replace(preset, codec_class=chosen, codec={k: v for k, v in preset.codec.items() if k in known})
+    sizes = {key: value for key, value in preset.codec.items() if key in known}
+    aligned = chosen is VAVAE
+    return replace(
+        preset,
+        codec_class=chosen,
+        codec=sizes,
+        foundation=preset.foundation if aligned else "none",
+        stages=preset.stages if aligned else (),
+    )
 
 
 def _with_options(preset: Preset, part: str, model: type, options: dict) -> Preset:
     """The preset with `options` of its codec or prior changed: the model's arguments, or its training's fields."""
     # Data, users and the other model fix these; steps and seed are settings of their own.
-    fixed = {"in_channels", "num_users", "latent_shape", "num_codes" if part == "prior" else "", "token_shape"}
+    fixed = {"in_channels", "num_users", "foundation_width", "latent_shape", "num_codes" if part == "prior" else "", "token_shape"}
     sizes = _arguments(model) - fixed
     effort = {entry.name for entry in fields(TrainConfig)} - {"steps", "seed"}
     for key in options.keys() - sizes - effort:
@@ -339,9 +416,41 @@ def _arguments(model: type) -> set[str]:
     return set(inspect.signature(model.__init__).parameters) - {"self"}
 
 
-def make_codec(preset: Preset, channels: int = 1):
-    """A new codec of the preset's size for images of `channels`."""
-    return preset.codec_class(in_channels=channels, **preset.codec)
+def make_codec(preset: Preset, channels: int = 1, num_users: int = 0, foundation_width: int = 0):
+    """A new codec of the preset's size for images of `channels`; num_users and foundation_width are a VA-VAE's."""
+    told = dict(num_users=num_users if preset.user_codec else 0, foundation_width=foundation_width)
+    return preset.codec_class(in_channels=channels, **preset.codec, **(told if preset.codec_class is VAVAE else {}))
+
+
+def start_codec(codec, source: str | Path) -> None:
+    """Give a new codec the weights of a codec/ folder, or of a published VA-VAE file.
+
+    Raises:
+        DataError: weights that do not fit.
+    """
+    _start(codec, source, load_codec, load_published_codec)
+
+
+def start_prior(prior, source: str | Path) -> None:
+    """Give a new prior the weights of a prior folder (pipeline/prior of a run), or of a published LightningDiT file.
+
+    Raises:
+        DataError: weights that do not fit.
+    """
+    published = getattr(type(prior), "load_published", None)
+    _start(prior, source, type(prior).from_pretrained, published)
+
+
+def _start(model, source: str | Path, from_folder, from_file) -> None:
+    try:
+        if Path(source).is_dir():
+            load_completely(model, from_folder(source).state_dict(), source)
+        elif from_file is None:
+            raise DataError(f"there are no published weights of a {type(model).__name__}: give a folder")
+        else:
+            from_file(model, source)
+    except (ValueError, OSError) as error:
+        raise DataError(f"cannot start from {source}: {error}") from error
 
 
 def load_codec(path: str | Path):

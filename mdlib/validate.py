@@ -16,10 +16,12 @@ from mdlib.augment import enlarge, stride_shift
 from mdlib.data import DataError, WindowSet, to_float, to_uint8
 from mdlib.judge import Judge, train_judge
 from mdlib.latents import encode_all
+from mdlib.nn import parts as batches
 from mdlib.progress import bar
 from mdlib.quality import choose_codec
 
 NOT_YET = "not yet measured by this version"
+OTHER_LABEL = ("psnr_db_other_label", "taken_for_other_label")
 COMPARED = {"fd": ("generated", "unseen"), "fd_real_vs_real": ("first", "second"), "fd_train": ("train", "unseen")}
 
 
@@ -223,24 +225,27 @@ def bootstrapped(values: np.ndarray, blocks: np.ndarray) -> dict:
 
 
 @torch.no_grad()
-def through_codec(codec: torch.nn.Module, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-    """uint8 images → the codec's reconstructions, float in [−1, 1]."""
-    round_trip = (
-        (lambda x: codec.decode_tokens(codec.encode_tokens(x)))
-        if _has_tokens(codec)
-        else (lambda x: codec.decode(codec.encode(x)))
+def through_codec(
+    codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None, batch_size: int = 64
+) -> torch.Tensor:
+    """uint8 images → the codec's reconstructions, float in [−1, 1]; labels (N,) are told to a conditional codec."""
+    encode, decode = (
+        (codec.encode_tokens, codec.decode_tokens) if _has_tokens(codec) else (codec.encode, codec.decode)
     )
-    return torch.cat([round_trip(to_float(part).to(codec.device)).cpu() for part in images.split(batch_size)])
+    outputs = []
+    for part, *users in batches(codec.device, batch_size, images, labels):
+        outputs.append(decode(encode(to_float(part), *users), *users).cpu())
+    return torch.cat(outputs)
 
 
 def reconstruction(evidence: Evidence, arms: Arms) -> dict:
     """PSNR, SSIM and identity on test windows. Identity: accuracy of the real-only classifiers, which saw the windows
     the codec was trained on and no others, before and after the codec's round trip."""
-    names = ("psnr_db", "ssim", "identity_accuracy", "identity_accuracy_before", "codec_choice")
+    names = ("psnr_db", "ssim", "identity_accuracy", "identity_accuracy_before")
     if evidence.codec is None:
-        return missing(*names, reason="no codec was given")
+        return missing(*names, "rival_psnr_db", "codec_choice", *OTHER_LABEL, reason="no codec was given")
     test, blocks = evidence.test, time_blocks(evidence.test, evidence.gap)
-    outputs = through_codec(evidence.codec, test.images)
+    outputs = through_codec(evidence.codec, test.images, test.labels)
     after = correctness(arms.judges["real_only"], to_uint8(outputs), test.labels)
     psnr = bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks)
     return {
@@ -249,23 +254,38 @@ def reconstruction(evidence: Evidence, arms: Arms) -> dict:
         "identity_accuracy": bootstrapped(after.mean(0), blocks),
         "identity_accuracy_before": bootstrapped(arms.correct["real_only"].mean(0), blocks),
         **codec_choice(evidence, psnr["value"]),
+        **other_label(evidence, arms),
     }
 
 
+def other_label(evidence: Evidence, arms: Arms) -> dict:
+    """A codec that is told users, told a wrong one: what it then makes of test windows. Where the label alone decides
+    whom a window looks like, the codec puts the user in itself, and its round trip says nothing of the window."""
+    codec, test = evidence.codec, evidence.test
+    if not codec.conditional:
+        return missing(*OTHER_LABEL, reason="this codec is told no users")
+    blocks, other = time_blocks(test, evidence.gap), (test.labels + 1) % test.num_users
+    outputs = through_codec(codec, test.images, other)
+    taken = correctness(arms.judges["real_only"], to_uint8(outputs), other).mean(0)
+    found = (metrics.psnr(outputs, test.float()).numpy(), taken)
+    return {name: bootstrapped(values, blocks) for name, values in zip(OTHER_LABEL, found, strict=True)}
+
+
 def codec_choice(evidence: Evidence, psnr_db: float) -> dict:
-    """VQ or KL, by the rule of `quality.choose_codec`; psnr_db: of evidence.codec on test windows."""
+    """The rival's PSNR on test windows, and VQ or KL by the rule of `quality.choose_codec`; psnr_db: of
+    evidence.codec on the same windows."""
     codec, rival, test = evidence.codec, evidence.rival, evidence.test
     if rival is None:
-        return missing("codec_choice", reason="no rival codec was given")
+        return missing("rival_psnr_db", "codec_choice", reason="no rival codec was given")
+    made = through_codec(rival, test.images, test.labels)
+    found = bootstrapped(metrics.psnr(made, test.float()).numpy(), time_blocks(test, evidence.gap))
     if _has_tokens(codec) == _has_tokens(rival):
-        return missing("codec_choice", reason="both codecs are of one kind")
-    blocks = time_blocks(test, evidence.gap)
-    found = bootstrapped(metrics.psnr(through_codec(rival, test.images), test.float()).numpy(), blocks)
+        return {"rival_psnr_db": found, **missing("codec_choice", reason="both codecs are of one kind")}
     vq, vq_psnr, kl_psnr = (codec, psnr_db, found["value"]) if _has_tokens(codec) else (rival, found["value"], psnr_db)
     usage = codebook(replace(evidence, codec=vq))["usage"]
     choice = choose_codec({"psnr_db": vq_psnr, "usage": usage["value"]}, {"psnr_db": kl_psnr})
     counted = {"n": len(test), "usage_n": usage["n"], "rival_psnr_db": found}
-    return {"codec_choice": {"value": choice["choice"], **choice, **counted}}
+    return {"rival_psnr_db": found, "codec_choice": {"value": choice["choice"], **choice, **counted}}
 
 
 @torch.no_grad()
