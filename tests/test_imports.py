@@ -13,7 +13,7 @@ PACKAGE = Path(mdlib.__file__).parent
 FILES = sorted(PACKAGE.glob("*.py"))
 # The floors of the house, lowest first: a file imports from floors below its own, or beside it where named.
 FLOORS = [
-    {"colormap", "files", "gait", "physics", "progress", "metrics"},
+    {"colormap", "distributed", "files", "gait", "physics", "progress", "metrics"},
     {"nn", "data", "radar"},
     {"split", "augment", "latents", "train", "simulate", "plot", "codec", "attention"},
     {"vqvae", "vae", "transformer", "unet", "joint", "judge", "widgets", "pipeline", "quality"},
