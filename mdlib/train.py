@@ -3,6 +3,10 @@
 A step is a pure function of (state, step number): data order depends on (seed, epoch), noise on (seed, step). So a
 run that was killed and resumed on the same CPU ends bit for bit like one that was not. Nothing else about randomness
 is saved.
+
+Started by `accelerate launch --multi_gpu` or `torchrun`, `fit` trains one model in all processes: a step's batch is cut
+into as many parts as there are processes, and the gradients are averaged before the step. Models are trained by `loss`,
+not by `forward`, so there is no wrapper around them.
 """
 
 import csv
@@ -19,6 +23,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
+from mdlib.distributed import all_mean, broadcast_from_first, mean_gradients, on_first, rank, world
 from mdlib.files import whole_file
 from mdlib.progress import bar
 
@@ -28,7 +33,7 @@ class TrainConfig:
     """How to train; what is trained is the model's own configuration."""
 
     steps: int = 1000  # optimizer steps, not batches and not epochs
-    batch_size: int = 32  # samples a forward pass
+    batch_size: int = 32  # samples a forward pass of a process
     accumulation: int = 1  # forward passes an optimizer step
     learning_rate: float = 1e-3  # peak
     warmup_steps: int = 50  # optimizer steps, linear
@@ -112,6 +117,12 @@ def fit(
     At the end the model, in eval mode, holds the weights of the best held-out loss (with `run_dir` and `held_out`),
     or else the last ones, averaged where `ema_decay` is set.
 
+    Under several processes of one machine each calls it with the same arguments. A step then sees batch_size ×
+    accumulation × processes samples and moves the weights as one process of that batch would; only noise and dropout
+    are drawn anew in each process, and batch norms see their own process's part. The first process alone evaluates,
+    previews and writes files; all return the same history and end with the same weights. A run goes on under another
+    number of processes only where batch_size × processes stays what it was.
+
     Args:
         run_dir: receives state.pt (resume), best.safetensors, history.csv and tensorboard/. Called again with the
             same folder, `fit` goes on where it stopped; a finished run returns at once. None keeps nothing on disk.
@@ -122,7 +133,8 @@ def fit(
         progress: show the bar.
 
     Raises:
-        FloatingPointError: the loss is not finite (with the step and the remedy).
+        FloatingPointError: the loss is not finite, in any process (with the step and the remedy).
+        RuntimeError: in the other processes, where the first could not evaluate, preview or write.
         ValueError: `run_dir` holds a run of another configuration.
     """
     if run_dir is not None:
@@ -147,20 +159,24 @@ class _Fit:
             project_dir=run_dir,
             cpu=not torch.cuda.is_available(),
         )
-        self.device = self.accelerator.device
+        device = self.accelerator.device
+        # Several processes on a CPU are given the device "cpu:0", to which torch.load cannot load.
+        self.device = torch.device("cpu") if device.type == "cpu" else device
         self.data = data.to(self.device)
         self.held_out = held_out.to(self.device) if held_out else None
         on_cpu = self.device.type == "cpu"  # there channels last is the faster layout of a convolution
-        self.bare = model.to(self.device, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
+        self.model = model.to(self.device, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
+        broadcast_from_first(self.model.state_dict().values())
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
         )
-        self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # half precision, but no wrapper
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-        self.ema = EMAModel(self.bare.parameters(), decay=config.ema_decay) if config.ema_decay else None
+        self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay) if config.ema_decay else None
         self.step, self.history, self.seconds = 0, [], 0.0
         self.best, self.stale, self.stopped = float("inf"), 0, ""
 
@@ -177,7 +193,8 @@ class _Fit:
                 "tensorboard" if self.tracker == "tensorboard" else "mdlib", config=asdict(self.config)
             )
         started, before = time.monotonic(), self.seconds
-        with bar(self.config.steps, self.name, initial=self.step, show=self.progress) as progress:
+        show = self.progress and rank() == 0
+        with bar(self.config.steps, self.name, initial=self.step, show=show) as progress:
             while self.step < self.config.steps and not self.stopped:
                 logs = self._optimizer_step()
                 progress.update()
@@ -188,55 +205,67 @@ class _Fit:
                 if last or self.stopped or self.step % self.config.evaluate_every == 0:
                     progress.set_postfix(self._evaluate(logs), refresh=False)
                 if last or self.stopped or self.step % self.config.save_every == 0:
-                    self._save()
-        self.accelerator.end_training()
+                    on_first(self._save)
+        for tracker in self.accelerator.trackers:  # end_training() would end the process group too
+            tracker.finish()
 
     def _optimizer_step(self) -> dict[str, torch.Tensor]:
-        """One update of the weights from `accumulation` batches; noise and dropout come from (seed, step)."""
-        torch.manual_seed(_mix(self.config.seed, self.step, 2))
-        generator = torch.Generator().manual_seed(_mix(self.config.seed, self.step, 3))
+        """One update of the weights from `accumulation` batches; noise and dropout come from (seed, step, rank)."""
+        torch.manual_seed(_mix(self.config.seed, self.step, 2 + 8 * rank()))
+        generator = torch.Generator().manual_seed(_mix(self.config.seed, self.step, 3 + 8 * rank()))
         self.model.train()
         self.optimizer.zero_grad()
         for part in range(self.config.accumulation):
             number = self.step * self.config.accumulation + part
-            index = batch_order(number, self.config.batch_size, len(self.data), self.config.seed)
+            index = batch_order(number, self.config.batch_size * world(), len(self.data), self.config.seed)
+            index = index.chunk(world())[rank()]
             with self.accelerator.autocast():
-                loss, logs = self.bare.loss(*self.data.take(index, generator))
+                loss, logs = self.model.loss(*self.data.take(index, generator))
             self.accelerator.backward(loss / self.config.accumulation)
+        loss = all_mean(loss.detach())  # not finite in one process is not finite in all: they stop together
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"{self.name}: the loss became {loss.item()} at step {self.step}: lower learning_rate, "
                 "or set mixed_precision='no' when it was fp16"
             )
-        self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.clip)
+        mean_gradients(self.model.parameters())  # before fp16's scale is taken out: all see one process's overflow
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.schedule.step()
         if self.ema:
-            self.ema.step(self.bare.parameters())
+            self.ema.step(self.model.parameters())
         self.step += 1
         return logs
 
     def _evaluate(self, logs: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Append one row to the history; keep the weights when the held-out loss is the lowest so far."""
+        """Append one row to the history; the first process measures, and what it decides all do."""
+        values = torch.tensor([float(value) for value in logs.values()], dtype=torch.float64, device=self.device)
+        logs = dict(zip(logs, all_mean(values).tolist(), strict=True))
+        self.history, self.best, self.stale, self.stopped = on_first(lambda: self._measure(logs))
+        row = self.history[-1]
+        return {key: f"{row[key]:.3g}" for key in ("held_out_loss", *logs) if key in row}
+
+    def _measure(self, logs: dict[str, float]) -> tuple[list[dict], float, int, str]:
+        """The history with its new row, and best, stale and stopped; keeps the weights of the lowest held-out loss."""
         row = {
             "step": self.step,
             "seconds": round(self.seconds, 2),
             "learning_rate": self.schedule.get_last_lr()[0],
+            **logs,
         }
-        row |= {key: float(value) for key, value in logs.items()}
-        with _averaged(self.ema, self.bare), torch.no_grad():
+        with _averaged(self.ema, self.model), torch.no_grad():
             self.model.eval()
             if self.held_out:
                 row |= self._held_out_logs()
             if self.evaluate:
-                row |= self.evaluate(self.bare)
+                row |= self.evaluate(self.model)
             self._keep_if_best(row.get("held_out_loss"))
             if self.preview:
-                self.preview(self.bare, self.step)
+                self.preview(self.model, self.step)
         self.history.append(row)
         self._write_history()
         self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=self.step)
-        return {key: f"{row[key]:.3g}" for key in ("held_out_loss", *logs) if key in row}
+        return self.history, self.best, self.stale, self.stopped
 
     def _held_out_logs(self) -> dict[str, float]:
         """Mean loss and logs over the whole held-out set, with the same noise at every evaluation."""
@@ -244,7 +273,7 @@ class _Fit:
         generator = torch.Generator().manual_seed(_mix(self.config.seed, 0, 5))
         totals: dict[str, float] = {}
         for index in torch.arange(len(self.held_out)).split(self.config.batch_size):
-            loss, logs = self.bare.loss(*self.held_out.take(index, generator))
+            loss, logs = self.model.loss(*self.held_out.take(index, generator))
             for key, value in {"loss": loss, **logs}.items():
                 totals[f"held_out_{key}"] = totals.get(f"held_out_{key}", 0.0) + float(value) * len(index)
         return {key: value / len(self.held_out) for key, value in totals.items()}
@@ -255,7 +284,7 @@ class _Fit:
         if loss < self.best:
             self.best, self.stale = loss, 0
             if self.config.keep_best and self.run_dir:
-                tensors = {key: value.contiguous() for key, value in self.bare.state_dict().items()}
+                tensors = {key: value.contiguous() for key, value in self.model.state_dict().items()}
                 with whole_file(self.run_dir / "best.safetensors") as path:
                     save_file(tensors, path)
             return
@@ -266,15 +295,16 @@ class _Fit:
     def _load_final_weights(self) -> None:
         best = self.run_dir / "best.safetensors" if self.run_dir and self.config.keep_best else None
         if best and self.held_out and best.exists():
-            self.bare.load_state_dict(load_file(best, device=str(self.device)))
+            self.model.load_state_dict(load_file(best, device=str(self.device)))
         elif self.ema:
-            self.ema.copy_to(self.bare.parameters())
-        self.bare.eval()
+            self.ema.copy_to(self.model.parameters())
+        broadcast_from_first(self.model.state_dict().values())  # a batch norm's averages are each process's own
+        self.model.eval()
 
     # Checkpoints -----------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if not self.run_dir or not self.accelerator.is_main_process:
+        if not self.run_dir:
             return
         scaler = self.accelerator.scaler
         state = {
@@ -285,7 +315,7 @@ class _Fit:
             "best": self.best,
             "stale": self.stale,
             "history": self.history,
-            "model": self.bare.state_dict(),
+            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
@@ -303,9 +333,9 @@ class _Fit:
             changed = [key for key, value in _identity(self.config).items() if state["config"].get(key) != value]
             raise ValueError(
                 f"{self.run_dir} holds a run with other settings ({', '.join(changed)}): choose another folder, "
-                "delete this one, or restore the settings"
+                "delete this one, or restore the settings and the number of processes"
             )
-        self.bare.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.ema:
@@ -318,12 +348,13 @@ class _Fit:
             self.stopped = ""  # a larger budget was granted
 
     def _budget_spent(self) -> bool:
-        return bool(self.config.max_minutes) and self.seconds > 60 * self.config.max_minutes
+        limit = 60 * self.config.max_minutes
+        return bool(limit) and on_first(lambda: self.seconds > limit)  # clocks differ, and all must stop together
 
     # Records ---------------------------------------------------------------------------------------------------
 
     def _write_history(self) -> None:
-        if not self.run_dir or not self.accelerator.is_main_process:
+        if not self.run_dir:
             return
         columns = list(dict.fromkeys(key for row in self.history for key in row))
         with whole_file(self.run_dir / "history.csv") as path, open(path, "w", newline="") as file:
@@ -355,9 +386,13 @@ def precision(wanted: str) -> str:
 
 
 def _identity(config: TrainConfig) -> dict:
-    """The settings that make a run what it is; budget, tracker and checkpoint rhythm may change on resume."""
+    """The settings that make a run what it is; budget, tracker and checkpoint rhythm may change on resume.
+
+    Its batch_size is that of all processes: it decides which samples a step sees.
+    """
     free = ("max_minutes", "tracker", "save_every")
-    return {key: value for key, value in asdict(config).items() if key not in free}
+    settings = {key: value for key, value in asdict(config).items() if key not in free}
+    return settings | {"batch_size": config.batch_size * world()}
 
 
 def _mix(seed: int, number: int, stream: int) -> int:

@@ -13,10 +13,13 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import nn
 
 from mdlib.codec import Codec
+from mdlib.distributed import all_sum, broadcast_from_first, gather
 
 
 class VectorQuantizer(nn.Module):
     """Nearest-code quantiser with an EMA codebook (van den Oord et al. 2017, appendix A.1).
+
+    Where several processes train (`mdlib.distributed`), the codebook follows the vectors of all and stays one.
 
     Args:
         num_codes: K.
@@ -87,8 +90,8 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _update(self, flat: torch.Tensor, index: torch.Tensor) -> None:
         """One EMA step towards the mean of the vectors each code took, then revive the dead codes."""
-        counts = torch.bincount(index, minlength=self.num_codes).to(flat.dtype)
-        sums = torch.zeros_like(self.sums).index_add_(0, index, flat)
+        counts = all_sum(torch.bincount(index, minlength=self.num_codes).to(flat.dtype))
+        sums = all_sum(torch.zeros_like(self.sums).index_add_(0, index, flat))
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         total = self.counts.sum()
@@ -104,10 +107,14 @@ class VectorQuantizer(nn.Module):
 
     @staticmethod
     def _draw(flat: torch.Tensor, n: int) -> torch.Tensor:
-        """n rows of flat (N, D), without repetition where N allows."""
+        """n rows of flat (N, D) of all processes, without repetition where N allows; in every process the same."""
+        flat = gather(flat)
         if len(flat) >= n:
-            return flat[torch.randperm(len(flat), device=flat.device)[:n]]
-        return flat[torch.randint(len(flat), (n,), device=flat.device)]
+            index = torch.randperm(len(flat), device=flat.device)[:n]
+        else:
+            index = torch.randint(len(flat), (n,), device=flat.device)
+        broadcast_from_first([index])
+        return flat[index]
 
 
 class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module when it loads

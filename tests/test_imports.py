@@ -13,7 +13,7 @@ PACKAGE = Path(mdlib.__file__).parent
 FILES = sorted(PACKAGE.glob("*.py"))
 # The floors of the house, lowest first: a file imports from floors below its own, or beside it where named.
 FLOORS = [
-    {"colormap", "files", "gait", "physics", "progress", "metrics"},
+    {"colormap", "distributed", "files", "gait", "physics", "progress", "metrics"},
     {"nn", "data", "radar", "published"},
     {"split", "augment", "latents", "train", "simulate", "plot", "codec", "attention", "diffusion"},
     {"vqvae", "vae", "transformer", "unet", "dit", "joint", "judge", "widgets", "pipeline", "quality"},
