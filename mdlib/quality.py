@@ -4,7 +4,7 @@ import torch
 
 from mdlib import metrics
 from mdlib.data import DataError, to_float
-from mdlib.nn import load_lpips, lpips_weights
+from mdlib.nn import load_lpips, lpips_weights, parts
 
 GRADES = ((28.0, "excellent"), (25.0, "good"), (20.0, "fair"))  # PSNR in dB from which a codec is called so
 FAR_MEAN, FAR_STD = 0.5, (0.5, 2.0)  # normalised latents beyond these were normalised by other windows' statistics
@@ -12,8 +12,10 @@ VQ_RATIO, VQ_USAGE = 1.1, 0.8  # a VQ codec is taken over a KL codec from this r
 
 
 @torch.no_grad()
-def check_codec(codec: torch.nn.Module, images: torch.Tensor, batch_size: int = 64) -> dict:
-    """A codec's figures on uint8 images (N, C, H, W), best those it was not trained on.
+def check_codec(
+    codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None, batch_size: int = 64
+) -> dict:
+    """A codec's figures on uint8 images (N, C, H, W) and labels (N,), best those it was not trained on.
 
     Returns:
         psnr_db and psnr_db_worst (of one window), ssim, lpips (None without its weights, then lpips_reason), latents
@@ -26,10 +28,10 @@ def check_codec(codec: torch.nn.Module, images: torch.Tensor, batch_size: int = 
     codec.eval()
     distance, reason = _lpips(codec.device)
     latents, values = [], []
-    for part in images.split(batch_size):
-        real = to_float(part.to(codec.device))
-        latents.append(codec.encode(real))
-        decoded = codec.decode(latents[-1])
+    for part, *users in parts(codec.device, batch_size, images, labels):
+        real = to_float(part)
+        latents.append(codec.encode(real, *users))
+        decoded = codec.decode(latents[-1], *users)
         each = [metrics.psnr(decoded, real), metrics.ssim(decoded, real)]
         if distance is not None:
             each.append(distance(decoded, real).flatten())

@@ -13,7 +13,7 @@ import csv
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -144,6 +144,40 @@ def fit(
         return _Fit(model, data, config, run_dir, held_out, evaluate, preview, name, progress).run()
 
 
+def fit_stages(
+    model: torch.nn.Module,
+    data: Batches,
+    config: TrainConfig,
+    run_dir: str | Path,
+    stages: tuple[tuple[float, dict], ...] = (),
+    **options,
+) -> list[dict]:
+    """`fit`, stage after stage; without stages one `fit` in `run_dir`.
+
+    Before each stage `model.configure(**its options)` changes the model's loss. A stage has its share of the steps, a
+    learning rate that warms up and falls anew, and a folder stage-N of its own in `run_dir`. max_minutes is of all:
+    when it is spent no further stage begins.
+
+    Args:
+        stages: pairs of a share of config.steps and options.
+        options: as for `fit`.
+    """
+    if not stages:
+        return fit(model, data, config, run_dir, **options)
+    history, done, seconds = [], 0, 0.0
+    for number, (share, changes) in enumerate(stages, 1):
+        left = config.max_minutes and config.max_minutes - seconds / 60
+        if left < 0:
+            break
+        model.configure(**changes)
+        part = replace(config, steps=max(1, round(share * config.steps)), max_minutes=left)
+        rows = fit(model, data, part, Path(run_dir) / f"stage-{number}", **options)
+        history += [{**row, "step": row["step"] + done, "seconds": row["seconds"] + seconds} for row in rows]
+        done, seconds = history[-1]["step"], history[-1]["seconds"]
+    on_first(lambda: write_history(history, Path(run_dir) / "history.csv"))
+    return history
+
+
 class _Fit:
     """The state of one `fit` call, and its phases in reading order."""
 
@@ -263,7 +297,8 @@ class _Fit:
             if self.preview:
                 self.preview(self.model, self.step)
         self.history.append(row)
-        self._write_history()
+        if self.run_dir:
+            write_history(self.history, self.run_dir / "history.csv")
         self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=self.step)
         return self.history, self.best, self.stale, self.stopped
 
@@ -351,16 +386,14 @@ class _Fit:
         limit = 60 * self.config.max_minutes
         return bool(limit) and on_first(lambda: self.seconds > limit)  # clocks differ, and all must stop together
 
-    # Records ---------------------------------------------------------------------------------------------------
 
-    def _write_history(self) -> None:
-        if not self.run_dir:
-            return
-        columns = list(dict.fromkeys(key for row in self.history for key in row))
-        with whole_file(self.run_dir / "history.csv") as path, open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.history)
+def write_history(history: list[dict], path: Path) -> None:
+    """The history as a CSV file, a row an evaluation."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
 
 
 @contextmanager
