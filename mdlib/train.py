@@ -153,7 +153,7 @@ class _Fit:
         on_cpu = self.device.type == "cpu"  # there channels last is the faster layout of a convolution
         self.bare = model.to(self.device, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
         optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
+            _parameter_groups(model),
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
@@ -208,7 +208,9 @@ class _Fit:
                 f"{self.name}: the loss became {loss.item()} at step {self.step}: lower learning_rate, "
                 "or set mixed_precision='no' when it was fp16"
             )
-        self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.clip)
+        self.accelerator.unscale_gradients()
+        for group in self.optimizer.param_groups:  # each by itself: a discriminator's gradient must not shrink others
+            torch.nn.utils.clip_grad_norm_(group["params"], self.config.clip)
         self.optimizer.step()
         self.schedule.step()
         if self.ema:
@@ -330,6 +332,13 @@ class _Fit:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.history)
+
+
+def _parameter_groups(model: torch.nn.Module) -> list[dict]:
+    """AdamW's parameter groups: the model's own `parameter_groups()` where it has them, else all in one."""
+    own = getattr(model, "parameter_groups", None)
+    groups = own() if own else [{"params": model.parameters()}]
+    return [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
 
 
 @contextmanager

@@ -15,13 +15,13 @@ FILES = sorted(PACKAGE.glob("*.py"))
 FLOORS = [
     {"colormap", "files", "gait", "physics", "progress", "metrics"},
     {"nn", "data", "radar"},
-    {"split", "augment", "latents", "train", "simulate", "plot", "codec", "attention"},
-    {"vqvae", "vae", "transformer", "unet", "joint", "judge", "widgets", "pipeline", "quality"},
+    {"split", "augment", "latents", "train", "simulate", "plot", "codec", "attention", "foundation", "ldm"},
+    {"vqvae", "vae", "vavae", "transformer", "unet", "joint", "judge", "widgets", "pipeline", "quality"},
     {"systems", "validate", "teacher"},
     {"run", "report"},
     {"__main__"},
 ]
-BESIDE = set()
+BESIDE = {("vavae", "vae")}
 
 
 def imported(path: Path) -> set[str]:
