@@ -8,7 +8,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
-from mdlib.nn import LatentStats, load_lpips
+from mdlib.nn import LatentStats, load_lpips, parts
 
 
 class Codec(ModelMixin, ConfigMixin):
@@ -16,7 +16,10 @@ class Codec(ModelMixin, ConfigMixin):
 
     A subclass gives `encode`, `decode`, `raw_latents` (not yet normalised) and `loss`; its constructor ends with
     `_finish`. Its configuration holds image_size, patch_size, perceptual_weight and perceptual_net.
+    All of these take labels (B,) after their first argument, which only a `conditional` codec looks at.
     """
+
+    conditional = False
 
     def _grid(self, image_size: int, patch_size: tuple[int, int], levels: int) -> tuple[int, int]:
         """(h, w) of the latent grid: the patch and `levels` − 1 halvings divide the image."""
@@ -51,9 +54,10 @@ class Codec(ModelMixin, ConfigMixin):
         return total
 
     @torch.no_grad()
-    def calibrate(self, images: torch.Tensor, batch_size: int = 64) -> None:
-        """Fill the latent mean and standard deviation from images (B, C, H, W), usually the training windows."""
-        self.stats.fit(torch.cat([self.raw_latents(part.to(self.device)) for part in images.split(batch_size)]))
+    def calibrate(self, images: torch.Tensor, labels: torch.Tensor | None = None, batch_size: int = 64) -> None:
+        """Fill the latent mean and standard deviation from images (B, C, H, W), usually the training windows; labels
+        (B,) only where the codec is conditional."""
+        self.stats.fit(torch.cat([self.raw_latents(*part) for part in parts(self.device, batch_size, images, labels)]))
 
     def _fold(self, images: torch.Tensor) -> torch.Tensor:
         """Space to depth: (B, C, H, W) → (B, C·r·c, H/r, W/c)."""

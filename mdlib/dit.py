@@ -99,7 +99,7 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.users.weight, std=0.02)
+        nn.init.normal_(self.users.weight, std=0.5)  # wider than DiT's: users must differ within a few hundred steps
         for layer in (self.t_embedder[0], self.t_embedder[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for part in (*self.blocks, self.final_layer):

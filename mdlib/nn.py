@@ -1,6 +1,7 @@
-"""The few pieces more than one model needs: latent statistics, label dropout, perceptual loss."""
+"""The few pieces more than one model needs: latent statistics, label dropout, batches, perceptual loss."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -48,6 +49,12 @@ def check_labels(labels: torch.Tensor, null_label: int) -> None:
     """ValueError where a label (B,) is neither a user's (0…null_label − 1) nor the null label."""
     if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= null_label):
         raise ValueError(f"labels must lie in 0…{null_label}, got {int(labels.min())}…{int(labels.max())}")
+
+
+def parts(device: torch.device, size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, ...]]:
+    """`size` rows at a time of the tensors that are given (None is left out), on `device`."""
+    for part in zip(*(tensor.split(size) for tensor in tensors if tensor is not None), strict=True):
+        yield tuple(tensor.to(device) for tensor in part)
 
 
 def lpips_weights(net: str) -> Path:

@@ -39,8 +39,8 @@ _SECTIONS = {
         "What does the codec keep?",
         "On test windows, intensity in [0, 1]. identity_accuracy: judges after the codec's round trip, beside before. "
         "rival_psnr_db: of a codec given beside this one; codec_choice: VQ or KL, where it is of the other kind. "
-        "other_label: of a codec that is told users when it is told a wrong one; taken: how often its output then passes "
-        "for that other user.",
+        "other_label: of a codec that is told users when it is told a wrong one; taken: how often its output then "
+        "passes for that other user.",
     ),
     "codebook": (
         "Is the codebook used?",

@@ -13,7 +13,7 @@ import torch
 
 from mdlib.data import DataError
 from mdlib.dit import SIZES, LightningDiT
-from mdlib.ldm import load_published_codec
+from mdlib.ldm import load_ldm
 from mdlib.published import load_completely
 from mdlib.train import TrainConfig
 from mdlib.transformer import TokenPrior
@@ -398,7 +398,14 @@ def _with_codec(preset: Preset, system: System, kind: str) -> Preset:
 def _with_options(preset: Preset, part: str, model: type, options: dict) -> Preset:
     """The preset with `options` of its codec or prior changed: the model's arguments, or its training's fields."""
     # Data, users and the other model fix these; steps and seed are settings of their own.
-    fixed = {"in_channels", "num_users", "foundation_width", "latent_shape", "num_codes" if part == "prior" else "", "token_shape"}
+    fixed = {
+        "in_channels",
+        "num_users",
+        "foundation_width",
+        "latent_shape",
+        "num_codes" if part == "prior" else "",
+        "token_shape",
+    }
     sizes = _arguments(model) - fixed
     effort = {entry.name for entry in fields(TrainConfig)} - {"steps", "seed"}
     for key in options.keys() - sizes - effort:
@@ -428,7 +435,7 @@ def start_codec(codec, source: str | Path) -> None:
     Raises:
         DataError: weights that do not fit.
     """
-    _start(codec, source, load_codec, load_published_codec)
+    _start(codec, source, load_codec, load_ldm)
 
 
 def start_prior(prior, source: str | Path) -> None:

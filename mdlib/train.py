@@ -202,7 +202,7 @@ class _Fit:
         self.model = model.to(self.device, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
         broadcast_from_first(self.model.state_dict().values())
         optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
+            _parameter_groups(model),
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
@@ -263,7 +263,9 @@ class _Fit:
                 "or set mixed_precision='no' when it was fp16"
             )
         mean_gradients(self.model.parameters())  # before fp16's scale is taken out: all see one process's overflow
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.accelerator.unscale_gradients()
+        for group in self.optimizer.param_groups:  # each by itself: a discriminator's gradient must not shrink others
+            torch.nn.utils.clip_grad_norm_(group["params"], self.config.clip)
         self.optimizer.step()
         self.schedule.step()
         if self.ema:
@@ -394,6 +396,13 @@ def write_history(history: list[dict], path: Path) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(history)
+
+
+def _parameter_groups(model: torch.nn.Module) -> list[dict]:
+    """AdamW's parameter groups: the model's own `parameter_groups()` where it has them, else all in one."""
+    own = getattr(model, "parameter_groups", None)
+    groups = own() if own else [{"params": model.parameters()}]
+    return [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
 
 
 @contextmanager

@@ -229,9 +229,7 @@ def through_codec(
     codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None, batch_size: int = 64
 ) -> torch.Tensor:
     """uint8 images → the codec's reconstructions, float in [−1, 1]; labels (N,) are told to a conditional codec."""
-    encode, decode = (
-        (codec.encode_tokens, codec.decode_tokens) if _has_tokens(codec) else (codec.encode, codec.decode)
-    )
+    encode, decode = (codec.encode_tokens, codec.decode_tokens) if _has_tokens(codec) else (codec.encode, codec.decode)
     outputs = []
     for part, *users in batches(codec.device, batch_size, images, labels):
         outputs.append(decode(encode(to_float(part), *users), *users).cpu())

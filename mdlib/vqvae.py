@@ -180,7 +180,9 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
     def num_codes(self) -> int:
         return self.quantizer.num_codes
 
-    def loss(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Reconstruction (mean square) + β·commitment [+ teachers] for images (B, C, H, W); scalar logs beside it."""
         codes, indices, commitment = self.quantizer(self._features(images))
         output = self._pixels(codes)
@@ -194,20 +196,20 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         loss = mse + self.config.commitment_weight * commitment + self._taught(output, images, logs)
         return loss, {name: value.detach() for name, value in logs.items()}
 
-    def encode_tokens(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_tokens(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Images (B, C, H, W) in [−1, 1] → tokens (B, h, w), long."""
         flat = self.quantizer.project(self._features(images).float().movedim(1, -1))  # (B, h, w, D)
         return self.quantizer.nearest(flat.flatten(0, 2)).view(flat.shape[:3])
 
-    def decode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+    def decode_tokens(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (B, h, w) → images (B, C, H, W), clipped to [−1, 1]."""
         return self._pixels(self.quantizer.lookup(tokens)).clamp(-1, 1)
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Images → quantised latents (B, D, h, w), normalised per channel (see `calibrate`)."""
         return self.stats.normalise(self.raw_latents(images))
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Normalised latents (B, D, h, w) → images; each vector is first snapped to its nearest code, through which a
         gradient passes as if it were not there."""
         vectors = self.quantizer.project(self.stats.denormalise(latents).movedim(1, -1))
@@ -215,7 +217,7 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         codes, vectors = self.quantizer.lookup(indices), vectors.movedim(-1, 1)
         return self._pixels(codes + (vectors - vectors.detach())).clamp(-1, 1)
 
-    def raw_latents(self, images: torch.Tensor) -> torch.Tensor:
+    def raw_latents(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         return self.quantizer.lookup(self.encode_tokens(images))
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:

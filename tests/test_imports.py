@@ -15,13 +15,25 @@ FILES = sorted(PACKAGE.glob("*.py"))
 FLOORS = [
     {"colormap", "distributed", "files", "gait", "physics", "progress", "metrics"},
     {"nn", "data", "radar", "published"},
-    {"split", "augment", "latents", "train", "simulate", "plot", "codec", "attention", "diffusion"},
-    {"vqvae", "vae", "transformer", "unet", "dit", "joint", "judge", "widgets", "pipeline", "quality"},
+    {
+        "split",
+        "augment",
+        "latents",
+        "train",
+        "simulate",
+        "plot",
+        "codec",
+        "attention",
+        "diffusion",
+        "foundation",
+        "ldm",
+    },
+    {"vqvae", "vae", "vavae", "transformer", "unet", "dit", "joint", "judge", "widgets", "pipeline", "quality"},
     {"systems", "validate", "teacher"},
     {"run", "report"},
     {"__main__"},
 ]
-BESIDE = set()
+BESIDE = {("vavae", "vae")}
 
 
 def imported(path: Path) -> set[str]:

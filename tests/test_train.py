@@ -267,3 +267,26 @@ def test_an_empty_or_uneven_training_set_is_refused():
         Batches((torch.zeros(3), torch.zeros(4)))
     with pytest.raises(ValueError, match="one length above 0"):
         Batches((torch.zeros(0),))
+
+
+class Opponents(nn.Module):
+    """Two weights of their own parameter groups, the second with a gradient a billion times larger."""
+
+    def __init__(self):
+        super().__init__()
+        self.quiet, self.loud, self.frozen = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+        self.frozen.requires_grad_(False)
+
+    def parameter_groups(self):
+        return [{"params": [self.quiet, self.frozen]}, {"params": [self.loud], "betas": (0.5, 0.9)}]
+
+    def loss(self, x):
+        return (1e-3 * self.quiet + 1e6 * self.loud).sum(), {}
+
+
+def test_a_models_own_parameter_groups_keep_their_moments_and_are_clipped_apart(tmp_path):
+    config = replace(CONFIG, steps=1, batch_size=1, warmup_steps=0, ema_decay=0.0)
+    fit(Opponents(), Batches((torch.zeros(4, 1),)), config, tmp_path, progress=False)
+    quiet, loud = torch.load(tmp_path / "state.pt", weights_only=True)["optimizer"]["state"].values()
+    assert float(quiet["exp_avg"]) == pytest.approx(0.1 * 1e-3, rel=1e-3)  # (1 − β₁) times its whole gradient
+    assert float(loud["exp_avg"]) == pytest.approx(0.5 * 1.0, rel=1e-3)  # the gradient is clipped to norm 1
