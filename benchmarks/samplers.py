@@ -1,9 +1,10 @@
-"""What fewer denoising steps cost and save: DDPM 1000, DDIM 50, PNDM 50 and DPM-Solver++ 20 of one trained pipeline.
+"""What fewer steps cost and save, of one trained pipeline: DDPM 1000, DDIM 50, PNDM 50 and DPM-Solver++ 20 of a
+diffusion prior; Euler 250, Euler 25 and Heun 25 of a flow.
 
-Each sampler draws the same number of windows of each user. Fréchet distances of its windows to those of DDPM, on
-intensities averaged over a grid of 8 × 8 cells, stand beside that of a second DDPM set of other noise: so much is
-chance at this number of windows. How much faster DPM-Solver++ 20 is than DDIM 50 is timed side by side, A B A B.
-DDPM takes 1000 network calls a window: minutes to hours on a CPU.
+Each sampler draws the same number of windows of each user. Fréchet distances of its windows to those of the first one,
+on intensities averaged over a grid of 8 × 8 cells, stand beside that of a second set of the first one with other noise:
+so much is chance at this number of windows. The two named last are timed side by side, A B A B. The first takes 1000
+(250) network calls a window: minutes to hours on a CPU.
 
 python benchmarks/samplers.py --pipeline RUN/pipeline [--images 512 --guidance 1.0 --rounds 5]
 """
@@ -16,23 +17,27 @@ import torch
 import torch.nn.functional as F
 
 from mdlib.data import DataError
+from mdlib.dit import LightningDiT
 from mdlib.metrics import frechet_distance
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.unet import LatentDiffusion
 
-SAMPLERS = {
-    "DDPM 1000": ("ddpm", 1000),
-    "DDIM 50": ("ddim", 50),
-    "PNDM 50": ("pndm", 50),
-    "DPM-Solver++ 20": ("dpm++", 20),
+SAMPLERS = {  # of each prior, the reference first
+    LatentDiffusion: {
+        "DDPM 1000": ("ddpm", 1000),
+        "PNDM 50": ("pndm", 50),
+        "DDIM 50": ("ddim", 50),
+        "DPM-Solver++ 20": ("dpm++", 20),
+    },
+    LightningDiT: {"Euler 250": ("euler", 250), "Euler 25": ("euler", 25), "Heun 25": ("heun", 25)},
 }
 GRID = 8  # features are means over GRID × GRID cells
 
 
 def load(path: str) -> MicroDopplerPipeline:
     pipeline = load_pipeline(path)
-    if not isinstance(pipeline.prior, LatentDiffusion):
-        raise DataError(f"{path} holds a {type(pipeline.prior).__name__}: only a LatentDiffusion has these samplers")
+    if type(pipeline.prior) not in SAMPLERS:
+        raise DataError(f"{path} holds a {type(pipeline.prior).__name__}, which has no samplers to compare")
     return pipeline
 
 
@@ -76,33 +81,36 @@ def main() -> None:
         f"{len(pipeline.config.users)} users, guidance {shared['guidance_scale']:g}"
     )
 
+    samplers = SAMPLERS[type(pipeline.prior)]
+    reference, *_, slower, faster = samplers
+
     def run(sampler: str, count: int, seed: int) -> tuple[torch.Tensor, float]:
-        scheduler, steps = SAMPLERS[sampler]
+        scheduler, steps = samplers[sampler]
         sampling = {**shared, "scheduler": scheduler, "num_inference_steps": steps}
         return draw(pipeline, count, options.batch, seed, **sampling)
 
-    run("DPM-Solver++ 20", options.batch, 0)  # warm up
+    run(faster, options.batch, 0)  # warm up
     print(f"{'':<16} {'seconds':>8} {'variance':>9} {'Fréchet distance':>17} {'of chance':>10}")
-    first, seconds = run("DDPM 1000", options.images, 0)
-    print(f"{'DDPM 1000':<16} {seconds:>8.1f} {variance(first):>9.4f} {'the reference':>17}", flush=True)
+    first, seconds = run(reference, options.images, 0)
+    print(f"{reference:<16} {seconds:>8.1f} {variance(first):>9.4f} {'the reference':>17}", flush=True)
     chance = None
-    for sampler in SAMPLERS:
+    for sampler in samplers:
         features, seconds = run(sampler, options.images, 1)  # other noise than the reference's, for all of them
         distance = frechet_distance(features, first)
-        chance = chance or distance  # DDPM comes first
-        name = "DDPM 1000 again" if sampler == "DDPM 1000" else sampler
+        chance = chance or distance  # the reference comes first
+        name = f"{sampler} again" if sampler == reference else sampler
         print(
             f"{name:<16} {seconds:>8.1f} {variance(features):>9.4f} {distance:>17.4f} {distance / chance:>10.2f}",
             flush=True,
         )
 
-    times = {"DDIM 50": [], "DPM-Solver++ 20": []}
+    times = {slower: [], faster: []}
     for _ in range(options.rounds):
         for sampler, runs in times.items():
             runs.append(run(sampler, options.batch, 0)[1])
     told = [f"{s} {statistics.median(t):.2f} s ({min(t):.2f}–{max(t):.2f})" for s, t in times.items()]
-    ddim, dpm = map(statistics.median, times.values())
-    print(f"a batch of {options.batch}: {', '.join(told)}: {ddim / dpm:.2f} times as fast")
+    long, short = map(statistics.median, times.values())
+    print(f"a batch of {options.batch}: {', '.join(told)}: {long / short:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a codec makes of a set of windows, computed once and kept beside the prior that trains on it; and back."""
+"""What a codec makes of a set of windows, computed once and kept beside it; and back."""
 
 import hashlib
 from pathlib import Path

@@ -1,5 +1,6 @@
 """From a folder of windows to a report, through the notebooks and the command line."""
 
+import csv
 import html
 import json
 import re
@@ -35,7 +36,7 @@ def finished(story):
 
 @pytest.fixture(scope="module")
 def denoised(story):
-    """Whole runs of both diffusion systems with the smoke preset, everything optional switched on."""
+    """Whole runs of the diffusion systems with the smoke preset, everything optional switched on."""
     people, out = story.folder / "people", story.folder / "runs"
     common = ["--data", people, "--preset", "smoke"]
     extra = [
@@ -49,8 +50,9 @@ def denoised(story):
     rival = ["-p", f"rival={out / 'first' / 'codec'}"]
     first = mdlib("run", *common, "--system", "vae-diffusion", "--out", out / "kl", *extra, *rival)
     second = mdlib("run", *common, "--system", "vqvae-ldm", "--out", out / "ldm")
-    assert first.returncode == 0 and second.returncode == 0, first.stderr + second.stderr
-    return {"vae-diffusion": out / "kl", "vqvae-ldm": out / "ldm"}
+    third = mdlib("run", *common, "--system", "vavae-dit", "--out", out / "va", "-p", "user_codec=true")
+    assert first.returncode == second.returncode == third.returncode == 0, first.stderr + second.stderr + third.stderr
+    return {"vae-diffusion": out / "kl", "vqvae-ldm": out / "ldm", "vavae-dit": out / "va"}
 
 
 def mdlib(*arguments) -> subprocess.CompletedProcess:
@@ -72,7 +74,7 @@ def test_one_command_leads_to_the_report(finished):
     assert report["reconstruction"]["psnr_db"]["value"] > 0 and report["codebook"]["usage"]["n"] > 0
 
 
-@pytest.mark.parametrize("system", ["vae-diffusion", "vqvae-ldm"])
+@pytest.mark.parametrize("system", ["vae-diffusion", "vqvae-ldm", "vavae-dit"])
 def test_a_diffusion_system_leads_to_the_same_report(system, denoised, finished):
     out = denoised[system]
     report, other = (json.loads((folder / "report.json").read_text()) for folder in (out, finished[0]))
@@ -92,6 +94,29 @@ def test_joint_fine_tuning_changes_the_pipelines_codec_and_calibrates_it(denoise
     latents = encode_all(after, open_run(out).parts["train"].images, "latents")
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(2), rtol=1e-3, atol=1e-3)
     assert open_run(out).settings["joint_steps"] == 2 and (out / "pipeline" / "classifier").exists()
+
+
+def test_an_aligned_codec_is_trained_in_stages_and_told_its_users(denoised):
+    out = denoised["vavae-dit"]
+    codec, run = load_codec(out / "codec"), open_run(out)
+    assert codec.conditional and codec.config.num_users == 3 and codec.config.foundation_width > 0
+    assert codec.config.cosine_margin == 0.5, "the last stage's"
+    history = list(csv.DictReader((out / "codec" / "history.csv").open()))
+    assert [int(row["step"]) for row in history][-1] == sum(
+        max(1, round(share * run.preset.codec_training.steps)) for share, _ in run.preset.stages
+    )
+    assert all(float(row["align_cosine"]) > 0 and float(row["held_out_align_distance"]) >= 0 for row in history)
+    report = json.loads((out / "report.json").read_text())["reconstruction"]
+    assert report["psnr_db_other_label"]["value"] > 0 and report["taken_for_other_label"]["n"] > 0
+
+
+def test_settings_of_the_aligned_system_are_checked_before_anything_is_made(people, tmp_path):
+    options = dict(data=str(people), system="vavae-dit", preset="smoke")
+    with pytest.raises(OSError, match="absent.*could not be downloaded: attach it .*foundation=none"):
+        open_run(tmp_path / "one", **options, foundation=str(tmp_path / "absent"))
+    with pytest.raises(DataError, match="codec_start: there is nothing at .*weights.pt"):
+        open_run(tmp_path / "one", **options, codec_start=str(tmp_path / "weights.pt"))
+    assert not (tmp_path / "one").exists()
 
 
 def test_a_notebook_of_another_system_is_refused(denoised, finished):

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from mdlib.data import DataError
-from mdlib.systems import SYSTEMS, get_preset, get_system, load_codec, make_codec, make_prior, seeded
+from mdlib.systems import (
+    SYSTEMS,
+    get_preset,
+    get_system,
+    load_codec,
+    make_codec,
+    make_prior,
+    seeded,
+    start_codec,
+    start_prior,
+)
 
 
 @pytest.mark.parametrize("system, preset", [(s, p) for s in SYSTEMS for p in SYSTEMS[s].presets])
@@ -56,6 +66,52 @@ def test_a_codec_is_loaded_whichever_kind_it_is(tmp_path):
         assert type(load_codec(tmp_path / system)) is type(codec)
     with pytest.raises(DataError, match="holds no codec: give the codec/ folder of a run"):
         load_codec(tmp_path)
+
+
+def test_training_starts_from_the_weights_of_another(tmp_path):
+    preset = get_preset("vavae-dit", "smoke")
+    first, second = (seeded(seed, make_codec, preset) for seed in (1, 2))
+    first.save_pretrained(tmp_path / "codec")
+    start_codec(second, tmp_path / "codec")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    priors = [seeded(seed, make_prior, "vavae-dit", preset, first, 3) for seed in (1, 2)]
+    priors[0].save_pretrained(tmp_path / "prior")
+    start_prior(priors[1], tmp_path / "prior")
+    assert torch.equal(priors[0].x_embedder.weight, priors[1].x_embedder.weight)
+    with pytest.raises(DataError, match="cannot start from .*prior: .* of another shape are users.weight"):
+        start_prior(make_prior("vavae-dit", preset, first, 4), tmp_path / "prior")
+    with pytest.raises(DataError, match="cannot start from .*codec: .* does not fit this VQVAE"):
+        start_codec(make_codec(get_preset("vqvae-ldm", "smoke")), tmp_path / "codec")
+    with pytest.raises(DataError, match="no published weights of a TokenPrior: give a folder"):
+        plain = get_preset("vqvae-transformer", "smoke")
+        start_prior(make_prior("vqvae-transformer", plain, make_codec(plain), 3), tmp_path / "weights.pt")
+    with pytest.raises(DataError, match="cannot start from .*weights.pt: "):
+        start_prior(priors[0], tmp_path / "weights.pt")
+
+
+def test_the_aligned_system_trains_by_the_published_recipe_on_a_gpu():
+    for name, preset in SYSTEMS["vavae-dit"].presets.items():
+        chosen = get_preset("vavae-dit", name)
+        assert chosen.foundation == (
+            "classifier" if name in ("smoke", "demo", "demo-long") else "facebook/dinov2-large"
+        )
+        if chosen.stages:
+            assert [options["alignment_weight"] for _, options in chosen.stages] == [0.5, 0.1, 0.1]
+            assert sum(share for share, _ in chosen.stages) == pytest.approx(1) and preset.codec["adversarial_weight"]
+            codec = make_codec(get_preset("vavae-dit", "smoke"))
+            for _, options in chosen.stages:
+                codec.configure(**options)
+
+
+def test_only_a_va_vae_is_aligned_or_told_users():
+    assert get_preset("vae-diffusion", "smoke", codec="va", foundation="classifier").foundation == "classifier"
+    assert get_preset("vavae-dit", "smoke", codec="kl").foundation == "none"
+    told = make_codec(get_preset("vavae-dit", "smoke", user_codec=True), num_users=3, foundation_width=7)
+    assert told.conditional and told.config.foundation_width == 7
+    assert not make_codec(get_preset("vavae-dit", "smoke"), num_users=3).conditional
+    for options in ({"foundation": "classifier"}, {"user_codec": True}):
+        with pytest.raises(DataError, match="foundation and user_codec are of a VA-VAE: take system vavae-dit"):
+            get_preset("vqvae-ldm", "smoke", **options)
 
 
 def test_options_reach_the_model_or_its_training():

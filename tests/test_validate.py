@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import write_set
 
+from mdlib import metrics
 from mdlib.data import DataError, WindowFile, WindowSet
 from mdlib.judge import Judge
 from mdlib.report import load_generated, write_report
@@ -25,9 +26,12 @@ from mdlib.validate import (
     fidelity,
     halves,
     memorisation,
+    other_label,
+    through_codec,
     time_blocks,
     verdict,
 )
+from mdlib.vavae import VAVAE
 from mdlib.vqvae import VQVAE
 
 USERS = (2, 5, 9, 11)
@@ -176,6 +180,42 @@ def test_two_codecs_of_different_kinds_are_compared():
     assert codec_choice(evidence(made, codec=vq), 40.0)["codec_choice"]["reason"] == "no rival codec was given"
     alone = codec_choice(evidence(made, codec=kl, rival=kl), 40.0)["codec_choice"]
     assert alone["reason"] == "both codecs are of one kind"
+
+
+def test_two_codecs_of_one_kind_are_compared_by_their_psnr():
+    torch.manual_seed(0)
+    own, rival, made = VAVAE(**CODEC).eval(), KLVAE(**CODEC).eval(), windows(5, 7)
+    found = codec_choice(evidence(made, codec=own, rival=rival), psnr_db=40.0)["rival_psnr_db"]
+    test = evidence(made).test
+    expected = metrics.psnr(through_codec(rival, test.images), test.float()).mean()
+    assert found["value"] == pytest.approx(float(expected)) and found["n"] == len(test)
+
+
+class Stamp(VAVAE):
+    """Told a user, it draws that user's brightness over whatever it is shown."""
+
+    def encode(self, images, labels=None):
+        return images[:, :, :1, :1]
+
+    def decode(self, latents, labels=None):
+        return (labels.float() / 2 - 0.75).view(-1, 1, 1, 1).expand(-1, 1, 32, 32)
+
+
+class Brightness(Judge):
+    """Names the user whose brightness a window has."""
+
+    def forward(self, images):
+        return -(images.mean((1, 2, 3)).unsqueeze(1) - (torch.arange(len(USERS)) / 2 - 0.75)).abs()
+
+
+def test_a_codec_that_draws_the_user_it_is_told_is_found_out():
+    torch.manual_seed(0)
+    codec, made = Stamp(**CODEC, num_users=len(USERS)), windows(5, 7)
+    arms = Arms({"real_only": [Brightness(len(USERS))]}, {}, 0.5)
+    found = other_label(evidence(made, codec=codec), arms)
+    assert found["taken_for_other_label"]["value"] == 1 and found["psnr_db_other_label"]["value"] < 30
+    plain = other_label(evidence(made, codec=VAVAE(**CODEC)), arms)
+    assert {figure["reason"] for figure in plain.values()} == {"this codec is told no users"}
 
 
 @pytest.mark.parametrize("changes", [dict(image_size=64), dict(patch_size=(1, 1)), dict(in_channels=3)])
