@@ -6,14 +6,13 @@ intensity stood in all three, and the last one's are averaged: so grey images gi
 intensity is the mean of the decoded colours.
 """
 
-import pickle
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from mdlib.data import DataError
+from mdlib.published import load_weights
 
 # `VAVAE(**F16D32)` takes the published weights; foundation_width=1024 (DINOv2 large) takes their projection too.
 F16D32 = dict(
@@ -50,10 +49,9 @@ def load_ldm(codec, weights: str | Path, statistics: str | Path | None = None) -
         statistics: the published `latents_stats.pt`, mean and std of (1, D, 1, 1); without it call `calibrate`.
 
     Raises:
-        DataError: a file that is not there, holds more than tensors, or does not fit the codec to the last name.
+        FileNotFoundError, ValueError: a file that cannot be read, or does not fit the codec to the last name.
     """
-    read = _read(weights)
-    converted = convert_ldm(read.get("state_dict", read), codec)
+    converted = convert_ldm(load_weights(weights), codec)
     if statistics:
         wanted = codec.stats.state_dict()
         converted |= {f"stats.{name}": tensor for name, tensor in _statistics(statistics, wanted).items()}
@@ -110,7 +108,7 @@ def _fitted(name: str, tensor: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def _statistics(path: str | Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found = _read(path)
+    found = load_weights(path)
     if any(name not in found or found[name].shape != tensor.shape for name, tensor in wanted.items()):
         shape = tuple(wanted["mean"].shape)
         raise DataError(f"{path} holds no latent statistics of this codec: they are mean and std of shape {shape}")
@@ -119,18 +117,3 @@ def _statistics(path: str | Path, wanted: dict[str, torch.Tensor]) -> dict[str, 
 
 def _few(names: set[str]) -> list[str]:
     return sorted(names)[:5] + ([f"and {len(names) - 5} more"] if len(names) > 5 else [])
-
-
-def _read(path: str | Path) -> dict:
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} is not there: attach the published file and give its path")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path} holds more than tensors, and is not unpickled here: where you trust it, convert it once by "
-            f"torch.save(torch.load('{path.name}', weights_only=False)['state_dict'], 'weights.pt')"
-        ) from error

@@ -304,4 +304,6 @@ class VAVAE(KLVAE, ModelMixin):  # ModelMixin by name: diffusers looks for it in
             all_mean(torch.autograd.grad(HALF_PRECISION_SCALE * loss, layer, retain_graph=True)[0].float()).norm()
             for loss in (reconstruction, term)
         )
-        return weight * reference / own.clamp_min(HALF_PRECISION_SCALE * GRADIENT_FLOOR)
+        quotient = reference / own.clamp_min(HALF_PRECISION_SCALE * GRADIENT_FLOOR)
+        # Where half precision overflows all the same, the term is left out of this one step.
+        return weight * quotient.nan_to_num(nan=0.0, posinf=0.0)
