@@ -13,7 +13,7 @@ import torch
 
 from mdlib.data import DataError
 from mdlib.dit import SIZES, LightningDiT
-from mdlib.ldm import load_ldm
+from mdlib.ldm import F16D32, load_ldm
 from mdlib.published import load_completely
 from mdlib.train import TrainConfig
 from mdlib.transformer import TokenPrior
@@ -295,6 +295,14 @@ for _card in _CARDS:
         stages=_STAGES,
         prior_training=replace(_KL[_card].prior_training, learning_rate=1e-4, beta2=0.95),
     )
+
+# The sizes of the published VA-VAE, for `codec_start`.
+_DIT["f16d32"] = replace(
+    _DIT["gpu-16gb"],
+    codec=F16D32 | dict(reconstruction="l1", adversarial_weight=0.5, gradient_checkpointing=True),
+    codec_training=replace(_DIT["gpu-16gb"].codec_training, learning_rate=1e-4, batch_size=4, accumulation=4),
+    prior=_DIT["gpu-16gb"].prior | dict(gradient_checkpointing=True),
+)
 
 _DIFFUSION_NOTEBOOKS = ("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate")
 

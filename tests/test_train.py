@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from mdlib.train import Batches, TrainConfig, batch_order, fit
+from mdlib.train import Batches, TrainConfig, batch_order, fit, fit_stages
 
 
 class Line(nn.Module):
@@ -290,3 +290,54 @@ def test_a_models_own_parameter_groups_keep_their_moments_and_are_clipped_apart(
     quiet, loud = torch.load(tmp_path / "state.pt", weights_only=True)["optimizer"]["state"].values()
     assert float(quiet["exp_avg"]) == pytest.approx(0.1 * 1e-3, rel=1e-3)  # (1 − β₁) times its whole gradient
     assert float(loud["exp_avg"]) == pytest.approx(0.5 * 1.0, rel=1e-3)  # the gradient is clipped to norm 1
+
+
+def test_one_step_of_a_warm_up_leaves_the_weights_as_they_are():
+    model, before = line(), line()
+    fit(model, points(), replace(CONFIG, steps=1, weight_decay=0.1, ema_decay=0.0), progress=False)
+    assert torch.equal(model.weight.weight, before.weight.weight)
+
+
+class Staged(Line):
+    """Each stage sets the factor of its loss."""
+
+    def configure(self, factor):
+        self.factor = factor
+
+    def loss(self, x, y):
+        error, logs = super().loss(x, y)
+        return self.factor * error, {**logs, "factor": torch.tensor(self.factor)}
+
+
+STAGES = ((2 / 3, dict(factor=1.0)), (1 / 3, dict(factor=2.0)))
+
+
+def test_stages_follow_one_another_and_are_resumed_where_they_stopped(tmp_path):
+    def train(folder, **options):
+        torch.manual_seed(3)
+        model = Staged()
+        return model, fit_stages(model, points(), CONFIG, tmp_path / folder, STAGES, progress=False, **options)
+
+    class Stop(Exception):
+        pass
+
+    def stop(model, step):
+        if model.factor == 2 and step == 3:
+            raise Stop
+
+    whole, history = train("whole")
+    assert [(row["step"], row["factor"]) for row in history] == [(3, 1), (6, 1), (8, 1), (11, 2), (12, 2)]
+    rows = list(csv.DictReader((tmp_path / "whole" / "history.csv").open()))
+    assert [int(row["step"]) for row in rows] == [3, 6, 8, 11, 12]
+    with pytest.raises(Stop):
+        train("broken", preview=stop)
+    assert same(train("broken")[0], whole)
+
+
+def test_no_stage_begins_on_a_spent_budget(tmp_path):
+    torch.manual_seed(3)
+    model = Staged()
+    history = fit_stages(model, points(), replace(CONFIG, max_minutes=1e-9), tmp_path, STAGES, progress=False)
+    assert len(history) == 1 and model.factor == 1 and not (tmp_path / "stage-2").exists()
+    again = fit_stages(model, points(), CONFIG, tmp_path, STAGES, progress=False)
+    assert again[-1]["step"] == 12 and again[-1]["factor"] == 2
