@@ -135,7 +135,8 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
         velocity = latents - noise
         made = self(noise + along * velocity, t, self.users(labels)).float()
         mse = F.mse_loss(made, velocity)
-        cosine = 1 - F.cosine_similarity(made, velocity, dim=1).mean()
+        # A prior begins at a velocity of zero, where the cosine's slope is 1/eps: 1e8 as a rule, too much for float16.
+        cosine = 1 - F.cosine_similarity(made, velocity, dim=1, eps=0.1).mean()
         return mse + self.config.cosine_weight * cosine, {"velocity_mse": mse.detach(), "cosine": cosine.detach()}
 
     def _times(self, count: int, device: torch.device) -> torch.Tensor:
@@ -258,7 +259,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, d/heads)
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
         if self.q_norm:
-            qk = torch.stack([self.q_norm(qk[:, :, 0]), self.k_norm(qk[:, :, 1])], dim=2)
+            q, k = qk.float().unbind(2)  # the norms' weights are float32 under autocast too
+            qk = torch.stack([self.q_norm(q), self.k_norm(k)], dim=2)
         q, k = rotate(qk, rotation).to(v.dtype).unbind(2)
         mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(mixed.transpose(1, 2).flatten(2))
@@ -332,15 +334,17 @@ def dit_xl(latent_shape: tuple[int, int, int], num_users: int, **options) -> Lig
 
 def make_sampler(name: str, steps: int, timestep_shift: float = 1.0, device: torch.device | str = "cpu"):
     """A diffusers flow-matching scheduler with its timesteps set: even steps in t, then shifted."""
-    # LightningDiT shifts t, diffusers σ = 1 − t: the same curve with the reciprocal shift.
-    shift = 1 / timestep_shift
     if name == "heun":
         sampler = FlowMatchHeunDiscreteScheduler()
-        sampler.register_to_config(shift=shift)  # given above, it would bend the end of the path twice
+        # LightningDiT shifts t, diffusers σ = 1 − t: the same curve with the reciprocal shift. Given above, it would
+        # bend the end of the path twice.
+        sampler.register_to_config(shift=1 / timestep_shift)
         sampler.set_timesteps(steps, device=device)
         return sampler
-    sampler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    sampler.set_timesteps(sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist(), device=device)
+    sampler = FlowMatchEulerDiscreteScheduler()
+    t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:-1]
+    t = timestep_shift * t / (1 + (timestep_shift - 1) * t)  # diffusers' own shift may begin a little above σ = 1
+    sampler.set_timesteps(sigmas=(1 - t).tolist(), device=device)
     return sampler
 
 

@@ -1,9 +1,9 @@
 """Weights that others published, read without unpickling anything but tensors, and fitted to a model completely."""
 
-import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 INSIDE = ("ema", "model", "state_dict")  # where a training's checkpoint keeps its weights, best first
@@ -20,10 +20,13 @@ def load_weights(source: str | Path) -> dict[str, torch.Tensor]:
     if not source.is_file():
         raise FileNotFoundError(f"no weights at {source}: download the published file, or attach it, and give its path")
     if source.suffix == ".safetensors":
-        return load_file(source)
+        try:
+            return load_file(source)
+        except SafetensorError as error:
+            raise ValueError(f"{source} is no whole .safetensors file: {error}") from error
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # what is no pickle fails in any way
         raise ValueError(
             f"{source} holds more than tensors, or none, and is not unpickled: convert it to .safetensors where you "
             "trust its source"
