@@ -1,4 +1,4 @@
-"""Small data sets, in memory and on disk, and the check of an error's one line."""
+"""Small data sets, in memory and on disk, generators, a trap for unpickling, and the check of an error's one line."""
 
 import re
 from functools import cache
@@ -58,6 +58,20 @@ def message(function, *args, **kwargs):
     text = str(error.value)
     assert "\n" not in text
     return text
+
+
+class Trap:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (open, (str(self.file), "w"))
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def readme_blocks(language: str) -> list[str]:

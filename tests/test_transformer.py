@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import generators
 
 from mdlib.transformer import TokenPrior
 
@@ -13,10 +14,6 @@ def small_prior(**changes) -> TokenPrior:
         num_codes=11, token_shape=(3, 4), num_users=5, hidden_size=16, num_layers=2, num_heads=2, dropout=0.0
     )
     return TokenPrior(**{**options, **changes}).eval()
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def test_loss_is_the_cross_entropy_of_each_token_given_those_before_it():
