@@ -54,7 +54,8 @@ class LatentPrior(ModelMixin, ConfigMixin):
         """Latents (B, D, h, w) for labels (B,) along the timesteps of a diffusers scheduler; see `sample`."""
         users = self._embedded(label, towards, share)
         options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
-        noisy = randn_tensor((len(label), *self.latent_shape), generator=generator, device=label.device)
+        shape = (len(label), *self.latent_shape)
+        noisy = randn_tensor(shape, generator=generator, device=label.device, dtype=users.dtype)
         for number, timestep in enumerate(sampler.timesteps):
             inside = guidance_interval[0] <= float(timestep) / self.timesteps <= guidance_interval[1]
             output = self._guided(noisy, timestep, users, guidance_scale if inside else 1.0)

@@ -79,7 +79,7 @@ class ClassifierFeatures(nn.Module):
     def features(self, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Features (B, F, h, w) of images (B, C, H, W) in [−1, 1], each stage averaged or interpolated to `grid`."""
         stages = self.classifier.stages(images)
-        same = [F.interpolate(stage, grid, mode="bilinear", antialias=True) for stage in stages]
+        same = [F.interpolate(stage.float(), grid, mode="bilinear", antialias=True) for stage in stages]
         return (torch.cat(same, 1) - self.mean) / self.std
 
 

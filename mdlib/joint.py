@@ -20,8 +20,13 @@ class JointFineTuning(nn.Module):
     def __init__(self, codec: nn.Module, prior: nn.Module, prior_weight: float = 0.1):
         super().__init__()
         if hasattr(codec, "encode_tokens") or prior.consumes != "latents":
-            raise ValueError("joint fine-tuning needs a codec of continuous latents (kl) and a prior over latents")
+            raise ValueError("joint fine-tuning needs a codec of continuous latents (kl, va) and a prior over latents")
         self.codec, self.prior, self.prior_weight = codec, prior, prior_weight
+
+    def parameter_groups(self) -> list[dict]:
+        """The codec's own (a discriminator trains otherwise), and the prior."""
+        own = getattr(self.codec, "parameter_groups", lambda: [{"params": list(self.codec.parameters())}])
+        return [*own(), {"params": list(self.prior.parameters())}]
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """codec loss + prior_weight · prior loss for images (B, C, H, W) in [−1, 1] and labels (B,)."""

@@ -40,13 +40,21 @@ def load_weights(source: str | Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def load_completely(model: torch.nn.Module, found: dict[str, torch.Tensor], source: str | Path) -> None:
+def load_completely(
+    model: torch.nn.Module, found: dict[str, torch.Tensor], source: str | Path, beside: tuple[str, ...] = ()
+) -> None:
     """Load weights that fit `model` name by name and shape by shape.
+
+    beside: beginnings of names of parts that a model may have or not; such weights are taken where they fit.
 
     Raises:
         ValueError: a name too many, a name missing or a shape that differs; the model is then as it was.
     """
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    own = model.state_dict()
+    fits = lambda name, tensor: name in own and own[name].shape == tensor.shape
+    found = {name: tensor for name, tensor in found.items() if not name.startswith(beside) or fits(name, tensor)}
+    found = {name: tensor for name, tensor in own.items() if name.startswith(beside)} | found
+    wanted = {name: tensor.shape for name, tensor in own.items()}
     left, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
     other = sorted(name for name in found.keys() & wanted.keys() if found[name].shape != wanted[name])
     told = [

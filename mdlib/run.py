@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ from mdlib.foundation import load_foundation
 from mdlib.joint import JointFineTuning
 from mdlib.nn import load_lpips
 from mdlib.split import apply_split, make_split, read_split, write_split
-from mdlib.systems import Preset, get_preset, get_system, make_codec, make_prior
+from mdlib.systems import Preset, get_preset, get_system, make_codec, make_prior, start_codec, start_prior
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
@@ -162,6 +163,8 @@ def open_run(
     out = Path(out)
     for key in ("data", "split", "codec_start", "prior_start"):
         settings[key] = str(Path(settings[key]).resolve()) if settings[key] else ""
+    if settings["foundation"] and Path(settings["foundation"]).exists():
+        settings["foundation"] = str(Path(settings["foundation"]).resolve())
     settings = json.loads(json.dumps(settings))  # as they read back: a tuple is a list
     if (out / "run.json").exists():
         kept = {**open_run.__kwdefaults__, **_read(out)["settings"]}
@@ -185,7 +188,8 @@ def _check(run: Run) -> None:
         wanted = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(run.settings[key], wanted):
             raise DataError(f"{key} must be of type {type(default).__name__}, got {run.settings[key]!r}")
-    preset = _preset(run)
+    users = len({file.user for file in find_windows(run.settings["data"])})
+    preset = _preset(run, users)
     for training in (preset.codec_training, preset.prior_training):
         if training.mixed_precision in ("fp16", "bf16") and not torch.cuda.is_available():
             raise DataError(
@@ -199,19 +203,22 @@ def _check(run: Run) -> None:
             raise DataError(f"{key}: there is nothing at {run.settings[key]}")
     if preset.codec.get("perceptual_weight"):
         load_lpips(preset.codec.get("perceptual_net", "squeeze"))
-    find_windows(run.settings["data"])
     if run.settings["split"]:
         read_split(run.settings["split"])
 
 
-def _preset(run: Run) -> Preset:
-    """The run's preset, after its models were built without memory: sizes that do not fit each other are told now, not
-    after an hour of training."""
+def _preset(run: Run, users: int) -> Preset:
+    """The run's preset, after its models were built without memory: sizes that do not fit each other, and weights that
+    do not fit them, are told now, not after an hour of training."""
     try:
         preset = run.preset
-        with torch.device("meta"):
-            codec = make_codec(preset, run.settings["channels"], num_users=2, foundation_width=8)
-            prior = make_prior(run.settings["system"], preset, codec, num_users=2)
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # weights meet no memory here
+            codec = make_codec(preset, run.settings["channels"], users, foundation_width=8)
+            prior = make_prior(run.settings["system"], preset, codec, users)
+            if run.settings["codec_start"]:
+                start_codec(codec, run.settings["codec_start"])
+            if run.settings["prior_start"]:
+                start_prior(prior, run.settings["prior_start"])
         if run.settings["joint_steps"]:
             JointFineTuning(codec, prior)
     except TypeError as error:

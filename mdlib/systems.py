@@ -282,7 +282,7 @@ _DIT["smoke"] = _flow(
     dict(patch_size=2, hidden_size=16, depth=2, num_heads=2),
     dict(num_inference_steps=3),
     foundation="classifier",
-    stages=_STAGES,
+    stages=tuple((1 / 3, options) for _, options in _STAGES),
 )
 for _card in _CARDS:
     _small = _card in ("gpu-6gb", "gpu-8gb")
@@ -301,7 +301,7 @@ _DIT["f16d32"] = replace(
     _DIT["gpu-16gb"],
     codec=F16D32 | dict(reconstruction="l1", adversarial_weight=0.5, gradient_checkpointing=True),
     codec_training=replace(_DIT["gpu-16gb"].codec_training, learning_rate=1e-4, batch_size=4, accumulation=4),
-    prior=_DIT["gpu-16gb"].prior | dict(gradient_checkpointing=True),
+    prior=_DIT["gpu-16gb"].prior | dict(gradient_checkpointing=True, qk_norm=False),  # as published
 )
 
 _DIFFUSION_NOTEBOOKS = ("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate")
@@ -374,7 +374,12 @@ def get_preset(
         prior_training=replace(preset.prior_training, seed=seed, steps=prior_steps or preset.prior_training.steps),
         windows_per_user=kept,
         foundation=foundation or preset.foundation,
-        user_codec=user_codec,
+        user_codec=user_codec or preset.user_codec,
+        # What is asked for by name holds in every stage.
+        stages=tuple(
+            (share, {key: value for key, value in options.items() if key not in (codec_options or {})})
+            for share, options in preset.stages
+        ),
     )
     if preset.codec_class is not VAVAE and (foundation not in ("", "none") or user_codec):
         raise DataError("foundation and user_codec are of a VA-VAE: take system vavae-dit, or codec va")
@@ -398,7 +403,9 @@ def _with_codec(preset: Preset, system: System, kind: str) -> Preset:
         preset,
         codec_class=chosen,
         codec=sizes,
-        foundation=preset.foundation if aligned else "none",
+        foundation=("classifier" if aligned and kind and system.codec is not VAVAE else preset.foundation)
+        if aligned
+        else "none",
         stages=preset.stages if aligned else (),
     )
 
@@ -459,7 +466,8 @@ def start_prior(prior, source: str | Path) -> None:
 def _start(model, source: str | Path, from_folder, from_file) -> None:
     try:
         if Path(source).is_dir():
-            load_completely(model, from_folder(source).state_dict(), source)
+            beside = getattr(model, "beside", ())
+            load_completely(model, from_folder(source).state_dict(), source, beside)
         elif from_file is None:
             raise DataError(f"there are no published weights of a {type(model).__name__}: give a folder")
         else:

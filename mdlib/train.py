@@ -167,10 +167,12 @@ def fit_stages(
     history, done, seconds = [], 0, 0.0
     for number, (share, changes) in enumerate(stages, 1):
         left = config.max_minutes and config.max_minutes - seconds / 60
-        if left < 0:
+        if config.max_minutes and left <= 0:
             break
         model.configure(**changes)
-        part = replace(config, steps=max(1, round(share * config.steps)), max_minutes=left)
+        steps = max(1, round(share * config.steps))
+        warmup = min(config.warmup_steps, max(1, steps // 10))
+        part = replace(config, steps=steps, warmup_steps=warmup, max_minutes=left)
         rows = fit(model, data, part, Path(run_dir) / f"stage-{number}", **options)
         history += [{**row, "step": row["step"] + done, "seconds": row["seconds"] + seconds} for row in rows]
         done, seconds = history[-1]["step"], history[-1]["seconds"]

@@ -57,6 +57,11 @@ class Evidence:
     rival: torch.nn.Module | None = None
 
     def __post_init__(self):
+        for codec in (self.codec, self.rival):
+            if codec is not None and codec.conditional and codec.config.num_users != self.train.num_users:
+                raise DataError(
+                    f"the codec was told {codec.config.num_users} users, these windows are of {self.train.num_users}"
+                )
         if self.codec is None or self.rival is None:
             return
         codec, rival = (_sizes(one) for one in (self.codec, self.rival))

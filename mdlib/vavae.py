@@ -98,6 +98,9 @@ class VAVAE(KLVAE, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         label_dropout: share of training windows whose label is replaced by the null label.
     """
 
+    # Parts that two codecs of the same autoencoder need not both have.
+    beside = ("projection.", "discriminator.", "batches", "users.", "encoder_shift.", "decoder_shift.")
+
     @register_to_config
     def __init__(
         self,
@@ -143,6 +146,8 @@ class VAVAE(KLVAE, ModelMixin):  # ModelMixin by name: diffusers looks for it in
             gradient_checkpointing=gradient_checkpointing,
             level_attention=level_attention,
         )
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout must lie in [0, 1], got {label_dropout}")
         self._foundation: tuple = ()  # in a tuple, like the teachers
         self.conditional = num_users > 0
         if foundation_width:
@@ -207,7 +212,7 @@ class VAVAE(KLVAE, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         follow gradients would make two evaluations incomparable.
 
         Raises:
-            ValueError: alignment without a foundation; labels out of range, or of a codec without users.
+            ValueError: alignment without a foundation; labels out of range.
         """
         if self.training and labels is not None:
             labels = drop_labels(labels, self.config.num_users, self.config.label_dropout)
@@ -279,8 +284,10 @@ class VAVAE(KLVAE, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         if not acts:
             return output.new_zeros(())
         frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        generator = -functional_call(self.discriminator, frozen, (output,)).mean()
-        real, made = self.discriminator(torch.cat([images, output.detach()])).chunk(2)
+        with torch.autocast(images.device.type, enabled=False):  # its logits have no bound that half precision keeps
+            images, output = images.float(), output.float()
+            generator = -functional_call(self.discriminator, frozen, (output,)).mean()
+            real, made = self.discriminator(torch.cat([images, output.detach()])).chunk(2)
         logs["generator"] = generator
         logs["discriminator"] = (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
         logs["generator_weight"] = self._weight(
