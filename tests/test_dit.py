@@ -546,13 +546,20 @@ def test_a_prior_that_cannot_be_built_is_refused(options, message):
     "options, message",
     [
         (dict(scheduler="dpm++"), "^scheduler must be one of euler, heun, got 'dpm[+][+]'$"),
-        (dict(timestep_shift=0), "^timestep_shift must be above 0, got 0$"),
-        (dict(timestep_shift=-0.3), "^timestep_shift must be above 0, got -0.3$"),
-        (dict(timestep_shift=math.inf), "^timestep_shift must be above 0, got inf$"),
-        (dict(timestep_shift=math.nan), "^timestep_shift must be above 0, got nan$"),
-        (dict(timestep_shift="0.3"), "^timestep_shift must be above 0, got 0.3$"),
+        (dict(timestep_shift=0), r"^timestep_shift must lie in \[0.01, 100\], got 0$"),
+        (dict(timestep_shift=0.005), r"^timestep_shift must lie in \[0.01, 100\], got 0.005$"),
+        (dict(timestep_shift=math.inf), r"^timestep_shift must lie in \[0.01, 100\], got inf$"),
+        (dict(timestep_shift=math.nan), r"^timestep_shift must lie in \[0.01, 100\], got nan$"),
+        (dict(timestep_shift="0.3"), r"^timestep_shift must lie in \[0.01, 100\], got 0.3$"),
     ],
 )
 def test_bad_sampling_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         small_dit().sample(torch.tensor([0, 1]), **options)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "heun"])
+def test_a_prior_in_half_precision_samples(scheduler):
+    prior = LightningDiT((4, 4, 2), 3, hidden_size=32, depth=1, num_heads=2).to(torch.bfloat16).eval()
+    drawn = prior.sample(torch.tensor([0, 2]), scheduler=scheduler, num_inference_steps=2, guidance_scale=2.0)
+    assert drawn.dtype == torch.bfloat16 and drawn.isfinite().all()

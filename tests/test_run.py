@@ -18,6 +18,7 @@ from mdlib.report import load_rival
 from mdlib.run import NOTEBOOKS, execute, open_run
 from mdlib.split import read_split, write_split
 from mdlib.systems import SYSTEMS, load_codec
+from mdlib.vqvae import VQVAE
 
 ROOT = NOTEBOOKS.parent
 
@@ -116,6 +117,9 @@ def test_settings_of_the_aligned_system_are_checked_before_anything_is_made(peop
         open_run(tmp_path / "one", **options, foundation=str(tmp_path / "absent"))
     with pytest.raises(DataError, match="codec_start: there is nothing at .*weights.pt"):
         open_run(tmp_path / "one", **options, codec_start=str(tmp_path / "weights.pt"))
+    VQVAE(image_size=32, block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vq")
+    with pytest.raises(DataError, match="cannot start from .*vq: .* does not fit this VAVAE"):
+        open_run(tmp_path / "one", **options, codec_start=str(tmp_path / "vq"))
     assert not (tmp_path / "one").exists()
 
 

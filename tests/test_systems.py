@@ -80,6 +80,12 @@ def test_training_starts_from_the_weights_of_another(tmp_path):
     assert torch.equal(priors[0].x_embedder.weight, priors[1].x_embedder.weight)
     with pytest.raises(DataError, match="cannot start from .*prior: .* of another shape are users.weight"):
         start_prior(make_prior("vavae-dit", preset, first, 4), tmp_path / "prior")
+    told = make_codec(get_preset("vavae-dit", "smoke", user_codec=True), num_users=3, foundation_width=7)
+    users = told.users.weight.clone()
+    start_codec(told, tmp_path / "codec")  # what only one of the two has stays as it was
+    assert torch.equal(told.users.weight, users) and torch.equal(
+        told.vae.encoder.conv_in.weight, first.vae.encoder.conv_in.weight
+    )
     with pytest.raises(DataError, match="cannot start from .*codec: .* does not fit this VQVAE"):
         start_codec(make_codec(get_preset("vqvae-ldm", "smoke")), tmp_path / "codec")
     with pytest.raises(DataError, match="no published weights of a TokenPrior: give a folder"):
@@ -101,11 +107,15 @@ def test_the_aligned_system_trains_by_the_published_recipe_on_a_gpu():
             codec = make_codec(get_preset("vavae-dit", "smoke"))
             for _, options in chosen.stages:
                 codec.configure(**options)
+    named = get_preset("vavae-dit", "smoke", codec_options={"alignment_weight": 0.2})
+    assert all("alignment_weight" not in options for _, options in named.stages) and len(named.stages) == 3
 
 
 def test_only_a_va_vae_is_aligned_or_told_users():
     assert get_preset("vae-diffusion", "smoke", codec="va", foundation="classifier").foundation == "classifier"
     assert get_preset("vavae-dit", "smoke", codec="kl").foundation == "none"
+    assert get_preset("vqvae-ldm", "smoke", codec="va").foundation == "classifier", "else it would be a plain KL codec"
+    assert get_preset("vavae-dit", "smoke", foundation="none").foundation == "none"
     told = make_codec(get_preset("vavae-dit", "smoke", user_codec=True), num_users=3, foundation_width=7)
     assert told.conditional and told.config.foundation_width == 7
     assert not make_codec(get_preset("vavae-dit", "smoke"), num_users=3).conditional

@@ -214,6 +214,8 @@ def test_a_codec_that_draws_the_user_it_is_told_is_found_out():
     arms = Arms({"real_only": [Brightness(len(USERS))]}, {}, 0.5)
     found = other_label(evidence(made, codec=codec), arms)
     assert found["taken_for_other_label"]["value"] == 1 and found["psnr_db_other_label"]["value"] < 30
+    with pytest.raises(DataError, match="the codec was told 3 users, these windows are of 4"):
+        evidence(made, codec=Stamp(**CODEC, num_users=3))
     plain = other_label(evidence(made, codec=VAVAE(**CODEC)), arms)
     assert {figure["reason"] for figure in plain.values()} == {"this codec is told no users"}
 
