@@ -91,20 +91,7 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
         self.register_buffer("positions", sine_positions(hidden_size, rows, columns), persistent=False)
         self.register_buffer("rotation", rotation(hidden_size // num_heads, rows, columns), persistent=False)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """As in DiT: every block begins as the identity and the velocity as zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.users.weight, std=0.5)  # wider than DiT's: users must differ within a few hundred steps
-        for layer in (self.t_embedder[0], self.t_embedder[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for part in (*self.blocks, self.final_layer):
-            nn.init.zeros_(part.modulation.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        initialise(self)
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
         """Velocity (B, D, h, w) towards the data at latents (B, D, h, w), t () or (B,) in [0, 1], and users (B, d)."""
@@ -348,6 +335,20 @@ def make_sampler(name: str, steps: int, timestep_shift: float = 1.0, device: tor
     t = timestep_shift * t / (1 + (timestep_shift - 1) * t)  # diffusers' own shift may begin a little above σ = 1
     sampler.set_timesteps(sigmas=(1 - t).tolist(), device=device)
     return sampler
+
+
+def initialise(model: nn.Module) -> None:
+    """As in DiT: every block of `model` begins as the identity and its output as zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(model.users.weight, std=0.5)  # wider than DiT's: users must differ within a few hundred steps
+    for layer in (model.t_embedder[0], model.t_embedder[2]):
+        nn.init.normal_(layer.weight, std=0.02)
+    for part in (*model.blocks, model.final_layer):
+        nn.init.zeros_(part.modulation.weight)
+    nn.init.zeros_(model.final_layer.linear.weight)
 
 
 def time_embedding(t: torch.Tensor) -> torch.Tensor:

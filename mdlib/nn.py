@@ -1,4 +1,4 @@
-"""The few pieces more than one model needs: latent statistics, label dropout, batches, perceptual loss."""
+"""The few pieces more than one model needs: latent statistics, label dropout, draws, batches, perceptual loss."""
 
 import os
 from collections.abc import Iterator
@@ -49,6 +49,27 @@ def check_labels(labels: torch.Tensor, null_label: int) -> None:
     """ValueError where a label (B,) is neither a user's (0…null_label − 1) nor the null label."""
     if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= null_label):
         raise ValueError(f"labels must lie in 0…{null_label}, got {int(labels.min())}…{int(labels.max())}")
+
+
+def uniform(batch: int, length: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+    """Uniform numbers (batch, length), row i from generator i where there is one for each row.
+
+    Raises:
+        ValueError: a list of generators that is not as long as the batch.
+    """
+    if isinstance(generator, list):
+        if len(generator) != batch:
+            raise ValueError(f"{batch} samples need {batch} generators, got {len(generator)}")
+        return torch.stack([torch.rand(length, generator=one) for one in generator])
+    return torch.rand(batch, length, generator=generator)
+
+
+def inverse_cdf(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Draws (…) from softmax(logits (…, K)), each by one uniform number of share (…); in float64, so that a zero stays
+    a zero."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    chosen = torch.searchsorted(cumulative, share.double().unsqueeze(-1) * cumulative[..., -1:], right=True)
+    return chosen.squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
 
 def parts(device: torch.device, size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mdlib.nn import check_labels, drop_labels
+from mdlib.nn import check_labels, drop_labels, inverse_cdf, uniform
 
 
 class TokenPrior(ModelMixin, ConfigMixin):
@@ -118,7 +118,7 @@ class TokenPrior(ModelMixin, ConfigMixin):
         check_labels(label, self.null_label)
         if not len(label):
             return label.new_empty(0, *self.token_shape)
-        uniform = _uniform(len(label), self.num_tokens, generator).to(label.device)  # (B, T)
+        shares = uniform(len(label), self.num_tokens, generator).to(label.device)  # (B, T)
         guided = guidance_scale != 1.0
         labels = torch.cat([label, torch.full_like(label, self.null_label)]) if guided else label
         cache = DynamicCache() if use_cache else None
@@ -130,7 +130,7 @@ class TokenPrior(ModelMixin, ConfigMixin):
             if guided:
                 user, null = logits.chunk(2)
                 logits = null + guidance_scale * (user - null)
-            chosen = _inverse_cdf(warpers(sequence, logits), uniform[:, position])
+            chosen = inverse_cdf(warpers(sequence, logits), shares[:, position])
             sequence = torch.cat([sequence, chosen.unsqueeze(1)], 1)
         return self.to_grid(sequence[:, 1:])
 
@@ -159,19 +159,3 @@ def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorLis
     if top_p < 1:
         warpers.append(TopPLogitsWarper(float(top_p)))
     return warpers
-
-
-def _uniform(batch: int, length: int, generator) -> torch.Tensor:
-    """Uniform numbers (batch, length), row i from generator i: all the randomness a sample needs."""
-    if isinstance(generator, list):
-        if len(generator) != batch:
-            raise ValueError(f"{batch} samples need {batch} generators, got {len(generator)}")
-        return torch.stack([torch.rand(length, generator=one) for one in generator])
-    return torch.rand(batch, length, generator=generator)
-
-
-def _inverse_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw from softmax(logits (B, K)) with one uniform number a row, in float64 so that a zero stays a zero."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    chosen = torch.searchsorted(cumulative, uniform.double().unsqueeze(1) * cumulative[:, -1:], right=True)
-    return chosen.squeeze(1).clamp_max(logits.shape[-1] - 1)

@@ -28,12 +28,25 @@ FLOORS = [
         "foundation",
         "ldm",
     },
-    {"vqvae", "vae", "vavae", "transformer", "unet", "dit", "joint", "judge", "widgets", "pipeline", "quality"},
+    {
+        "vqvae",
+        "vae",
+        "vavae",
+        "transformer",
+        "unet",
+        "dit",
+        "vqdiffusion",
+        "joint",
+        "judge",
+        "widgets",
+        "pipeline",
+        "quality",
+    },
     {"systems", "validate", "teacher"},
     {"run", "report"},
     {"__main__"},
 ]
-BESIDE = {("vavae", "vae")}
+BESIDE = {("vavae", "vae"), ("vqdiffusion", "dit")}
 
 
 def imported(path: Path) -> set[str]:
