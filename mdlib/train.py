@@ -166,16 +166,16 @@ def fit_stages(
         return fit(model, data, config, run_dir, **options)
     history, done, seconds = [], 0, 0.0
     for number, (share, changes) in enumerate(stages, 1):
-        left = config.max_minutes and config.max_minutes - seconds / 60
-        if config.max_minutes and left <= 0:
-            break
         model.configure(**changes)
         steps = max(1, round(share * config.steps))
         warmup = min(config.warmup_steps, max(1, steps // 10))
+        left = config.max_minutes and config.max_minutes - seconds / 60
         part = replace(config, steps=steps, warmup_steps=warmup, max_minutes=left)
         rows = fit(model, data, part, Path(run_dir) / f"stage-{number}", **options)
         history += [{**row, "step": row["step"] + done, "seconds": row["seconds"] + seconds} for row in rows]
         done, seconds = history[-1]["step"], history[-1]["seconds"]
+        if config.max_minutes and seconds >= 60 * config.max_minutes - 0.01:  # they are kept to a hundredth
+            break
     on_first(lambda: write_history(history, Path(run_dir) / "history.csv"))
     return history
 
