@@ -198,9 +198,6 @@ def _check(run: Run) -> None:
             )
     if preset.foundation not in ("none", "classifier"):
         load_foundation(preset.foundation)
-    for key in ("codec_start", "prior_start"):
-        if run.settings[key] and not Path(run.settings[key]).exists():
-            raise DataError(f"{key}: there is nothing at {run.settings[key]}")
     if preset.codec.get("perceptual_weight"):
         load_lpips(preset.codec.get("perceptual_net", "squeeze"))
     if run.settings["split"]:

@@ -115,7 +115,7 @@ def test_settings_of_the_aligned_system_are_checked_before_anything_is_made(peop
     options = dict(data=str(people), system="vavae-dit", preset="smoke")
     with pytest.raises(OSError, match="absent.*could not be downloaded: attach it .*foundation=none"):
         open_run(tmp_path / "one", **options, foundation=str(tmp_path / "absent"))
-    with pytest.raises(DataError, match="codec_start: there is nothing at .*weights.pt"):
+    with pytest.raises(DataError, match="cannot start from .*weights.pt: no weights at .*weights.pt: download"):
         open_run(tmp_path / "one", **options, codec_start=str(tmp_path / "weights.pt"))
     VQVAE(image_size=32, block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vq")
     with pytest.raises(DataError, match="cannot start from .*vq: .* does not fit this VAVAE"):
