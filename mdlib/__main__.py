@@ -1,4 +1,4 @@
-"""The command line: simulate, split, run, generate, validate."""
+"""The command line: simulate, split, run, compare, generate, validate."""
 
 import json
 import os
@@ -76,6 +76,28 @@ def run(
     report = out / "report.json"
     if report.exists():
         print(f"{out / 'report.html'}\n{json.loads(report.read_text())['verdict']['sentence']}")
+
+
+@app.command()
+def compare(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="folder of the comparison, a run a system in it")],
+    systems: Annotated[str, typer.Option(help="names with commas between, or all")] = "all",
+    preset: Annotated[str, typer.Option(help="of every system")] = "demo",
+    budget_minutes: Annotated[float, typer.Option(help="training time of each system; 0: the preset's steps")] = 0.0,
+    images_per_user: Annotated[int, typer.Option(help="windows each draws; 0: the most any preset draws")] = 0,
+    parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of any notebook")] = [],  # noqa: B006
+):
+    """Train and judge systems on one split with one budget, down to comparison.html; a second call goes on."""
+    from mdlib.compare import compare as run_comparison
+
+    chosen = dict(_pair(text) for text in parameter)
+    result = run_comparison(data, out, systems, preset, budget_minutes, images_per_user, chosen)
+    told = [answer["sentence"] for answer in result["conclusions"].values() if isinstance(answer, dict)]
+    print("\n".join([str(out / "comparison.html"), *told]))
+    failed = [name for name, figures in result["systems"].items() if "error" in figures]
+    if failed:
+        raise ValueError(f"not compared: {', '.join(failed)}; the reasons are in {out / 'comparison.html'}")
 
 
 @app.command()

@@ -80,10 +80,7 @@ class LatentPrior(ModelMixin, ConfigMixin):
         if towards is None:
             return users
         check_labels(towards, self.null_label)
-        share = torch.as_tensor(share, dtype=users.dtype, device=users.device)
-        if share.shape not in ((), (len(label),)) or not ((share >= 0) & (share <= 1)).all():
-            raise ValueError(f"share must lie in [0, 1], one number or one a sample, got {share.tolist()}")
-        return users.lerp(self.users(towards), share.expand(len(label)).unsqueeze(1))
+        return users.lerp(self.users(towards), check_share(share, label).to(users.dtype).unsqueeze(1))
 
     def _check_shape(self, latents: torch.Tensor) -> None:
         if tuple(latents.shape[1:]) != self.latent_shape:
@@ -125,3 +122,11 @@ def check_name(value: str, known: tuple[str, ...], name: str) -> None:
     """ValueError where `value` is not among the `known` ones."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_share(share: float | torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """The way from one user to another (B,) for labels (B,); ValueError where it leaves [0, 1]."""
+    share = torch.as_tensor(share, dtype=torch.float32, device=label.device)
+    if share.shape not in ((), (len(label),)) or not ((share >= 0) & (share <= 1)).all():
+        raise ValueError(f"share must lie in [0, 1], one number or one a sample, got {share.tolist()}")
+    return share.expand(len(label))

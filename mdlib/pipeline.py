@@ -166,7 +166,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
             DataError: an unknown user, or a prior that cannot stand between two users.
         """
         rows = self.plan([first], 1, seed) * images
-        self._needs_latents("interpolation")
+        self._needs("towards", "interpolation")
         if {**self.config.sampling, **sampling}.get("classifier_scale"):
             raise DataError("between two users there is no class for a classifier: leave classifier_scale out")
         self.plan([second], 1, seed)
@@ -181,9 +181,9 @@ class MicroDopplerPipeline(DiffusionPipeline):
         the window itself.
 
         Raises:
-            DataError: an unknown user, or a prior that does not denoise latents.
+            DataError: an unknown user, or a prior that does not denoise.
         """
-        self._needs_latents("a picture of the denoising")
+        self._needs("on_step", "a picture of the denoising")
         if frames < 1:
             raise DataError(f"frames must be at least 1, got {frames}")
         seen: list[torch.Tensor] = []
@@ -193,9 +193,9 @@ class MicroDopplerPipeline(DiffusionPipeline):
         chosen = torch.linspace(len(seen) - 1, 0, min(frames, len(seen))).round().long().flip(0).tolist()
         return self._decode(torch.cat([seen[number] for number in chosen]), self._labels([plan[0]] * len(chosen)))
 
-    def _needs_latents(self, what: str) -> None:
-        if self.prior.consumes != "latents":
-            raise DataError(f"{what} needs a prior over latents; this pipeline's prior is over {self.prior.consumes}")
+    def _needs(self, option: str, what: str) -> None:
+        if option not in inspect.signature(self.prior.sample).parameters:
+            raise DataError(f"{what} needs a prior that denoises, not {type(self.prior).__name__}")
 
     def to_pil(self, images: torch.Tensor) -> list[Image.Image]:
         """Images (B, C, H, W) in [−1, 1] as coloured PIL images of `output_size`, like the windows on disk."""

@@ -218,6 +218,67 @@ def arms(augmentation: dict) -> Figure:
     return figure
 
 
+def learning(systems: dict[str, dict]) -> Figure:
+    """Identity and Fréchet ratio against training time, a line a system; systems: the comparison's figures."""
+    figure, axes = _figure(8.4, 3.0, 1, 2)
+    for axis, key, title in zip(
+        axes[0], ("identity", "fd_ratio"), ("identity of generated windows", "Fréchet distance over real"), strict=True
+    ):
+        for (name, figures), colour in zip(systems.items(), _colours(len(systems)), strict=True):
+            points = [(point["minutes"], point[key]) for point in figures["curve"] if point[key] is not None]
+            axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, linewidth=1, label=name)
+        axis.set_xlabel("training time, min", fontsize=8)
+        axis.set_ylabel(title, fontsize=8)
+    own = next(iter(systems.values()))["identity"]["judge_accuracy"]["value"]
+    axes[0, 0].axhline(own, color=INK, linewidth=0.7, linestyle=":")
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def gains(systems: dict[str, dict]) -> Figure:
+    """The gain, in points, against generated windows a user; systems: the comparison's figures."""
+    figure, axes = _figure(6.4, 3.0)
+    axis = axes[0, 0]
+    axis.axhline(0, color=INK, linewidth=0.7, linestyle=":")
+    for place, ((name, figures), colour) in enumerate(zip(systems.items(), _colours(len(systems)), strict=True)):
+        rows = figures["augmentation"]["gain_by_windows"]
+        counts = np.array([row["windows_per_user"] for row in rows]) * 1.04 ** (place - len(systems) / 2)
+        values = 100 * np.array([row["value"] for row in rows])
+        low, high = 100 * np.array([row["ci95"] for row in rows]).T
+        spread = [values - low, high - values]
+        axis.errorbar(counts, values, spread, fmt="o-", color=colour, markersize=3, linewidth=1, label=name)
+    axis.set_xscale("log")
+    ticks = sorted({round(row["windows_per_user"]) for row in rows})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("generated windows a user", fontsize=8)
+    axis.set_ylabel("gain, points", fontsize=8)
+    axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def side_by_side(sets: dict[str, WindowSet], users: int = 2, each: int = 4) -> Figure:
+    """A row a set, `each` windows of the first `users` users in it."""
+    figure, axes = _figure(1.2 * users * each + 1.4, 1.25 * len(sets) + 0.4, len(sets), users * each)
+    for row, (name, part) in zip(axes, sets.items(), strict=True):
+        for place, user in enumerate(part.users[:users]):
+            mine = part.of_user(user)
+            chosen = np.linspace(0, len(mine) - 1, min(each, len(mine))).round().astype(int)
+            for column in range(each):
+                axis = row[place * each + column]
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+                if column < len(chosen):
+                    axis.imshow(picture(mine.images[chosen[column]], part.colormap), interpolation="nearest")
+            row[place * each].set_title(f"ID_{user}", fontsize=8, color=INK, loc="left")
+        row[0].set_ylabel(name, fontsize=8, color=INK)
+    return figure
+
+
+def _colours(count: int) -> list:
+    return seaborn.color_palette("colorblind", count)
+
+
 def save(figure: Figure, path) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, dpi=110)

@@ -185,17 +185,25 @@ def _page(report: dict, pictures: dict[str, list[bytes]]) -> str:
         *(_section(name, report[name], pictures.get(name, [])) for name in _SECTIONS),
         f"<p class=note>mdlib {report['mdlib']}, {report['created']}. The figures of this page are in report.json.</p>",
     ]
+    return page("mdlib report", parts)
+
+
+def page(title: str, parts: list[str]) -> str:
+    """A page of HTML parts that opens offline."""
+    head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
     body = "\n".join(parts)
-    head = f"<meta charset=utf-8><title>mdlib report</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang=en>{head}{body}</html>"
+
+
+def embedded(name: str, png: bytes) -> str:
+    """A picture within the page."""
+    return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
 
 
 def _section(name: str, figures: dict, pictures: list[bytes]) -> str:
     title, note = _SECTIONS[name]
     rows = {key: _cell(value) for key, value in figures.items() if not isinstance(value, list)}
-    images = "".join(
-        f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>' for png in pictures
-    )
+    images = "".join(embedded(name, png) for png in pictures)
     return f"<h2>{html.escape(title)}</h2><p class=note>{html.escape(note)}</p>{_table(rows)}{images}"
 
 

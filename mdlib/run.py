@@ -29,8 +29,9 @@ from mdlib.files import whole_file
 from mdlib.foundation import load_foundation
 from mdlib.joint import JointFineTuning
 from mdlib.nn import load_lpips
+from mdlib.presets import Preset
 from mdlib.split import apply_split, make_split, read_split, write_split
-from mdlib.systems import Preset, get_preset, get_system, make_codec, make_prior, start_codec, start_prior
+from mdlib.systems import get_preset, get_system, make_codec, make_prior, start_codec, start_prior
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
@@ -218,6 +219,8 @@ def _preset(run: Run, users: int) -> Preset:
                 start_prior(prior, run.settings["prior_start"])
         if run.settings["joint_steps"]:
             JointFineTuning(codec, prior)
+        if run.settings["classifier_steps"] and prior.consumes == "tokens":
+            raise DataError("classifier_steps: a classifier guides a prior over latents, and this one is over tokens")
     except TypeError as error:
         raise DataError(f"codec_options or prior_options: {error}") from error
     return preset

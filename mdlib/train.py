@@ -47,7 +47,8 @@ class TrainConfig:
     save_every: int = 200  # optimizer steps between checkpoints
     patience: int = 0  # held-out evaluations without a better loss before stopping; 0 never stops early
     keep_best: bool = True  # end with the weights of the lowest held-out loss
-    max_minutes: float = 0.0  # wall-clock budget over all resumes; 0 is none
+    max_minutes: float = 0.0  # wall-clock budget over all resumes, the learning rate falls within it; 0 is none
+    snapshots: bool = False  # keep the weights on the way, each time training has taken twice as long
     tracker: str = "tensorboard"  # tensorboard | wandb | none
 
     def __post_init__(self):
@@ -124,7 +125,8 @@ def fit(
     number of processes only where batch_size × processes stays what it was.
 
     Args:
-        run_dir: receives state.pt (resume), best.safetensors, history.csv and tensorboard/. Called again with the
+        run_dir: receives state.pt (resume), best.safetensors, history.csv, tensorboard/ and, where asked for,
+            snapshots/STEP.safetensors (averaged weights at evaluations). Called again with the
             same folder, `fit` goes on where it stopped; a finished run returns at once. None keeps nothing on disk.
         held_out: its mean loss decides what is best and when to stop early.
         evaluate: further held-out figures of the model (in eval mode, averaged weights).
@@ -155,8 +157,8 @@ def fit_stages(
     """`fit`, stage after stage; without stages one `fit` in `run_dir`.
 
     Before each stage `model.configure(**its options)` changes the model's loss. A stage has its share of the steps, a
-    learning rate that warms up and falls anew, and a folder stage-N of its own in `run_dir`. max_minutes is of all:
-    when it is spent no further stage begins.
+    learning rate that warms up and falls anew, and a folder stage-N of its own in `run_dir`. max_minutes is of all: a
+    stage has its share of it and what earlier ones left, and when that is spent it does not begin.
 
     Args:
         stages: pairs of a share of config.steps and options.
@@ -165,17 +167,19 @@ def fit_stages(
     if not stages:
         return fit(model, data, config, run_dir, **options)
     history, done, seconds = [], 0, 0.0
+    whole = sum(share for share, _ in stages)
     for number, (share, changes) in enumerate(stages, 1):
+        until = sum(share for share, _ in stages[:number]) / whole
+        left = config.max_minutes and config.max_minutes * until - seconds / 60
+        if history and config.max_minutes and left <= 0:
+            break
         model.configure(**changes)
         steps = max(1, round(share * config.steps))
         warmup = min(config.warmup_steps, max(1, steps // 10))
-        left = config.max_minutes and config.max_minutes - seconds / 60
         part = replace(config, steps=steps, warmup_steps=warmup, max_minutes=left)
         rows = fit(model, data, part, Path(run_dir) / f"stage-{number}", **options)
         history += [{**row, "step": row["step"] + done, "seconds": row["seconds"] + seconds} for row in rows]
         done, seconds = history[-1]["step"], history[-1]["seconds"]
-        if config.max_minutes and seconds >= 60 * config.max_minutes - 0.01:  # they are kept to a hundredth
-            break
     on_first(lambda: write_history(history, Path(run_dir) / "history.csv"))
     return history
 
@@ -235,6 +239,9 @@ class _Fit:
                 logs = self._optimizer_step()
                 progress.update()
                 self.seconds = before + time.monotonic() - started
+                if self.config.max_minutes:
+                    self.seconds = on_first(lambda: self.seconds)  # clocks differ, and all must do alike
+                    self._hurry()
                 if self._budget_spent():
                     self.stopped = f"the budget of {self.config.max_minutes:g} minutes is spent"
                 last = self.step == self.config.steps
@@ -275,6 +282,14 @@ class _Fit:
         self.step += 1
         return logs
 
+    def _hurry(self) -> None:
+        """Under a budget of time the learning rate falls with the steps or with the time, whichever is further: weights
+        of a high rate would be the noisier ones."""
+        position = max(self.step, self.config.steps * self.seconds / (60 * self.config.max_minutes))
+        lists = (self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas)
+        for group, peak, shape in zip(*lists, strict=True):
+            group["lr"] = peak * shape(min(position, self.config.steps))
+
     def _evaluate(self, logs: dict[str, torch.Tensor]) -> dict[str, float]:
         """Append one row to the history; the first process measures, and what it decides all do."""
         values = torch.tensor([float(value) for value in logs.values()], dtype=torch.float64, device=self.device)
@@ -288,7 +303,7 @@ class _Fit:
         row = {
             "step": self.step,
             "seconds": round(self.seconds, 2),
-            "learning_rate": self.schedule.get_last_lr()[0],
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
             **logs,
         }
         with _averaged(self.ema, self.model), torch.no_grad():
@@ -300,7 +315,9 @@ class _Fit:
             self._keep_if_best(row.get("held_out_loss"))
             if self.preview:
                 self.preview(self.model, self.step)
-        self.history.append(row)
+            self.history.append(row)
+            if self.config.snapshots and self.run_dir:
+                self._keep_snapshot()
         if self.run_dir:
             write_history(self.history, self.run_dir / "history.csv")
         self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=self.step)
@@ -323,13 +340,23 @@ class _Fit:
         if loss < self.best:
             self.best, self.stale = loss, 0
             if self.config.keep_best and self.run_dir:
-                tensors = {key: value.contiguous() for key, value in self.model.state_dict().items()}
-                with whole_file(self.run_dir / "best.safetensors") as path:
-                    save_file(tensors, path)
+                self._save_weights(self.run_dir / "best.safetensors")
             return
         self.stale += 1
         if self.config.patience and self.stale >= self.config.patience:
             self.stopped = f"no better held-out loss for {self.stale} evaluations"
+
+    def _keep_snapshot(self) -> None:
+        folder = self.run_dir / "snapshots"
+        folder.mkdir(exist_ok=True)
+        kept = {int(path.stem) for path in folder.glob("*.safetensors")}
+        if self.seconds >= 2 * max((row["seconds"] for row in self.history if row["step"] in kept), default=0):
+            self._save_weights(folder / f"{self.step}.safetensors")
+
+    def _save_weights(self, file: Path) -> None:
+        tensors = {key: value.contiguous() for key, value in self.model.state_dict().items()}
+        with whole_file(file) as path:
+            save_file(tensors, path)
 
     def _load_final_weights(self) -> None:
         best = self.run_dir / "best.safetensors" if self.run_dir and self.config.keep_best else None
@@ -388,7 +415,7 @@ class _Fit:
 
     def _budget_spent(self) -> bool:
         limit = 60 * self.config.max_minutes
-        return bool(limit) and on_first(lambda: self.seconds > limit)  # clocks differ, and all must stop together
+        return bool(limit) and self.seconds > limit
 
 
 def write_history(history: list[dict], path: Path) -> None:
@@ -430,11 +457,11 @@ def precision(wanted: str) -> str:
 
 
 def _identity(config: TrainConfig) -> dict:
-    """The settings that make a run what it is; budget, tracker and checkpoint rhythm may change on resume.
+    """The settings that make a run what it is; budget, tracker, snapshots and checkpoint rhythm may change on resume.
 
     Its batch_size is that of all processes: it decides which samples a step sees.
     """
-    free = ("max_minutes", "tracker", "save_every")
+    free = ("max_minutes", "tracker", "save_every", "snapshots")
     settings = {key: value for key, value in asdict(config).items() if key not in free}
     return settings | {"batch_size": config.batch_size * world()}
 

@@ -5,7 +5,7 @@ a 95 % interval; Fréchet distances have none, because redrawing windows would b
 with its reason.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -32,6 +32,7 @@ class Protocol:
     judge_steps: int = 400  # optimizer steps of each judge and each classifier
     seeds: int = 3  # judges, and classifiers an arm
     shares: tuple[float, ...] = (0.125, 0.25, 0.5)  # of generated windows in a batch; validation windows choose
+    counts: tuple[int, ...] = ()  # generated windows a user with which the gain is measured too, besides all
     variants: int = 8  # stride-recombined copies of each window in every arm's training set
     batch_size: int = 64
 
@@ -74,7 +75,7 @@ def evaluate(evidence: Evidence, protocol: Protocol = Protocol(), about: dict | 
 
     about: what the reader should know of the run (system, preset, data …), copied into the report.
     """
-    with bar(4 * protocol.seeds + len(protocol.shares), "judges", unit="judge") as progress:
+    with bar((4 + len(protocol.counts)) * protocol.seeds + len(protocol.shares), "judges", unit="judge") as progress:
         judges = unseen_judges(evidence, protocol, progress)
         arms = train_arms(evidence, protocol, progress)
     report = {
@@ -105,6 +106,9 @@ class Arms:
     judges: dict[str, list[Judge]]
     correct: dict[str, np.ndarray]  # arm → (seeds, N) bool
     share: float  # of generated windows in real_plus_generated
+    by_count: dict[int, np.ndarray] = field(
+        default_factory=dict
+    )  # real_plus_generated with so many generated windows a user → (seeds, N) bool
 
 
 def unseen_judges(evidence: Evidence, protocol: Protocol, progress) -> list[Judge]:
@@ -124,15 +128,34 @@ def train_arms(evidence: Evidence, protocol: Protocol, progress) -> Arms:
     the same classical augmentation in every arm, the test windows untouched."""
     train, test = evidence.train, evidence.test
     share = _chosen_share(evidence, protocol, progress)
-    judges: dict[str, list[Judge]] = {"real_only": [], "real_plus_generated": [], "generated_only": []}
+    fewest = int(torch.bincount(evidence.generated.labels, minlength=train.num_users).min())
+    counts = [count for count in protocol.counts if count < fewest]
+    few = {count: replace(evidence, generated=first(evidence.generated, count)) for count in counts}
+    judges: dict[str | int, list[Judge]] = {}
     for seed in range(protocol.seeds):
         real, made = _enlarged(evidence, protocol, seed)
         sets = {"real_only": real, "real_plus_generated": _mixed(real, made, share), "generated_only": made}
+        sets |= {count: _mixed(real, _enlarged(some, protocol, seed)[1], share) for count, some in few.items()}
         for name, (images, labels) in sets.items():
-            judges[name].append(_train(images, labels, train.num_users, seed, protocol))
+            judges.setdefault(name, []).append(_train(images, labels, train.num_users, seed, protocol))
             progress.update()
     correct = {name: correctness(some, test.images, test.labels) for name, some in judges.items()}
-    return Arms(judges, correct, share)
+    by_count = {count: correct.pop(count) for count in counts}
+    return Arms(judges, correct, share, by_count)
+
+
+def first(windows: WindowSet, count: int) -> WindowSet:
+    """The first `count` windows of each user."""
+    place = torch.zeros_like(windows.labels)
+    for user in range(windows.num_users):
+        place[windows.labels == user] = torch.arange(int((windows.labels == user).sum()))
+    return windows.select(place < count)
+
+
+def real_only_judges(evidence: Evidence, protocol: Protocol) -> list[Judge]:
+    """The arm real_only alone."""
+    sets = [_enlarged(evidence, protocol, seed)[0] for seed in range(protocol.seeds)]
+    return [_train(*real, evidence.train.num_users, seed, protocol) for seed, real in enumerate(sets)]
 
 
 def _chosen_share(evidence: Evidence, protocol: Protocol, progress) -> float:
@@ -338,6 +361,7 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
         **figures,
         **missing("real_x2", "equivalent_real_windows"),
         "gain": figure(gain["gain"], len(test), gain["ci95"]),
+        "gain_by_windows": gain_by_windows(evidence, arms, blocks),
         "gain_ci95": gain["ci95"],
         "p_value": gain["p_value"],
         "generated_share": arms.share,
@@ -346,6 +370,18 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
         "seeds": protocol.seeds,
         "steps": protocol.judge_steps,
     }
+
+
+def gain_by_windows(evidence: Evidence, arms: Arms, blocks: np.ndarray) -> list[dict]:
+    """The gain with ever more generated windows a user, all of them at the end; their share of a batch is one and the
+    same."""
+    every = len(evidence.generated) / evidence.train.num_users
+    found = {**arms.by_count, every: arms.correct["real_plus_generated"]}
+    rows = []
+    for count, correct in sorted(found.items()):
+        gain = metrics.paired_gain(arms.correct["real_only"], correct, blocks)
+        rows.append({"windows_per_user": count, **figure(gain["gain"], len(evidence.test), gain["ci95"])})
+    return rows
 
 
 def fidelity(evidence: Evidence, arms: Arms, draws: int = 4) -> dict:

@@ -5,10 +5,9 @@ Process and bound: Gu et al. 2022 (VQ-Diffusion), after Austin et al. 2021 (D3PM
 Legend: B batch, h w token grid, N = h·w tokens, K codes, token K is the mask, T timesteps: x_0 data, x_T masks.
 """
 
+import itertools
 import math
 from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
-from mdlib.diffusion import check_name, evenly_spread
+from mdlib.diffusion import check_name, check_share, evenly_spread
 from mdlib.distributed import all_sum
 from mdlib.dit import FREQUENCIES, Block, FinalLayer, initialise, rotation, time_embedding
 from mdlib.nn import check_labels, drop_labels, inverse_cdf, uniform
@@ -218,6 +217,9 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         top_p: float = 1.0,
         purity: float | None = None,
         choice_temperature: float = 4.5,
+        towards: torch.Tensor | None = None,
+        share: float | torch.Tensor = 0.0,
+        on_step: Callable | None = None,
     ) -> torch.Tensor:
         """Tokens (B, h, w) for labels (B,).
 
@@ -233,16 +235,27 @@ class VQDiffusion(ModelMixin, ConfigMixin):
             purity: None, or r ≥ 0: of the ancestral sampler. As many tokens are unmasked as are due, those first of
                 whose code the network is sure, and p(x_0)^(1 + r·purity) is drawn from.
             choice_temperature: noise on the certainty by which "mask_predict" chooses, falling to 0 with the steps.
+            towards, share: draw from log p between the users `label` (share 0) and `towards` (share 1), labels (B,);
+                share is one number or one a sample.
+            on_step: called as on_step(number of the step, estimate of x_0: the likeliest tokens (B, h, w)).
 
         Raises:
             ValueError: a sampling option outside its range, a label outside 0…num_users, too few generators.
         """
-        self._check_request(label, generator, guidance_scale)
+        self._check_request(label, generator, guidance_scale, towards)
         self._check_options(sampler, num_inference_steps, temperature, top_p, purity, choice_temperature)
         if not len(label):
             return label.new_empty(0, *self.token_shape)
         draw = lambda: uniform(len(label), self.num_tokens, generator).to(label.device)  # (B, N)
-        predict = partial(self._predict, label, guidance_scale, temperature, top_p)
+        whom = (label, towards, check_share(share, label))
+        numbers = itertools.count()
+
+        def predict(tokens: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            log_x0 = self._predict(whom, guidance_scale, temperature, tokens, t)
+            if on_step:
+                on_step(next(numbers), log_x0.argmax(-1).unflatten(1, self.token_shape))
+            return truncated(log_x0, top_p)
+
         if sampler == "mask_predict":
             tokens = self._mask_predict(label, num_inference_steps, predict, draw, choice_temperature)
         else:
@@ -250,16 +263,20 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         return tokens.unflatten(1, self.token_shape)
 
     def _predict(
-        self, label: torch.Tensor, scale: float, temperature: float, top_p: float, tokens: torch.Tensor, t: torch.Tensor
+        self, whom: tuple, scale: float, temperature: float, tokens: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """log p(x_0) (B, N, K) of tokens (B, N) at times t (B,), guided, tempered and truncated."""
-        if scale == 1:
-            log_x0 = self(tokens, t, label)
-        else:
-            labels = torch.cat([label, torch.full_like(label, self.null_label)])
-            user, null = self(tokens.repeat(2, 1), t.repeat(2), labels).chunk(2)
-            log_x0 = null + scale * (user - null)
-        return truncated((log_x0 / temperature).log_softmax(-1), top_p)
+        """log p(x_0) (B, N, K) of tokens (B, N) at times t (B,), guided and tempered, in one network call; whom: label
+        (B,), towards (B,) or None, share (B,)."""
+        label, towards, share = whom
+        labels = [label]
+        labels += [towards] if towards is not None else []
+        labels += [torch.full_like(label, self.null_label)] if scale != 1 else []
+        n = len(labels)
+        user, *others = self(tokens.repeat(n, 1), t.repeat(n), torch.cat(labels)).chunk(n)
+        if towards is not None:
+            user = torch.lerp(user, others[0], share.view(-1, 1, 1))
+        log_x0 = user if scale == 1 else others[-1] + scale * (user - others[-1])
+        return (log_x0 / temperature).log_softmax(-1)
 
     def _ancestral(
         self, label: torch.Tensor, steps: int, predict: Callable, draw: Callable, purity: float | None
@@ -267,7 +284,7 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         """Tokens (B, N); a step may span several timesteps."""
         times = [self.noise.timesteps * step // steps for step in range(steps, -1, -1)]
         x = inverse_cdf(self.noise.prior().to(label.device).expand(len(label), self.num_tokens, -1), draw())
-        for now, then in pairwise(times):
+        for now, then in itertools.pairwise(times):
             t, s = torch.full_like(label, now), torch.full_like(label, then)
             log_x0 = predict(x, t)
             if purity is None:
@@ -297,7 +314,7 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         """Tokens (B, N) in exactly `steps` network calls."""
         mask = self.noise.num_codes
         x = torch.full((len(label), self.num_tokens), mask, device=label.device)
-        for step, (before, after) in enumerate(pairwise(masks_left(self.num_tokens, steps)), 1):
+        for step, (before, after) in enumerate(itertools.pairwise(masks_left(self.num_tokens, steps)), 1):
             time = self.noise.time_of(before / self.num_tokens)
             log_x0 = predict(x, torch.full_like(label, time))
             drawn = inverse_cdf(log_x0, draw())
@@ -307,8 +324,10 @@ class VQDiffusion(ModelMixin, ConfigMixin):
             x = torch.where(fixed, drawn, x)
         return x
 
-    def _check_request(self, label: torch.Tensor, generator, scale: float) -> None:
+    def _check_request(self, label: torch.Tensor, generator, scale: float, towards: torch.Tensor | None) -> None:
         check_labels(label, self.null_label)
+        if towards is not None:
+            check_labels(towards, self.null_label)
         if not _within(scale, 0):
             raise ValueError(f"guidance_scale must be 0 or more, got {scale}")
         if scale != 1 and self.config.label_dropout == 0:

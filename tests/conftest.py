@@ -12,6 +12,7 @@ SMALLER = {
     "--windows 150": "--windows 40 --size 64",
     "--preset demo": "--preset smoke",
     "--windows-per-user 20": "--windows-per-user 5",
+    "--out runs/compared": "--out runs/compared --systems vqvae-ldm,vq-diffusion --preset smoke",
     "--out runs/judged": "--out runs/judged --size 32 --judge-steps 2 --seeds 2",
 }
 

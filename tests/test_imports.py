@@ -42,8 +42,11 @@ FLOORS = [
         "pipeline",
         "quality",
     },
-    {"systems", "validate", "teacher"},
+    {"presets", "validate", "teacher"},
+    {"systems"},
     {"run", "report"},
+    {"comparison"},
+    {"compare"},
     {"__main__"},
 ]
 BESIDE = {("vavae", "vae"), ("vqdiffusion", "dit")}

@@ -14,6 +14,7 @@ from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.transformer import TokenPrior
 from mdlib.unet import LatentDiffusion
 from mdlib.vae import KLVAE
+from mdlib.vqdiffusion import VQDiffusion
 from mdlib.vqvae import VQVAE
 
 
@@ -36,6 +37,17 @@ def diffusion(request):
     prior = LatentDiffusion(codec.latent_shape, num_users=3, **small)
     options = dict(users=(3, 7, 12), output_size=32, sampling=dict(num_inference_steps=4))
     return MicroDopplerPipeline(codec.eval(), prior.eval(), Judge(3, widths=(4, 8)).eval(), **options)
+
+
+@pytest.fixture(params=["ancestral", "mask_predict"])
+def discrete(request, pipeline):
+    """A pipeline whose prior denoises tokens."""
+    torch.manual_seed(1)
+    prior = VQDiffusion(8, pipeline.codec.token_shape, num_users=3, hidden_size=16, depth=1, num_heads=2).eval()
+    torch.nn.init.normal_(prior.final_layer.linear.weight)  # a new prior knows no users yet
+    torch.nn.init.normal_(prior.final_layer.modulation.weight)
+    sampling = dict(sampler=request.param, num_inference_steps=4)
+    return MicroDopplerPipeline(pipeline.codec, prior, users=(3, 7, 12), output_size=32, sampling=sampling)
 
 
 def test_users_are_named_as_on_disk(pipeline):
@@ -221,12 +233,20 @@ def test_one_frame_is_the_window_itself_and_a_classifier_has_no_say_between_user
         diffusion.interpolate(3, 7, classifier_scale=1.0)
 
 
-def test_what_only_a_prior_over_latents_can_is_refused_in_one_line(pipeline, diffusion):
-    with pytest.raises(
-        DataError, match="interpolation needs a prior over latents; this pipeline's prior is over tokens"
-    ):
+def test_denoising_and_interpolation_of_tokens_end_at_windows(discrete):
+    alone = discrete([7], output_type="pt").images
+    frames = discrete.denoising(7, frames=3)
+    assert frames.shape == (3, 1, 16, 16)
+    torch.testing.assert_close(frames[-1:], alone)
+    between = discrete.interpolate(7, 12, images=3)
+    torch.testing.assert_close(between[:1], alone)
+    assert not torch.equal(between[0], between[2])
+
+
+def test_what_only_a_prior_that_denoises_can_is_refused_in_one_line(pipeline, diffusion):
+    with pytest.raises(DataError, match="interpolation needs a prior that denoises, not TokenPrior"):
         pipeline.interpolate(3, 7)
-    with pytest.raises(DataError, match="picture of the denoising needs a prior over latents"):
+    with pytest.raises(DataError, match="picture of the denoising needs a prior that denoises"):
         pipeline.denoising(3)
     diffusion.classifier = None
     with pytest.raises(DataError, match="classifier_scale needs a classifier, and this pipeline has none"):

@@ -1,6 +1,8 @@
 """One loop for every model: exact resume, schedules in optimizer steps, checkpoints whole or not at all."""
 
 import csv
+import itertools
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from mdlib.train import Batches, TrainConfig, batch_order, fit, fit_stages
@@ -209,6 +212,32 @@ def test_a_budget_stops_the_run_and_a_larger_one_lets_it_go_on(tmp_path):
     assert finished[-1]["step"] == 12
 
 
+def test_under_a_budget_the_learning_rate_falls_with_the_time(tmp_path):
+    slow = lambda model, step: time.sleep(0.05)
+    budget = replace(CONFIG, steps=1000, warmup_steps=0, evaluate_every=1, save_every=1000, max_minutes=0.6 / 60)
+    rows = fit(line(), points(), budget, tmp_path, preview=slow, progress=False)
+    assert 2 < len(rows) < 50, "time ends it"
+    rates = [row["learning_rate"] / budget.learning_rate for row in rows]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0, abs=1e-6)
+    middle = min(rows, key=lambda row: abs(row["seconds"] - 0.3))
+    expected = (1 + math.cos(math.pi * middle["seconds"] / 0.6)) / 2
+    assert middle["learning_rate"] / budget.learning_rate == pytest.approx(expected, abs=0.03)
+
+
+def test_snapshots_are_kept_each_time_training_has_taken_twice_as_long(tmp_path):
+    slow = lambda model, step: time.sleep(0.02)
+    config = replace(CONFIG, steps=12, evaluate_every=1, snapshots=True, ema_decay=0.5)
+    model = line()
+    rows = fit(model, points(), config, tmp_path, preview=slow, progress=False)
+    seconds = {row["step"]: row["seconds"] for row in rows}
+    kept = sorted(int(path.stem) for path in (tmp_path / "snapshots").glob("*.safetensors"))
+    assert kept[0] == 1 and 2 <= len(kept) < 8
+    assert all(seconds[late] >= 2 * seconds[early] for early, late in itertools.pairwise(kept))
+    first, last = (load_file(tmp_path / "snapshots" / f"{step}.safetensors") for step in (kept[0], kept[-1]))
+    assert first.keys() == model.state_dict().keys()
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
 def test_a_budget_spent_before_the_first_evaluation_still_ends_with_weights(tmp_path):
     config = replace(CONFIG, steps=500, evaluate_every=500, save_every=500, max_minutes=1e-6)
     history = fit(line(), points(), config, tmp_path, held_out=points(9), progress=False)
@@ -341,3 +370,13 @@ def test_no_stage_begins_on_a_spent_budget(tmp_path):
     assert len(history) == 1 and model.factor == 1 and not (tmp_path / "stage-2").exists()
     again = fit_stages(model, points(), CONFIG, tmp_path, STAGES, progress=False)
     assert again[-1]["step"] == 12 and again[-1]["factor"] == 2
+
+
+def test_stages_share_the_time_and_what_is_left_of_it(tmp_path):
+    torch.manual_seed(3)
+    endless = replace(CONFIG, steps=10**6, evaluate_every=1, save_every=10**6, max_minutes=0.9 / 60)
+    slow = lambda model, step: time.sleep(0.02)
+    history = fit_stages(Staged(), points(), endless, tmp_path, STAGES, preview=slow, progress=False)
+    first = max(row["seconds"] for row in history if row["factor"] == 1)
+    assert first == pytest.approx(0.6, abs=0.1) and history[-1]["seconds"] == pytest.approx(0.9, abs=0.1)
+    assert history[-1]["factor"] == 2

@@ -477,11 +477,38 @@ def test_guidance_of_zero_is_the_null_label(options):
 def test_guidance_goes_from_the_null_label_to_the_user_and_beyond():
     prior, x, t = small_prior(), torch.randint(8, (2, 6)), torch.tensor([50, 50])
     user, null = (prior(x, t, torch.tensor(labels)).exp() for labels in ([1, 2], [5, 5]))
-    guided = prior._predict(torch.tensor([1, 2]), 3.0, 1.0, 1.0, x, t).exp()
+    whom = (torch.tensor([1, 2]), None, torch.zeros(2))
+    guided = prior._predict(whom, 3.0, 1.0, x, t).exp()
     expected = user**3 / null**2
     torch.testing.assert_close(guided, expected / expected.sum(-1, keepdim=True))
-    tempered = prior._predict(torch.tensor([1, 2]), 1.0, 0.5, 1.0, x, t).exp()
+    tempered = prior._predict(whom, 1.0, 0.5, x, t).exp()
     torch.testing.assert_close(tempered, user**2 / (user**2).sum(-1, keepdim=True))
+
+
+@torch.no_grad()
+def test_between_two_users_lies_the_geometric_mean_of_their_distributions():
+    prior, x, t = small_prior(), torch.randint(8, (2, 6)), torch.tensor([50, 50])
+    first, second, null = (prior(x, t, torch.full((2,), label)).exp() for label in (1, 3, 5))
+    whom = (torch.tensor([1, 1]), torch.tensor([3, 3]), torch.tensor([0.5, 1.0]))
+    between = prior._predict(whom, 1.0, 1.0, x, t).exp()
+    expected = (first[0] * second[0]).sqrt()
+    torch.testing.assert_close(between[0], expected / expected.sum(-1, keepdim=True))
+    guided = prior._predict(whom, 2.0, 1.0, x, t).exp()[1]
+    expected = second[1] ** 2 / null[1]
+    torch.testing.assert_close(guided, expected / expected.sum(-1, keepdim=True))
+    with pytest.raises(ValueError, match="share must lie in"):
+        prior.sample(torch.tensor([1, 1]), towards=torch.tensor([3, 3]), share=1.5)
+    with pytest.raises(ValueError, match="labels must lie in 0…5, got 9…9"):
+        prior.sample(torch.tensor([1]), towards=torch.tensor([9]), share=0.5)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(purity=1.0), dict(sampler="mask_predict")])
+def test_every_network_call_tells_what_it_takes_the_tokens_to_be(options):
+    prior, told = fixed([[0.2, 0.8], [0.9, 0.1]], (1, 2)), []
+    prior.sample(
+        torch.tensor([0, 1]), num_inference_steps=2, on_step=lambda n, tokens: told.append((n, tokens)), **options
+    )
+    assert [n for n, _ in told] == [0, 1] and all(tokens.tolist() == [[[1, 0]]] * 2 for _, tokens in told)
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.86, 0.999])

@@ -1,0 +1,64 @@
+"""Network calls against quality of the priors over tokens: a run of vqvae-transformer, then runs of vq-diffusion on the
+same split and token grid.
+
+Each sampler draws the same number of windows of each user, with its preset's guidance. Judges and classifiers of the
+first run's split name the user of each (identity), and give its Fréchet distance to unseen real windows over that
+between two halves of these (fd ratio). Figures are means of --repeats draws; network calls are those of one batch.
+
+python benchmarks/tokens.py --runs RUN RUN [--per-user 10 --repeats 2]
+"""
+
+import argparse
+import statistics
+
+from mdlib.compare import Ruler, drawn, sampling_speed
+from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
+from mdlib.run import open_run
+from mdlib.vqdiffusion import VQDiffusion
+
+SAMPLERS = {  # of VQDiffusion; steps that the grid or the process has too few of are left out
+    **{f"ancestral {steps}": dict(sampler="ancestral", num_inference_steps=steps) for steps in (100, 50, 25, 12)},
+    "ancestral 25, purity 1": dict(sampler="ancestral", num_inference_steps=25, purity=1.0),
+    **{
+        f"mask-predict {steps}": dict(sampler="mask_predict", num_inference_steps=steps) for steps in (64, 32, 16, 8, 4)
+    },
+}
+
+
+def samplers(pipeline: MicroDopplerPipeline) -> dict[str, dict]:
+    own = dict(pipeline.config.sampling)
+    if not isinstance(pipeline.prior, VQDiffusion):
+        return {type(pipeline.prior).__name__: own}
+    kept = {key: own[key] for key in ("guidance_scale", "temperature", "top_p") if key in own}
+    return {name: {**kept, **options} for name, options in SAMPLERS.items()}
+
+
+def measure(pipeline: MicroDopplerPipeline, ruler: Ruler, per_user: int, repeats: int) -> dict:
+    draws = [ruler.quality(drawn(pipeline, ruler.windows, per_user, seed)) for seed in range(1, repeats + 1)]
+    return {key: statistics.mean(one[key] for one in draws) for key in draws[0]} | sampling_speed(pipeline)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", nargs="+", required=True)
+    parser.add_argument("--per-user", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=2)
+    options = parser.parse_args()
+    runs = [open_run(path) for path in options.runs]
+    ruler, first = Ruler(runs[0]), None
+    print(f"{'sampler':28} {'calls':>5} {'ms/window':>9} {'identity':>8} {'fd ratio':>8} {'over first':>10}")
+    for run in runs:
+        pipeline = load_pipeline(run.path / "pipeline")
+        for name, sampling in samplers(pipeline).items():
+            pipeline.register_to_config(sampling=sampling)
+            found = measure(pipeline, ruler, options.per_user, options.repeats)
+            first = first or found["fd_ratio"]
+            print(
+                f"{name:28} {found['network_calls']:5d} {1000 * found['seconds_per_window']:9.1f} "
+                f"{100 * found['identity']:7.1f}% {found['fd_ratio']:8.2f} {found['fd_ratio'] / first:10.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""All systems on one split with one budget, and the page that sets them side by side.
+
+Every system gets a run folder of its own in `out`, and a second call goes on where the first one stopped. What a run's
+report does not hold is measured here: how quality grows with training time, how fast windows are drawn, and sizes.
+"""
+
+import csv
+import json
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mdlib import __version__, comparison
+from mdlib.data import DataError, WindowSet, to_uint8
+from mdlib.files import whole_file
+from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
+from mdlib.progress import bar
+from mdlib.report import gather, load_generated
+from mdlib.run import Run, device_name, execute, open_run, versions
+from mdlib.systems import SYSTEMS, get_system
+from mdlib.validate import Arms, Protocol, fidelity, identity, real_only_judges, unseen_judges
+
+WITHOUT_END = 1_000_000  # optimizer steps that only the time ends
+TIMED = 32  # windows of the batch whose drawing is timed
+CURVE_WINDOWS = 10  # windows a user drawn from each snapshot
+
+
+def compare(
+    data: str | Path,
+    out: str | Path,
+    systems: str = "all",
+    preset: str = "demo",
+    budget_minutes: float = 0.0,
+    images_per_user: int = 0,
+    parameters: dict | None = None,
+) -> dict:
+    """Train and judge systems on the same split, and write comparison.json and comparison.html after each of them.
+
+    Args:
+        data: folder of ID_k/ folders.
+        out: folder of the comparison; a run folder a system in it.
+        systems: names with commas between, or "all".
+        budget_minutes: training time of each system, half for the codec and half for the prior, whatever steps it makes
+            in it; 0 takes the preset's steps.
+        images_per_user: windows each system draws; 0 takes the most any of their presets draws.
+        parameters: of any notebook, the same for every system.
+
+    Returns:
+        what comparison.json holds; a system that failed is there with its error.
+
+    Raises:
+        DataError: an unknown system or preset, a budget below 0, or `out` holds a comparison of other settings.
+    """
+    names = _names(systems)
+    terms = _terms(names, str(data), preset, budget_minutes, images_per_user, parameters or {})
+    out = Path(out)
+    _claim(out, terms)
+    found: dict[str, dict] = {}
+    ruler = None
+    for name in names:
+        print(f"{name}: {len(found) + 1} of {len(names)}", flush=True)
+        try:
+            execute(str(out / name), _parameters(terms), data=str(data), system=name, preset=preset)
+            run = open_run(out / name)
+            _check_split(run, out, found)
+            ruler = ruler or Ruler(run)
+            found[name] = measure(run, ruler)
+        except (ValueError, OSError, FloatingPointError) as error:  # the others are not lost with it
+            print(f"{name}: {error}", flush=True)
+            found[name] = {"error": str(error)}
+        result = _result(terms, found)
+        comparison.write(result, _windows(out, found), out)
+    return result
+
+
+def _names(systems: str) -> list[str]:
+    names = list(SYSTEMS) if systems == "all" else [name.strip() for name in systems.split(",") if name.strip()]
+    for name in names:
+        get_system(name)
+    if not names:
+        raise DataError("name systems with commas between, or all")
+    return list(dict.fromkeys(names))
+
+
+def _terms(names: list[str], data: str, preset: str, minutes: float, images: int, parameters: dict) -> dict:
+    """What is the same for all."""
+    if minutes < 0 or images < 0:
+        raise DataError(f"budget_minutes and images_per_user must be 0 or more, got {minutes} and {images}")
+    common = [key for key in get_system(names[0]).presets if all(key in get_system(name).presets for name in names)]
+    if preset not in common:
+        raise DataError(f"{preset!r} is no preset of all these systems: choose one of {', '.join(common)}")
+    return {
+        "data": str(Path(data).resolve()),
+        "preset": preset,
+        "budget_minutes": minutes,
+        "images_per_user": images or max(get_system(name).presets[preset].images_per_user for name in names),
+        "parameters": parameters,
+    }
+
+
+def _claim(out: Path, terms: dict) -> None:
+    """Note the terms in `out`, or refuse other ones than those that are there. Systems may join later."""
+    note = out / "terms.json"
+    terms = json.loads(json.dumps(terms))  # as it reads back: a tuple is a list
+    if note.exists():
+        before = json.loads(note.read_text())
+        changed = [key for key in terms if before.get(key) != terms[key]]
+        if changed:
+            told = ", ".join(f"{key}: {before.get(key)!r} is not {terms[key]!r}" for key in changed)
+            raise DataError(f"{out} holds a comparison on other terms ({told}): choose another --out or those terms")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with whole_file(note) as path:
+        path.write_text(json.dumps(terms, indent=1) + "\n")
+
+
+def _parameters(terms: dict) -> dict:
+    """The notebooks' parameters for a system on these terms."""
+    images = terms["images_per_user"]
+    wanted = {"images_per_user": images, "counts": [n for n in (images // 9, images // 3) if n]}
+    wanted |= {"prior_options": {"snapshots": True, **terms["parameters"].get("prior_options", {})}}
+    if terms["budget_minutes"]:
+        steps = {"codec_steps": WITHOUT_END, "prior_steps": WITHOUT_END}
+        wanted |= {"max_minutes": terms["budget_minutes"] / 2, **steps}
+    return {**terms["parameters"], **wanted}
+
+
+def _check_split(run: Run, out: Path, found: dict) -> None:
+    for name in found:
+        path = out / name / "split.json"
+        if path.exists() and json.loads(path.read_text()) != run.split:
+            raise DataError(f"{run.path / 'split.json'} and {path} differ: delete the run folder made by other data")
+
+
+# Measured here ---------------------------------------------------------------------------------------------------
+
+
+class Ruler:
+    """Judges of one split, trained at first use, that measure any pipeline trained on it alike."""
+
+    def __init__(self, run: Run):
+        self.windows, self.split, self.protocol = run.windows, run.split, Protocol(**run.preset.validation)
+        self.judges: list | None = None
+
+    def quality(self, generated: WindowSet) -> dict:
+        """identity (share of windows in which the judges see the right user) and fd_ratio of generated windows."""
+        evidence = gather(self.windows, self.split, generated)
+        if self.judges is None:
+            with bar(self.protocol.seeds, "judges of the curves", unit="judge") as progress:
+                self.judges = unseen_judges(evidence, self.protocol, progress)
+            self.arms = Arms({"real_only": real_only_judges(evidence, self.protocol)}, {}, 0.0)
+        return {
+            "identity": identity(evidence, self.judges)["accuracy"]["value"],
+            "fd_ratio": fidelity(evidence, self.arms)["fd_ratio"]["value"],
+        }
+
+
+def measure(run: Run, ruler: Ruler) -> dict:
+    """What the comparison says of a finished run."""
+    report = json.loads((run.path / "report.json").read_text())
+    kept = run.path / "measured.json"
+    if not kept.exists() or kept.stat().st_mtime < (run.path / "report.json").stat().st_mtime:
+        pipeline = load_pipeline(run.path / "pipeline")
+        here = {"sampling": sampling_speed(pipeline), "parameters": sizes(pipeline)}
+        here["curve"] = curve(run, pipeline, ruler)
+        with whole_file(kept) as path:
+            path.write_text(json.dumps(here, indent=1) + "\n")
+    sections = ("reconstruction", "codebook", "identity", "augmentation", "fidelity", "memorisation", "physics")
+    return {
+        **{section: report[section] for section in sections},
+        **json.loads(kept.read_text()),
+        "training": training(run),
+        "resources": resources(run),
+        "verdict": report["verdict"],
+    }
+
+
+def training(run: Run) -> dict:
+    """Minutes and optimizer steps of codec and prior."""
+    found = {}
+    for part in ("codec", "prior"):
+        last = _history(run.path / part)[-1]
+        found |= {f"{part}_minutes": float(last["seconds"]) / 60, f"{part}_steps": int(last["step"])}
+    return found
+
+
+def resources(run: Run) -> dict:
+    """Wall time of all notebooks and the largest memory of the training ones and of generation, with the device."""
+    steps = json.loads((run.path / "run.json").read_text())["steps"]
+    peaks = {name: step["peak_memory_gb"] or 0.0 for name, step in steps.items()}
+    train = [name for name in steps if name[:2] in ("02", "03", "04")]
+    return {
+        "wall_minutes": sum(step["seconds"] for step in steps.values()) / 60,
+        "training_memory_gb": max(peaks[name] for name in train),
+        "generation_memory_gb": peaks["05_generate"],
+        "device": steps["05_generate"]["device"],
+    }
+
+
+def sizes(pipeline: MicroDopplerPipeline) -> dict:
+    """Parameters of codec and prior."""
+    parts = {"codec": pipeline.codec, "prior": pipeline.prior}
+    return {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
+
+
+def sampling_speed(pipeline: MicroDopplerPipeline, rounds: int = 3) -> dict:
+    """Seconds a window, decoding included, the quickest of `rounds` batches; and network calls a window."""
+    users = pipeline.config.users
+    plan = [pipeline.plan([users[n % len(users)]], 1, seed=n)[0] for n in range(TIMED)]
+    calls, seconds = 0, []
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    blocks = next(part for part in pipeline.prior.modules() if isinstance(part, torch.nn.ModuleList))
+    hook = blocks[0].register_forward_hook(count)  # a network call passes its first block once
+    for _ in range(rounds):
+        started = time.perf_counter()
+        list(pipeline.stream(plan, TIMED))
+        seconds.append(time.perf_counter() - started)
+    hook.remove()
+    return {"seconds_per_window": min(seconds) / TIMED, "network_calls": calls // rounds, "batch": TIMED}
+
+
+def curve(run: Run, pipeline: MicroDopplerPipeline, ruler: Ruler) -> list[dict]:
+    """Quality of windows drawn from the prior as it was on the way, and at the end, against the training time until
+    then, that of the codec included."""
+    codec_seconds = float(_history(run.path / "codec")[-1]["seconds"])
+    history = {int(row["step"]): float(row["seconds"]) for row in _history(run.path / "prior")}
+    last = max(history)
+    final = {name: tensor.clone() for name, tensor in pipeline.prior.state_dict().items()}
+    snapshots = {int(path.stem): path for path in (run.path / "prior" / "snapshots").glob("*.safetensors")}
+    points = []
+    for step in sorted({*snapshots, last}):
+        weights = final if step == last else load_file(snapshots[step])
+        pipeline.prior.load_state_dict(weights)
+        quality = ruler.quality(drawn(pipeline, ruler.windows))
+        points.append({"step": step, "minutes": (codec_seconds + history[step]) / 60, **quality})
+    pipeline.prior.load_state_dict(final)
+    return points
+
+
+def drawn(pipeline: MicroDopplerPipeline, real: WindowSet, per_user: int = CURVE_WINDOWS, seed: int = 1) -> WindowSet:
+    """Windows of every user straight from the pipeline, without a way over files."""
+    made = pipeline(list(pipeline.config.users), per_user, seed, output_type="pt")
+    labels = torch.tensor([real.users.index(user) for user in made.users])
+    files = tuple(replace(real.files[0], user=user) for user in made.users)
+    return replace(real, images=to_uint8(made.images), labels=labels, files=files)
+
+
+def _history(folder: Path) -> list[dict]:
+    with open(folder / "history.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _result(terms: dict, found: dict) -> dict:
+    return {
+        "mdlib": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "terms": {**terms, "data": Path(terms["data"]).name, "device": device_name()},
+        "versions": versions(),
+        "conclusions": comparison.conclusions(found),
+        "systems": found,
+    }
+
+
+def _windows(out: Path, found: dict) -> dict[str, WindowSet]:
+    """Real test windows and those of each measured system, for a look."""
+    sets: dict[str, WindowSet] = {}
+    for name in (name for name, figures in found.items() if "error" not in figures):
+        run = open_run(out / name)
+        sets.setdefault("real", run.parts["test"])
+        sets[name] = load_generated(run.path / "generated", run.windows)
+    return sets
