@@ -2,6 +2,7 @@
 
 import html
 import json
+from functools import partial
 from pathlib import Path
 
 from mdlib import plot
@@ -17,6 +18,33 @@ CLAIMS = {
     "training time": ("medium", "long"),
     "generation speed": ("fast, 2 to 3 times as fast as diffusion", "slow, many denoising steps"),
 }
+
+
+def _number(figure: dict, digits: int) -> str:
+    return "–" if figure["value"] is None else f"{figure['value']:.{digits}f}"
+
+
+def _percent(figure: dict, digits: int = 1) -> str:
+    return "–" if figure["value"] is None else f"{100 * figure['value']:.{digits}f}"
+
+
+def _gain(figure: dict) -> str:
+    low, high = figure["ci95"]
+    return f"{100 * figure['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _trained(training: dict, part: str) -> str:
+    return f"{training[f'{part}_minutes']:.1f} ({training[f'{part}_steps']})"
+
+
+def _ratio(figures: dict, name: str) -> str:
+    found = figures["physics"][name]
+    return "–" if found.get("ratio") is None else f"{found['ratio']:.2f}"
+
+
+def _plausible(figure: dict) -> str:
+    return "–" if figure["value"] is None else f"{100 * figure['value']:.1f} ({100 * figure['real']:.1f})"
+
 
 ROWS = {  # what it is: how it reads in a system's figures
     "PSNR of test windows, dB": lambda f: _number(f["reconstruction"]["psnr_db"], 1),
@@ -43,6 +71,11 @@ ROWS = {  # what it is: how it reads in a system's figures
     "gain in points [95 % interval]": lambda f: _gain(f["augmentation"]["gain"]),
     "nearest training window, relative to real ones": lambda f: _number(f["memorisation"]["nearest_train_ratio"], 2),
     "copies, % (1 expected)": lambda f: _percent(f["memorisation"]["copies"], 0),
+    **{
+        f"{name.replace('_', ' ')}: distance over that of real windows": partial(_ratio, name=name)
+        for name in ("torso_speed", "cadence", "step_length", "envelopes", "bandwidth", "left_right_asymmetry")
+    },
+    "physically plausible windows, % (of real ones)": lambda f: _plausible(f["physics"]["plausible"]),
     "codec trained for, min (steps)": lambda f: _trained(f["training"], "codec"),
     "prior trained for, min (steps)": lambda f: _trained(f["training"], "prior"),
     "wall time of all notebooks, min": lambda f: f"{f['resources']['wall_minutes']:.1f}",
@@ -165,20 +198,3 @@ def _rows(rows: list[list[str]]) -> str:
     lines = ["".join(f"<th>{cell}</th>" for cell in head)]
     lines += [f"<th>{first}</th>" + "".join(f"<td class=n>{cell}</td>" for cell in cells) for first, *cells in body]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _number(figure: dict, digits: int) -> str:
-    return "–" if figure["value"] is None else f"{figure['value']:.{digits}f}"
-
-
-def _percent(figure: dict, digits: int = 1) -> str:
-    return "–" if figure["value"] is None else f"{100 * figure['value']:.{digits}f}"
-
-
-def _gain(figure: dict) -> str:
-    low, high = figure["ci95"]
-    return f"{100 * figure['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def _trained(training: dict, part: str) -> str:
-    return f"{training[f'{part}_minutes']:.1f} ({training[f'{part}_steps']})"

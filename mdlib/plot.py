@@ -279,6 +279,27 @@ def _colours(count: int) -> list:
     return seaborn.color_palette("colorblind", count)
 
 
+def user_means(physics: dict) -> Figure:
+    """A panel a metric, a dot a user: mean over generated windows against mean over unseen real ones, and equality."""
+    panels = {name: one for name, one in physics.items() if "generated_means" in one}
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(2.2 * columns, 2.3 * rows, rows, columns)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (name, one) in zip(axes.flat, panels.items(), strict=False):
+        pairs = zip(one["unseen_means"], one["generated_means"], strict=True)
+        points = np.array([pair for pair in pairs if None not in pair])
+        ends = [points.min(), points.max()]
+        axis.plot(ends, ends, color=INK, linewidth=0.7, linestyle=":")
+        axis.plot(*points.T, "o", color=ACCENT, markersize=3.5, alpha=0.7)
+        axis.set_title(name.replace("_", " "), fontsize=8, color=INK)
+        axis.set_xlabel(f"real {one['unit']}".strip(), fontsize=7)
+        axis.set_ylabel("generated", fontsize=7)
+        axis.tick_params(labelsize=6)
+    return figure
+
+
 def save(figure: Figure, path) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, dpi=110)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 
-from mdlib import __version__, metrics
+from mdlib import __version__, kinematics, metrics
 from mdlib.augment import enlarge, stride_shift
 from mdlib.data import DataError, WindowSet, to_float, to_uint8
 from mdlib.judge import Judge, train_judge
@@ -90,7 +90,7 @@ def evaluate(evidence: Evidence, protocol: Protocol = Protocol(), about: dict | 
         "augmentation": augmentation(evidence, protocol, arms),
         "fidelity": fidelity(evidence, arms),
         "memorisation": memorisation(evidence),
-        "physics": missing("torso_speed", "cadence", "step_length", "envelopes", "bandwidth", "left_right_asymmetry"),
+        "physics": physics(evidence),
     }
     report["verdict"] = verdict(report["augmentation"])
     return report
@@ -454,6 +454,18 @@ def _nearest_train(queries: WindowSet, train: WindowSet) -> torch.Tensor:
     shifted = torch.cat([references, stride_shift(references, 2)]).flatten(1)
     labels = train.labels.repeat(2)
     return metrics.nearest_distance(small(queries.float()).flatten(1), shifted, queries.labels[:, None] == labels[None])
+
+
+def physics(evidence: Evidence) -> dict:
+    """Do generated windows move like their user? See `kinematics.compare`."""
+    if evidence.train.images.shape[1] != 1:
+        return missing(*kinematics.NAMES, reason="not read off RGB windows: take channels=1")
+    unseen = concatenate(evidence.val, evidence.test)
+    parts = {"generated": evidence.generated, "unseen": unseen, "train": evidence.train}
+    gaits = {name: kinematics.measure(part) for name, part in parts.items()}
+    for name, rows in zip(("first", "second"), halves(unseen, evidence.gap), strict=True):
+        gaits[name] = gaits["unseen"].select(rows)
+    return kinematics.compare(gaits, unseen.num_users)
 
 
 def verdict(augmentation: dict) -> dict:

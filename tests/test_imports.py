@@ -38,6 +38,7 @@ FLOORS = [
         "vqdiffusion",
         "joint",
         "judge",
+        "kinematics",
         "widgets",
         "pipeline",
         "quality",

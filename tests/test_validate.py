@@ -79,7 +79,8 @@ def test_every_key_of_the_protocol_is_there(honest):
                 assert value["value"] is not None and value["n"] > 0 or value["reason"], (section, name)
     assert honest["fidelity"]["kid"] == {"value": None, "reason": "not yet measured by this version"}
     assert honest["reconstruction"]["psnr_db"]["reason"] == "no codec was given"
-    json.dumps(honest)
+    assert all(figure["value"] is not None for figure in honest["physics"].values())
+    json.dumps(honest, allow_nan=False)
 
 
 def test_real_windows_fed_in_as_generated_pass(honest):
@@ -267,7 +268,7 @@ def test_the_report_is_one_page_that_opens_offline(honest, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert page.index(report["verdict"]["sentence"].split(" (gain")[0]) < page.index("<table>")
-    assert "&lt;toy&gt; &amp; more" in page and page.count("data:image/png;base64,") == 5
+    assert "&lt;toy&gt; &amp; more" in page and page.count("data:image/png;base64,") == 6
     assert "http" not in page.replace("http-equiv", "")
 
 
