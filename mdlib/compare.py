@@ -97,9 +97,14 @@ def _terms(names: list[str], data: str, preset: str, minutes: float, images: int
         "data": str(Path(data).resolve()),
         "preset": preset,
         "budget_minutes": minutes,
-        "images_per_user": images or max(get_system(name).presets[preset].images_per_user for name in names),
+        "images_per_user": images or max(_images_per_user(preset)),
         "parameters": parameters,
     }
+
+
+def _images_per_user(preset: str) -> list[int]:
+    """Of every system, named or not, so that another may join later."""
+    return [system.presets[preset].images_per_user for system in SYSTEMS.values() if preset in system.presets]
 
 
 def _claim(out: Path, terms: dict) -> None:

@@ -284,11 +284,11 @@ class _Fit:
 
     def _hurry(self) -> None:
         """Under a budget of time the learning rate falls with the steps or with the time, whichever is further: weights
-        of a high rate would be the noisier ones."""
-        position = max(self.step, self.config.steps * self.seconds / (60 * self.config.max_minutes))
+        of a high rate would be the noisier ones. It warms up with the steps."""
+        position = min(self.config.steps, self.config.steps * self.seconds / (60 * self.config.max_minutes))
         lists = (self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas)
         for group, peak, shape in zip(*lists, strict=True):
-            group["lr"] = peak * shape(min(position, self.config.steps))
+            group["lr"] = peak * min(shape(self.step), shape(max(self.step, position)))
 
     def _evaluate(self, logs: dict[str, torch.Tensor]) -> dict[str, float]:
         """Append one row to the history; the first process measures, and what it decides all do."""

@@ -214,11 +214,12 @@ def test_a_budget_stops_the_run_and_a_larger_one_lets_it_go_on(tmp_path):
 
 def test_under_a_budget_the_learning_rate_falls_with_the_time(tmp_path):
     slow = lambda model, step: time.sleep(0.05)
-    budget = replace(CONFIG, steps=1000, warmup_steps=0, evaluate_every=1, save_every=1000, max_minutes=0.6 / 60)
+    budget = replace(CONFIG, steps=1000, warmup_steps=2, evaluate_every=1, save_every=1000, max_minutes=0.6 / 60)
     rows = fit(line(), points(), budget, tmp_path, preview=slow, progress=False)
-    assert 2 < len(rows) < 50, "time ends it"
+    assert 3 < len(rows) < 50, "time ends it"
     rates = [row["learning_rate"] / budget.learning_rate for row in rows]
-    assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0, abs=1e-6)
+    assert rates[0] == 0.5, "it warms up with the steps"
+    assert rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] == pytest.approx(0, abs=1e-6)
     middle = min(rows, key=lambda row: abs(row["seconds"] - 0.3))
     expected = (1 + math.cos(math.pi * middle["seconds"] / 0.6)) / 2
     assert middle["learning_rate"] / budget.learning_rate == pytest.approx(expected, abs=0.03)
