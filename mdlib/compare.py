@@ -64,10 +64,10 @@ def compare(
     for name in names:
         print(f"{name}: {len(found) + 1} of {len(names)}", flush=True)
         try:
-            execute(str(out / name), _parameters(terms), data=str(data), system=name, preset=preset)
+            execute(str(out / name), _parameters(terms, out), data=str(data), system=name, preset=preset)
             run = open_run(out / name)
             _check_split(run, out, found)
-            ruler = ruler or Ruler(run)
+            ruler = ruler or Ruler(run, out / "judges", **_judging(terms["parameters"]))
             found[name] = measure(run, ruler)
         except (ValueError, OSError, FloatingPointError) as error:  # the others are not lost with it
             print(f"{name}: {error}", flush=True)
@@ -123,15 +123,20 @@ def _claim(out: Path, terms: dict) -> None:
         path.write_text(json.dumps(terms, indent=1) + "\n")
 
 
-def _parameters(terms: dict) -> dict:
+def _parameters(terms: dict, out: Path) -> dict:
     """The notebooks' parameters for a system on these terms."""
     images = terms["images_per_user"]
-    wanted = {"images_per_user": images, "counts": [n for n in (images // 9, images // 3) if n]}
+    counts = terms["parameters"].get("counts", [n for n in (images // 9, images // 3) if n])
+    wanted = {"images_per_user": images, "counts": counts, "judges": str((out / "judges").resolve())}
     wanted |= {"prior_options": {"snapshots": True, **terms["parameters"].get("prior_options", {})}}
     if terms["budget_minutes"]:
         steps = {"codec_steps": WITHOUT_END, "prior_steps": WITHOUT_END}
         wanted |= {"max_minutes": terms["budget_minutes"] / 2, **steps}
     return {**terms["parameters"], **wanted}
+
+
+def _judging(parameters: dict) -> dict:
+    return {key: parameters[key] for key in ("judge_steps", "seeds") if parameters.get(key)}
 
 
 def _check_split(run: Run, out: Path, found: dict) -> None:
@@ -147,8 +152,10 @@ def _check_split(run: Run, out: Path, found: dict) -> None:
 class Ruler:
     """Judges of one split, trained at first use, that measure any pipeline trained on it alike."""
 
-    def __init__(self, run: Run):
-        self.windows, self.split, self.protocol = run.windows, run.split, Protocol(**run.preset.validation)
+    def __init__(self, run: Run, folder: str | Path | None = None, **changes):
+        """folder: of the judges, see `validate.evaluate`; changes: of the preset's protocol."""
+        self.windows, self.split, self.folder = run.windows, run.split, folder
+        self.protocol = Protocol(**{**run.preset.validation, **changes})
         self.judges: list | None = None
 
     def quality(self, generated: WindowSet) -> dict:
@@ -156,8 +163,8 @@ class Ruler:
         evidence = gather(self.windows, self.split, generated)
         if self.judges is None:
             with bar(self.protocol.seeds, "judges of the curves", unit="judge") as progress:
-                self.judges = unseen_judges(evidence, self.protocol, progress)
-            self.arms = Arms({"real_only": real_only_judges(evidence, self.protocol)}, {}, 0.0)
+                self.judges = unseen_judges(evidence, self.protocol, progress, self.folder)
+            self.arms = Arms({"real_only": real_only_judges(evidence, self.protocol, self.folder)}, {}, 0.0)
         return {
             "identity": identity(evidence, self.judges)["accuracy"]["value"],
             "fd_ratio": fidelity(evidence, self.arms)["fd_ratio"]["value"],

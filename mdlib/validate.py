@@ -5,8 +5,10 @@ a 95 % interval; Fréchet distances have none, because redrawing windows would b
 with its reason.
 """
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from mdlib.data import DataError, WindowSet, to_float, to_uint8
 from mdlib.judge import Judge, train_judge
 from mdlib.latents import encode_all
 from mdlib.nn import parts as batches
+from mdlib.pipeline import best_device
 from mdlib.progress import bar
 from mdlib.quality import choose_codec
 
@@ -70,14 +73,21 @@ class Evidence:
             raise DataError(f"codec ({codec}) and rival ({rival}) differ: train both at one size and one latent grid")
 
 
-def evaluate(evidence: Evidence, protocol: Protocol = Protocol(), about: dict | None = None) -> dict:
+def evaluate(
+    evidence: Evidence,
+    protocol: Protocol = Protocol(),
+    about: dict | None = None,
+    judges_folder: str | Path | None = None,
+) -> dict:
     """The report as a dictionary with the protocol's stable keys.
 
-    about: what the reader should know of the run (system, preset, data …), copied into the report.
+    Args:
+        about: what the reader should know of the run (system, preset, data …), copied into the report.
+        judges_folder: keeps the judges of real windows: runs on the same split are then measured by the very same ones.
     """
     with bar((4 + len(protocol.counts)) * protocol.seeds + len(protocol.shares), "judges", unit="judge") as progress:
-        judges = unseen_judges(evidence, protocol, progress)
-        arms = train_arms(evidence, protocol, progress)
+        judges = unseen_judges(evidence, protocol, progress, judges_folder)
+        arms = train_arms(evidence, protocol, progress, judges_folder)
     report = {
         "mdlib": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -111,19 +121,19 @@ class Arms:
     )  # real_plus_generated with so many generated windows a user → (seeds, N) bool
 
 
-def unseen_judges(evidence: Evidence, protocol: Protocol, progress) -> list[Judge]:
+def unseen_judges(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> list[Judge]:
     """Judges trained on validation and test windows: real ones the generator was not trained on. Their own accuracy is
     read on the generator's training windows, which they have not seen and which generated windows imitate."""
     unseen = concatenate(evidence.val, evidence.test)
     judges = []
     for seed in range(protocol.seeds):
         images, labels = enlarge(unseen.images, unseen.labels, protocol.variants, seed)
-        judges.append(_train(images, labels, unseen.num_users, seed, protocol))
+        judges.append(_train(images, labels, unseen.num_users, seed, protocol, folder))
         progress.update()
     return judges
 
 
-def train_arms(evidence: Evidence, protocol: Protocol, progress) -> Arms:
+def train_arms(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> Arms:
     """Classifiers from scratch on the generator's own training windows, with and without generated ones: equal steps,
     the same classical augmentation in every arm, the test windows untouched."""
     train, test = evidence.train, evidence.test
@@ -137,7 +147,8 @@ def train_arms(evidence: Evidence, protocol: Protocol, progress) -> Arms:
         sets = {"real_only": real, "real_plus_generated": _mixed(real, made, share), "generated_only": made}
         sets |= {count: _mixed(real, _enlarged(some, protocol, seed)[1], share) for count, some in few.items()}
         for name, (images, labels) in sets.items():
-            judges.setdefault(name, []).append(_train(images, labels, train.num_users, seed, protocol))
+            keep = folder if name == "real_only" else None
+            judges.setdefault(name, []).append(_train(images, labels, train.num_users, seed, protocol, keep))
             progress.update()
     correct = {name: correctness(some, test.images, test.labels) for name, some in judges.items()}
     by_count = {count: correct.pop(count) for count in counts}
@@ -152,10 +163,10 @@ def first(windows: WindowSet, count: int) -> WindowSet:
     return windows.select(place < count)
 
 
-def real_only_judges(evidence: Evidence, protocol: Protocol) -> list[Judge]:
+def real_only_judges(evidence: Evidence, protocol: Protocol, folder: str | Path | None = None) -> list[Judge]:
     """The arm real_only alone."""
     sets = [_enlarged(evidence, protocol, seed)[0] for seed in range(protocol.seeds)]
-    return [_train(*real, evidence.train.num_users, seed, protocol) for seed, real in enumerate(sets)]
+    return [_train(*real, evidence.train.num_users, seed, protocol, folder) for seed, real in enumerate(sets)]
 
 
 def _chosen_share(evidence: Evidence, protocol: Protocol, progress) -> float:
@@ -188,8 +199,23 @@ def correctness(judges: list[Judge], images: torch.Tensor, labels: torch.Tensor)
     return torch.stack([judge.probabilities(images).argmax(1) == labels for judge in judges]).numpy()
 
 
-def _train(images: torch.Tensor, labels: torch.Tensor, num_users: int, seed: int, protocol: Protocol) -> Judge:
-    return train_judge(images, labels, num_users, protocol.judge_steps, seed, protocol.batch_size)
+def _train(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    num_users: int,
+    seed: int,
+    protocol: Protocol,
+    folder: str | Path | None = None,
+) -> Judge:
+    """A judge, or that of `folder` which was trained on the same windows in the same way."""
+    arguments = (num_users, protocol.judge_steps, seed, protocol.batch_size)
+    if not folder:
+        return train_judge(images, labels, *arguments)
+    name = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes() + repr(arguments).encode()).hexdigest()
+    path = Path(folder) / name[:16]
+    if not (path / "config.json").exists():
+        train_judge(images, labels, *arguments).save_pretrained(path)
+    return Judge.from_pretrained(path).to(best_device())
 
 
 def time_blocks(windows: WindowSet, gap: int) -> np.ndarray:
