@@ -16,7 +16,7 @@ from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.run import open_run
 from mdlib.vqdiffusion import VQDiffusion
 
-SAMPLERS = {  # of VQDiffusion; steps that the grid or the process has too few of are left out
+SAMPLERS = {  # of VQDiffusion
     **{f"ancestral {steps}": dict(sampler="ancestral", num_inference_steps=steps) for steps in (100, 50, 25, 12)},
     "ancestral 25, purity 1": dict(sampler="ancestral", num_inference_steps=25, purity=1.0),
     **{
@@ -30,7 +30,9 @@ def samplers(pipeline: MicroDopplerPipeline) -> dict[str, dict]:
     if not isinstance(pipeline.prior, VQDiffusion):
         return {type(pipeline.prior).__name__: own}
     kept = {key: own[key] for key in ("guidance_scale", "temperature", "top_p") if key in own}
-    return {name: {**kept, **options} for name, options in SAMPLERS.items()}
+    most = {"ancestral": pipeline.prior.noise.timesteps, "mask_predict": pipeline.prior.num_tokens}
+    possible = {name: some for name, some in SAMPLERS.items() if some["num_inference_steps"] <= most[some["sampler"]]}
+    return {name: {**kept, **some} for name, some in possible.items()}
 
 
 def measure(pipeline: MicroDopplerPipeline, ruler: Ruler, per_user: int, repeats: int) -> dict:

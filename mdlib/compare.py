@@ -5,6 +5,7 @@ report does not hold is measured here: how quality grows with training time, how
 """
 
 import csv
+import inspect
 import json
 import time
 from dataclasses import replace
@@ -12,21 +13,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from accelerate.utils import release_memory
 from safetensors.torch import load_file
 
 from mdlib import __version__, comparison
-from mdlib.data import DataError, WindowSet, to_uint8
+from mdlib.data import DataError, WindowSet, find_windows, to_uint8
 from mdlib.files import whole_file
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.progress import bar
 from mdlib.report import gather, load_generated
-from mdlib.run import Run, device_name, execute, open_run, versions
+from mdlib.run import Run, check_parameters, execute, open_run, versions
 from mdlib.systems import SYSTEMS, get_system
 from mdlib.validate import Arms, Protocol, fidelity, identity, real_only_judges, unseen_judges
 
 WITHOUT_END = 1_000_000  # optimizer steps that only the time ends
 TIMED = 32  # windows of the batch whose drawing is timed
 CURVE_WINDOWS = 10  # windows a user drawn from each snapshot
+SECTIONS = ("reconstruction", "codebook", "identity", "augmentation", "fidelity", "memorisation", "physics", "verdict")
+# Parameters that `compare` itself sets, or cannot compare, and what to do instead.
+NOT_HERE = {
+    "images_per_user": "say it as an option of compare",
+    "judges": "compare keeps them itself",
+    "joint_steps": "it changes the codec under the prior's snapshots",
+}
+NOT_UNDER_A_BUDGET = {key: "the budget of time decides" for key in ("codec_steps", "prior_steps", "max_minutes")}
 
 
 def compare(
@@ -42,38 +52,41 @@ def compare(
 
     Args:
         data: folder of ID_k/ folders.
-        out: folder of the comparison; a run folder a system in it.
+        out: folder of the comparison; a run folder a system in it. Systems that were measured there before stay on the
+            page.
         systems: names with commas between, or "all".
-        budget_minutes: training time of each system, half for the codec and half for the prior, whatever steps it makes
-            in it; 0 takes the preset's steps.
-        images_per_user: windows each system draws; 0 takes the most any of their presets draws.
+        budget_minutes: training time of each system, half for the codec and half for the prior, whatever steps they
+            make in it; 0 takes the preset's steps. Teacher, encoding and judging come on top.
+        images_per_user: windows each system draws; 0 takes the most that any system draws with this preset.
         parameters: of any notebook, the same for every system.
 
     Returns:
         what comparison.json holds; a system that failed is there with its error.
 
     Raises:
-        DataError: an unknown system or preset, a budget below 0, or `out` holds a comparison of other settings.
+        DataError: an unknown system, preset or parameter, a budget below 0, no windows in `data`, or `out` holds a
+            comparison on other terms.
     """
-    names = _names(systems)
+    names, out = _names(systems), Path(out)
     terms = _terms(names, str(data), preset, budget_minutes, images_per_user, parameters or {})
-    out = Path(out)
+    find_windows(data)
     _claim(out, terms)
-    found: dict[str, dict] = {}
+    found = {name: measure(open_run(out / name), terms) for name in SYSTEMS if (out / name / "measured.json").exists()}
     ruler = None
-    for name in names:
-        print(f"{name}: {len(found) + 1} of {len(names)}", flush=True)
+    for number, name in enumerate(names, 1):
+        print(f"{name}: {number} of {len(names)}", flush=True)
         try:
             execute(str(out / name), _parameters(terms, out), data=str(data), system=name, preset=preset)
             run = open_run(out / name)
-            _check_split(run, out, found)
-            ruler = ruler or Ruler(run, out / "judges", **_judging(terms["parameters"]))
-            found[name] = measure(run, ruler)
-        except (ValueError, OSError, FloatingPointError) as error:  # the others are not lost with it
-            print(f"{name}: {error}", flush=True)
-            found[name] = {"error": str(error)}
-        result = _result(terms, found)
-        comparison.write(result, _windows(out, found), out)
+            _check_split(run, out, [other for other in found if other != name])
+            ruler = ruler or Ruler(run, out / "judges", **_chosen(terms, ("judge_steps", "seeds")))
+            found[name] = measure(run, terms, ruler)
+        except Exception as error:  # whatever stops one system, the others are not lost with it
+            told = " ".join(str(error).split()) or type(error).__name__
+            print(f"{name}: {told}", flush=True)
+            found[name] = {"error": told}
+        result = _result(terms, {name: found[name] for name in SYSTEMS if name in found})
+        comparison.write(result, _windows(out, result["systems"]), out)
     return result
 
 
@@ -93,6 +106,13 @@ def _terms(names: list[str], data: str, preset: str, minutes: float, images: int
     common = [key for key in get_system(names[0]).presets if all(key in get_system(name).presets for name in names)]
     if preset not in common:
         raise DataError(f"{preset!r} is no preset of all these systems: choose one of {', '.join(common)}")
+    for key, instead in (NOT_HERE | (NOT_UNDER_A_BUDGET if minutes else {})).items():
+        if key in parameters:
+            raise DataError(f"{key} is no parameter of a comparison: {instead}")
+    if not isinstance(parameters.get("prior_options", {}), dict):
+        raise DataError(f"prior_options must be a dictionary, got {parameters['prior_options']!r}")
+    for name in names:
+        check_parameters(name, parameters)
     return {
         "data": str(Path(data).resolve()),
         "preset": preset,
@@ -108,16 +128,15 @@ def _images_per_user(preset: str) -> list[int]:
 
 
 def _claim(out: Path, terms: dict) -> None:
-    """Note the terms in `out`, or refuse other ones than those that are there. Systems may join later."""
+    """Note the terms in `out`, or refuse other ones than those of the runs that are there."""
     note = out / "terms.json"
     terms = json.loads(json.dumps(terms))  # as it reads back: a tuple is a list
-    if note.exists():
+    if note.exists() and any(out.glob("*/run.json")):
         before = json.loads(note.read_text())
         changed = [key for key in terms if before.get(key) != terms[key]]
         if changed:
             told = ", ".join(f"{key}: {before.get(key)!r} is not {terms[key]!r}" for key in changed)
             raise DataError(f"{out} holds a comparison on other terms ({told}): choose another --out or those terms")
-        return
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(note) as path:
         path.write_text(json.dumps(terms, indent=1) + "\n")
@@ -125,25 +144,30 @@ def _claim(out: Path, terms: dict) -> None:
 
 def _parameters(terms: dict, out: Path) -> dict:
     """The notebooks' parameters for a system on these terms."""
-    images = terms["images_per_user"]
-    counts = terms["parameters"].get("counts", [n for n in (images // 9, images // 3) if n])
-    wanted = {"images_per_user": images, "counts": counts, "judges": str((out / "judges").resolve())}
-    wanted |= {"prior_options": {"snapshots": True, **terms["parameters"].get("prior_options", {})}}
+    images, given = terms["images_per_user"], terms["parameters"]
+    wanted = {
+        "images_per_user": images,
+        "counts": [n for n in (images // 9, images // 3) if n],
+        "judges": str((out / "judges").resolve()),
+        **given,
+        "prior_options": {"snapshots": True, **given.get("prior_options", {})},
+    }
     if terms["budget_minutes"]:
-        steps = {"codec_steps": WITHOUT_END, "prior_steps": WITHOUT_END}
-        wanted |= {"max_minutes": terms["budget_minutes"] / 2, **steps}
-    return {**terms["parameters"], **wanted}
+        half = terms["budget_minutes"] / 2
+        wanted |= {"codec_steps": WITHOUT_END, "prior_steps": WITHOUT_END, "max_minutes": half}
+    return wanted
 
 
-def _judging(parameters: dict) -> dict:
-    return {key: parameters[key] for key in ("judge_steps", "seeds") if parameters.get(key)}
+def _chosen(terms: dict, names) -> dict:
+    """Those of the given parameters among `names` that are set; 0 and "" leave the preset's."""
+    return {name: value for name, value in terms["parameters"].items() if name in names and value}
 
 
-def _check_split(run: Run, out: Path, found: dict) -> None:
-    for name in found:
+def _check_split(run: Run, out: Path, others: list[str]) -> None:
+    for name in others:
         path = out / name / "split.json"
         if path.exists() and json.loads(path.read_text()) != run.split:
-            raise DataError(f"{run.path / 'split.json'} and {path} differ: delete the run folder made by other data")
+            raise DataError(f"{run.path / 'split.json'} and {path} differ: delete the run folder made from other data")
 
 
 # Measured here ---------------------------------------------------------------------------------------------------
@@ -171,23 +195,24 @@ class Ruler:
         }
 
 
-def measure(run: Run, ruler: Ruler) -> dict:
-    """What the comparison says of a finished run."""
-    report = json.loads((run.path / "report.json").read_text())
-    kept = run.path / "measured.json"
-    if not kept.exists() or kept.stat().st_mtime < (run.path / "report.json").stat().st_mtime:
+def measure(run: Run, terms: dict, ruler: Ruler | None = None) -> dict:
+    """What the comparison says of a finished run; ruler: for what was not measured yet, or is older than the report."""
+    report, kept = run.path / "report.json", run.path / "measured.json"
+    if ruler and (not kept.exists() or kept.stat().st_mtime < report.stat().st_mtime):
         pipeline = load_pipeline(run.path / "pipeline")
+        sampling = _chosen(terms, inspect.signature(pipeline.prior.sample).parameters)  # as notebook 05 drew
+        pipeline.register_to_config(sampling={**pipeline.config.sampling, **sampling})
         here = {"sampling": sampling_speed(pipeline), "parameters": sizes(pipeline)}
         here["curve"] = curve(run, pipeline, ruler)
+        release_memory(pipeline)  # the next system trains in another process, on the same GPU
         with whole_file(kept) as path:
             path.write_text(json.dumps(here, indent=1) + "\n")
-    sections = ("reconstruction", "codebook", "identity", "augmentation", "fidelity", "memorisation", "physics")
+    sections = json.loads(report.read_text())
     return {
-        **{section: report[section] for section in sections},
+        **{section: sections[section] for section in SECTIONS},
         **json.loads(kept.read_text()),
         "training": training(run),
         "resources": resources(run),
-        "verdict": report["verdict"],
     }
 
 
@@ -201,26 +226,27 @@ def training(run: Run) -> dict:
 
 
 def resources(run: Run) -> dict:
-    """Wall time of all notebooks and the largest memory of the training ones and of generation, with the device."""
+    """Wall time of all notebooks and the largest memory of the training ones and of generation (None where it is not
+    known), with the device: of the sitting that finished each notebook."""
     steps = json.loads((run.path / "run.json").read_text())["steps"]
-    peaks = {name: step["peak_memory_gb"] or 0.0 for name, step in steps.items()}
-    train = [name for name in steps if name[:2] in ("02", "03", "04")]
+    peaks = [step["peak_memory_gb"] for name, step in steps.items() if name[:2] in ("02", "03", "04")]
     return {
         "wall_minutes": sum(step["seconds"] for step in steps.values()) / 60,
-        "training_memory_gb": max(peaks[name] for name in train),
-        "generation_memory_gb": peaks["05_generate"],
+        "training_memory_gb": None if None in peaks else max(peaks),
+        "generation_memory_gb": steps["05_generate"]["peak_memory_gb"],
         "device": steps["05_generate"]["device"],
     }
 
 
 def sizes(pipeline: MicroDopplerPipeline) -> dict:
-    """Parameters of codec and prior."""
-    parts = {"codec": pipeline.codec, "prior": pipeline.prior}
-    return {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
+    """Parameters of codec and prior, without those that only train the codec."""
+    aids = ("discriminator.", "projection.")
+    codec = [weight.numel() for name, weight in pipeline.codec.named_parameters() if not name.startswith(aids)]
+    return {"codec": sum(codec), "prior": sum(weight.numel() for weight in pipeline.prior.parameters())}
 
 
 def sampling_speed(pipeline: MicroDopplerPipeline, rounds: int = 3) -> dict:
-    """Seconds a window, decoding included, the quickest of `rounds` batches; and network calls a window."""
+    """Seconds a window, decoding included, the quickest of `rounds` batches; and the network calls of a batch."""
     users = pipeline.config.users
     plan = [pipeline.plan([users[n % len(users)]], 1, seed=n)[0] for n in range(TIMED)]
     calls, seconds = 0, []
@@ -240,17 +266,15 @@ def sampling_speed(pipeline: MicroDopplerPipeline, rounds: int = 3) -> dict:
 
 
 def curve(run: Run, pipeline: MicroDopplerPipeline, ruler: Ruler) -> list[dict]:
-    """Quality of windows drawn from the prior as it was on the way, and at the end, against the training time until
-    then, that of the codec included."""
+    """Quality of windows drawn from the prior as it was on the way, and from the pipeline's at the end, against the
+    training time until then, that of the codec included."""
     codec_seconds = float(_history(run.path / "codec")[-1]["seconds"])
     history = {int(row["step"]): float(row["seconds"]) for row in _history(run.path / "prior")}
-    last = max(history)
     final = {name: tensor.clone() for name, tensor in pipeline.prior.state_dict().items()}
     snapshots = {int(path.stem): path for path in (run.path / "prior" / "snapshots").glob("*.safetensors")}
-    points = []
-    for step in sorted({*snapshots, last}):
-        weights = final if step == last else load_file(snapshots[step])
-        pipeline.prior.load_state_dict(weights)
+    last, points = max(history), []
+    for step in sorted({last, *(snapshots.keys() & history.keys())}):
+        pipeline.prior.load_state_dict(final if step == last else load_file(snapshots[step]))
         quality = ruler.quality(drawn(pipeline, ruler.windows))
         points.append({"step": step, "minutes": (codec_seconds + history[step]) / 60, **quality})
     pipeline.prior.load_state_dict(final)
@@ -274,9 +298,9 @@ def _result(terms: dict, found: dict) -> dict:
     return {
         "mdlib": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "terms": {**terms, "data": Path(terms["data"]).name, "device": device_name()},
+        "terms": {**terms, "data": Path(terms["data"]).name},
         "versions": versions(),
-        "conclusions": comparison.conclusions(found),
+        "conclusions": comparison.conclusions(found, terms["budget_minutes"]),
         "systems": found,
     }
 
@@ -286,6 +310,8 @@ def _windows(out: Path, found: dict) -> dict[str, WindowSet]:
     sets: dict[str, WindowSet] = {}
     for name in (name for name, figures in found.items() if "error" not in figures):
         run = open_run(out / name)
+        if not (run.path / "generated").exists():
+            continue
         sets.setdefault("real", run.parts["test"])
         sets[name] = load_generated(run.path / "generated", run.windows)
     return sets

@@ -24,6 +24,10 @@ def _number(figure: dict, digits: int) -> str:
     return "–" if figure["value"] is None else f"{figure['value']:.{digits}f}"
 
 
+def _memory(gigabytes: float | None) -> str:
+    return "–" if gigabytes is None else f"{gigabytes:.1f}"
+
+
 def _percent(figure: dict, digits: int = 1) -> str:
     return "–" if figure["value"] is None else f"{100 * figure['value']:.{digits}f}"
 
@@ -82,20 +86,21 @@ ROWS = {  # what it is: how it reads in a system's figures
     "drawing a window, s (network calls)": lambda f: (
         f"{f['sampling']['seconds_per_window']:.3f} ({f['sampling']['network_calls']})"
     ),
-    "peak memory of training; of generation, GB": lambda f: (
-        f"{f['resources']['training_memory_gb']:.1f}; {f['resources']['generation_memory_gb']:.1f}"
+    "peak memory of training; of generation, GB": lambda f: "; ".join(
+        _memory(f["resources"][f"{part}_memory_gb"]) for part in ("training", "generation")
     ),
+    "measured on": lambda f: f["resources"]["device"],
     "parameters of codec; of prior, million": lambda f: (
         f"{f['parameters']['codec'] / 1e6:.2f}; {f['parameters']['prior'] / 1e6:.2f}"
     ),
 }
 
 
-def conclusions(systems: dict[str, dict]) -> dict:
+def conclusions(systems: dict[str, dict], budget_minutes: float = 0.0) -> dict:
     """The answers, each a dictionary with a sentence: which codec by the rule of `quality.choose_codec`, and which
-    system by gain, by Fréchet distance and by identity."""
+    system by gain, by Fréchet distance and by identity; and a list of claims beside what is measured."""
     measured = {name: figures for name, figures in systems.items() if "error" not in figures}
-    return {"codec": _codec(measured), **_best(measured), "claims": _claims(measured)}
+    return {"codec": _codec(measured), **_best(measured), "claims": _claims(measured, budget_minutes)}
 
 
 def _codec(systems: dict[str, dict]) -> dict:
@@ -104,6 +109,8 @@ def _codec(systems: dict[str, dict]) -> dict:
     if absent:
         return {"value": None, "reason": f"{' and '.join(absent)} not measured", "sentence": "VQ or KL: not measured."}
     vq, kl = (systems[name] for name in CLAIMED)
+    if kl["codebook"]["usage"]["value"] is not None:
+        return {"value": None, "reason": "both codecs are of one kind", "sentence": "VQ or KL: only VQ is measured."}
     choice = choose_codec(
         {"psnr_db": vq["reconstruction"]["psnr_db"]["value"], "usage": vq["codebook"]["usage"]["value"]},
         {"psnr_db": kl["reconstruction"]["psnr_db"]["value"]},
@@ -131,21 +138,23 @@ def _best(systems: dict[str, dict]) -> dict:
     return found
 
 
-def _claims(systems: dict[str, dict]) -> list[dict]:
+def _claims(systems: dict[str, dict], budget_minutes: float) -> list[dict]:
     rows = []
     for what, claims in CLAIMS.items():
         row = {"what": what}
         for name, claim in zip(CLAIMED, claims, strict=True):
-            row[name] = {"claimed": claim, "measured": _measured(what, systems[name]) if name in systems else None}
+            measured = _measured(what, systems[name], budget_minutes) if name in systems else None
+            row[name] = {"claimed": claim, "measured": measured}
         rows.append(row)
     return rows
 
 
-def _measured(what: str, figures: dict) -> str:
+def _measured(what: str, figures: dict, budget_minutes: float) -> str:
     if what == "memory":
-        return f"{figures['resources']['training_memory_gb']:.1f} GB ({figures['resources']['device']})"
+        return f"{_memory(figures['resources']['training_memory_gb'])} GB ({figures['resources']['device']})"
     if what == "training time":
-        return f"{sum(figures['training'][f'{part}_minutes'] for part in ('codec', 'prior')):.1f} min"
+        minutes = sum(figures["training"][f"{part}_minutes"] for part in ("codec", "prior"))
+        return f"{minutes:.1f} min" + (", set by the budget" if budget_minutes else "")
     return f"{1 / figures['sampling']['seconds_per_window']:.1f} windows/s"
 
 
@@ -167,23 +176,34 @@ def _page(result: dict, windows: dict[str, WindowSet]) -> str:
         f"<p class=verdict>{'<br>'.join(map(html.escape, sentences))}</p>",
         _rows([["", ""]] + [[key, str(value)] for key, value in result["terms"].items()]),
         *(f"<p>{html.escape(f'{name} failed: {why}')}</p>" for name, why in failed.items()),
-        "<h2>Figures</h2><p class=note>As defined in each system's report; all on the same split.</p>",
+        f"<h2>Figures</h2><p class=note>As defined in each system's report; all on the same split, by the same judges. "
+        f"{_effort(result['terms']['budget_minutes'])} Wall time and memory are those of the sitting that finished "
+        "each notebook.</p>",
         _rows([["", *measured], *([what, *map(read, measured.values())] for what, read in ROWS.items())]),
     ]
     if measured:
         parts += [
             "<h2>Quality against training time</h2><p class=note>Ten windows a user drawn from the prior as it was on "
-            "the way; time of the codec included. Dotted: the judges' own accuracy on real windows.</p>",
+            "the way, the last point from the pipeline's; time of the codec included. Dotted: the judges' own accuracy "
+            "on real windows.</p>",
             embedded("curves", plot.to_png(plot.learning(measured))),
             "<h2>Gain against the number of generated windows</h2><p class=note>Bars: 95 % intervals.</p>",
             embedded("gains", plot.to_png(plot.gains(measured))),
-            "<h2>What was claimed, and what is measured</h2>",
+            "<h2>What was claimed, and what is measured</h2><p class=note>The claims are rough figures of the designs "
+            "these two systems come from, told before anything was built, for a GPU; memory on a CPU is the "
+            "process's.</p>",
             _rows(_claim_rows(answers["claims"])),
         ]
     if windows:
         parts += ["<h2>A look</h2>", embedded("windows", plot.to_png(plot.side_by_side(windows)))]
     parts.append(f"<p class=note>mdlib {result['mdlib']}, {result['created']}. All figures are in comparison.json.</p>")
     return page("mdlib comparison", parts)
+
+
+def _effort(budget_minutes: float) -> str:
+    if not budget_minutes:
+        return "Each system trained for its preset's steps, which are not the same number: see the training times."
+    return f"Each system trained for {budget_minutes:g} minutes, half of them the codec, half the prior."
 
 
 def _claim_rows(claims: list[dict]) -> list[list[str]]:

@@ -225,8 +225,9 @@ def learning(systems: dict[str, dict]) -> Figure:
         axes[0], ("identity", "fd_ratio"), ("identity of generated windows", "Fréchet distance over real"), strict=True
     ):
         for (name, figures), colour in zip(systems.items(), _colours(len(systems)), strict=True):
-            points = [(point["minutes"], point[key]) for point in figures["curve"] if point[key] is not None]
-            axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, linewidth=1, label=name)
+            points = [point for point in figures["curve"] if point[key] is not None]
+            minutes, values = ([point[name] for point in points] for name in ("minutes", key))
+            axis.plot(minutes, values, "o-", color=colour, markersize=3, linewidth=1, label=name)
         axis.set_xlabel("training time, min", fontsize=8)
         axis.set_ylabel(title, fontsize=8)
     own = next(iter(systems.values()))["identity"]["judge_accuracy"]["value"]

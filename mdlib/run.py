@@ -247,10 +247,7 @@ def execute(out: str, parameters: dict, first: str = "", last: str = "", **said:
     said = {key: value for key, value in said.items() if value}
     system = get_system({**open_run.__kwdefaults__, **before, **said}["system"])
     known = {name: _parameters(name) for name in system.notebooks}
-    allowed = set().union(*known.values()) - {"system", "preset", "data", "out"}
-    for key in parameters:
-        if key not in allowed:
-            raise DataError(f"no notebook has a parameter {key!r}; there are {', '.join(sorted(allowed))}")
+    _check_parameters(parameters, known)
     names = _chosen(system.notebooks, first, last)
     typed = {key: value for key, value in {**parameters, **said}.items() if key in open_run.__kwdefaults__}
     run = open_run(out, **{**before, **typed})
@@ -263,6 +260,18 @@ def execute(out: str, parameters: dict, first: str = "", last: str = "", **said:
             continue
         _execute_one(name, run.path, {key: value for key, value in common.items() if key in known[name]})
     return run.path
+
+
+def check_parameters(system: str, parameters: dict) -> None:
+    """DataError where no notebook of `system` has one of the parameters."""
+    _check_parameters(parameters, {name: _parameters(name) for name in get_system(system).notebooks})
+
+
+def _check_parameters(parameters: dict, known: dict[str, dict]) -> None:
+    allowed = set().union(*known.values()) - {"system", "preset", "data", "out"}
+    for key in parameters:
+        if key not in allowed:
+            raise DataError(f"no notebook has a parameter {key!r}; there are {', '.join(sorted(allowed))}")
 
 
 def _execute_one(name: str, out: Path, values: dict) -> None:

@@ -1,8 +1,8 @@
 """One training loop for every model: `fit(model, data, config, run_dir)`.
 
 A step is a pure function of (state, step number): data order depends on (seed, epoch), noise on (seed, step). So a
-run that was killed and resumed on the same CPU ends bit for bit like one that was not. Nothing else about randomness
-is saved.
+run that was killed and resumed on the same CPU ends bit for bit like one that was not, but for a budget of time, under
+which the learning rate follows the clock. Nothing else about randomness is saved.
 
 Started by `accelerate launch --multi_gpu` or `torchrun`, `fit` trains one model in all processes: a step's batch is cut
 into as many parts as there are processes, and the gradients are averaged before the step. Models are trained by `loss`,
@@ -173,6 +173,8 @@ def fit_stages(
         left = config.max_minutes and config.max_minutes * until - seconds / 60
         if history and config.max_minutes and left <= 0:
             break
+        if config.max_minutes and (Path(run_dir) / f"stage-{number + 1}" / "state.pt").exists():
+            left = 1e-9  # its weights went on in the next stage: a larger budget comes too late for it
         model.configure(**changes)
         steps = max(1, round(share * config.steps))
         warmup = min(config.warmup_steps, max(1, steps // 10))
@@ -296,7 +298,10 @@ class _Fit:
         logs = dict(zip(logs, all_mean(values).tolist(), strict=True))
         self.history, self.best, self.stale, self.stopped = on_first(lambda: self._measure(logs))
         row = self.history[-1]
-        return {key: f"{row[key]:.3g}" for key in ("held_out_loss", *logs) if key in row}
+        shown = {key: f"{row[key]:.3g}" for key in ("held_out_loss", *logs) if key in row}
+        if self.config.max_minutes:
+            shown["minutes"] = f"{self.seconds / 60:.1f}/{self.config.max_minutes:g}"
+        return shown
 
     def _measure(self, logs: dict[str, float]) -> tuple[list[dict], float, int, str]:
         """The history with its new row, and best, stale and stopped; keeps the weights of the lowest held-out loss."""

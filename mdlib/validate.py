@@ -39,6 +39,10 @@ class Protocol:
     variants: int = 8  # stride-recombined copies of each window in every arm's training set
     batch_size: int = 64
 
+    def __post_init__(self):
+        if any(not isinstance(n, int) or n < 1 for n in self.counts) or len(set(self.counts)) < len(self.counts):
+            raise DataError(f"counts must be different whole numbers of 1 or more, got {list(self.counts)}")
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -85,7 +89,8 @@ def evaluate(
         about: what the reader should know of the run (system, preset, data …), copied into the report.
         judges_folder: keeps the judges of real windows: runs on the same split are then measured by the very same ones.
     """
-    with bar((4 + len(protocol.counts)) * protocol.seeds + len(protocol.shares), "judges", unit="judge") as progress:
+    arms_and_judges = 4 + len(_counts(evidence, protocol))
+    with bar(arms_and_judges * protocol.seeds + len(protocol.shares), "judges", unit="judge") as progress:
         judges = unseen_judges(evidence, protocol, progress, judges_folder)
         arms = train_arms(evidence, protocol, progress, judges_folder)
     report = {
@@ -138,8 +143,7 @@ def train_arms(evidence: Evidence, protocol: Protocol, progress, folder: str | P
     the same classical augmentation in every arm, the test windows untouched."""
     train, test = evidence.train, evidence.test
     share = _chosen_share(evidence, protocol, progress)
-    fewest = int(torch.bincount(evidence.generated.labels, minlength=train.num_users).min())
-    counts = [count for count in protocol.counts if count < fewest]
+    counts = _counts(evidence, protocol)
     few = {count: replace(evidence, generated=first(evidence.generated, count)) for count in counts}
     judges: dict[str | int, list[Judge]] = {}
     for seed in range(protocol.seeds):
@@ -153,6 +157,12 @@ def train_arms(evidence: Evidence, protocol: Protocol, progress, folder: str | P
     correct = {name: correctness(some, test.images, test.labels) for name, some in judges.items()}
     by_count = {count: correct.pop(count) for count in counts}
     return Arms(judges, correct, share, by_count)
+
+
+def _counts(evidence: Evidence, protocol: Protocol) -> list[int]:
+    """The protocol's counts below the number of generated windows of any user."""
+    fewest = int(torch.bincount(evidence.generated.labels, minlength=evidence.train.num_users).min())
+    return [count for count in protocol.counts if count < fewest]
 
 
 def first(windows: WindowSet, count: int) -> WindowSet:

@@ -2,17 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import message
 
 from mdlib import compare as comparing
-from mdlib.compare import Ruler, compare, drawn, sampling_speed
+from mdlib.compare import Ruler, compare, curve, drawn, sampling_speed, sizes
 from mdlib.comparison import conclusions
 from mdlib.data import DataError
 from mdlib.pipeline import load_pipeline
 from mdlib.run import open_run
+from mdlib.validate import Protocol
+from mdlib.vavae import VAVAE
 
 
 @pytest.fixture
@@ -92,7 +96,32 @@ def test_other_terms_are_refused(compared, people, tmp_path):
     assert "budget_minutes and images_per_user must be 0 or more" in message(
         compare, people, tmp_path / "x", "all", "smoke", -1.0
     )
+    for key in ("images_per_user", "joint_steps"):
+        assert f"{key} is no parameter of a comparison" in message(
+            compare, people, tmp_path / "x", "all", "smoke", parameters={key: 5}
+        )
+    told = message(compare, people, tmp_path / "x", "all", "smoke", 3.0, parameters={"codec_steps": 5})
+    assert "codec_steps is no parameter of a comparison: the budget of time decides" in told
+    told = message(compare, people, tmp_path / "x", "all", "smoke", parameters={"prior_options": 5})
+    assert "prior_options must be a dictionary, got 5" in told
+    assert "no parameter 'codec_step'" in message(
+        compare, people, tmp_path / "x", "all", "smoke", parameters={"codec_step": 5}
+    )
+    assert "no such folder" in message(compare, tmp_path / "none", tmp_path / "x", "all", "smoke")
     assert not (tmp_path / "x").exists()
+
+
+def test_terms_of_which_nothing_was_made_may_be_corrected(people, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "execute", lambda *_, **__: (_ for _ in ()).throw(DataError("no GPU")))
+    first = compare(people, tmp_path / "x", "vq-diffusion", "gpu-6gb")
+    second = compare(people, tmp_path / "x", "vq-diffusion", "smoke")
+    assert first["systems"] == second["systems"] == {"vq-diffusion": {"error": "no GPU"}}
+    assert json.loads((tmp_path / "x" / "terms.json").read_text())["preset"] == "smoke"
+
+
+def test_systems_measured_before_stay_on_the_page(compared, people, tmp_path):
+    out = shutil.copytree(compared, tmp_path / "compared")
+    assert list(compare(people, out, "vq-diffusion", "smoke")["systems"]) == ["vqvae-ldm", "vq-diffusion"]
 
 
 def test_a_system_that_fails_does_not_take_the_others_with_it(compared, people, monkeypatch, tmp_path):
@@ -100,11 +129,11 @@ def test_a_system_that_fails_does_not_take_the_others_with_it(compared, people, 
 
     def execute(path, *arguments, system, **said):
         if system == "vqvae-ldm":
-            raise DataError("memory ran out")
+            raise RuntimeError("memory ran out:\n8 GiB")
 
     monkeypatch.setattr(comparing, "execute", execute)
     found = compare(people, out, "vqvae-ldm,vq-diffusion", "smoke")
-    assert found["systems"]["vqvae-ldm"] == {"error": "memory ran out"}
+    assert found["systems"]["vqvae-ldm"] == {"error": "memory ran out: 8 GiB"}
     assert "identity" in found["systems"]["vq-diffusion"]
     assert "vqvae-ldm failed: memory ran out" in (out / "comparison.html").read_text()
 
@@ -133,10 +162,10 @@ def made(compared):
 def test_the_ruler_tells_real_windows_from_noise(made):
     run, pipeline = made
     ruler = Ruler(run)
-    ruler.protocol = comparing.replace(ruler.protocol, judge_steps=60)
+    ruler.protocol = replace(ruler.protocol, judge_steps=60)
     made = drawn(pipeline, run.windows, 4)
     assert made.labels.tolist() == [label for label in range(3) for _ in range(4)]
-    noise = comparing.replace(made, images=torch.randint_like(made.images, 256))
+    noise = replace(made, images=torch.randint_like(made.images, 256))
     real, false = ruler.quality(run.parts["train"]), ruler.quality(noise)
     assert real["identity"] > 0.9 > false["identity"] and 3 * real["fd_ratio"] < false["fd_ratio"]
 
@@ -146,6 +175,29 @@ def test_network_calls_are_counted(made):
     pipeline.register_to_config(sampling=dict(sampler="mask_predict", num_inference_steps=5, guidance_scale=2.0))
     found = sampling_speed(pipeline, rounds=1)
     assert found["network_calls"] == 5 and found["seconds_per_window"] > 0
+
+
+def test_what_only_trains_a_codec_is_not_counted():
+    codec = VAVAE(image_size=16, block_out_channels=(8,), norm_num_groups=4, foundation_width=8, adversarial_weight=0.5)
+    plain = VAVAE(image_size=16, block_out_channels=(8,), norm_num_groups=4)
+    prior = torch.nn.Linear(3, 2)
+    one, other = (sizes(SimpleNamespace(codec=some, prior=prior)) for some in (codec, plain))
+    assert one == other == {"codec": sum(weight.numel() for weight in plain.parameters()), "prior": 8}
+
+
+def test_a_snapshot_of_a_step_that_was_lost_is_left_out(made, tmp_path):
+    run, pipeline = made
+    run = replace(run, path=shutil.copytree(run.path, tmp_path / "run"))
+    kept = next((run.path / "prior" / "snapshots").glob("*.safetensors"))
+    shutil.copy(kept, kept.with_stem("5"))
+    ruler = SimpleNamespace(windows=run.windows, quality=lambda generated: {"identity": len(generated)})
+    points = curve(run, pipeline, ruler)
+    assert [point["step"] for point in points] == [3, 6] and points[0]["identity"] == 30
+
+
+@pytest.mark.parametrize("counts", [(0,), (3, 3), (2.5,)])
+def test_counts_that_cannot_be_used_are_refused(counts):
+    assert "counts must be different whole numbers of 1 or more" in message(Protocol, counts=counts)
 
 
 def figures(psnr: float, usage: float | None, gain: tuple, fd: float, identity: float) -> dict:
@@ -188,6 +240,12 @@ def test_without_enough_usage_or_with_wide_intervals_nothing_is_concluded():
     }
     found = conclusions(systems)
     assert found["codec"]["choice"] == "kl" and "no interval lies below its own" in found["gain"]["sentence"]
+    systems["vae-diffusion"]["codebook"]["usage"]["value"] = 0.9
+    assert conclusions(systems)["codec"]["reason"] == "both codecs are of one kind"
+    systems["vqvae-transformer"]["resources"]["training_memory_gb"] = None
+    memory, minutes, _ = conclusions(systems, budget_minutes=3.5)["claims"]
+    assert memory["vqvae-transformer"]["measured"] == "– GB (CPU)"
+    assert minutes["vqvae-transformer"]["measured"] == "3.5 min, set by the budget"
     alone = conclusions({"vq-diffusion": systems["vqvae-transformer"], "vavae-dit": {"error": "x"}})
     assert alone["codec"]["value"] is None and alone["gain"]["value"] == "vq-diffusion"
     assert alone["claims"][0]["vae-diffusion"]["measured"] is None

@@ -2,13 +2,14 @@
 
 import html
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers import write_set
 
-from mdlib import metrics
+from mdlib import metrics, validate
 from mdlib.data import DataError, WindowFile, WindowSet
 from mdlib.judge import Judge
 from mdlib.report import load_generated, write_report
@@ -24,9 +25,11 @@ from mdlib.validate import (
     evaluate,
     features,
     fidelity,
+    first,
     halves,
     memorisation,
     other_label,
+    real_only_judges,
     through_codec,
     time_blocks,
     verdict,
@@ -151,6 +154,31 @@ def test_sets_are_compared_at_equal_numbers_of_each_user():
     assert drawn == {"few": [2, 3, 3, 3], "many": [2, 3, 3, 3]}
     assert len(set(rows["many"].tolist())) == 11
     assert rows["many"].tolist() == alike(sets, seed=0)["many"].tolist() != alike(sets, seed=1)["many"].tolist()
+
+
+def test_the_first_windows_of_each_user_are_taken():
+    few = first(windows(5, 7).select(torch.randperm(20)), 2)
+    assert few.labels.bincount().tolist() == [2, 2, 2, 2]
+
+
+def test_the_gain_is_told_for_fewer_generated_windows():
+    protocol = Protocol(judge_steps=2, seeds=2, variants=1, counts=(2, 4, 9))
+    found = evaluate(evidence(windows(5, 7)), protocol)["augmentation"]
+    assert [row["windows_per_user"] for row in found["gain_by_windows"]] == [2, 4, 5], "nine were not made"
+    assert found["gain_by_windows"][-1]["value"] == found["gain"]["value"]
+
+
+def test_judges_of_real_windows_are_kept_for_other_runs(tmp_path, monkeypatch):
+    protocol, case = Protocol(judge_steps=2, seeds=2, variants=1), evidence(windows(5, 7))
+    trained = real_only_judges(case, protocol, tmp_path)
+    monkeypatch.setattr(validate, "train_judge", None)
+    again = real_only_judges(case, protocol, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    for one, other in zip(trained, again, strict=True):
+        torch.testing.assert_close(one.probabilities(case.test.images), other.probabilities(case.test.images))
+    for changed in (replace(case, train=windows(3, 9)), case):
+        with pytest.raises(TypeError):
+            real_only_judges(changed, protocol if changed is not case else replace(protocol, judge_steps=3), tmp_path)
 
 
 def test_fidelity_needs_windows_in_every_set():
