@@ -71,7 +71,7 @@ def compare(
     terms = _terms(names, str(data), preset, budget_minutes, images_per_user, parameters or {})
     find_windows(data)
     _claim(out, terms)
-    found = {name: measure(open_run(out / name), terms) for name in SYSTEMS if (out / name / "measured.json").exists()}
+    found = {name: measure(open_run(out / name), terms) for name in SYSTEMS if _is_measured(out / name)}
     ruler = None
     for number, name in enumerate(names, 1):
         print(f"{name}: {number} of {len(names)}", flush=True)
@@ -195,10 +195,16 @@ class Ruler:
         }
 
 
+def _is_measured(folder: Path) -> bool:
+    """Whether what is measured here belongs to the run's report."""
+    report, kept = folder / "report.json", folder / "measured.json"
+    return report.exists() and kept.exists() and kept.stat().st_mtime >= report.stat().st_mtime
+
+
 def measure(run: Run, terms: dict, ruler: Ruler | None = None) -> dict:
-    """What the comparison says of a finished run; ruler: for what was not measured yet, or is older than the report."""
-    report, kept = run.path / "report.json", run.path / "measured.json"
-    if ruler and (not kept.exists() or kept.stat().st_mtime < report.stat().st_mtime):
+    """What the comparison says of a finished run; ruler: where `_is_measured` is false."""
+    kept = run.path / "measured.json"
+    if not _is_measured(run.path):
         pipeline = load_pipeline(run.path / "pipeline")
         sampling = _chosen(terms, inspect.signature(pipeline.prior.sample).parameters)  # as notebook 05 drew
         pipeline.register_to_config(sampling={**pipeline.config.sampling, **sampling})
@@ -207,7 +213,7 @@ def measure(run: Run, terms: dict, ruler: Ruler | None = None) -> dict:
         release_memory(pipeline)  # the next system trains in another process, on the same GPU
         with whole_file(kept) as path:
             path.write_text(json.dumps(here, indent=1) + "\n")
-    sections = json.loads(report.read_text())
+    sections = json.loads((run.path / "report.json").read_text())
     return {
         **{section: sections[section] for section in SECTIONS},
         **json.loads(kept.read_text()),

@@ -178,8 +178,8 @@ def test_network_calls_are_counted(made):
 
 
 def test_what_only_trains_a_codec_is_not_counted():
-    codec = VAVAE(image_size=16, block_out_channels=(8,), norm_num_groups=4, foundation_width=8, adversarial_weight=0.5)
-    plain = VAVAE(image_size=16, block_out_channels=(8,), norm_num_groups=4)
+    common = dict(image_size=16, block_out_channels=(8,), norm_num_groups=4, discriminator_layers=1)
+    codec, plain = VAVAE(**common, foundation_width=8, adversarial_weight=0.5), VAVAE(**common)
     prior = torch.nn.Linear(3, 2)
     one, other = (sizes(SimpleNamespace(codec=some, prior=prior)) for some in (codec, plain))
     assert one == other == {"codec": sum(weight.numel() for weight in plain.parameters()), "prior": 8}
