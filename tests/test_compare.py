@@ -43,7 +43,7 @@ def test_every_system_is_measured_on_the_same_terms(result, compared):
         report = json.loads((compared / name / "report.json").read_text())
         assert found["augmentation"] == report["augmentation"] and found["physics"] == report["physics"]
         assert found["training"]["codec_steps"] == found["training"]["prior_steps"] == 6
-        assert found["parameters"]["codec"] > found["parameters"]["prior"] > 1000
+        assert min(found["parameters"].values()) > 1000
         assert found["resources"]["training_memory_gb"] > 0 and found["resources"]["wall_minutes"] > 0
         assert report["windows"]["generated"] == 3 * result["terms"]["images_per_user"]
     assert result["systems"]["vq-diffusion"]["sampling"]["network_calls"] == 3
