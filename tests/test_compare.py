@@ -167,7 +167,7 @@ def test_the_ruler_tells_real_windows_from_noise(made):
     assert made.labels.tolist() == [label for label in range(3) for _ in range(4)]
     noise = replace(made, images=torch.randint_like(made.images, 256))
     real, false = ruler.quality(run.parts["train"]), ruler.quality(noise)
-    assert real["identity"] > 0.9 > false["identity"] and 3 * real["fd_ratio"] < false["fd_ratio"]
+    assert real["identity"] > false["identity"] + 0.1 and 3 * real["fd_ratio"] < false["fd_ratio"]
 
 
 def test_network_calls_are_counted(made):
