@@ -104,7 +104,7 @@ def test_other_terms_are_refused(compared, people, tmp_path):
     assert "codec_steps is no parameter of a comparison: the budget of time decides" in told
     told = message(compare, people, tmp_path / "x", "all", "smoke", parameters={"prior_options": 5})
     assert "prior_options must be a dictionary, got 5" in told
-    assert "no parameter 'codec_step'" in message(
+    assert "has a parameter 'codec_step'; there are" in message(
         compare, people, tmp_path / "x", "all", "smoke", parameters={"codec_step": 5}
     )
     assert "no such folder" in message(compare, tmp_path / "none", tmp_path / "x", "all", "smoke")
