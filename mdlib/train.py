@@ -171,7 +171,7 @@ def fit_stages(
     for number, (share, changes) in enumerate(stages, 1):
         until = sum(share for share, _ in stages[:number]) / whole
         left = config.max_minutes and config.max_minutes * until - seconds / 60
-        if history and config.max_minutes and left <= 0:
+        if history and config.max_minutes and left < 0.01 / 60:  # seconds are kept to a hundredth
             break
         if config.max_minutes and (Path(run_dir) / f"stage-{number + 1}" / "state.pt").exists():
             left = 1e-9  # its weights went on in the next stage: a larger budget comes too late for it
@@ -417,6 +417,10 @@ class _Fit:
         self.best, self.stale, self.stopped = state["best"], state["stale"], state["stopped"]
         if self.stopped.startswith("the budget") and not self._budget_spent():
             self.stopped = ""  # a larger budget was granted
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate  # a budget had lowered it
+        if self.config.max_minutes:
+            self._hurry()
 
     def _budget_spent(self) -> bool:
         limit = 60 * self.config.max_minutes
