@@ -8,8 +8,9 @@ from mdlib.systems import SYSTEMS
 
 
 def test_the_commands_run_in_the_order_they_are_told(story):
-    assert list(story.answers) == ["simulate", "run", "generate", "split", "validate"]
-    for product in ("runs/first/report.html", "more/manifest.csv", "split.json", "runs/judged/report.html"):
+    assert list(story.answers) == ["simulate", "run", "generate", "split", "validate", "compare"]
+    products = ("first/report.html", "judged/report.html", "compared/comparison.html")
+    for product in ("more/manifest.csv", "split.json", *(f"runs/{name}" for name in products)):
         assert (story.folder / product).exists(), product
     made = sorted(path.parent.name for path in (story.folder / "more").glob("ID_*/*.png"))
     assert made == ["ID_1"] * 4 + ["ID_3"] * 4
