@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
 
+from mdlib.__main__ import main
 from mdlib.data import DataError
 from mdlib.latents import encode_all
 from mdlib.report import load_rival
@@ -60,6 +62,21 @@ def denoised(story):
 def mdlib(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mdlib", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """`mdlib` in this process: it saves the seconds that a new one takes to import torch."""
+
+    def call(*arguments) -> SimpleNamespace:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["mdlib", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return SimpleNamespace(returncode=end.value.code or 0, **capfd.readouterr()._asdict())
+
+    return call
 
 
 def test_one_command_leads_to_the_report(finished):
@@ -150,28 +167,28 @@ def test_the_two_kinds_of_codec_stand_side_by_side(denoised, finished):
     assert other["reconstruction"]["codec_choice"]["reason"] == "no rival codec was given"
 
 
-def test_samplers_are_chosen_by_name_and_a_grid_is_drawn(denoised, tmp_path):
+def test_samplers_are_chosen_by_name_and_a_grid_is_drawn(denoised, here, tmp_path):
     options = ["--per-user", 2, "-o", "scheduler=ddim", "-o", "num_inference_steps=5", "-o", "classifier_scale=1.5"]
-    answer = mdlib(
+    answer = here(
         "generate", "--pipeline", denoised["vae-diffusion"] / "pipeline", "--out", tmp_path, "--grid", *options
     )
-    assert answer.returncode == 0, answer.stderr
+    assert answer.returncode == 0, answer.err
     assert (tmp_path / "grid.png").exists() and len(list(tmp_path.glob("ID_*/*.png"))) == 6
-    wrong = mdlib(
+    wrong = here(
         "generate", "--pipeline", denoised["vqvae-ldm"] / "pipeline", "--out", tmp_path / "x", "-o", "scheduler=lms"
     )
     assert not (tmp_path / "x").exists()
-    assert wrong.returncode == 1 and "scheduler must be one of ddpm, ddim, pndm, dpm++, got 'lms'" in wrong.stderr
+    assert wrong.returncode == 1 and "scheduler must be one of ddpm, ddim, pndm, dpm++, got 'lms'" in wrong.err
 
 
-def test_tokens_are_drawn_by_either_sampler(denoised, tmp_path):
+def test_tokens_are_drawn_by_either_sampler(denoised, here, tmp_path):
     pipeline = ["--pipeline", denoised["vq-diffusion"] / "pipeline", "--per-user", 2]
     options = ["-o", "sampler=mask_predict", "-o", "num_inference_steps=4", "-o", "guidance_scale=2"]
-    answer = mdlib("generate", *pipeline, "--out", tmp_path / "made", *options)
-    assert answer.returncode == 0, answer.stderr
+    answer = here("generate", *pipeline, "--out", tmp_path / "made", *options)
+    assert answer.returncode == 0, answer.err
     assert len(list((tmp_path / "made").glob("ID_*/*.png"))) == 6
-    wrong = mdlib("generate", *pipeline, "--out", tmp_path / "x", "-o", "scheduler=ddim")
-    assert wrong.returncode == 1 and "this prior has no sampling option scheduler; there are" in wrong.stderr
+    wrong = here("generate", *pipeline, "--out", tmp_path / "x", "-o", "scheduler=ddim")
+    assert wrong.returncode == 1 and "this prior has no sampling option scheduler; there are" in wrong.err
     assert not (tmp_path / "x").exists()
 
 
@@ -213,11 +230,11 @@ def test_a_second_call_skips_what_is_done_and_from_runs_anew(finished, tmp_path)
     assert not (out / "report.json").exists() and "report" not in anew.stdout, "the old verdict is of other windows"
 
 
-def test_from_with_other_settings_is_refused_before_anything_is_removed(finished, people):
+def test_from_with_other_settings_is_refused_before_anything_is_removed(finished, people, here):
     out, _ = finished
     before = sorted(out.rglob("*"))
-    answer = mdlib("run", "--data", people, "--out", out, "--preset", "demo", "--from", "03")
-    assert answer.returncode == 1 and "other settings (preset: 'smoke' is not 'demo')" in answer.stderr
+    answer = here("run", "--data", people, "--out", out, "--preset", "demo", "--from", "03")
+    assert answer.returncode == 1 and "other settings (preset: 'smoke' is not 'demo')" in answer.err
     assert sorted(out.rglob("*")) == before
 
 
@@ -262,9 +279,9 @@ def test_windows_per_user_of_minus_one_keeps_all(people, tmp_path):
     assert open_run(tmp_path / "other", data=people, preset="demo").preset.windows_per_user == 10
 
 
-def test_split_from_the_command_line(people, tmp_path):
-    answer = mdlib("split", "--data", people, "--out", tmp_path / "split.json", "--windows-per-user", 5)
-    assert answer.returncode == 0 and "3 users, 15 train" in answer.stdout
+def test_split_from_the_command_line(people, here, tmp_path):
+    answer = here("split", "--data", people, "--out", tmp_path / "split.json", "--windows-per-user", 5)
+    assert answer.returncode == 0 and "3 users, 15 train" in answer.out
     assert len(json.loads((tmp_path / "split.json").read_text())["train"]) == 15
 
 
@@ -283,13 +300,13 @@ def test_split_from_the_command_line(people, tmp_path):
         (["split", "--data", "{out}", "--out", "{out}/split.json"], "no user folders in it"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing_behind(arguments, message, people, tmp_path):
+def test_bad_input_is_one_line_and_leaves_nothing_behind(arguments, message, people, here, tmp_path):
     fill = lambda text: text.format(data=people, out=tmp_path)
-    answer = mdlib(*map(fill, arguments))
+    answer = here(*map(fill, arguments))
     assert answer.returncode == 1
-    lines = answer.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("mdlib: ") and fill(message) in lines[0], answer.stderr
-    assert "Traceback" not in answer.stderr
+    lines = answer.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("mdlib: ") and fill(message) in lines[0], answer.err
+    assert "Traceback" not in answer.err
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -301,8 +318,8 @@ def test_a_run_of_other_settings_is_refused(people, tmp_path):
     assert open_run(tmp_path).settings["preset"] == "smoke"
 
 
-def test_a_split_of_ones_own_is_used(people, tmp_path):
-    answer = mdlib("split", "--data", people, "--out", tmp_path / "mine.json", "--windows-per-user", 4)
+def test_a_split_of_ones_own_is_used(people, here, tmp_path):
+    answer = here("split", "--data", people, "--out", tmp_path / "mine.json", "--windows-per-user", 4)
     assert answer.returncode == 0
     run = open_run(tmp_path / "run", data=people, preset="smoke", split=tmp_path / "mine.json")
     assert len(run.parts["train"]) == 12
