@@ -5,7 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, readme_commands
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes that each take all cores keep each other waiting. Told before torch starts.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+
+from helpers import ROOT, readme_commands  # noqa: E402
 
 SMALLER = {
     "--users 31": "--users 3",
@@ -15,6 +20,14 @@ SMALLER = {
     "--out runs/compared": "--out runs/compared --systems vqvae-ldm,vq-diffusion --preset smoke",
     "--out runs/judged": "--out runs/judged --size 32 --judge-steps 2 --seeds 2",
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of one file share its fixtures, and those of the story share the story: one process for each group."""
+    for item in items:
+        name = "story" if "story" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(autouse=True)
