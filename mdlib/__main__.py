@@ -1,4 +1,4 @@
-"""The command line: simulate, split, run, compare, generate, validate."""
+"""The command line: simulate, split, run, compare, study, generate, validate."""
 
 import json
 import os
@@ -45,6 +45,7 @@ def split(
     test: float = 0.25,
     gap: Annotated[int, typer.Option(help="windows between the parts")] = 4,
     windows_per_user: Annotated[int, typer.Option(help="training windows kept a user; 0 keeps all")] = 0,
+    contiguous: Annotated[bool, typer.Option("--contiguous", help="keep them in a row, not evenly spaced")] = False,
     extensions: str = "png,jpg,jpeg",
 ):
     """Split by recording and time, without leaking overlapping windows from one part into another."""
@@ -52,7 +53,8 @@ def split(
     from mdlib.split import make_split, write_split
 
     files = find_windows(data, extensions=[part.strip(" .") for part in extensions.split(",")])
-    parts = make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
+    few = dict(windows_per_user=windows_per_user or None, contiguous=contiguous)
+    parts = make_split(files, val=val, test=test, gap=gap, **few)
     write_split(parts, out)
     sizes = ", ".join(f"{len(parts[name])} {name}" for name in ("train", "val", "test"))
     print(f"{out}: {len(parts['users'])} users, {sizes}, {len(parts['dropped'])} dropped in the gaps")
@@ -98,6 +100,27 @@ def compare(
     failed = [name for name, figures in result["systems"].items() if "error" in figures]
     if failed:
         raise ValueError(f"not compared: {', '.join(failed)}; the reasons are in {out / 'comparison.html'}")
+
+
+@app.command()
+def study(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="folder of the study, a run for each number in it")],
+    system: Annotated[str, typer.Option(help="which system")] = "vae-diffusion",
+    preset: Annotated[str, typer.Option(help="its sizes")] = "demo",
+    windows: Annotated[str, typer.Option(help="training windows a user, with commas between")] = "5,10,20,50",
+    contiguous: Annotated[bool, typer.Option("--contiguous", help="in a row, not evenly spaced")] = False,
+    parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of any notebook")] = [],  # noqa: B006
+):
+    """Train and judge a system on few and on more windows a user, down to study.html; a second call goes on."""
+    from mdlib.study import study as run_study
+
+    try:
+        counts = tuple(int(count) for count in windows.split(","))
+    except ValueError as error:
+        raise ValueError(f"windows: whole numbers with commas between, got {windows!r}") from error
+    result = run_study(data, out, system, preset, counts, contiguous, dict(_pair(text) for text in parameter))
+    print("\n".join([str(out / "study.html"), *(row["verdict"]["sentence"] for row in result["rows"])]))
 
 
 @app.command()

@@ -11,7 +11,17 @@ import torch
 from mdlib.data import DataError, WindowFile, WindowSet, count, to_float
 from mdlib.files import whole_file
 
-__all__ = ["PARTS", "apply_split", "make_split", "measured_overlap", "random_split", "read_split", "write_split"]
+__all__ = [
+    "PARTS",
+    "apply_split",
+    "make_split",
+    "measured_overlap",
+    "overlap",
+    "random_split",
+    "read_split",
+    "spare_windows",
+    "write_split",
+]
 
 PARTS = ("train", "val", "test")
 
@@ -29,6 +39,7 @@ def make_split(
     test: float = 0.25,
     gap: int = 4,
     windows_per_user: int | None = None,
+    contiguous: bool = False,
 ) -> dict:
     """Split by recording and time: in each recording train, then val, then test, in contiguous blocks.
 
@@ -44,9 +55,12 @@ def make_split(
         gap: smallest difference of window numbers between parts.
         windows_per_user: keep this many training windows a user, evenly spaced over all of the user's; val and test
             stay as they are.
+        contiguous: keep them in a row instead, from the middle of the user's longest recording: what one short
+            recording would have given.
 
     Returns:
-        dict with the lists of paths ``train``, ``val``, ``test`` and ``dropped``, and the arguments.
+        dict with the lists of paths ``train``, ``val``, ``test``, ``spare`` (training windows that `windows_per_user`
+        leaves out) and ``dropped`` (next to another part), and the arguments.
 
     Raises:
         DataError: a user has too few windows, or an argument is out of range.
@@ -55,12 +69,12 @@ def make_split(
         raise DataError(f"val={val}, test={test}: both must be positive and their sum below 1")
     if gap < 1:
         raise DataError(f"gap={gap}: it must be at least 1")
-    parts: dict[str, list[str]] = {part: [] for part in (*PARTS, "dropped")}
+    parts: dict[str, list[str]] = {part: [] for part in (*PARTS, "dropped", "spare")}
     users = _by(_files(windows), lambda f: f.user)
     for user, files in sorted(users.items()):
         mine: dict[str, list[WindowFile]] = {part: [] for part in parts}
         for timeline, numbers in _timelines(files, gap):
-            for part, some in zip(parts, _cut(timeline, numbers, val, test, gap), strict=True):
+            for part, some in zip((*PARTS, "dropped"), _cut(timeline, numbers, val, test, gap), strict=True):
                 mine[part] += some
         if not all(mine[part] for part in PARTS):
             raise DataError(
@@ -68,7 +82,9 @@ def make_split(
                 f"{gap} apart: {2 * gap + 1} in a row are needed, add windows or leave the user out"
             )
         if windows_per_user is not None:
-            mine["train"] = _evenly(mine["train"], windows_per_user, user)
+            every = mine["train"]
+            mine["train"] = _few(every, windows_per_user, user, contiguous)
+            mine["spare"] = [file for file in every if file not in mine["train"]]
         for part in parts:
             parts[part] += [f.path for f in mine[part]]
     return {
@@ -77,6 +93,7 @@ def make_split(
         "val_fraction": val,
         "test_fraction": test,
         "windows_per_user": windows_per_user,
+        "contiguous": contiguous,
         "users": sorted(users),
     }
 
@@ -162,13 +179,22 @@ def _cut(
     return files[:train_end], files[val_start:val_end], files[test_start:], dropped
 
 
-def _evenly(files: list[WindowFile], n: int, user: int) -> list[WindowFile]:
+def _few(files: list[WindowFile], n: int, user: int, contiguous: bool) -> list[WindowFile]:
     if not 1 <= n <= len(files):
         raise DataError(
             f"user ID_{user} has {count(len(files), 'training window')}, windows_per_user={n} cannot be kept: "
             f"choose 1 to {len(files)}"
         )
-    return [files[i] for i in np.linspace(0, len(files) - 1, n).round().astype(int)]
+    if not contiguous:
+        return [files[row] for row in np.linspace(0, len(files) - 1, n).round().astype(int)]
+    longest = max(_by(files, lambda f: (f.condition, f.recording)).values(), key=len)
+    if len(longest) < n:
+        raise DataError(
+            f"user ID_{user} has {count(len(longest), 'training window')} in a row, windows_per_user={n} cannot "
+            f"be kept contiguous: choose 1 to {len(longest)}"
+        )
+    first = (len(longest) - n) // 2
+    return longest[first : first + n]
 
 
 # ---- files
@@ -193,8 +219,10 @@ def read_split(path: str | Path) -> dict:
     except ValueError as error:
         raise DataError(f"{path}: not a JSON file ({error})") from error
     seen: dict[str, str] = {}
-    for part in PARTS:
+    for part in (*PARTS, "spare"):
         paths = split.get(part) if isinstance(split, dict) else None
+        if part == "spare" and not paths:
+            continue  # may be left out
         if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
             raise DataError(f"{path}: {part!r} must be a list of image paths, relative to the data folder")
         split[part] = [os.path.normpath(p.replace("\\", "/")).replace("\\", "/") for p in paths]
@@ -227,6 +255,20 @@ def apply_split(windows: WindowSet, split: dict) -> dict[str, WindowSet]:
     return {part: windows.select(part_of == k) for k, part in enumerate(PARTS)}
 
 
+def spare_windows(windows: WindowSet, split: dict) -> WindowSet | None:
+    """Windows of the training part's time that `windows_per_user` left out, or None.
+
+    Raises:
+        DataError: the split lists one that the set lacks.
+    """
+    position = {path: i for i, path in enumerate(windows.paths)}
+    missing = [path for path in split.get("spare", ()) if path not in position]
+    if missing:
+        raise DataError(f"{windows.root}: no {missing[0]}, listed in the split's spare; make the split anew")
+    rows = [position[path] for path in split.get("spare", ())]
+    return windows.select(sorted(rows)) if rows else None
+
+
 # ---- leak
 
 
@@ -248,7 +290,11 @@ def measured_overlap(windows: WindowSet, split: dict, *, gap: int = 4) -> dict:
         whole steps to where they agree best, over the same with training windows closer than `gap` left out. 1 = no
         leak, smaller = more (None: every training window is closer than `gap`).
     """
-    parts = apply_split(windows, split)
+    return overlap(apply_split(windows, split), gap=gap)
+
+
+def overlap(parts: dict[str, WindowSet], *, gap: int = 4) -> dict:
+    """The same of the parts ``train``, ``val`` and ``test`` themselves."""
     train, test = parts["train"], parts["test"]
     numbers = [_number_distance(parts[a].files, parts[b].files) for a, b in (PARTS[:2], PARTS[1:], PARTS[::2])]
     smallest = min(float(pairs.min()) if pairs.numel() else float("inf") for pairs in numbers)

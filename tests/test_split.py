@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import listed, message, picture, small_set
 
-from mdlib.data import WindowSet
+from mdlib.data import DataError, WindowSet
 from mdlib.split import PARTS, apply_split, make_split, measured_overlap, random_split, read_split, write_split
 
 
@@ -140,3 +140,23 @@ def test_a_random_split_leaks_and_blocks_do_not():
     leaky = measured_overlap(windows, split)
     assert leaky["min_distance"] == 1 and leaky["test_share_overlapping"] > 0.8
     assert leaky["nearest_train_ratio"] < 0.5 and leaky["test_windows"] == len(split["test"])
+
+
+def test_few_windows_may_be_kept_in_a_row():
+    files = listed(range(100))
+    spaced = make_split(files, windows_per_user=6)
+    row = make_split(files, windows_per_user=6, contiguous=True)
+    numbers = part_numbers(row, "train")
+    assert numbers == list(range(numbers[0], numbers[0] + 6)) and row["test"] == spaced["test"]
+    for split in (spaced, row):
+        assert not set(split["spare"]) & set(split["train"])
+        assert len(split["spare"]) + 6 == len(make_split(files)["train"])
+
+
+def test_a_row_of_windows_is_of_one_recording():
+    files = [*listed(range(50), recording="a"), *listed(range(60), recording="b")]
+    row = make_split(files, windows_per_user=6, contiguous=True)["train"]
+    numbers = part_numbers({"train": row}, "train", "b")
+    assert numbers == list(range(numbers[0], numbers[0] + 6))
+    with pytest.raises(DataError, match="training windows in a row, windows_per_user=50 cannot be kept contiguous"):
+        make_split(files, windows_per_user=50, contiguous=True)

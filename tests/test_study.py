@@ -1,0 +1,106 @@
+"""How few windows are enough: one run for each number, on exactly those windows."""
+
+import json
+
+import pytest
+from helpers import write_set
+from test_validate import evidence, windows
+
+from mdlib import study as module
+from mdlib.__main__ import app
+from mdlib.data import DataError
+from mdlib.evidence import Protocol
+from mdlib.split import read_split
+from mdlib.study import study
+from mdlib.validate import evaluate
+
+
+@pytest.fixture
+def people(tmp_path):
+    return write_set(tmp_path / "people", numbers=range(60))
+
+
+@pytest.fixture(scope="module")
+def report():
+    return evaluate(evidence(windows(5, 7)), Protocol(judge_steps=1, variants=0, seeds=2))
+
+
+@pytest.fixture
+def runs(monkeypatch, report):
+    """What `study` would have the notebooks do; each leaves a report."""
+    asked = []
+
+    def execute(out, parameters, **said):
+        asked.append((out, parameters, said))
+        path = module.Path(out)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "run.json").write_text(json.dumps({"settings": {"split": parameters["split"]}}))
+        if not (path / "split.json").exists():
+            (path / "split.json").write_text(module.Path(parameters["split"]).read_text())
+        (path / "report.json").write_text(json.dumps(report))
+
+    monkeypatch.setattr(module, "execute", execute)
+    return asked
+
+
+def test_each_number_has_its_run_and_all_share_the_test(people, tmp_path, runs):
+    out = tmp_path / "study"
+    result = study(people, out, "vqvae-ldm", "smoke", (8, 4), parameters={"seeds": 2})
+    assert [row["windows_per_user"] for row in result["rows"]] == [4, 8]
+    few, more = (read_split(parameters["split"]) for _, parameters, _ in runs)
+    users = len(few["users"])
+    assert (len(few["train"]), len(more["train"])) == (4 * users, 8 * users)
+    assert few["test"] == more["test"] and few["val"] == more["val"]
+    assert all(said == {"data": str(people), "system": "vqvae-ldm", "preset": "smoke"} for *_, said in runs)
+    assert runs[0][1]["judges"] == runs[1][1]["judges"] and runs[0][1]["seeds"] == 2
+    page = (out / "study.html").read_text()
+    assert json.loads((out / "study.json").read_text()) == result
+    assert page.count("data:image/png;base64,") == 1 and "http" not in page and "evenly spaced" in page
+    assert "equivalent real windows" in page and page.count(result["rows"][0]["verdict"]["sentence"][:40]) == 2
+
+
+def test_a_second_call_adds_numbers_and_other_terms_are_refused(people, tmp_path, runs):
+    out = tmp_path / "study"
+    study(people, out, "vqvae-ldm", "smoke", (4,))
+    assert [row["windows_per_user"] for row in study(people, out, "vqvae-ldm", "smoke", (6,))["rows"]] == [4, 6]
+    with pytest.raises(DataError, match="holds a study on other terms"):
+        study(people, out, "vqvae-ldm", "smoke", (4,), contiguous=True)
+
+
+def test_a_study_goes_on_where_it_was_moved_but_not_with_other_windows(people, tmp_path, runs):
+    study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,))
+    (tmp_path / "study").rename(tmp_path / "moved")
+    study(people, tmp_path / "moved", "vqvae-ldm", "smoke", (4, 6))
+    assert runs[1][1]["split"] == runs[0][1]["split"], "the run knows it by that name"
+    write_set(people, numbers=range(60, 70))
+    with pytest.raises(DataError, match="windows-[46] was made from other windows than are in the data now"):
+        study(people, tmp_path / "moved", "vqvae-ldm", "smoke", (4, 8))
+
+
+def test_the_command_line_tells_every_verdict(people, tmp_path, runs, capsys):
+    words = ["study", "--data", people, "--out", tmp_path / "study", "--preset", "smoke", "--windows", "4,6"]
+    app([*map(str, words), "--contiguous", "-p", "seeds=2"], standalone_mode=False)
+    told = capsys.readouterr().out.splitlines()
+    assert told[-3].endswith("study.html") and all("test windows" in line for line in told[-2:])
+    few = read_split(tmp_path / "study" / "split-4.json")
+    assert few["contiguous"] and runs[0][2]["system"] == "vae-diffusion" and runs[0][1]["seeds"] == 2
+    with pytest.raises(ValueError, match="windows: whole numbers with commas between, got '4,x'"):
+        app([*map(str, words[:-1]), "4,x"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (dict(counts=(4, 1000)), "windows_per_user=1000 cannot be kept"),
+        (dict(counts=()), "counts must be whole numbers of 1 or more"),
+        (dict(counts=(0,)), "counts must be whole numbers of 1 or more"),
+        (dict(parameters={"split": "mine.json"}), "split is no parameter of a study"),
+        (dict(parameters={"windows": 3}), "no notebook has a parameter 'windows'"),
+        (dict(system="vae"), "unknown system 'vae'"),
+        (dict(preset="demos"), "unknown preset 'demos'"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_made(people, tmp_path, runs, options, told):
+    with pytest.raises(DataError, match=told) as error:
+        study(people, tmp_path / "study", **{"preset": "smoke", "counts": (4,), **options})
+    assert not runs and not (tmp_path / "study").exists() and "\n" not in str(error.value)
