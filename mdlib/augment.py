@@ -24,6 +24,11 @@ def classical_augmentation(images: torch.Tensor, labels: torch.Tensor, generator
     return ((images + 1) * gain - 1 + noise).clamp(-1, 1), labels
 
 
+def as_they_are(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator):
+    """A uint8 batch without augmentation, float in [−1, 1]."""
+    return to_float(images), labels
+
+
 def stride_shift(images: torch.Tensor, steps: int | torch.Tensor, steps_per_window: int = 4) -> torch.Tensor:
     """Shift windows circularly in time by whole strides, so that left and right steps stay where they were.
 

@@ -8,7 +8,8 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
-from mdlib.nn import LatentStats, load_lpips, parts
+from mdlib.nn import LatentStats, parts
+from mdlib.perceptual import load_lpips
 
 
 class Codec(ModelMixin, ConfigMixin):

@@ -17,14 +17,18 @@ from accelerate.utils import release_memory
 from safetensors.torch import load_file
 
 from mdlib import __version__, comparison
+from mdlib.arms import Arms, real_only_judges, unseen_judges
 from mdlib.data import DataError, WindowSet, find_windows, to_uint8
+from mdlib.evidence import Protocol
+from mdlib.fidelity import distances
 from mdlib.files import whole_file
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.progress import bar
 from mdlib.report import gather, load_generated
 from mdlib.run import Run, check_parameters, execute, open_run, versions
+from mdlib.split import PARTS, read_split
 from mdlib.systems import SYSTEMS, get_system
-from mdlib.validate import Arms, Protocol, fidelity, identity, real_only_judges, unseen_judges
+from mdlib.validate import identity
 
 WITHOUT_END = 1_000_000  # optimizer steps that only the time ends
 TIMED = 32  # windows of the batch whose drawing is timed
@@ -166,7 +170,7 @@ def _chosen(terms: dict, names) -> dict:
 def _check_split(run: Run, out: Path, others: list[str]) -> None:
     for name in others:
         path = out / name / "split.json"
-        if path.exists() and json.loads(path.read_text()) != run.split:
+        if path.exists() and any(read_split(path)[part] != run.split[part] for part in PARTS):
             raise DataError(f"{run.path / 'split.json'} and {path} differ: delete the run folder made from other data")
 
 
@@ -191,7 +195,7 @@ class Ruler:
             self.arms = Arms({"real_only": real_only_judges(evidence, self.protocol, self.folder)}, {}, 0.0)
         return {
             "identity": identity(evidence, self.judges)["accuracy"]["value"],
-            "fd_ratio": fidelity(evidence, self.arms)["fd_ratio"]["value"],
+            "fd_ratio": distances(evidence, self.arms)["fd_ratio"]["value"],
         }
 
 

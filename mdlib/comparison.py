@@ -9,7 +9,7 @@ from mdlib import plot
 from mdlib.data import WindowSet
 from mdlib.files import whole_file
 from mdlib.quality import choose_codec
-from mdlib.report import embedded, page
+from mdlib.report import embedded, page, table
 
 # What was said of the two first designs before anything was measured, beside what is measured of them here.
 CLAIMED = ("vqvae-transformer", "vae-diffusion")
@@ -46,8 +46,13 @@ def _ratio(figures: dict, name: str) -> str:
     return "–" if found.get("ratio") is None else f"{found['ratio']:.2f}"
 
 
-def _plausible(figure: dict) -> str:
+def _beside_real(figure: dict) -> str:
     return "–" if figure["value"] is None else f"{100 * figure['value']:.1f} ({100 * figure['real']:.1f})"
+
+
+def _found(figures: dict, section: str, name: str) -> dict:
+    """A figure that reports of earlier versions lack."""
+    return figures[section].get(name, {"value": None})
 
 
 ROWS = {  # what it is: how it reads in a system's figures
@@ -67,19 +72,29 @@ ROWS = {  # what it is: how it reads in a system's figures
     "identity of generated windows, % (the judges' own)": lambda f: (
         f"{_percent(f['identity']['accuracy'])} ({_percent(f['identity']['judge_accuracy'])})"
     ),
+    "equal error rate of verification, % (of real windows)": lambda f: _beside_real(
+        _found(f, "identity", "verification_eer")
+    ),
     "Fréchet distance over that of real windows": lambda f: _number(f["fidelity"]["fd_ratio"], 2),
+    "precision; recall": lambda f: "; ".join(
+        _number(_found(f, "fidelity", name), 2) for name in ("precision", "recall")
+    ),
+    "diversity of a user's windows over that of real ones": lambda f: _number(
+        {"value": _found(f, "fidelity", "diversity").get("ratio")}, 2
+    ),
     "generated only, %": lambda f: _percent(f["augmentation"]["generated_only"]),
     "real only → real + generated, %": lambda f: " → ".join(
         _percent(f["augmentation"][arm]) for arm in ("real_only", "real_plus_generated")
     ),
     "gain in points [95 % interval]": lambda f: _gain(f["augmentation"]["gain"]),
+    "twice as many real windows, %": lambda f: _percent(_found(f, "augmentation", "real_x2")),
     "nearest training window, relative to real ones": lambda f: _number(f["memorisation"]["nearest_train_ratio"], 2),
     "copies, % (1 expected)": lambda f: _percent(f["memorisation"]["copies"], 0),
     **{
         f"{name.replace('_', ' ')}: distance over that of real windows": partial(_ratio, name=name)
         for name in ("torso_speed", "cadence", "step_length", "envelopes", "bandwidth", "left_right_asymmetry")
     },
-    "physically plausible windows, % (of real ones)": lambda f: _plausible(f["physics"]["plausible"]),
+    "physically plausible windows, % (of real ones)": lambda f: _beside_real(f["physics"]["plausible"]),
     "codec trained for, min (steps)": lambda f: _trained(f["training"], "codec"),
     "prior trained for, min (steps)": lambda f: _trained(f["training"], "prior"),
     "wall time of all notebooks, min": lambda f: f"{f['resources']['wall_minutes']:.1f}",
@@ -174,12 +189,12 @@ def _page(result: dict, windows: dict[str, WindowSet]) -> str:
     parts = [
         "<h1>mdlib comparison</h1>",
         f"<p class=verdict>{'<br>'.join(map(html.escape, sentences))}</p>",
-        _rows([["", ""]] + [[key, str(value)] for key, value in result["terms"].items()]),
+        table([["", ""]] + [[key, str(value)] for key, value in result["terms"].items()]),
         *(f"<p>{html.escape(f'{name} failed: {why}')}</p>" for name, why in failed.items()),
         f"<h2>Figures</h2><p class=note>As defined in each system's report; all on the same split, by the same judges. "
         f"{_effort(result['terms']['budget_minutes'])} Wall time and memory are those of the sitting that finished "
         "each notebook.</p>",
-        _rows([["", *measured], *([what, *map(read, measured.values())] for what, read in ROWS.items())]),
+        table([["", *measured], *([what, *map(read, measured.values())] for what, read in ROWS.items())]),
     ]
     if measured:
         parts += [
@@ -192,7 +207,7 @@ def _page(result: dict, windows: dict[str, WindowSet]) -> str:
             "<h2>What was claimed, and what is measured</h2><p class=note>The claims are rough figures of the designs "
             "these two systems come from, told before anything was built, for a GPU; memory on a CPU is the "
             "process's.</p>",
-            _rows(_claim_rows(answers["claims"])),
+            table(_claim_rows(answers["claims"])),
         ]
     if windows:
         parts += ["<h2>A look</h2>", embedded("windows", plot.to_png(plot.side_by_side(windows)))]
@@ -210,11 +225,3 @@ def _claim_rows(claims: list[dict]) -> list[list[str]]:
     columns = [(name, what) for name in CLAIMED for what in ("claimed", "measured")]
     head = ["", *(f"{name}, {what}" for name, what in columns)]
     return [head, *([row["what"], *(row[name][what] or "–" for name, what in columns)] for row in claims)]
-
-
-def _rows(rows: list[list[str]]) -> str:
-    """A table whose first row is its head."""
-    head, *body = ([html.escape(cell) for cell in cells] for cells in rows)
-    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
-    lines += [f"<th>{first}</th>" + "".join(f"<td class=n>{cell}</td>" for cell in cells) for first, *cells in body]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

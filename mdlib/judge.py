@@ -1,5 +1,9 @@
-"""The judge: a user classifier from scratch that measures windows. One that measures never teaches or guides a
-generator; those that do (the codec's teacher, classifier guidance) are trained on the generator's own windows."""
+"""The judges: a user classifier and an embedder, trained from scratch, that measure windows. One that measures never
+teaches or guides a generator; those that do (the codec's teacher, classifier guidance) are trained on the generator's
+own windows."""
+
+import hashlib
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -7,8 +11,9 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
-from mdlib.augment import classical_augmentation
+from mdlib.augment import as_they_are, classical_augmentation
 from mdlib.data import to_float
+from mdlib.nn import best_device
 from mdlib.train import Batches, TrainConfig, fit
 
 
@@ -73,6 +78,38 @@ def _convolution(before: int, width: int, stride: int = 1) -> nn.Sequential:
     )
 
 
+@torch.no_grad()
+def features(judge: Judge, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+    """A judge's features (N, D) of uint8 images (N, C, S, S)."""
+    judge.eval()
+    return torch.cat([judge.features(to_float(part.to(judge.device))).cpu() for part in images.split(batch_size)])
+
+
+class Embedder(ModelMixin, ConfigMixin):
+    """The judge's network with an embedding (B, size) of length 1 instead of logits: near for one user's windows, far
+    for others', users it was never trained on included."""
+
+    @register_to_config
+    def __init__(self, size: int = 64, channels: int = 1, widths: tuple[int, ...] = (16, 32, 64)):
+        super().__init__()
+        self.network = Judge(size, channels, widths)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.network(images), dim=1)
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """Supervised contrastive loss (Khosla et al. 2020): every other window of the user in the batch attracts."""
+        from pytorch_metric_learning.losses import SupConLoss
+
+        return SupConLoss(temperature=0.1)(self(images), labels), {}
+
+    @torch.no_grad()
+    def embeddings(self, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+        """(N, size) of uint8 images (N, C, S, S)."""
+        self.eval()
+        return torch.cat([self(to_float(part.to(self.device))).cpu() for part in images.split(batch_size)])
+
+
 def train_judge(
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -80,11 +117,24 @@ def train_judge(
     steps: int,
     seed: int = 0,
     batch_size: int = 64,
-):
-    """A judge trained from scratch on uint8 images (N, C, S, S) and labels (N,) for `steps` optimizer steps."""
+    augment: bool = True,
+) -> Judge:
+    """A judge trained from scratch on uint8 images (N, C, S, S) and labels (N,) for `steps` optimizer steps, with the
+    classical augmentation of `mdlib.augment` or on the windows as they are."""
+    return _trained(lambda: Judge(num_users, images.shape[1]), images, labels, steps, seed, batch_size, augment)
+
+
+def train_embedder(
+    images: torch.Tensor, labels: torch.Tensor, steps: int, seed: int = 0, batch_size: int = 64
+) -> Embedder:
+    """An embedder trained from scratch likewise, always with the classical augmentation."""
+    return _trained(lambda: Embedder(channels=images.shape[1]), images, labels, steps, seed, batch_size)
+
+
+def _trained(make, images, labels, steps: int, seed: int, batch_size: int, augment: bool = True):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        judge = Judge(num_users, images.shape[1]).to(memory_format=torch.channels_last)
+        network = make().to(memory_format=torch.channels_last)
     config = TrainConfig(
         steps=steps,
         batch_size=batch_size,
@@ -95,5 +145,21 @@ def train_judge(
         evaluate_every=steps,
         tracker="none",
     )
-    fit(judge, Batches((images, labels), classical_augmentation), config, progress=False)
-    return judge
+    transform = classical_augmentation if augment else as_they_are
+    fit(network, Batches((images, labels), transform), config, progress=False)
+    return network
+
+
+def trained_once(train, kind: type, folder: str | Path | None, images: torch.Tensor, labels: torch.Tensor, *arguments):
+    """train(images, labels, *arguments), or the network of class `kind` in `folder` which was trained on the same."""
+    if not folder:
+        return train(images, labels, *arguments)
+    digest = hashlib.sha256(repr((kind.__name__, *arguments)).encode())
+    for tensor in (images, labels):
+        digest.update(tensor.contiguous().numpy())
+    path = Path(folder) / digest.hexdigest()[:16]
+    if not path.exists():
+        half = path.with_suffix(".part")  # whole or not at all
+        train(images, labels, *arguments).save_pretrained(half)
+        half.rename(path)
+    return kind.from_pretrained(path).to(best_device())

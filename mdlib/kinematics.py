@@ -16,6 +16,7 @@ from scipy.stats import wasserstein_distance
 
 from mdlib import metrics, physics
 from mdlib.data import WindowSet
+from mdlib.evidence import COMPARED
 from mdlib.radar import velocity_axis
 
 WINDOW_S = 4 * 0.58  # nominal length of a window, s
@@ -31,7 +32,6 @@ FIGURES = {  # the metric of physics.METRICS and its unit; below the envelopes l
 }
 NAMES = (*list(FIGURES)[:3], "envelopes", *list(FIGURES)[3:], "plausible")
 GATES = {name: bounds for name, bounds in physics.GATES.items() if name not in ("f_step", "step_len", "drop")}
-COMPARED = {"value": ("generated", "unseen"), "real_vs_real": ("first", "second"), "train": ("train", "unseen")}
 AVERAGED = (*COMPARED, "user_correlation", "user_correlation_real")
 
 

@@ -2,7 +2,9 @@
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_curve
 from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image.kid import poly_mmd
 
 DISTINCTIVE_RATIO = 1.5  # a distinctive code is this many times as frequent in a user's windows as in the others'
 
@@ -63,6 +65,24 @@ def control_ratio(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
     return float(own / others.clamp_min(1e-9))
 
 
+def roc(scores: np.ndarray, genuine: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rates of false and of true acceptance, both rising, as the threshold on scores (N,) falls; genuine: bool (N,)."""
+    false, true, _ = roc_curve(genuine, scores, sample_weight=weights, drop_intermediate=False)
+    return false, true
+
+
+def equal_error_rate(scores: np.ndarray, genuine: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """The rate at which as many impostors are accepted as genuine ones are refused, between the two thresholds around
+    it by a straight line; 0.5 is chance."""
+    false, true = roc(scores, genuine, weights)
+    above = int(np.argmax(false >= 1 - true))  # the first threshold at which no fewer impostors come in
+    if above == 0:
+        return float(false[0])
+    before, after = (1 - true - false)[above - 1 : above + 1]
+    part = before / (before - after)
+    return float(false[above - 1] + part * (false[above] - false[above - 1]))
+
+
 def block_bootstrap(values: np.ndarray, blocks: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
     """Bootstrap means (draws,) of values (N,) that are alike within a block (Künsch 1989): whole blocks are redrawn,
     because neighbouring windows overlap and count almost as one."""
@@ -79,23 +99,43 @@ def interval(draws: np.ndarray, level: float = 0.95) -> list[float]:
     return [float(value) for value in np.percentile(draws, [tail, 100 - tail])]
 
 
-def paired_gain(first: np.ndarray, second: np.ndarray, blocks: np.ndarray, draws: int = 4000, seed: int = 0) -> dict:
-    """Difference second − first of two arms' correctness (seeds, N) on the same test windows, with a 95 % interval
-    and a two-sided bootstrap p-value. Seeds and blocks of windows are both redrawn: both are chance."""
-    difference = second.astype(float) - first.astype(float)  # (seeds, N)
+def paired_bootstrap(correct: np.ndarray, blocks: np.ndarray, draws: int = 4000, seed: int = 0) -> np.ndarray:
+    """Bootstrap means (draws, arms) of arms' correctness (arms, seeds, N) on the same windows. Seeds and blocks of
+    windows are both redrawn, the same ones for every arm: both are chance."""
     rng = np.random.default_rng(seed)
     names, index = np.unique(blocks, return_inverse=True)
-    sums = np.stack([np.bincount(index, row, len(names)) for row in difference])  # (seeds, blocks)
+    sums = np.stack([[np.bincount(index, row, len(names)) for row in arm] for arm in correct])  # (arms, seeds, blocks)
     sizes = np.bincount(index, minlength=len(names))
-    seeds = rng.integers(len(difference), size=(draws, len(difference)))
+    seeds = rng.integers(sums.shape[1], size=(draws, sums.shape[1]))
     chosen = rng.integers(len(names), size=(draws, len(names)))
-    means = np.array([sums[s].mean(0)[b].sum() / sizes[b].sum() for s, b in zip(seeds, chosen, strict=True)])
+    means = [sums[:, s].mean(1)[:, b].sum(1) / sizes[b].sum() for s, b in zip(seeds, chosen, strict=True)]
+    return np.stack(means)
+
+
+def paired_gain(first: np.ndarray, second: np.ndarray, blocks: np.ndarray, draws: int = 4000, seed: int = 0) -> dict:
+    """Difference second − first of two arms' correctness (seeds, N) on the same test windows, with a 95 % interval
+    and a two-sided bootstrap p-value."""
+    difference = second.astype(float) - first.astype(float)  # (seeds, N)
+    means = paired_bootstrap(difference[None], blocks, draws, seed)[:, 0]
     tail = min((means <= 0).mean(), (means >= 0).mean())
     return {
         "gain": float(difference.mean()),
         "ci95": interval(means),
         "p_value": float(min(1.0, 2 * tail + 1 / draws)),
     }
+
+
+def equivalent_count(counts: np.ndarray, accuracies: np.ndarray) -> np.ndarray:
+    """Number of real windows (draws,) at which real alone reaches an arm, never outside the measured numbers.
+
+    Args:
+        counts: real windows a user (A,), rising.
+        accuracies: (draws, 1 + A): of the arm in question, then of real alone at each count. More windows cannot do
+            harm: where a larger count scored less, the smaller one's accuracy stands.
+    """
+    rising = np.maximum.accumulate(accuracies[:, 1:], axis=1) + 1e-9 * np.arange(len(counts))
+    found = [np.interp(arm, line, np.log(counts)) for arm, line in zip(accuracies[:, 0], rising, strict=True)]
+    return np.exp(found)
 
 
 def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -123,10 +163,52 @@ def _gaussian(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5, mode="r").R
 
 
-def nearest_distance(queries: torch.Tensor, references: torch.Tensor, same_user: torch.Tensor) -> torch.Tensor:
-    """Root-mean-square distance (N,) of each query (N, D) to its nearest reference (M, D) of the same user.
+def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Kernel distance (Bińkowski et al. 2018) of features (N, D) and (N, D): unbiased squared maximum mean discrepancy
+    with the cubic kernel (xᵀy/D + 1)³. Around 0, and as often below it, for sets of one distribution."""
+    return float(poly_mmd(first.double(), second.double()))
+
+
+def manifold_figures(real: torch.Tensor, made: torch.Tensor, k: int) -> dict[str, float]:
+    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D) and
+    (M, D), with balls that reach to the k-th neighbour within each set.
+
+    precision: share of made windows in a ball of a real one; recall: share of real windows in a ball of a made one;
+    density: real balls a made window lies in, over k (above 1 where it keeps to the crowd); coverage: share of real
+    balls that hold a made window.
+    """
+    between = torch.cdist(real, made)  # (N, M)
+    radius, made_radius = (_neighbour_distance(part, k) for part in (real, made))
+    within = between < radius[:, None]
+    return {
+        "precision": float(within.any(0).double().mean()),
+        "recall": float((between < made_radius).any(1).double().mean()),
+        "density": float(within.sum(0).double().mean() / k),
+        "coverage": float(within.any(1).double().mean()),
+    }
+
+
+def _neighbour_distance(features: torch.Tensor, k: int) -> torch.Tensor:
+    """Distance (N,) of each row to its k-th neighbour in the same set."""
+    return torch.cdist(features, features).kthvalue(k + 1).values
+
+
+def inception_score(probabilities: torch.Tensor) -> float:
+    """exp of the mean Kullback-Leibler divergence of rows (N, n) from their mean (Salimans et al. 2016): between 1 and
+    n, high where every window is surely somebody and all are somebody else."""
+    rows = probabilities.double()
+    each = torch.special.entr(rows.mean(0)).sum() - torch.special.entr(rows).sum(1).mean()
+    return float(each.exp())
+
+
+def nearest(
+    queries: torch.Tensor, references: torch.Tensor, same_user: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Root-mean-square distance (N,) of each query (N, D) to its nearest reference (M, D) of the same user, and the
+    reference's row (N,).
 
     same_user: bool (N, M). A query whose user has no reference gets inf.
     """
     distance = torch.cdist(queries, references) / queries.shape[1] ** 0.5
-    return distance.masked_fill(~same_user, torch.inf).min(1).values
+    found = distance.masked_fill(~same_user, torch.inf).min(1)
+    return found.values, found.indices

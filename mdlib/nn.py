@@ -1,17 +1,9 @@
-"""The few pieces more than one model needs: latent statistics, label dropout, draws, batches, perceptual loss."""
+"""The few pieces more than one model needs: latent statistics, label dropout, draws, batches, the device."""
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
-
-LPIPS_BACKBONES = {
-    "alex": "alexnet-owt-7be5be79.pth",
-    "vgg": "vgg16-397923af.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-}
 
 
 class LatentStats(nn.Module):
@@ -78,35 +70,6 @@ def parts(device: torch.device, size: int, *tensors: torch.Tensor | None) -> Ite
         yield tuple(tensor.to(device) for tensor in part)
 
 
-def lpips_weights(net: str) -> Path:
-    """Where the weights of an LPIPS backbone lie, or would."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
-
-
-def load_lpips(net: str = "squeeze") -> nn.Module:
-    """LPIPS distance (Zhang et al. 2018) by the `lpips` package, frozen; inputs (B, 1 or 3, H, W) in [-1, 1].
-
-    The backbone's weights are looked up on this machine first, so an offline run says what is missing at once.
-
-    Raises:
-        ValueError: unknown `net`.
-        FileNotFoundError: the package is absent, or the backbone is neither on disk nor to be downloaded.
-    """
-    if net not in LPIPS_BACKBONES:
-        raise ValueError(f"unknown LPIPS net {net!r}: choose one of {', '.join(LPIPS_BACKBONES)}")
-    try:
-        import lpips
-    except ImportError as error:
-        raise FileNotFoundError("LPIPS needs the package lpips: install it or set perceptual_weight=0") from error
-    weights = lpips_weights(net)
-    try:
-        if not weights.exists() and os.environ.get("HF_HUB_OFFLINE") == "1":
-            raise OSError("offline mode is on")
-        with torch.random.fork_rng():  # it draws weights before it loads them; a training's noise must not depend on it
-            model = lpips.LPIPS(net=net, verbose=False)
-    except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(
-            f"LPIPS needs {weights.name}, which is not in {weights.parent} and could not be downloaded ({error}): "
-            "put the file there (on Kaggle: attach it as a dataset and copy it) or set perceptual_weight=0"
-        ) from error
-    return model.eval().requires_grad_(False)
+def best_device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,6 +17,7 @@ from PIL import Image
 from mdlib.data import DataError, colorize, to_uint8
 from mdlib.files import whole_file
 from mdlib.latents import fingerprint
+from mdlib.nn import best_device
 from mdlib.progress import bar
 
 MANIFEST_COLUMNS = ("path", "user", "number", "seed")
@@ -327,8 +328,3 @@ def load_pipeline(path: str | Path) -> MicroDopplerPipeline:
         if part is not None:
             part.requires_grad_(False)  # classifier guidance needs gradients of latents, not of weights
     return pipeline
-
-
-def best_device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

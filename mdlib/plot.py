@@ -192,10 +192,13 @@ def confusion(share: list[list[float]], users: tuple[int, ...] | list[int]) -> F
 
 def arms(augmentation: dict) -> Figure:
     """Accuracy of the arms of the augmentation study, a dot a seed, the bar its 95 % interval."""
-    names = ["real_only", "real_plus_generated", "generated_only"]
-    figure, axes = _figure(5.2, 2.2)
+    colours = {"generated_only": SECOND, "real_plus_generated": ACCENT}
+    order = ("generated_only", "real_unaugmented", "real_only", "real_plus_generated")
+    names = [*order, *(name for name in augmentation if name.startswith("real_x") and "n" in augmentation[name])]
+    figure, axes = _figure(5.2, 0.4 * len(names) + 0.9)
     axis = axes[0, 0]
-    for row, (name, colour) in enumerate(zip(names, (INK, ACCENT, SECOND), strict=True)):
+    for row, name in enumerate(names):
+        colour = colours.get(name, INK)
         arm = augmentation[name]
         axis.plot(
             [100 * edge for edge in arm["ci95"]],
@@ -215,6 +218,85 @@ def arms(augmentation: dict) -> Figure:
     axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel("accuracy on unseen windows, %", fontsize=8)
+    return figure
+
+
+def study(rows: list[dict]) -> Figure:
+    """Accuracy on unseen windows against real training windows a user; rows: of study.json. Hollow: twice as many."""
+    figure, axes = _figure(5.4, 3.2)
+    axis = axes[0, 0]
+    counts = np.array([row["windows_per_user"] for row in rows])
+    for place, (name, colour) in enumerate(
+        (("real_only", INK), ("real_plus_generated", ACCENT), ("generated_only", SECOND))
+    ):
+        found = [row["augmentation"][name] for row in rows]
+        values, ends = (100 * np.array([one[what] for one in found]) for what in ("value", "ci95"))
+        spread = [values - ends[:, 0], ends[:, 1] - values]
+        style = dict(fmt="o-", color=colour, markersize=3, linewidth=1, label=name.replace("_", " "))
+        axis.errorbar(counts * 1.03 ** (place - 1), values, spread, **style)
+    doubled = [row for row in rows if row["augmentation"]["real_x2"]["value"] is not None]
+    more = [100 * row["augmentation"]["real_x2"]["value"] for row in doubled]
+    axis.plot([2 * row["windows_per_user"] for row in doubled], more, "o", color=INK, markerfacecolor="none")
+    axis.set_xscale("log")
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.minorticks_off()
+    axis.set_xlabel("real windows a user", fontsize=8)
+    axis.set_ylabel("accuracy on unseen windows, %", fontsize=8)
+    axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def neighbourhoods(points: list[dict]) -> Figure:
+    """The report's map of windows: a colour a user, filled where generated, hollow where real."""
+    figure, axes = _figure(4.6, 3.6)
+    axis = axes[0, 0]
+    users = sorted({point["user"] for point in points})
+    for user, colour in zip(users, _colours(len(users)), strict=True):
+        for generated in (False, True):
+            mine = [point for point in points if point["user"] == user and point["generated"] == generated]
+            x, y = ([point[key] for point in mine] for key in ("x", "y"))
+            face, label = (colour, f"ID_{user}") if generated else ("none", None)
+            axis.plot(x, y, "o", color=colour, markerfacecolor=face, markersize=4, label=label)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title("filled: generated, hollow: real", fontsize=8, color=INK)
+    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def gain_curves(augmentation: dict) -> Figure:
+    """The gain, in points, against generated windows a user, and against the share of them that filters keep."""
+    panels = [("windows_per_user", {"all": augmentation["gain_by_windows"]}, "generated windows a user")]
+    filters = dict.fromkeys(row["by"] for row in augmentation["gain_by_selection"])
+    for name in filters:
+        filters[name] = [row for row in augmentation["gain_by_selection"] if row["by"] == name]
+    if filters:
+        panels.append(("kept", filters, "share that a filter keeps"))
+    figure, axes = _figure(3.6 * len(panels), 2.6, 1, len(panels), sharey=True)
+    for axis, (key, lines, title) in zip(axes[0], panels, strict=True):
+        axis.axhline(0, color=INK, linewidth=0.7, linestyle=":")
+        for (name, rows), colour in zip(lines.items(), (ACCENT, SECOND, THIRD), strict=False):
+            values, ends = (100 * np.array([row[what] for row in rows]) for what in ("value", "ci95"))
+            spread = [values - ends[:, 0], ends[:, 1] - values]
+            places = [row[key] for row in rows]
+            axis.errorbar(places, values, spread, fmt="o-", color=colour, markersize=3, linewidth=1, label=name)
+        axis.set_xlabel(title, fontsize=8)
+        if len(lines) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    axes[0, 0].set_ylabel("gain, points", fontsize=8)
+    return figure
+
+
+def roc(curves: list[list[float]]) -> Figure:
+    """Verification: true against false acceptance of generated and of real probes; curves: of the report."""
+    false, *accepted = curves
+    figure, axes = _figure(3.2, 3.0)
+    axis = axes[0, 0]
+    axis.plot([0, 1], [1, 0], color=INK, linewidth=0.7, linestyle=":")  # equal error rates lie here
+    for true, name, colour in zip(accepted, ("generated", "real"), (ACCENT, INK), strict=True):
+        axis.plot(false, true, color=colour, label=name)
+    axis.set_xlabel("impostors accepted", fontsize=8)
+    axis.set_ylabel("genuine accepted", fontsize=8)
+    axis.legend(fontsize=7, frameon=False)
     return figure
 
 

@@ -30,7 +30,7 @@ class Preset:
     variants: int = 15  # stride-recombined copies of each training window, for codec and prior
     images_per_user: int = 20  # windows generated
     windows_per_user: int = 0  # training windows kept a user; 0 keeps all
-    validation: dict = field(default_factory=dict)  # keyword arguments of validate.Protocol
+    validation: dict = field(default_factory=dict)  # keyword arguments of evidence.Protocol
 
     @property
     def image_size(self) -> int:
@@ -61,7 +61,7 @@ def _gpu(batch_size: int, precision: str) -> Preset:
         prior_training=replace(training, steps=8000, learning_rate=3e-4, weight_decay=0.05, ema_decay=0.999),
         teacher_steps=1500,
         images_per_user=50,
-        validation=dict(judge_steps=1500, seeds=5),
+        validation=dict(judge_steps=1500, seeds=5, multiples=(2, 4), keep=(0.75, 0.5, 0.25)),
     )
 
 

@@ -4,7 +4,8 @@ import torch
 
 from mdlib import metrics
 from mdlib.data import DataError, to_float
-from mdlib.nn import load_lpips, lpips_weights, parts
+from mdlib.nn import parts
+from mdlib.perceptual import load_lpips, lpips_weights
 
 GRADES = ((28.0, "excellent"), (25.0, "good"), (20.0, "fair"))  # PSNR in dB from which a codec is called so
 FAR_MEAN, FAR_STD = 0.5, (0.5, 2.0)  # normalised latents beyond these were normalised by other windows' statistics

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from mdlib import plot
 from mdlib.data import DataError, WindowSet, load_windows
+from mdlib.evidence import Evidence, Protocol, concatenate
 from mdlib.files import whole_file
-from mdlib.split import apply_split, read_split
+from mdlib.split import apply_split, read_split, spare_windows
 from mdlib.systems import load_codec
-from mdlib.validate import Evidence, Protocol, concatenate, evaluate, through_codec
+from mdlib.validate import evaluate, through_codec
 
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
 
@@ -27,13 +28,21 @@ _SECTIONS = {
     "augmentation": (
         "Does real + generated train a better identifier?",
         "Classifiers from scratch on the generator's own training windows; equal optimizer steps and the same "
-        "classical augmentation (whole-stride shifts, stride recombination) in every arm; test windows untouched. The "
-        "share of generated windows in a batch is chosen on validation windows.",
+        "classical augmentation (whole-stride shifts, stride recombination) in every arm; test windows untouched. "
+        "The share of generated windows in a batch is chosen on validation windows. real_unaugmented: real alone "
+        "without the classical augmentation. real_x2: twice as many real windows; gain_over_x2: real + generated "
+        "over that; equivalent_real_windows: the number of real windows a user with which real alone does as well, "
+        "read off between the measured numbers, which are its limits. Filters: confidence keeps the generated windows "
+        "a classifier of the training windows is surest of, diversity those least like another of their user, "
+        "kinematics those within their user's range of gait.",
     ),
     "identity": (
         "Do generated windows look like their user?",
-        "Judges trained on real windows the generator was not trained on. judge_accuracy is their own on windows they "
-        "did not see. control_ratio: probability of the conditioned user over that of any other.",
+        "Judges trained on real windows the generator was not trained on. judge_accuracy is their own on windows "
+        "they did not see. control_ratio: probability of the conditioned user over that of any other. "
+        "verification_eer: equal error rate of claims checked by an embedder that was trained on other users' real "
+        "windows; each user is held out once and enrolled by the mean of unseen real windows. real: of the training "
+        "windows, which generated ones imitate.",
     ),
     "reconstruction": (
         "What does the codec keep?",
@@ -49,17 +58,32 @@ _SECTIONS = {
     ),
     "memorisation": (
         "Are training windows copied?",
-        "Distance to the nearest training window of the same user, over shifts by whole strides, relative to that of "
-        "real test windows. Well below 1, or many copies, means copying.",
+        "Distance to the nearest training window of the same user, over shifts by whole strides, relative to that "
+        "of real test windows. Well below 1, or many copies, means copying. Pictured: the generated windows that "
+        "come nearest, each above the training window it is nearest to.",
     ),
     "fidelity": (
         "Are generated windows spread like real ones?",
-        "Fréchet distance (fd) between generated windows and unseen real ones, in the features of classifiers that saw "
-        "neither; lower is better. fd_real_vs_real: between two halves of the unseen real windows that do not overlap, "
-        "as low as fd can be hoped to get. fd_train: the generator's training windows against the unseen, what a "
-        "perfect copier would get. fd_ratio: fd over fd_real_vs_real, 1 for real windows. Every comparison takes the "
-        "same number n of windows a side, user by user: fd grows when n shrinks, so compare fd at equal n only. "
-        "Copies score well here too: read it beside memorisation.",
+        "Fréchet distance (fd) between generated windows and unseen real ones, in the features of classifiers that "
+        "saw neither; lower is better. fd_real_vs_real: between two halves of the unseen real windows that do not "
+        "overlap, as low as fd can be hoped to get. fd_train: the generator's training windows against the unseen, "
+        "what a perfect copier would get. fd_ratio: fd over fd_real_vs_real, 1 for real windows. Every comparison "
+        "takes the same number n of windows a side, user by user: fd grows when n shrinks, so compare fd at equal n "
+        "only. Copies score well here too: read it beside memorisation. kid: kernel distance, around 0 for windows "
+        "of one distribution. precision, density: how much of the generated lies among real windows; recall, "
+        "coverage: how much of the real lies among generated ones. Of all these, real and train stand for the same "
+        "two comparisons. diversity: distance between two windows of one user that share no step, real: of unseen "
+        "windows; well below a ratio of 1 is collapse. inception_score: of the classifiers' probabilities, at most "
+        "the number of users. Pictured: some windows by t-SNE of one classifier's features, where distances mean "
+        "nothing.",
+    ),
+    "statistics": (
+        "Are they alike as plain images?",
+        "Mean, deviation, skewness, kurtosis, texture (contrast, dissimilarity, homogeneity and energy of neighbouring "
+        "grey levels) and spectrum (share of the power in four bands), user by user. ks: Kolmogorov-Smirnov statistic "
+        "between generated and unseen windows, mean over them and over users, 0 for one distribution; by the same "
+        "number of windows a side. mahalanobis: distance to the middle of the user's unseen windows. typical: share of "
+        "generated windows no nearer and no farther than nine in ten real ones. silhouette: how far users lie apart.",
     ),
     "physics": (
         "Do generated walkers move like the real ones?",
@@ -116,7 +140,7 @@ def validate_folders(
         pipeline: where given, its codec adds the reconstruction and codebook figures, at its own size and channels.
         rival: codec/ folder of a run with the other kind of codec (VQ, KL); adds which of the two to take.
         channels, colormap: how the real images are read, see `mdlib.data.load_windows`.
-        protocol: fields of `validate.Protocol`.
+        protocol: fields of `evidence.Protocol`.
 
     Raises:
         DataError: users of the two folders differ, the split does not fit, or the rival's size does not.
@@ -146,7 +170,8 @@ def gather(
     """
     gap = max(OVERLAP, split.get("gap", OVERLAP))  # a split may ignore the overlap; an interval may not
     other = load_rival(rival, split).to(codec.device) if rival else None
-    return Evidence(**apply_split(windows, split), generated=generated, gap=gap, codec=codec, rival=other)
+    parts, spare = apply_split(windows, split), spare_windows(windows, split)
+    return Evidence(**parts, generated=generated, gap=gap, codec=codec, rival=other, spare=spare)
 
 
 def load_rival(path: str | Path, split: dict):
@@ -184,12 +209,17 @@ def _pictures(report: dict, evidence: Evidence) -> dict[str, list[bytes]]:
     real = concatenate(evidence.val, evidence.test)
     shown = [user for user in real.users if user in {file.user for file in evidence.generated.files}][:6]
     pictures = {
-        "augmentation": [plot.arms(report["augmentation"])],
+        "augmentation": [plot.arms(report["augmentation"]), *_curves(report["augmentation"])],
         "identity": [
             plot.real_beside_generated(real, evidence.generated, shown),
             plot.confusion(report["identity"]["confusion"], report["users"]),
         ],
+        "memorisation": [nearest_pairs(report["memorisation"], evidence)],
     }
+    if report["fidelity"]["map"]:
+        pictures["fidelity"] = [plot.neighbourhoods(report["fidelity"]["map"])]
+    if "roc" in report["identity"]:
+        pictures["identity"].append(plot.roc(report["identity"]["roc"]))
     if evidence.codec is not None:
         every = slice(None, None, max(1, len(evidence.test) // 6))
         some, labels = evidence.test.images[every][:6], evidence.test.labels[every][:6]
@@ -200,6 +230,22 @@ def _pictures(report: dict, evidence: Evidence) -> dict[str, list[bytes]]:
     if report["physics"]["torso_speed"]["value"] is not None:
         pictures["physics"] = [plot.user_means(report["physics"])]
     return {name: [plot.to_png(figure) for figure in figures] for name, figures in pictures.items()}
+
+
+def _curves(augmentation: dict) -> list:
+    """The gain against numbers of generated windows and against what filters keep, where there is more than one."""
+    more = len(augmentation["gain_by_windows"]) > 1 or augmentation["gain_by_selection"]
+    return [plot.gain_curves(augmentation)] if more else []
+
+
+def nearest_pairs(memorisation: dict, evidence: Evidence):
+    """The generated windows nearest to a training window, each above that; titles: its distance over a real one's."""
+    pairs, images = memorisation["nearest"], []
+    for name, part in (("generated", evidence.generated), ("train", evidence.train)):
+        row = {path: row for row, path in enumerate(part.paths)}
+        images += [part.images[row[pair[name]]] for pair in pairs]
+    titles = [f"{pair['ratio']:.2f}" for pair in pairs] + ["training"] * len(pairs)
+    return plot.windows(images, titles, evidence.train.colormap, columns=len(pairs))
 
 
 def _page(report: dict, pictures: dict[str, list[bytes]]) -> str:
@@ -225,6 +271,14 @@ def embedded(name: str, png: bytes) -> str:
     return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
 
 
+def table(rows: list[list[str]]) -> str:
+    """A table whose first row is its head."""
+    head, *body = ([html.escape(cell) for cell in cells] for cells in rows)
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+    lines += [f"<th>{first}</th>" + "".join(f"<td class=n>{cell}</td>" for cell in cells) for first, *cells in body]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
 def _section(name: str, figures: dict, pictures: list[bytes]) -> str:
     title, note = _SECTIONS[name]
     rows = {key: _cell(value) for key, value in figures.items() if not isinstance(value, list)}
@@ -243,6 +297,8 @@ def _cell(figure: dict | float) -> str:
     spread = f"  [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""
     unit = f" {figure['unit']}" if figure.get("unit") else ""
     beside = [f"{word} {figure[key]:.3g}, " for key, word in _BESIDE.items() if figure.get(key) is not None]
+    if figure.get("between"):
+        beside.insert(0, f"measured between {figure['between'][0]:.3g} and {figure['between'][1]:.3g}, ")
     return f"{figure['value']:.4g}{unit}{spread}  ({''.join(beside)}n = {figure['n']})"
 
 

@@ -28,7 +28,7 @@ from mdlib.data import DataError, WindowSet, find_windows, load_windows
 from mdlib.files import whole_file
 from mdlib.foundation import load_foundation
 from mdlib.joint import JointFineTuning
-from mdlib.nn import load_lpips
+from mdlib.perceptual import load_lpips
 from mdlib.presets import Preset
 from mdlib.split import apply_split, make_split, read_split, write_split
 from mdlib.systems import get_preset, get_system, make_codec, make_prior, start_codec, start_prior
@@ -99,6 +99,20 @@ class Run:
             "time": ", ".join(f"{name} {seconds}" for name, seconds in times.items()),
         }
 
+    def start_codec(self, codec: torch.nn.Module) -> None:
+        """Give a new codec the weights to start from, where the settings name any."""
+        if self.settings["init"]:
+            start_codec(codec, Path(self.settings["init"]) / "codec", other_users=True)
+        elif self.settings["codec_start"]:
+            start_codec(codec, self.settings["codec_start"])
+
+    def start_prior(self, prior: torch.nn.Module) -> None:
+        """Give a new prior the weights to start from, where the settings name any."""
+        if self.settings["init"]:
+            start_prior(prior, Path(self.settings["init"]) / "prior", other_users=True)
+        elif self.settings["prior_start"]:
+            start_prior(prior, self.settings["prior_start"])
+
     def expect(self, notebook: str) -> None:
         """DataError where `notebook` is none of this run's system."""
         system = self.settings["system"]
@@ -135,6 +149,7 @@ def open_run(
     user_codec: bool = False,
     codec_start: str = "",
     prior_start: str = "",
+    init: str = "",
     joint_steps: int = 0,
     classifier_steps: int = 0,
     channels: int = 1,
@@ -152,6 +167,8 @@ def open_run(
         codec, codec_steps, prior_steps, codec_options, prior_options, perceptual_weight, foundation, user_codec:
             changes of the preset, see `systems.get_preset`; "", 0, {} and False keep the preset's.
         codec_start, prior_start: weights to start from, see `systems.start_codec` and `systems.start_prior`.
+        init: pipeline/ folder of a run of this system on other people (simulated ones, say) to start codec and prior
+            from; users get new embeddings.
         joint_steps: optimizer steps of codec and prior together at the end; 0 does without.
         classifier_steps: optimizer steps of a user classifier for classifier guidance; 0 does without.
         channels, colormap: how images are read, see `mdlib.data.load_windows`.
@@ -162,7 +179,7 @@ def open_run(
     """
     settings = {key: value for key, value in locals().items() if key != "out"}
     out = Path(out)
-    for key in ("data", "split", "codec_start", "prior_start"):
+    for key in ("data", "split", "codec_start", "prior_start", "init"):
         settings[key] = str(Path(settings[key]).resolve()) if settings[key] else ""
     if settings["foundation"] and Path(settings["foundation"]).exists():
         settings["foundation"] = str(Path(settings["foundation"]).resolve())
@@ -189,6 +206,12 @@ def _check(run: Run) -> None:
         wanted = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(run.settings[key], wanted):
             raise DataError(f"{key} must be of type {type(default).__name__}, got {run.settings[key]!r}")
+    if run.settings["init"]:
+        if run.settings["codec_start"] or run.settings["prior_start"]:
+            raise DataError("init starts both codec and prior: leave codec_start and prior_start empty")
+        if not (Path(run.settings["init"]) / "model_index.json").exists():
+            raise DataError(f"init: {run.settings['init']} holds no pipeline: give the pipeline/ folder of a run")
+        _check_kind(Path(run.settings["init"]) / "prior", get_system(run.settings["system"]).prior)
     users = len({file.user for file in find_windows(run.settings["data"])})
     preset = _preset(run, users)
     for training in (preset.codec_training, preset.prior_training):
@@ -205,6 +228,13 @@ def _check(run: Run) -> None:
         read_split(run.settings["split"])
 
 
+def _check_kind(folder: Path, wanted: type) -> None:
+    """DataError where the model in `folder` is of another class: its weights' names and shapes may fit all the same."""
+    name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    if name != wanted.__name__:
+        raise DataError(f"init: {folder} holds a {name}, this system's prior is a {wanted.__name__}: take its own run")
+
+
 def _preset(run: Run, users: int) -> Preset:
     """The run's preset, after its models were built without memory: sizes that do not fit each other, and weights that
     do not fit them, are told now, not after an hour of training."""
@@ -213,10 +243,8 @@ def _preset(run: Run, users: int) -> Preset:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # weights meet no memory here
             codec = make_codec(preset, run.settings["channels"], users, foundation_width=8)
             prior = make_prior(run.settings["system"], preset, codec, users)
-            if run.settings["codec_start"]:
-                start_codec(codec, run.settings["codec_start"])
-            if run.settings["prior_start"]:
-                start_prior(prior, run.settings["prior_start"])
+            run.start_codec(codec)
+            run.start_prior(prior)
         if run.settings["joint_steps"]:
             JointFineTuning(codec, prior)
         if run.settings["classifier_steps"] and prior.consumes == "tokens":

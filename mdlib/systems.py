@@ -175,30 +175,49 @@ def make_codec(preset: Preset, channels: int = 1, num_users: int = 0, foundation
     return preset.codec_class(in_channels=channels, **preset.codec, **(told if preset.codec_class is VAVAE else {}))
 
 
-def start_codec(codec, source: str | Path) -> None:
+def start_codec(codec, source: str | Path, other_users: bool = False) -> None:
     """Give a new codec the weights of a codec/ folder, or of a published VA-VAE file.
+
+    other_users: see `start_prior`; of a codec that is told users.
 
     Raises:
         DataError: weights that do not fit.
     """
-    _start(codec, source, load_codec, load_ldm)
+    _start(codec, source, load_codec, load_ldm, _for_users(codec.config.get("num_users", 0), other_users))
 
 
-def start_prior(prior, source: str | Path) -> None:
+def start_prior(prior, source: str | Path, other_users: bool = False) -> None:
     """Give a new prior the weights of a prior folder (pipeline/prior of a run), or of a published LightningDiT file.
+
+    other_users: the folder's prior was trained on other people. What it knows of walking is kept; each user starts as
+    the mean of its users, and the null label, which is nobody in particular, as it is.
 
     Raises:
         DataError: weights that do not fit.
     """
     published = getattr(type(prior), "load_published", None)
-    _start(prior, source, type(prior).from_pretrained, published)
+    _start(prior, source, type(prior).from_pretrained, published, _for_users(prior.null_label, other_users))
 
 
-def _start(model, source: str | Path, from_folder, from_file) -> None:
+def _for_users(num_users: int, other_users: bool):
+    """Changes weights by name: with other users, `num_users` new rows in the table of users."""
+
+    def change(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        table = found.get("users.weight")
+        if table is None or not other_users:
+            return found
+        mean = table[:-1].mean(0, keepdim=True).expand(num_users, -1)
+        return found | {"users.weight": torch.cat([mean, table[-1:]])}
+
+    return change
+
+
+def _start(model, source: str | Path, from_folder, from_file, change=lambda found: found) -> None:
+    """change: of the weights read from a folder."""
     try:
         if Path(source).is_dir():
             beside = getattr(model, "beside", ())
-            load_completely(model, from_folder(source).state_dict(), source, beside)
+            load_completely(model, change(from_folder(source).state_dict()), source, beside)
         elif from_file is None:
             raise DataError(f"there are no published weights of a {type(model).__name__}: give a folder")
         else:

@@ -13,9 +13,9 @@ from mdlib import compare as comparing
 from mdlib.compare import Ruler, compare, curve, drawn, sampling_speed, sizes
 from mdlib.comparison import conclusions
 from mdlib.data import DataError
+from mdlib.evidence import Protocol
 from mdlib.pipeline import load_pipeline
 from mdlib.run import open_run
-from mdlib.validate import Protocol
 from mdlib.vavae import VAVAE
 
 

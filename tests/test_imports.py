@@ -13,8 +13,8 @@ PACKAGE = Path(mdlib.__file__).parent
 FILES = sorted(PACKAGE.glob("*.py"))
 # The floors of the house, lowest first: a file imports from floors below its own, or beside it where named.
 FLOORS = [
-    {"colormap", "distributed", "files", "gait", "physics", "progress", "metrics"},
-    {"nn", "data", "radar", "published"},
+    {"colormap", "distributed", "files", "gait", "physics", "progress", "metrics", "published"},
+    {"nn", "data", "radar", "perceptual"},
     {
         "split",
         "augment",
@@ -23,6 +23,7 @@ FLOORS = [
         "simulate",
         "plot",
         "codec",
+        "evidence",
         "attention",
         "diffusion",
         "foundation",
@@ -43,11 +44,14 @@ FLOORS = [
         "pipeline",
         "quality",
     },
-    {"presets", "validate", "teacher"},
+    {"selection", "verification", "statistics", "presets", "teacher"},
+    {"arms"},
+    {"fidelity"},
+    {"validate"},
     {"systems"},
     {"run", "report"},
     {"comparison"},
-    {"compare"},
+    {"compare", "study"},
     {"__main__"},
 ]
 BESIDE = {("vavae", "vae"), ("vqdiffusion", "dit")}

@@ -10,11 +10,12 @@ from torch.nn.functional import interpolate
 
 from mdlib import kinematics, plot
 from mdlib.data import WindowFile, WindowSet
+from mdlib.evidence import Evidence, concatenate, halves
 from mdlib.kinematics import Gaits, compare, image_axis, measure
 from mdlib.radar import velocity_axis
 from mdlib.report import _cell
 from mdlib.simulate import simulate_recording
-from mdlib.validate import Evidence, concatenate, halves, physics
+from mdlib.validate import physics
 
 USERS = (1, 2, 3, 4, 5)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from torch import nn
 from torchmetrics.image import PeakSignalNoiseRatio
@@ -126,9 +127,73 @@ def test_frechet_distance_of_fewer_samples_than_features():
 def test_nearest_distance_is_brute_force_within_the_user():
     queries, references = torch.randn(5, 7), torch.randn(6, 7)
     users, owners = torch.tensor([0, 1, 0, 2, 1]), torch.tensor([0, 0, 1, 1, 1, 0])
-    found = metrics.nearest_distance(queries, references, users[:, None] == owners[None])
+    found, rows = metrics.nearest(queries, references, users[:, None] == owners[None])
+    apart = torch.cdist(queries, references).masked_fill(users[:, None] != owners[None], torch.inf)
+    assert torch.equal(rows, apart.argmin(1))
     for query, user, value in zip(queries, users, found, strict=True):
         mine = [
             float((query - one).square().mean().sqrt()) for one, k in zip(references, owners, strict=True) if k == user
         ]
         assert float(value) == pytest.approx(min(mine, default=np.inf), rel=1e-4)
+
+
+def test_kernel_distance_is_the_unbiased_mmd_of_cubic_kernels():
+    first, second = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64) + 1
+    kernel = lambda x, y: (float(x @ y) / 4 + 1) ** 3
+    own = [
+        sum(kernel(a, b) for i, a in enumerate(part) for j, b in enumerate(part) if i != j) for part in (first, second)
+    ]
+    both = sum(kernel(a, b) for a in first for b in second)
+    assert metrics.kernel_distance(first, second) == pytest.approx(sum(own) / 30 - 2 * both / 36)
+    draws = [metrics.kernel_distance(torch.randn(50, 4), torch.randn(50, 4)) for _ in range(40)]
+    assert abs(np.mean(draws)) < 3 * np.std(draws) / 40**0.5 + 0.02, "no bias for sets of one distribution"
+
+
+def test_manifold_figures_are_what_the_papers_count():
+    torch.manual_seed(0)
+    real, made, k = torch.randn(12, 3), torch.randn(9, 3) * 1.5, 3
+    radius = lambda part, row: sorted(float((row - other).norm()) for other in part)[k]
+    inside = lambda part, row, point: float((row - point).norm()) < radius(part, row)
+    found = metrics.manifold_figures(real, made, k)
+    assert found["precision"] == pytest.approx(np.mean([any(inside(real, row, m) for row in real) for m in made]))
+    assert found["recall"] == pytest.approx(np.mean([any(inside(made, row, r) for row in made) for r in real]))
+    assert found["density"] == pytest.approx(sum(inside(real, row, m) for row in real for m in made) / (k * len(made)))
+    assert found["coverage"] == pytest.approx(np.mean([any(inside(real, row, m) for m in made) for row in real]))
+    assert set(metrics.manifold_figures(real, made + 100, k).values()) == {0.0}
+    collapsed = metrics.manifold_figures(real, real[:1] + 0.01 * torch.randn(9, 3), k)
+    assert collapsed["precision"] == 1 and collapsed["recall"] < 0.3 and collapsed["coverage"] < 1
+
+
+def test_inception_score_lies_between_one_and_the_number_of_users():
+    assert metrics.inception_score(torch.eye(5).repeat(3, 1)) == pytest.approx(5)
+    assert metrics.inception_score(torch.full((7, 5), 0.2)) == pytest.approx(1)
+    assert metrics.inception_score(torch.eye(5)[:1].repeat(9, 1)) == pytest.approx(1), "everybody the same user"
+    rows = torch.rand(8, 3).softmax(1).double()
+    each = (rows * (rows / rows.mean(0)).log()).sum(1)
+    assert metrics.inception_score(rows) == pytest.approx(float(each.mean().exp()))
+
+
+def test_equal_error_rate_of_two_normal_distributions():
+    rng, n = np.random.default_rng(0), 20_000
+    scores = np.concatenate([rng.normal(2, 1, n), rng.normal(0, 1, n)])
+    genuine = np.arange(2 * n) < n
+    assert metrics.equal_error_rate(scores, genuine) == pytest.approx(scipy.stats.norm.cdf(-1), abs=0.005)
+    assert metrics.equal_error_rate(-scores, genuine) == pytest.approx(scipy.stats.norm.cdf(1), abs=0.005)
+
+
+def test_equal_error_rate_of_few_scores():
+    genuine = np.array([True, True, False, False])
+    assert metrics.equal_error_rate(np.array([0.9, 0.8, 0.2, 0.1]), genuine) == 0
+    assert metrics.equal_error_rate(np.array([0.9, 0.2, 0.8, 0.1]), genuine) == pytest.approx(0.5)
+    assert metrics.equal_error_rate(np.full(4, 0.3), genuine) == pytest.approx(0.5), "one score for all is chance"
+    assert metrics.equal_error_rate(np.array([0.1, 0.2, 0.8, 0.9]), genuine) == 1
+    scores, weights = np.array([0.9, 0.4, 0.8, 0.3, 0.2]), np.array([1, 3, 2, 1, 2])
+    genuine = np.array([True, True, False, False, False])
+    repeated = metrics.equal_error_rate(scores.repeat(weights), genuine.repeat(weights))
+    assert metrics.equal_error_rate(scores, genuine, weights) == pytest.approx(repeated)
+
+
+def test_equivalent_count_is_read_off_the_line_of_real_windows():
+    counts = np.array([10, 20, 40])
+    rows = np.array([[0.5, 0.4, 0.6, 0.8], [0.3, 0.4, 0.6, 0.8], [0.9, 0.4, 0.6, 0.8], [0.6, 0.4, 0.3, 0.8]])
+    assert metrics.equivalent_count(counts, rows) == pytest.approx([10 * 2**0.5, 10, 40, 20 * 2**0.5], rel=1e-6)

@@ -16,10 +16,11 @@ import torch
 from mdlib.__main__ import main
 from mdlib.data import DataError
 from mdlib.latents import encode_all
+from mdlib.pipeline import load_pipeline
 from mdlib.report import load_rival
 from mdlib.run import NOTEBOOKS, execute, open_run
 from mdlib.split import read_split, write_split
-from mdlib.systems import SYSTEMS, load_codec
+from mdlib.systems import SYSTEMS, load_codec, make_codec, make_prior
 from mdlib.vqvae import VQVAE
 
 ROOT = NOTEBOOKS.parent
@@ -139,6 +140,29 @@ def test_settings_of_the_aligned_system_are_checked_before_anything_is_made(peop
     VQVAE(image_size=32, block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vq")
     with pytest.raises(DataError, match="cannot start from .*vq: .* does not fit this VAVAE"):
         open_run(tmp_path / "one", **options, codec_start=str(tmp_path / "vq"))
+    assert not (tmp_path / "one").exists()
+
+
+def test_a_run_starts_from_one_on_other_people(finished, people, tmp_path):
+    for user in (7, 8):
+        shutil.copytree(people / "ID_1", tmp_path / "others" / f"ID_{user}")
+    source = finished[0] / "pipeline"
+    run = open_run(tmp_path / "run", data=str(tmp_path / "others"), preset="smoke", init=str(source))
+    codec = make_codec(run.preset)
+    prior = make_prior("vqvae-transformer", run.preset, codec, 2)
+    run.start_codec(codec)
+    run.start_prior(prior)
+    torch.testing.assert_close(codec.state_dict(), load_codec(source / "codec").state_dict())
+    known = load_pipeline(source).prior
+    assert torch.equal(prior.users.weight[2], known.users.weight[3])
+    options = dict(data=str(tmp_path / "others"), preset="smoke")
+    with pytest.raises(DataError, match="init: .*others holds no pipeline: give the pipeline/ folder of a run"):
+        open_run(tmp_path / "one", **options, init=str(tmp_path / "others"))
+    with pytest.raises(DataError, match="init starts both codec and prior: leave codec_start and prior_start empty"):
+        open_run(tmp_path / "one", **options, init=str(source), codec_start=str(source / "codec"))
+    for system in ("vae-diffusion", "vq-diffusion"):  # of other and of the same codec
+        with pytest.raises(DataError, match="init: .*prior holds a TokenPrior, this system's prior is a "):
+            open_run(tmp_path / "one", **options, system=system, init=str(source))
     assert not (tmp_path / "one").exists()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mdlib.data import DataError
+from mdlib.evidence import Protocol
 from mdlib.systems import (
     SYSTEMS,
     get_preset,
@@ -24,6 +25,7 @@ def test_every_preset_builds_a_codec_and_a_prior_that_fits(system, preset):
         codec = make_codec(sizes)
         prior = make_prior(system, sizes, codec, num_users=31)
     assert codec.config.image_size == sizes.image_size and prior.null_label == 31
+    assert Protocol(**sizes.validation).seeds >= 2
     if prior.consumes == "tokens":
         assert prior.token_shape == codec.token_shape
     else:
@@ -93,6 +95,32 @@ def test_training_starts_from_the_weights_of_another(tmp_path):
         start_prior(make_prior("vqvae-transformer", plain, make_codec(plain), 3), tmp_path / "weights.pt")
     with pytest.raises(DataError, match="cannot start from .*weights.pt: "):
         start_prior(priors[0], tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_what_a_prior_knows_of_walking_is_kept_for_other_users(system, tmp_path):
+    preset = get_preset(system, "smoke")
+    codec = make_codec(preset)
+    known, prior = (seeded(seed, make_prior, system, preset, codec, users) for seed, users in ((1, 3), (2, 5)))
+    known.save_pretrained(tmp_path)
+    start_prior(prior, tmp_path, other_users=True)
+    old, new = known.state_dict(), prior.state_dict()
+    assert all(torch.equal(old[name], new[name]) for name in old if name != "users.weight")
+    table, fresh = old["users.weight"], new["users.weight"]
+    assert fresh.shape[0] == 6 and torch.equal(fresh[5], table[3]), "nobody in particular stays nobody in particular"
+    torch.testing.assert_close(fresh[:5], table[:3].mean(0).expand(5, -1))
+    with pytest.raises(DataError, match="of another shape are users.weight"):
+        start_prior(prior, tmp_path)
+
+
+def test_a_codec_that_is_told_users_meets_new_ones(tmp_path):
+    preset = get_preset("vavae-dit", "smoke", user_codec=True)
+    known, codec = (make_codec(preset, num_users=users, foundation_width=7) for users in (3, 3))
+    known.save_pretrained(tmp_path)
+    start_codec(codec, tmp_path, other_users=True)
+    table = known.users.weight
+    torch.testing.assert_close(codec.users.weight[:3], table[:3].mean(0).expand(3, -1))
+    assert torch.equal(codec.users.weight[3], table[3])
 
 
 def test_the_aligned_system_trains_by_the_published_recipe_on_a_gpu():

@@ -3,38 +3,29 @@
 import html
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import write_set
 
-from mdlib import metrics, validate
+from mdlib import arms as arms_file
+from mdlib import fidelity as fidelity_file
+from mdlib import metrics
+from mdlib import verification as verification_file
+from mdlib.arms import Arms, _mixed, augmentation, correctness, real_only_judges, times, train_arms
+from mdlib.augment import stride_shift
 from mdlib.data import DataError, WindowFile, WindowSet
-from mdlib.judge import Judge
+from mdlib.evidence import Evidence, Protocol, alike, concatenate, first_of_each, halves, time_blocks
+from mdlib.fidelity import fidelity, pairs_apart
+from mdlib.judge import Embedder, Judge, features
+from mdlib.perceptual import INCEPTION, LPIPS_BACKBONES
 from mdlib.report import load_generated, write_report
 from mdlib.vae import KLVAE
-from mdlib.validate import (
-    Arms,
-    Evidence,
-    Protocol,
-    _mixed,
-    alike,
-    codec_choice,
-    concatenate,
-    evaluate,
-    features,
-    fidelity,
-    first,
-    halves,
-    memorisation,
-    other_label,
-    real_only_judges,
-    through_codec,
-    time_blocks,
-    verdict,
-)
+from mdlib.validate import codec_choice, evaluate, memorisation, other_label, through_codec, verdict
 from mdlib.vavae import VAVAE
+from mdlib.verification import folds, verification
 from mdlib.vqvae import VQVAE
 
 USERS = (2, 5, 9, 11)
@@ -61,10 +52,12 @@ def windows(n: int, seed: int, start: int = 0, of=gait) -> WindowSet:
 
 def evidence(generated: WindowSet, **changes) -> Evidence:
     parts = dict(train=windows(3, 1), val=windows(12, 2, 40), test=windows(25, 3, 80), generated=generated, gap=4)
+    parts["spare"] = windows(9, 5, 20)
     return Evidence(**{**parts, **changes})
 
 
 QUICK = Protocol(judge_steps=60, seeds=2, variants=2)
+ONCE = replace(QUICK, seeds=1, shares=(0.25,))
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +67,24 @@ def honest():
 
 
 def test_every_key_of_the_protocol_is_there(honest):
-    keys = {"reconstruction", "codebook", "identity", "augmentation", "fidelity", "memorisation", "physics", "verdict"}
+    keys = {"reconstruction", "codebook", "identity", "augmentation", "fidelity", "statistics", "memorisation"}
+    keys |= {"physics", "verdict"}
     assert keys <= honest.keys()
     for section in keys - {"verdict"}:
         for name, value in honest[section].items():
             if isinstance(value, dict):
                 assert value["value"] is not None and value["n"] > 0 or value["reason"], (section, name)
-    assert honest["fidelity"]["kid"] == {"value": None, "reason": "not yet measured by this version"}
     assert honest["reconstruction"]["psnr_db"]["reason"] == "no codec was given"
     assert all(figure["value"] is not None for figure in honest["physics"].values())
     json.dumps(honest, allow_nan=False)
 
 
 def test_real_windows_fed_in_as_generated_pass(honest):
+    fidelity, verified = honest["fidelity"], honest["identity"]["verification_eer"]
+    assert fidelity["precision"]["value"] > 0.7 and fidelity["coverage"]["value"] > 0.7
+    assert 0.7 < fidelity["diversity"]["ratio"] < 1.4
+    assert fidelity["inception_score"]["value"] == pytest.approx(fidelity["inception_score"]["real"], rel=0.2)
+    assert verified["value"] < 0.35 and abs(verified["value"] - verified["real"]) < 0.2
     assert honest["identity"]["judge_accuracy"]["value"] > 0.6
     assert honest["identity"]["accuracy"]["value"] > 0.8 * honest["identity"]["judge_accuracy"]["value"]
     assert honest["augmentation"]["gain"]["value"] > -0.02
@@ -96,21 +94,160 @@ def test_real_windows_fed_in_as_generated_pass(honest):
     assert {honest["fidelity"][name]["n"] for name in ("fd", "fd_real_vs_real", "fd_train")} == {12}
 
 
+def blurred(label: int, n: int, seed: int) -> torch.Tensor:
+    """Users who are hard to tell apart by few windows."""
+    return gait(label, n, seed, spread=2.5)
+
+
+def hard(made: WindowSet) -> Evidence:
+    parts = dict(train=windows(3, 1, of=blurred), val=windows(12, 2, 40, of=blurred))
+    return evidence(made, **parts, test=windows(40, 3, 80, of=blurred), spare=None)
+
+
+def told(case: Evidence) -> dict:
+    arms = train_arms(case, ONCE, SimpleNamespace(update=lambda: None))
+    return verdict(augmentation(case, ONCE, arms))
+
+
+def test_more_windows_of_the_same_walkers_help():
+    assert told(hard(windows(60, 7, of=blurred)))["word"] == "helps"
+
+
+def test_copies_of_training_windows_do_not_help():
+    train = windows(3, 1, of=blurred)
+    assert told(hard(train.select(torch.arange(len(train)).repeat_interleave(4))))["word"] == "no evidence"
+
+
+def test_shuffled_labels_teach_nothing():
+    train = windows(4, 1)
+    case = evidence(windows(5, 7), train=replace(train, labels=torch.arange(16) % 4))
+    assert correctness(real_only_judges(case, ONCE), case.test.images, case.test.labels).mean() < 0.45
+
+
+def test_a_random_split_reports_its_leak(honest):
+    assert honest["split"]["test_share_overlapping"] == 0
+    leaking = evaluate(evidence(windows(5, 7), test=windows(6, 1)), Protocol(judge_steps=1, seeds=1, variants=0))
+    assert leaking["split"]["test_share_overlapping"] > 0.9 and leaking["split"]["nearest_train_ratio"] < 0.7
+    assert "% of the test windows overlap a training window" in leaking["verdict"]["sentence"]
+
+
 def test_noise_fails_everything():
     noise = windows(20, 0, of=lambda label, n, seed: torch.randint(0, 256, (n, 1, 32, 32), dtype=torch.uint8))
-    report = evaluate(evidence(noise), QUICK)
+    report = evaluate(evidence(noise), ONCE)
     assert report["identity"]["accuracy"]["value"] < 0.5
     assert report["augmentation"]["generated_only"]["value"] < 0.6
     assert report["verdict"]["word"] in ("hurts", "no evidence")
     assert report["fidelity"]["fd_ratio"]["value"] > 5
     assert report["fidelity"]["fd"]["value"] > 5 * report["fidelity"]["fd_train"]["value"]
+    assert report["fidelity"]["kid"]["value"] > 3 * abs(report["fidelity"]["kid"]["real_vs_real"])
+    assert report["fidelity"]["precision"]["value"] == report["fidelity"]["coverage"]["value"] == 0
+    assert report["identity"]["verification_eer"]["value"] > 0.35
 
 
 def test_windows_of_another_user_fail_identity(honest):
     swapped = windows(20, 7, of=lambda label, n, seed: gait((label + 1) % 4, n, seed))
-    report = evaluate(evidence(swapped), QUICK)
+    report = evaluate(evidence(swapped), ONCE)
     assert report["identity"]["accuracy"]["value"] < 0.3
     assert report["identity"]["control_ratio"]["value"] < 1 < honest["identity"]["control_ratio"]["value"]
+    assert report["identity"]["verification_eer"]["value"] > honest["identity"]["verification_eer"]["value"] + 0.2
+
+
+def test_the_same_window_over_and_over_lacks_diversity(honest):
+    made = windows(20, 7)
+    same = replace(made, images=made.images[torch.arange(len(made)) // 20 * 20])
+    judges = Arms({"real_only": real_only_judges(evidence(same), QUICK)}, {}, 0.5)
+    found = fidelity(evidence(same), judges)
+    assert found["diversity"]["value"] == 0 and found["recall"]["value"] < 0.2
+    assert len(found["map"]) == 4 * (12 + 12) and {point["user"] for point in found["map"]} == set(USERS)
+    assert found["coverage"]["value"] < honest["fidelity"]["coverage"]["value"]
+
+
+def test_more_real_windows_are_the_yardstick(honest):
+    found = honest["augmentation"]
+    assert found["real_x2"]["n"] == 100 and len(found["real_x2"]["per_seed"]) == 2
+    assert found["gain_over_x2"]["value"] == pytest.approx(
+        found["real_plus_generated"]["value"] - found["real_x2"]["value"]
+    )
+    equivalent = found["equivalent_real_windows"]
+    assert equivalent["between"] == [3, 6] and 3 <= equivalent["ci95"][0] <= equivalent["value"] <= 6 + 1e-9
+
+
+def test_spare_windows_are_taken_evenly_and_only_where_all_have_them():
+    case = evidence(windows(5, 7))
+    more = times(case, 3)
+    numbers = [file.number for file in more.files[len(case.train) :]]
+    assert more.labels.bincount().tolist() == [9] * 4 and numbers == [20, 22, 23, 25, 26, 28] * 4
+    assert times(case, 5) is None and times(replace(case, spare=None), 2) is None
+    without = augmentation(replace(case, spare=None), QUICK, fake_arms(case))
+    for name in ("real_x2", "gain_over_x2", "equivalent_real_windows"):
+        assert "windows_per_user" in without[name]["reason"]
+
+
+def fake_arms(case: Evidence) -> Arms:
+    """Arms that are always right."""
+    right = np.ones((2, len(case.test)), dtype=bool)
+    names = ("real_only", "real_plus_generated", "generated_only", "real_unaugmented")
+    return Arms({}, {name: right for name in names}, 0.5)
+
+
+def test_pairs_of_a_user_share_no_step():
+    pairs = pairs_apart(windows(10, 0, 40), gap=4)
+    assert [mine.shape[1] for mine in pairs] == [21] * 4, "6 + 5 + 4 + 3 + 2 + 1 of ten in a row"
+    assert all((mine[1] - mine[0] >= 4).all() for mine in pairs)
+    assert pairs_apart(windows(1, 0), gap=0)[0].shape == (2, 0)
+
+
+def test_verification_needs_users_to_hold_out():
+    assert folds(3) is None
+    for users in (4, 5, 8, 31):
+        held = folds(users)
+        assert sorted(np.concatenate(held)) == list(range(users))
+        assert all(2 <= len(fold) <= users - 2 for fold in held)
+
+
+def test_embedders_do_not_meet_the_users_they_verify(monkeypatch):
+    met = []
+
+    def fake(images, labels, *_):
+        met.append(set(labels.tolist()))
+        return Embedder().eval()
+
+    monkeypatch.setattr(verification_file, "train_embedder", fake)
+    monkeypatch.setattr(verification_file, "DRAWS", 5)
+    found = verification(evidence(windows(5, 7)), QUICK, SimpleNamespace(update=lambda: None))
+    assert met == [set(range(4)) - set(held.tolist()) for held in folds(4)]
+    assert 0 <= found["verification_eer"]["ci95"][0] <= found["verification_eer"]["ci95"][1] <= 1
+    assert np.all(np.diff(found["roc"]) >= 0), "acceptance grows with the threshold"
+
+
+def test_published_networks_measure_where_their_weights_are(tmp_path, monkeypatch):
+    from torchvision.models import inception_v3
+
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    small = evidence(windows(2, 7), val=windows(4, 2, 40), test=windows(6, 3, 50))
+    judges = Arms({"real_only": [Judge(len(USERS))]}, {}, 0.5)
+    absent = fidelity(small, judges)
+    assert absent["fd_inception"]["reason"].startswith("inception_v3_google-0cc3c7bd.pth is not on")
+    assert absent["lpips_diversity"]["reason"].startswith("squeezenet1_1-b8a52dc0.pth is not on")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(inception_v3(weights=None, init_weights=False).state_dict(), tmp_path / "checkpoints" / INCEPTION)
+    (tmp_path / "checkpoints" / LPIPS_BACKBONES["squeeze"]).touch()
+    apart = lambda first, second: (first - second).abs().mean((1, 2, 3))
+    monkeypatch.setattr(fidelity_file, "load_lpips", lambda net: Distance(apart))
+    found = fidelity(small, judges)
+    assert found["fd_inception"]["value"] > 0 and found["fd_inception"]["n"] == 8
+    assert found["lpips_diversity"]["ratio"] == pytest.approx(1, abs=0.3)
+
+
+class Distance(torch.nn.Module):
+    """A stand-in for LPIPS."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.between, self.weight = between, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, first, second):
+        return self.between(first, second)
 
 
 def test_copies_of_training_windows_are_told():
@@ -118,6 +255,11 @@ def test_copies_of_training_windows_are_told():
     copied = train.select(torch.arange(len(train)).repeat_interleave(4))
     found = memorisation(evidence(copied))
     assert found["nearest_train_ratio"]["value"] < 0.01 and found["copies"]["value"] == 1.0
+    assert len(found["nearest"]) == 6 and all(pair["generated"] == pair["train"] for pair in found["nearest"])
+    later = replace(copied, images=stride_shift(copied.images, 2))
+    shifted = memorisation(evidence(later))
+    assert shifted["copies"]["value"] == 1.0
+    assert all(pair["generated"] == pair["train"] for pair in shifted["nearest"]), "found where it was shifted from"
 
 
 def test_the_share_of_generated_windows_is_what_it_says():
@@ -157,7 +299,7 @@ def test_sets_are_compared_at_equal_numbers_of_each_user():
 
 
 def test_the_first_windows_of_each_user_are_taken():
-    few = first(windows(5, 7).select(torch.randperm(20)), 2)
+    few = first_of_each(windows(5, 7).select(torch.randperm(20)), 2)
     assert few.labels.bincount().tolist() == [2, 2, 2, 2]
 
 
@@ -171,7 +313,7 @@ def test_the_gain_is_told_for_fewer_generated_windows():
 def test_judges_of_real_windows_are_kept_for_other_runs(tmp_path, monkeypatch):
     protocol, case = Protocol(judge_steps=2, seeds=2, variants=1), evidence(windows(5, 7))
     trained = real_only_judges(case, protocol, tmp_path)
-    monkeypatch.setattr(validate, "train_judge", None)
+    monkeypatch.setattr(arms_file, "train_judge", None)
     again = real_only_judges(case, protocol, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     for one, other in zip(trained, again, strict=True):
@@ -258,8 +400,6 @@ def test_codecs_of_different_sizes_are_not_compared(changes):
 
 
 def test_the_command_line_takes_a_rival(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
     from mdlib.__main__ import app
 
     codec = VQVAE(**CODEC, num_codes=8, code_dim=4).eval()
@@ -290,26 +430,27 @@ def test_the_verdict_comes_from_the_interval(honest, ci95, word):
 def test_the_report_is_one_page_that_opens_offline(honest, tmp_path):
     codec = VQVAE(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4, num_codes=8, code_dim=4)
     given = evidence(windows(20, 7), codec=codec.eval())
-    report = evaluate(given, Protocol(judge_steps=2, seeds=2, variants=1), about={"data": "<toy> & more"})
+    protocol = Protocol(judge_steps=2, seeds=2, variants=1, keep=(0.5,))
+    report = evaluate(given, protocol, about={"data": "<toy> & more"})
     assert report["reconstruction"]["psnr_db"]["value"] < 30 and report["codebook"]["usage"]["n"] == 4 * 37
     write_report(report, given, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert page.index(report["verdict"]["sentence"].split(" (gain")[0]) < page.index("<table>")
-    assert "&lt;toy&gt; &amp; more" in page and page.count("data:image/png;base64,") == 6
+    assert "&lt;toy&gt; &amp; more" in page and page.count("data:image/png;base64,") == 10
     assert "http" not in page.replace("http-equiv", "")
 
 
 def test_judges_do_not_see_what_they_are_asked_about(monkeypatch):
-    import mdlib.validate as module
-
     seen = []
 
     def fake(images, labels, num_users, *_):
         seen.append(images)
         return Judge(num_users).eval()
 
-    monkeypatch.setattr(module, "train_judge", fake)
+    monkeypatch.setattr(verification_file, "train_embedder", lambda *_: Embedder().eval())
+
+    monkeypatch.setattr(arms_file, "train_judge", fake)
     given = evidence(windows(5, 7))
     evaluate(given, Protocol(judge_steps=1, seeds=2, variants=0))
     rows = lambda images: {image.numpy().tobytes() for image in images}
@@ -318,7 +459,10 @@ def test_judges_do_not_see_what_they_are_asked_about(monkeypatch):
     judges, choice, arms = seen[:2], seen[2:5], seen[5:]
     assert all(rows(images) == unseen for images in judges)
     assert all(rows(images) == train | made for images in choice)
-    assert [rows(images) for images in arms] == [train, train | made, made] * 2
+    more = train | rows(given.spare.images)
+    expected = [train, train | made, made, train]
+    assert [rows(images) for n, images in enumerate(arms) if n % 5 < 4] == expected * 2
+    assert all(train < rows(images) < more for images in arms[4::5])
     assert all(not rows(images) & test for images in arms)
 
 

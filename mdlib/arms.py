@@ -1,0 +1,268 @@
+"""Judges, and the augmentation study: classifiers from scratch in arms that differ in their training windows alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mdlib import metrics
+from mdlib.augment import enlarge
+from mdlib.data import WindowSet
+from mdlib.evidence import Evidence, Protocol, bootstrapped, concatenate, figure, first_of_each, missing, time_blocks
+from mdlib.judge import Judge, train_judge, trained_once
+from mdlib.selection import FILTERS, keep_best, keep_plausible, scores
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The classifiers of the augmentation study, one a seed in each arm, and their correctness on the test windows."""
+
+    judges: dict[str, list[Judge]]
+    correct: dict[str, np.ndarray]  # arm → (seeds, N) bool
+    share: float  # of generated windows in real_plus_generated
+    by_count: dict[int, np.ndarray] = field(
+        default_factory=dict
+    )  # real_plus_generated with so many generated windows a user → (seeds, N) bool
+    by_selection: dict[tuple[str, float], np.ndarray] = field(
+        default_factory=dict
+    )  # real_plus_generated with the generated windows that a filter keeps (its name, share kept) → (seeds, N) bool
+
+
+def unseen_judges(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> list[Judge]:
+    """Judges trained on validation and test windows: real ones the generator was not trained on. Their own accuracy is
+    read on the generator's training windows, which they have not seen and which generated windows imitate."""
+    unseen = concatenate(evidence.val, evidence.test)
+    judges = []
+    for seed in range(protocol.seeds):
+        images, labels = enlarge(unseen.images, unseen.labels, protocol.variants, seed)
+        judges.append(_train(images, labels, unseen.num_users, seed, protocol, folder))
+        progress.update()
+    return judges
+
+
+def count_judges(evidence: Evidence, protocol: Protocol) -> int:
+    """How many `unseen_judges` and `train_arms` train together."""
+    arms = 4 + len(_multiples(evidence, protocol)) + len(_counts(evidence, protocol))
+    filtered = len(FILTERS) * len(protocol.keep) + _sifts(evidence) if protocol.keep else 0
+    return (1 + arms + filtered) * protocol.seeds + len(protocol.shares) + bool(protocol.keep)
+
+
+def train_arms(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> Arms:
+    """Classifiers from scratch in every arm, with equal steps, the test windows untouched. All but real_unaugmented get
+    the same classical augmentation.
+
+    real_only: the generator's own training windows; real_unaugmented: the same as they are; real_plus_generated,
+    generated_only; real_x2 …: so many times as many real windows, where the evidence has spare ones.
+    """
+    train, test = evidence.train, evidence.test
+    share = _chosen_share(evidence, protocol, progress)
+    filtered = _filtered(evidence, protocol, progress)
+    judges: dict[str | int | tuple, list[Judge]] = {}
+    for seed in range(protocol.seeds):
+        for name, (images, labels) in _sets(evidence, protocol, share, seed, filtered):
+            keep = folder if str(name).startswith("real_") and name != "real_plus_generated" else None
+            options = dict(folder=keep, augment=name != "real_unaugmented")
+            judges.setdefault(name, []).append(_train(images, labels, train.num_users, seed, protocol, **options))
+            progress.update()
+    correct = {name: correctness(some, test.images, test.labels) for name, some in judges.items()}
+    by_count, by_selection = (
+        {name: correct.pop(name) for name in list(correct) if isinstance(name, kind)} for kind in (int, tuple)
+    )
+    return Arms(judges, correct, share, by_count, by_selection)
+
+
+def _filtered(evidence: Evidence, protocol: Protocol, progress) -> dict[tuple[str, float], WindowSet]:
+    """The generated windows that each filter keeps, by its name and the share kept. The filter's classifier saw the
+    generator's training windows only, and measures nothing."""
+    made, train = evidence.generated, evidence.train
+    if not protocol.keep:
+        return {}
+    judge = _train(*_enlarged(train, protocol, protocol.seeds), train.num_users, protocol.seeds + 1, protocol)
+    progress.update()
+    masks = {
+        (name, share): keep_best(made, score, share)
+        for name, score in scores(made, judge).items()
+        for share in protocol.keep
+    }
+    if _sifts(evidence):
+        mask = keep_plausible(made, train)
+        masks[("kinematics", float(mask.mean()))] = mask
+    return {name: made.select(torch.from_numpy(mask)) for name, mask in masks.items() if mask.any()}
+
+
+def _sifts(evidence: Evidence) -> bool:
+    """Whether physics can be read off the windows."""
+    return evidence.train.images.shape[1] == 1
+
+
+def _sets(
+    evidence: Evidence, protocol: Protocol, share: float, seed: int, filtered: dict[tuple[str, float], WindowSet]
+) -> Iterator[tuple]:
+    """An arm's name with the (images, labels) it is trained on, one after the other. A number stands for
+    real_plus_generated with that many generated windows a user; a filter's name and share for that with the windows it
+    keeps."""
+    train, made = evidence.train, evidence.generated
+    real = _enlarged(train, protocol, seed)
+    yield "real_only", real
+    yield "real_unaugmented", (train.images, train.labels)
+    yield "real_plus_generated", _mixed(real, _enlarged(made, protocol, seed + 1000), share)
+    yield "generated_only", _enlarged(made, protocol, seed + 1000)
+    for factor in _multiples(evidence, protocol):
+        yield f"real_x{factor}", _enlarged(times(evidence, factor), protocol, seed)
+    few = {count: first_of_each(made, count) for count in _counts(evidence, protocol)}
+    for name, some in {**few, **filtered}.items():
+        yield name, _mixed(real, _enlarged(some, protocol, seed + 1000), share)
+
+
+def _multiples(evidence: Evidence, protocol: Protocol) -> list[int]:
+    """The protocol's multiples for which every user has spare real windows."""
+    return [factor for factor in sorted(set(protocol.multiples)) if times(evidence, factor) is not None]
+
+
+def times(evidence: Evidence, factor: int) -> WindowSet | None:
+    """The training windows and (factor − 1) times as many spare ones of each user, evenly spaced in time; None where a
+    user has too few."""
+    train, spare = evidence.train, evidence.spare
+    if spare is None:
+        return None
+    chosen = []
+    for label, count in enumerate(torch.bincount(train.labels, minlength=train.num_users).tolist()):
+        rows, wanted = torch.nonzero(spare.labels == label).flatten().tolist(), (factor - 1) * count
+        if len(rows) < wanted:
+            return None
+        rows.sort(key=lambda row: (spare.files[row].condition, spare.files[row].recording, spare.files[row].number))
+        chosen += [rows[place] for place in np.linspace(0, len(rows) - 1, wanted).round().astype(int)]
+    return concatenate(train, spare.select(chosen))
+
+
+def _counts(evidence: Evidence, protocol: Protocol) -> list[int]:
+    """The protocol's counts below the number of generated windows of any user."""
+    fewest = int(torch.bincount(evidence.generated.labels, minlength=evidence.train.num_users).min())
+    return [count for count in protocol.counts if count < fewest]
+
+
+def real_only_judges(evidence: Evidence, protocol: Protocol, folder: str | Path | None = None) -> list[Judge]:
+    """The arm real_only alone."""
+    train = evidence.train
+    return [
+        _train(*_enlarged(train, protocol, seed), train.num_users, seed, protocol, folder)
+        for seed in range(protocol.seeds)
+    ]
+
+
+def _chosen_share(evidence: Evidence, protocol: Protocol, progress) -> float:
+    """The share of generated windows whose classifier does best on validation windows; the test plays no part."""
+    val, scores = evidence.val, {}
+    seed = protocol.seeds
+    real, made = _enlarged(evidence.train, protocol, seed), _enlarged(evidence.generated, protocol, seed + 1000)
+    for share in protocol.shares:
+        judge = _train(*_mixed(real, made, share), val.num_users, protocol.seeds, protocol)
+        scores[share] = correctness([judge], val.images, val.labels).mean()
+        progress.update()
+    return max(scores, key=scores.get)
+
+
+def _enlarged(windows: WindowSet, protocol: Protocol, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(images, labels) of windows and of their recombined copies."""
+    return enlarge(windows.images, windows.labels, protocol.variants, seed)
+
+
+def _mixed(real, made, share: float):
+    """Both sets, repeated as needed, so that `share` of a batch is generated and all windows of a set count alike."""
+    total = max(len(real[0]) / (1 - share), len(made[0]) / share)
+    rows = [torch.arange(round(total * part)) % len(some[0]) for part, some in ((1 - share, real), (share, made))]
+    images = torch.cat([real[0][rows[0]], made[0][rows[1]]])
+    return images, torch.cat([real[1][rows[0]], made[1][rows[1]]])
+
+
+def correctness(judges: list[Judge], images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Whether each judge names the right user: bool (judges, N)."""
+    return torch.stack([judge.probabilities(images).argmax(1) == labels for judge in judges]).numpy()
+
+
+def _train(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    num_users: int,
+    seed: int,
+    protocol: Protocol,
+    folder: str | Path | None = None,
+    augment: bool = True,
+) -> Judge:
+    """A judge, or that of `folder` which was trained on the same windows in the same way."""
+    arguments = (num_users, protocol.judge_steps, seed, protocol.batch_size, augment)
+    return trained_once(train_judge, Judge, folder, images, labels, *arguments)
+
+
+def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
+    """Real + generated against real alone, and against more real windows, on test windows."""
+    train, test, correct = evidence.train, evidence.test, arms.correct
+    blocks = time_blocks(test, evidence.gap)
+    gain = metrics.paired_gain(correct["real_only"], correct["real_plus_generated"], blocks)
+    figures = {name: bootstrapped(rows.mean(0), blocks) for name, rows in correct.items()}
+    for name, rows in correct.items():
+        figures[name]["per_seed"] = rows.mean(1).tolist()
+    return {
+        **figures,
+        "gain": figure(gain["gain"], len(test), gain["ci95"]),
+        "gain_by_windows": gain_by_windows(evidence, arms, blocks),
+        "gain_by_selection": gain_by_selection(evidence, arms, blocks),
+        "gain_ci95": gain["ci95"],
+        "p_value": gain["p_value"],
+        **against_more_real(evidence, arms, blocks),
+        "generated_share": arms.share,
+        "real_windows_per_user": len(train) / train.num_users,
+        "generated_windows_per_user": len(evidence.generated) / train.num_users,
+        "seeds": protocol.seeds,
+        "steps": protocol.judge_steps,
+    }
+
+
+def against_more_real(evidence: Evidence, arms: Arms, blocks: np.ndarray) -> dict:
+    """real + generated beside more real windows: gain_over_x2, and equivalent_real_windows, the number of real windows
+    a user with which real alone does as well, read off the line through the measured numbers over their logarithm."""
+    factors = sorted(int(name.removeprefix("real_x")) for name in arms.correct if name.startswith("real_x"))
+    if not factors:
+        reason = (
+            "a user has fewer spare real windows than training windows"
+            if evidence.spare is not None
+            else "no spare real windows: the split keeps them where windows_per_user leaves some out"
+        )
+        return missing("real_x2", "gain_over_x2", "equivalent_real_windows", reason=reason)
+    both, n = arms.correct["real_plus_generated"], len(evidence.test)
+    found = {} if 2 in factors else missing("real_x2", "gain_over_x2", reason="2 is not among the multiples")
+    if 2 in factors:
+        gain = metrics.paired_gain(arms.correct["real_x2"], both, blocks)
+        found["gain_over_x2"] = figure(gain["gain"], n, gain["ci95"])
+    counts = len(evidence.train) / evidence.train.num_users * np.array([1, *factors])
+    real = [arms.correct["real_only"], *(arms.correct[f"real_x{factor}"] for factor in factors)]
+    draws = metrics.paired_bootstrap(np.stack([both, *real]), blocks)
+    measured = metrics.equivalent_count(counts, np.array([[rows.mean() for rows in (both, *real)]]))[0]
+    found["equivalent_real_windows"] = {
+        **figure(float(measured), n, metrics.interval(metrics.equivalent_count(counts, draws))),
+        "between": [float(counts[0]), float(counts[-1])],
+    }
+    return found
+
+
+def gain_by_windows(evidence: Evidence, arms: Arms, blocks: np.ndarray) -> list[dict]:
+    """The gain with ever more generated windows a user, all of them at the end; their share of a batch is one and the
+    same."""
+    every = len(evidence.generated) / evidence.train.num_users
+    found = {**arms.by_count, every: arms.correct["real_plus_generated"]}
+    rows = []
+    for count, correct in sorted(found.items()):
+        gain = metrics.paired_gain(arms.correct["real_only"], correct, blocks)
+        rows.append({"windows_per_user": count, **figure(gain["gain"], len(evidence.test), gain["ci95"])})
+    return rows
+
+
+def gain_by_selection(evidence: Evidence, arms: Arms, blocks: np.ndarray) -> list[dict]:
+    """The gain with the generated windows that a filter keeps: what is bought with how much of the yield."""
+    rows = []
+    for (name, kept), correct in arms.by_selection.items():
+        gain = metrics.paired_gain(arms.correct["real_only"], correct, blocks)
+        rows.append({"by": name, "kept": kept, **figure(gain["gain"], len(evidence.test), gain["ci95"])})
+    return rows

@@ -1,0 +1,123 @@
+"""Verification: is a window who it claims to be? By an embedder that has never met the users in question.
+
+Users are held out in folds. Of each held-out user, unseen windows (validation and test) are enrolled as their mean
+embedding, and probes are compared with it by cosine: generated windows, and beside them the generator's training
+windows, the real ones that generated windows imitate. A probe against its own user is genuine, against another held-out
+user of the fold an impostor.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mdlib import metrics
+from mdlib.augment import enlarge
+from mdlib.data import WindowSet
+from mdlib.evidence import Evidence, Protocol, absent, concatenate
+from mdlib.judge import Embedder, train_embedder, trained_once
+
+FOLDS = 3
+PROBES = ("generated", "real")
+RATES = np.linspace(0, 1, 101)  # false acceptance at which the curves are given
+DRAWS = 200
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Comparisons of one kind of probe in one fold."""
+
+    scores: np.ndarray  # float (T,): cosines
+    genuine: np.ndarray  # bool (T,)
+    users: np.ndarray  # int (T,): whom the probe shows
+
+
+def verification(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> dict:
+    """verification_eer: equal error rate of generated probes, `real`: of real ones; mean over folds, with intervals
+    that redraw users. roc: rates of false and, for generated and real probes, of true acceptance."""
+    groups = folds(evidence.train.num_users)
+    if groups is None:
+        reason = "users are held out: it takes four or more"
+        return {"verification_eer": absent(reason)}
+    trials = {name: [] for name in PROBES}
+    for seed, held in enumerate(groups):
+        embedder = _embedder(evidence, held, seed, protocol, folder)
+        for name, found in _trials(embedder, evidence, held).items():
+            trials[name].append(found)
+        progress.update()
+    if not all(found.genuine.any() and not found.genuine.all() for name in PROBES for found in trials[name]):
+        return {"verification_eer": absent("a fold has fewer than two users with windows to enrol and to probe with")}
+    rates = {name: np.mean([_error(one) for one in trials[name]]) for name in PROBES}
+    intervals = {name: metrics.interval(_redrawn(trials[name])) for name in PROBES}
+    curves = [np.mean([_curve(one) for one in trials[name]], axis=0) for name in PROBES]
+    return {
+        "verification_eer": {
+            "value": float(rates["generated"]),
+            "n": int(sum(one.genuine.sum() for one in trials["generated"])),
+            "ci95": intervals["generated"],
+            "real": float(rates["real"]),
+            "real_ci95": intervals["real"],
+        },
+        "roc": [RATES.tolist(), *(curve.tolist() for curve in curves)],
+    }
+
+
+def folds(num_users: int, count: int = FOLDS) -> list[np.ndarray] | None:
+    """Labels of the held-out users of each fold, two or more, two or more others left; None where that cannot be."""
+    if num_users < 4:
+        return None
+    order = np.random.default_rng(0).permutation(num_users)
+    return np.array_split(order, min(count, num_users // 2))
+
+
+def _embedder(evidence: Evidence, held: np.ndarray, seed: int, protocol: Protocol, folder) -> Embedder:
+    """Trained on all real windows of the users that are not held out."""
+    real = concatenate(evidence.train, concatenate(evidence.val, evidence.test))
+    others = real.select(~torch.isin(real.labels, torch.from_numpy(held)))
+    images, labels = enlarge(others.images, others.labels, protocol.variants, seed)
+    return trained_once(
+        train_embedder, Embedder, folder, images, labels, protocol.judge_steps, seed, protocol.batch_size
+    )
+
+
+def _trials(embedder: Embedder, evidence: Evidence, held: np.ndarray) -> dict[str, Trials]:
+    unseen = concatenate(evidence.val, evidence.test)
+    held = np.intersect1d(held, unseen.labels.numpy())  # a split of one's own may leave a user without unseen windows
+    of_held = lambda windows: windows.select(torch.isin(windows.labels, torch.from_numpy(held)))
+    enrolled = of_held(unseen)
+    found = embedder.embeddings(enrolled.images)
+    means = [found[enrolled.labels == label].mean(0) for label in held.tolist()]
+    prototypes = F.normalize(torch.stack(means), dim=1) if means else found
+    probes = dict(zip(PROBES, (evidence.generated, evidence.train), strict=True))
+    return {name: _compared(embedder, of_held(windows), prototypes, held) for name, windows in probes.items()}
+
+
+def _compared(embedder: Embedder, probes: WindowSet, prototypes: torch.Tensor, held: np.ndarray) -> Trials:
+    """Each probe against each prototype."""
+    if not len(probes) or not len(held):
+        return Trials(np.zeros(0), np.zeros(0, dtype=bool), np.zeros(0, dtype=int))
+    scores = (embedder.embeddings(probes.images) @ prototypes.T).numpy()
+    users = np.repeat(probes.labels.numpy()[:, None], len(held), axis=1)
+    return Trials(scores.ravel(), (users == held).ravel(), users.ravel())
+
+
+def _error(trials: Trials) -> float:
+    return metrics.equal_error_rate(trials.scores, trials.genuine)
+
+
+def _curve(trials: Trials) -> np.ndarray:
+    """True acceptance at RATES."""
+    false, true = metrics.roc(trials.scores, trials.genuine)
+    return np.interp(RATES, false, true)
+
+
+def _redrawn(folds_of: list[Trials]) -> np.ndarray:
+    """Equal error rates (DRAWS,), mean over folds, with the probed users of each fold redrawn."""
+    rng, found = np.random.default_rng(0), np.zeros(DRAWS)
+    for trials in folds_of:
+        names, index = np.unique(trials.users, return_inverse=True)
+        times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
+        found += [metrics.equal_error_rate(trials.scores, trials.genuine, weights[index]) for weights in times]
+    return found / len(folds_of)
