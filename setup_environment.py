@@ -688,7 +688,7 @@ def main(argv: list[str]) -> int:
             return 0
         if args.command == "test":
             # Two processes; the README's commands, which most long tests look at, are run once, in one of them.
-            return run_module(state, "pytest", "-n", "2", "--dist", "loadgroup", *args.rest, cwd=ROOT)
+            return run_module(state, "pytest", "-n", "2", *args.rest, cwd=ROOT)
         if args.command == "demo":
             return demo(state, args.out, args.users, args.rest)
         return 0

@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from helpers import ROOT, readme_commands  # noqa: E402
 
+STORY = ("test_compare.py", "test_readme.py", "test_run.py")
 SMALLER = {
     "--users 31": "--users 3",
     "--windows 150": "--windows 40 --size 64",
@@ -22,12 +23,17 @@ SMALLER = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests of one file share its fixtures, and those of the story share the story: one process for each group."""
-    for item in items:
-        name = "story" if "story" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of one file share its fixtures, and the files of STORY share the story: one process for each."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0].rsplit("/")[-1]
+            return "story" if file in STORY else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -454,6 +454,6 @@ def test_exit_codes_are_passed_on(modules_run, tmp_path):
     world, calls = modules_run
     world.code = 5
     assert setup.main(["test", "-k", "nothing", "-x", "tests/test_x.py"]) == 5
-    assert calls == [["pytest", "-n", "2", "--dist", "loadgroup", "-k", "nothing", "-x", "tests/test_x.py"]]
+    assert calls == [["pytest", "-n", "2", "-k", "nothing", "-x", "tests/test_x.py"]]
     assert setup.main(["demo", "--out", str(tmp_path / "demo")]) == 5
     assert len(calls) == 2  # nothing runs after the simulation failed
