@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mdlib import nn as mdnn
+from mdlib.perceptual import LPIPS_BACKBONES
 from mdlib.vqvae import VQVAE, VectorQuantizer
 
 SMALL = dict(image_size=16, block_out_channels=(8, 16), norm_num_groups=4, num_codes=8, code_dim=4)
@@ -192,7 +192,7 @@ def test_lpips_from_weights_on_disk_stays_out_of_the_checkpoint(tmp_path, monkey
     from torchvision.models import squeezenet1_1
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    weights = tmp_path / "hub" / "checkpoints" / mdnn.LPIPS_BACKBONES["squeeze"]
+    weights = tmp_path / "hub" / "checkpoints" / LPIPS_BACKBONES["squeeze"]
     weights.parent.mkdir(parents=True)
     torch.save(squeezenet1_1().state_dict(), weights)
     codec = small_codec(image_size=64, perceptual_weight=0.1)
