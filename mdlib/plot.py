@@ -230,10 +230,7 @@ def study(rows: list[dict]) -> Figure:
         (("real_only", INK), ("real_plus_generated", ACCENT), ("generated_only", SECOND))
     ):
         found = [row["augmentation"][name] for row in rows]
-        values, ends = (100 * np.array([one[what] for one in found]) for what in ("value", "ci95"))
-        spread = [values - ends[:, 0], ends[:, 1] - values]
-        style = dict(fmt="o-", color=colour, markersize=3, linewidth=1, label=name.replace("_", " "))
-        axis.errorbar(counts * 1.03 ** (place - 1), values, spread, **style)
+        _percentages(axis, counts * 1.03 ** (place - 1), found, colour, name.replace("_", " "))
     doubled = [row for row in rows if row["augmentation"]["real_x2"]["value"] is not None]
     more = [100 * row["augmentation"]["real_x2"]["value"] for row in doubled]
     axis.plot([2 * row["windows_per_user"] for row in doubled], more, "o", color=INK, markerfacecolor="none")
@@ -275,10 +272,7 @@ def gain_curves(augmentation: dict) -> Figure:
     for axis, (key, lines, title) in zip(axes[0], panels, strict=True):
         axis.axhline(0, color=INK, linewidth=0.7, linestyle=":")
         for (name, rows), colour in zip(lines.items(), (ACCENT, SECOND, THIRD), strict=False):
-            values, ends = (100 * np.array([row[what] for row in rows]) for what in ("value", "ci95"))
-            spread = [values - ends[:, 0], ends[:, 1] - values]
-            places = [row[key] for row in rows]
-            axis.errorbar(places, values, spread, fmt="o-", color=colour, markersize=3, linewidth=1, label=name)
+            _percentages(axis, [row[key] for row in rows], rows, colour, name)
         axis.set_xlabel(title, fontsize=8)
         if len(lines) > 1:
             axis.legend(fontsize=7, frameon=False)
@@ -326,10 +320,7 @@ def gains(systems: dict[str, dict]) -> Figure:
     for place, ((name, figures), colour) in enumerate(zip(systems.items(), _colours(len(systems)), strict=True)):
         rows = figures["augmentation"]["gain_by_windows"]
         counts = np.array([row["windows_per_user"] for row in rows]) * 1.04 ** (place - len(systems) / 2)
-        values = 100 * np.array([row["value"] for row in rows])
-        low, high = 100 * np.array([row["ci95"] for row in rows]).T
-        spread = [values - low, high - values]
-        axis.errorbar(counts, values, spread, fmt="o-", color=colour, markersize=3, linewidth=1, label=name)
+        _percentages(axis, counts, rows, colour, name)
     axis.set_xscale("log")
     ticks = sorted({round(row["windows_per_user"]) for row in rows})
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -356,6 +347,13 @@ def side_by_side(sets: dict[str, WindowSet], users: int = 2, each: int = 4) -> F
             row[place * each].set_title(f"ID_{user}", fontsize=8, color=INK, loc="left")
         row[0].set_ylabel(name, fontsize=8, color=INK)
     return figure
+
+
+def _percentages(axis, places, figures: list[dict], colour, label: str) -> None:
+    """A line through figures of the report, in percent, with their intervals."""
+    values, ends = (100 * np.array([one[what] for one in figures]) for what in ("value", "ci95"))
+    spread = [values - ends[:, 0], ends[:, 1] - values]
+    axis.errorbar(places, values, spread, fmt="o-", color=colour, markersize=3, linewidth=1, label=label)
 
 
 def _colours(count: int) -> list:

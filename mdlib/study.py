@@ -133,8 +133,8 @@ def _page(result: dict) -> str:
         f"<p class=verdict>{'<br>'.join(html.escape(row['verdict']['sentence']) for row in rows)}</p>",
         table([["", ""], *([key, str(value)] for key, value in terms.items())]),
         f"<p class=note>For each number the generator was trained anew on exactly those windows ({how}); validation "
-        "and test windows are the same for all. real x2: twice as many real windows, with the same classical "
-        "augmentation. The reports of the runs define the rest.</p>",
+        "and test windows are the same for all. real x2: twice as many real windows, the added ones evenly spaced in "
+        "any case, with the same classical augmentation. The reports of the runs define the rest.</p>",
         embedded("accuracy", plot.to_png(plot.study(rows))),
         table([["real windows a user", *(str(row["windows_per_user"]) for row in rows)], *_figures(rows)]),
         f"<p class=note>mdlib {result['mdlib']}, {result['created']}. All figures are in study.json.</p>",
