@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from mdlib import metrics
-from mdlib.augment import enlarge
 from mdlib.data import WindowSet
 from mdlib.evidence import Evidence, Protocol, bootstrapped, concatenate, figure, first_of_each, missing, time_blocks
-from mdlib.judge import Judge, train_judge, trained_once
+from mdlib.judge import Judge, train_each, train_judge
 from mdlib.selection import FILTERS, keep_best, keep_plausible, scores
 
 
@@ -34,12 +33,7 @@ def unseen_judges(evidence: Evidence, protocol: Protocol, progress, folder: str 
     """Judges trained on validation and test windows: real ones the generator was not trained on. Their own accuracy is
     read on the generator's training windows, which they have not seen and which generated windows imitate."""
     unseen = concatenate(evidence.val, evidence.test)
-    judges = []
-    for seed in range(protocol.seeds):
-        images, labels = enlarge(unseen.images, unseen.labels, protocol.variants, seed)
-        judges.append(_train(images, labels, unseen.num_users, seed, protocol, folder))
-        progress.update()
-    return judges
+    return _train(_every_seed(_whole(unseen), unseen.num_users, protocol, folder), progress)
 
 
 def count_judges(evidence: Evidence, protocol: Protocol) -> int:
@@ -59,13 +53,13 @@ def train_arms(evidence: Evidence, protocol: Protocol, progress, folder: str | P
     train, test = evidence.train, evidence.test
     share = _chosen_share(evidence, protocol, progress)
     filtered = _filtered(evidence, protocol, progress)
-    judges: dict[str | int | tuple, list[Judge]] = {}
-    for seed in range(protocol.seeds):
-        for name, (images, labels) in _sets(evidence, protocol, share, seed, filtered):
-            keep = folder if str(name).startswith("real_") and name != "real_plus_generated" else None
-            options = dict(folder=keep, augment=name != "real_unaugmented")
-            judges.setdefault(name, []).append(_train(images, labels, train.num_users, seed, protocol, **options))
-            progress.update()
+    names, jobs = [], []
+    for name, windows in _sets(evidence, protocol, share, filtered):
+        kept = folder if str(name).startswith("real_") and name != "real_plus_generated" else None
+        names.append(name)
+        jobs += _every_seed(windows, train.num_users, protocol, kept, augment=name != "real_unaugmented")
+    trained = iter(_train(jobs, progress))
+    judges = {name: [next(trained) for _ in range(protocol.seeds)] for name in names}
     correct = {name: correctness(some, test.images, test.labels) for name, some in judges.items()}
     by_count, by_selection = (
         {name: correct.pop(name) for name in list(correct) if isinstance(name, kind)} for kind in (int, tuple)
@@ -79,8 +73,7 @@ def _filtered(evidence: Evidence, protocol: Protocol, progress) -> dict[tuple[st
     made, train = evidence.generated, evidence.train
     if not protocol.keep:
         return {}
-    judge = _train(*_enlarged(train, protocol, protocol.seeds), train.num_users, protocol.seeds + 1, protocol)
-    progress.update()
+    (judge,) = _train([_job(_whole(train), train.num_users, protocol.seeds + 1, protocol)], progress)
     masks = {
         (name, share): keep_best(made, score, share)
         for name, score in scores(made, judge).items()
@@ -98,22 +91,21 @@ def _sifts(evidence: Evidence) -> bool:
 
 
 def _sets(
-    evidence: Evidence, protocol: Protocol, share: float, seed: int, filtered: dict[tuple[str, float], WindowSet]
+    evidence: Evidence, protocol: Protocol, share: float, filtered: dict[tuple[str, float], WindowSet]
 ) -> Iterator[tuple]:
     """An arm's name with the (images, labels) it is trained on, one after the other. A number stands for
     real_plus_generated with that many generated windows a user; a filter's name and share for that with the windows it
     keeps."""
     train, made = evidence.train, evidence.generated
-    real = _enlarged(train, protocol, seed)
-    yield "real_only", real
-    yield "real_unaugmented", (train.images, train.labels)
-    yield "real_plus_generated", _mixed(real, _enlarged(made, protocol, seed + 1000), share)
-    yield "generated_only", _enlarged(made, protocol, seed + 1000)
+    yield "real_only", _whole(train)
+    yield "real_unaugmented", _whole(train)
+    yield "real_plus_generated", _mixed(train, made, share)
+    yield "generated_only", _whole(made)
     for factor in _multiples(evidence, protocol):
-        yield f"real_x{factor}", _enlarged(times(evidence, factor), protocol, seed)
+        yield f"real_x{factor}", _whole(times(evidence, factor))
     few = {count: first_of_each(made, count) for count in _counts(evidence, protocol)}
     for name, some in {**few, **filtered}.items():
-        yield name, _mixed(real, _enlarged(some, protocol, seed + 1000), share)
+        yield name, _mixed(train, some, share)
 
 
 def _multiples(evidence: Evidence, protocol: Protocol) -> list[int]:
@@ -146,35 +138,28 @@ def _counts(evidence: Evidence, protocol: Protocol) -> list[int]:
 def real_only_judges(evidence: Evidence, protocol: Protocol, folder: str | Path | None = None) -> list[Judge]:
     """The arm real_only alone."""
     train = evidence.train
-    return [
-        _train(*_enlarged(train, protocol, seed), train.num_users, seed, protocol, folder)
-        for seed in range(protocol.seeds)
-    ]
+    return list(train_each(_every_seed(_whole(train), train.num_users, protocol, folder)))
 
 
 def _chosen_share(evidence: Evidence, protocol: Protocol, progress) -> float:
     """The share of generated windows whose classifier does best on validation windows; the test plays no part."""
-    val, scores = evidence.val, {}
-    seed = protocol.seeds
-    real, made = _enlarged(evidence.train, protocol, seed), _enlarged(evidence.generated, protocol, seed + 1000)
-    for share in protocol.shares:
-        judge = _train(*_mixed(real, made, share), val.num_users, protocol.seeds, protocol)
-        scores[share] = correctness([judge], val.images, val.labels).mean()
-        progress.update()
-    return max(scores, key=scores.get)
+    val, real, made = evidence.val, evidence.train, evidence.generated
+    jobs = [_job(_mixed(real, made, share), val.num_users, protocol.seeds, protocol) for share in protocol.shares]
+    accuracy = [correctness([judge], val.images, val.labels).mean() for judge in _train(jobs, progress)]
+    return protocol.shares[int(np.argmax(accuracy))]
 
 
-def _enlarged(windows: WindowSet, protocol: Protocol, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(images, labels) of windows and of their recombined copies."""
-    return enlarge(windows.images, windows.labels, protocol.variants, seed)
+def _whole(windows: WindowSet) -> tuple[torch.Tensor, torch.Tensor]:
+    return windows.images, windows.labels
 
 
-def _mixed(real, made, share: float):
-    """Both sets, repeated as needed, so that `share` of a batch is generated and all windows of a set count alike."""
-    total = max(len(real[0]) / (1 - share), len(made[0]) / share)
-    rows = [torch.arange(round(total * part)) % len(some[0]) for part, some in ((1 - share, real), (share, made))]
-    images = torch.cat([real[0][rows[0]], made[0][rows[1]]])
-    return images, torch.cat([real[1][rows[0]], made[1][rows[1]]])
+def _mixed(real: WindowSet, made: WindowSet, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of both sets, repeated as needed, so that `share` of a batch is generated and all windows of a
+    set count alike."""
+    total = max(len(real) / (1 - share), len(made) / share)
+    rows = [torch.arange(round(total * part)) % len(some) for part, some in ((1 - share, real), (share, made))]
+    images = torch.cat([real.images[rows[0]], made.images[rows[1]]])
+    return images, torch.cat([real.labels[rows[0]], made.labels[rows[1]]])
 
 
 def correctness(judges: list[Judge], images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
@@ -182,18 +167,23 @@ def correctness(judges: list[Judge], images: torch.Tensor, labels: torch.Tensor)
     return torch.stack([judge.probabilities(images).argmax(1) == labels for judge in judges]).numpy()
 
 
-def _train(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    num_users: int,
-    seed: int,
-    protocol: Protocol,
-    folder: str | Path | None = None,
-    augment: bool = True,
-) -> Judge:
-    """A judge, or that of `folder` which was trained on the same windows in the same way."""
-    arguments = (num_users, protocol.judge_steps, seed, protocol.batch_size, augment)
-    return trained_once(train_judge, Judge, folder, images, labels, *arguments)
+def _train(jobs: list[tuple], progress) -> list[Judge]:
+    judges = []
+    for judge in train_each(jobs):
+        judges.append(judge)
+        progress.update()
+    return judges
+
+
+def _every_seed(windows: tuple, num_users: int, protocol: Protocol, folder=None, augment: bool = True) -> list[tuple]:
+    return [_job(windows, num_users, seed, protocol, folder, augment) for seed in range(protocol.seeds)]
+
+
+def _job(windows: tuple, num_users: int, seed: int, protocol: Protocol, folder=None, augment: bool = True) -> tuple:
+    """For `train_each`: a judge of (images, labels), or that of `folder` which was trained on the same windows in the
+    same way."""
+    how = (num_users, protocol.judge_steps, seed, protocol.batch_size, augment)
+    return train_judge, Judge, folder, *windows, *how
 
 
 def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:

@@ -23,8 +23,7 @@ class Protocol:
     counts: tuple[int, ...] = ()  # generated windows a user with which the gain is measured too, besides all
     keep: tuple[float, ...] = ()  # shares of generated windows, the surest first, with which the gain is measured too
     multiples: tuple[int, ...] = (2,)  # times as many real windows, where spare ones are at hand: the yardstick
-    variants: int = 8  # stride-recombined copies of each window in every arm's training set
-    batch_size: int = 64
+    batch_size: int = 32
 
     def __post_init__(self):
         if any(not isinstance(n, int) or n < 1 for n in self.counts) or len(set(self.counts)) < len(self.counts):

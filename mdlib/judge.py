@@ -3,12 +3,14 @@ teaches or guides a generator; those that do (the codec's teacher, classifier gu
 own windows."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from joblib import Parallel, delayed
 from torch import nn
 
 from mdlib.augment import as_they_are, classical_augmentation
@@ -22,7 +24,8 @@ class Judge(ModelMixin, ConfigMixin):
 
     A 5×5 binomial filter comes first: speckle is chance, and a judge that leans on it would know neither the same user
     on another day nor a codec's output. Time is averaged over each half at the end, Doppler over eighths: where the
-    energy lies in velocity tells users apart, when exactly a step falls into the window does not.
+    energy lies in velocity tells users apart, when exactly a step falls into the window does not. For the same reason
+    time is pooled from the first layer on, Doppler from the second.
     """
 
     @register_to_config
@@ -31,9 +34,8 @@ class Judge(ModelMixin, ConfigMixin):
         row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
         self.register_buffer("binomial", (row[:, None] * row).expand(channels, 1, 5, 5).clone())
         first, *others = widths
-        layers = [_convolution(channels, first, stride=2)]
-        for before, width in zip(widths, others, strict=False):
-            layers += [_convolution(before, width), nn.MaxPool2d(2)]
+        layers = [_stage(channels, first, stride=2, pool=(1, 2))]
+        layers += [_stage(before, width) for before, width in zip(widths, others, strict=False)]
         self.blocks = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d((8, 2))
         self.drop = nn.Dropout(dropout)
@@ -41,12 +43,10 @@ class Judge(ModelMixin, ConfigMixin):
 
     def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
         """What each convolution makes of images: a list of (B, width, rows, columns)."""
-        found, current = [], self._without_speckle(images)
-        for layer in self.blocks:
-            current = layer(current)
-            if isinstance(layer, nn.Sequential):
-                found.append(current)
-        return found
+        found = [self._without_speckle(images)]
+        for block in self.blocks:
+            found.append(block(found[-1]))
+        return found[1:]
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Features (B, 16·width) before the last layer."""
@@ -72,10 +72,10 @@ class Judge(ModelMixin, ConfigMixin):
         return torch.cat([self(to_float(part.to(device))).softmax(1).cpu() for part in images.split(batch_size)])
 
 
-def _convolution(before: int, width: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(before, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
-    )
+def _stage(before: int, width: int, stride: int = 1, pool: int | tuple[int, int] = 2) -> nn.Sequential:
+    """Pooled before it is normalised, which costs a fraction of the other order on a CPU."""
+    convolution = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.MaxPool2d(pool), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def train_judge(
     num_users: int,
     steps: int,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 32,
     augment: bool = True,
 ) -> Judge:
     """A judge trained from scratch on uint8 images (N, C, S, S) and labels (N,) for `steps` optimizer steps, with the
@@ -125,7 +125,7 @@ def train_judge(
 
 
 def train_embedder(
-    images: torch.Tensor, labels: torch.Tensor, steps: int, seed: int = 0, batch_size: int = 64
+    images: torch.Tensor, labels: torch.Tensor, steps: int, seed: int = 0, batch_size: int = 32
 ) -> Embedder:
     """An embedder trained from scratch likewise, always with the classical augmentation."""
     return _trained(lambda: Embedder(channels=images.shape[1]), images, labels, steps, seed, batch_size)
@@ -163,3 +163,18 @@ def trained_once(train, kind: type, folder: str | Path | None, images: torch.Ten
         train(images, labels, *arguments).save_pretrained(half)
         half.rename(path)
     return kind.from_pretrained(path).to(best_device())
+
+
+def train_each(jobs: Iterable[tuple]) -> Iterator[Judge | Embedder]:
+    """`trained_once` of each job's arguments, in order. On a CPU each takes one core and as many train at a time as
+    torch has threads: networks so small gain little from a second thread."""
+    at_once = training_at_once()
+    if at_once == 1:
+        yield from (trained_once(*job) for job in jobs)
+    else:
+        yield from Parallel(at_once, return_as="generator")(delayed(trained_once)(*job) for job in jobs)
+
+
+def training_at_once() -> int:
+    """How many judges train side by side: one on a GPU, on a CPU as torch has threads, four at most for memory."""
+    return 1 if best_device() == "cuda" else min(torch.get_num_threads(), 4)

@@ -61,7 +61,7 @@ def _gpu(batch_size: int, precision: str) -> Preset:
         prior_training=replace(training, steps=8000, learning_rate=3e-4, weight_decay=0.05, ema_decay=0.999),
         teacher_steps=1500,
         images_per_user=50,
-        validation=dict(judge_steps=1500, seeds=5, multiples=(2, 4), keep=(0.75, 0.5, 0.25)),
+        validation=dict(judge_steps=2000, seeds=5, multiples=(2, 4), keep=(0.75, 0.5, 0.25)),
     )
 
 
@@ -87,7 +87,6 @@ _DEMO = Preset(
     teacher_weight=0.2,
     images_per_user=10,
     windows_per_user=10,
-    validation=dict(judge_steps=250),
 )
 
 _DEMO_LONG = replace(
@@ -96,7 +95,7 @@ _DEMO_LONG = replace(
     prior_training=replace(_DEMO.prior_training, steps=2000, evaluate_every=250, save_every=250),
     teacher_steps=600,
     images_per_user=20,
-    validation=dict(judge_steps=300),
+    validation=dict(judge_steps=1000),
 )
 
 _SMOKE = Preset(
@@ -114,7 +113,7 @@ _SMOKE = Preset(
     teacher_steps=2,
     variants=1,
     images_per_user=3,
-    validation=dict(judge_steps=4, seeds=2, variants=1),
+    validation=dict(judge_steps=4, seeds=2),
 )
 
 _CARDS = {
@@ -290,8 +289,9 @@ DIT["f16d32"] = replace(
 
 
 def _discrete(name: str, prior: dict, sampling: dict, **training) -> Preset:
-    """The transformer's preset of that name with this prior: the same codec, and as many windows as other diffusion."""
-    return _diffusion(TOKENS[name], TOKENS[name].codec, prior, sampling, KL[name].images_per_user, **training)
+    """The transformer's preset of that name with this prior and the same codec."""
+    images = 20 if name == "demo" else KL[name].images_per_user
+    return _diffusion(TOKENS[name], TOKENS[name].codec, prior, sampling, images, **training)
 
 
 # Without guidance: from 1.5 on it took windows further from real ones. A window takes a fifth of the transformer's

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from mdlib import metrics
-from mdlib.augment import enlarge
 from mdlib.data import WindowSet
 from mdlib.evidence import Evidence, Protocol, absent, concatenate
-from mdlib.judge import Embedder, train_embedder, trained_once
+from mdlib.judge import Embedder, train_each, train_embedder
 
 FOLDS = 3
 PROBES = ("generated", "real")
@@ -42,8 +41,8 @@ def verification(evidence: Evidence, protocol: Protocol, progress, folder: str |
         reason = "users are held out: it takes four or more"
         return {"verification_eer": absent(reason)}
     trials = {name: [] for name in PROBES}
-    for seed, held in enumerate(groups):
-        embedder = _embedder(evidence, held, seed, protocol, folder)
+    jobs = [_job(evidence, held, seed, protocol, folder) for seed, held in enumerate(groups)]
+    for held, embedder in zip(groups, train_each(jobs), strict=True):
         for name, found in _trials(embedder, evidence, held).items():
             trials[name].append(found)
         progress.update()
@@ -72,14 +71,12 @@ def folds(num_users: int, count: int = FOLDS) -> list[np.ndarray] | None:
     return np.array_split(order, min(count, num_users // 2))
 
 
-def _embedder(evidence: Evidence, held: np.ndarray, seed: int, protocol: Protocol, folder) -> Embedder:
-    """Trained on all real windows of the users that are not held out."""
+def _job(evidence: Evidence, held: np.ndarray, seed: int, protocol: Protocol, folder) -> tuple:
+    """For `train_each`: an embedder of all real windows of the users that are not held out."""
     real = concatenate(evidence.train, concatenate(evidence.val, evidence.test))
     others = real.select(~torch.isin(real.labels, torch.from_numpy(held)))
-    images, labels = enlarge(others.images, others.labels, protocol.variants, seed)
-    return trained_once(
-        train_embedder, Embedder, folder, images, labels, protocol.judge_steps, seed, protocol.batch_size
-    )
+    how = (protocol.judge_steps, seed, protocol.batch_size)
+    return train_embedder, Embedder, folder, others.images, others.labels, *how
 
 
 def _trials(embedder: Embedder, evidence: Evidence, held: np.ndarray) -> dict[str, Trials]:

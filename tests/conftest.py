@@ -43,6 +43,12 @@ def cache_folder(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_judge_at_a_time(monkeypatch):
+    """Tests put judges of their own in place, which other processes would not know."""
+    monkeypatch.setattr("mdlib.judge.training_at_once", lambda: 1)
+
+
 @pytest.fixture(scope="session")
 def story(tmp_path_factory):
     """The README's commands, made small and run one after the other in a folder of their own.

@@ -131,10 +131,10 @@ def test_a_classifiers_stages_stand_side_by_side_on_the_grid(grid):
 
 
 def test_a_classifiers_features_are_standardised_and_keep_their_place():
-    foundation = ClassifierFeatures(classifier(), windows())
-    stages = classifier().stages(windows() / 127.5 - 1)
-    features = foundation.features(windows() / 127.5 - 1, (16, 16))  # the stages' own grid: nothing is averaged
-    raw = torch.cat(stages, 1).detach()
+    judge = Judge(3, widths=(12,)).eval()
+    foundation = ClassifierFeatures(judge, windows())
+    (raw,) = judge.stages(windows() / 127.5 - 1)
+    features = foundation.features(windows() / 127.5 - 1, raw.shape[2:])  # its own grid: nothing is averaged
     alive = raw.std((0, 2, 3)) > 1e-6
     torch.testing.assert_close(features.mean((0, 2, 3)), torch.zeros(12), atol=1e-4, rtol=0)
     torch.testing.assert_close(features.std((0, 2, 3))[alive], torch.ones(int(alive.sum())), atol=1e-4, rtol=0)
@@ -145,8 +145,8 @@ def test_a_classifiers_features_are_standardised_and_keep_their_place():
 def test_a_feature_no_window_excites_stays_small():
     judge = classifier()
     with torch.no_grad():
-        judge.blocks[0][1].bias[0] = -100.0  # after it a ReLU that nothing passes
+        judge.blocks[0][2].bias[0] = -100.0  # after it a ReLU that nothing passes
     foundation = ClassifierFeatures(judge, windows())
     with torch.no_grad():
-        judge.blocks[0][1].bias[0] = 0.5
+        judge.blocks[0][2].bias[0] = 0.5
     assert foundation.features(windows(5) / 127.5 - 1, (8, 8))[:, 0].abs().max() < 100

@@ -22,7 +22,7 @@ def people(tmp_path):
 
 @pytest.fixture(scope="module")
 def report():
-    return evaluate(evidence(windows(5, 7)), Protocol(judge_steps=1, variants=0, seeds=2))
+    return evaluate(evidence(windows(5, 7)), Protocol(judge_steps=1, seeds=2))
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def evidence(generated: WindowSet, **changes) -> Evidence:
     return Evidence(**{**parts, **changes})
 
 
-QUICK = Protocol(judge_steps=60, seeds=2, variants=2)
+QUICK = Protocol(judge_steps=60, seeds=2)
 ONCE = replace(QUICK, seeds=1, shares=(0.25,))
 
 
@@ -126,7 +126,7 @@ def test_shuffled_labels_teach_nothing():
 
 def test_a_random_split_reports_its_leak(honest):
     assert honest["split"]["test_share_overlapping"] == 0
-    leaking = evaluate(evidence(windows(5, 7), test=windows(6, 1)), Protocol(judge_steps=1, seeds=1, variants=0))
+    leaking = evaluate(evidence(windows(5, 7), test=windows(6, 1)), Protocol(judge_steps=1, seeds=1))
     assert leaking["split"]["test_share_overlapping"] > 0.9 and leaking["split"]["nearest_train_ratio"] < 0.7
     assert "% of the test windows overlap a training window" in leaking["verdict"]["sentence"]
 
@@ -263,7 +263,10 @@ def test_copies_of_training_windows_are_told():
 
 
 def test_the_share_of_generated_windows_is_what_it_says():
-    real, made = (torch.zeros(10, 1), torch.zeros(10)), (torch.ones(70, 1), torch.ones(70))
+    of = lambda value, n: replace(
+        windows(20, 0).select(range(n)), images=torch.full((n, 1), value), labels=torch.full((n,), value)
+    )
+    real, made = of(0.0, 10), of(1.0, 70)
     for share in (0.125, 0.25, 0.5):
         images, labels = _mixed(real, made, share)
         assert float(images.mean()) == pytest.approx(share, abs=0.01) and torch.equal(images.flatten(), labels)
@@ -304,14 +307,14 @@ def test_the_first_windows_of_each_user_are_taken():
 
 
 def test_the_gain_is_told_for_fewer_generated_windows():
-    protocol = Protocol(judge_steps=2, seeds=2, variants=1, counts=(2, 4, 9))
+    protocol = Protocol(judge_steps=2, seeds=2, counts=(2, 4, 9))
     found = evaluate(evidence(windows(5, 7)), protocol)["augmentation"]
     assert [row["windows_per_user"] for row in found["gain_by_windows"]] == [2, 4, 5], "nine were not made"
     assert found["gain_by_windows"][-1]["value"] == found["gain"]["value"]
 
 
 def test_judges_of_real_windows_are_kept_for_other_runs(tmp_path, monkeypatch):
-    protocol, case = Protocol(judge_steps=2, seeds=2, variants=1), evidence(windows(5, 7))
+    protocol, case = Protocol(judge_steps=2, seeds=2), evidence(windows(5, 7))
     trained = real_only_judges(case, protocol, tmp_path)
     monkeypatch.setattr(arms_file, "train_judge", None)
     again = real_only_judges(case, protocol, tmp_path)
@@ -321,6 +324,20 @@ def test_judges_of_real_windows_are_kept_for_other_runs(tmp_path, monkeypatch):
     for changed in (replace(case, train=windows(3, 9)), case):
         with pytest.raises(TypeError):
             real_only_judges(changed, protocol if changed is not case else replace(protocol, judge_steps=3), tmp_path)
+
+
+def test_judges_that_train_side_by_side_are_the_same(monkeypatch, tmp_path):
+    protocol, case = Protocol(judge_steps=3, seeds=3), evidence(windows(5, 7))
+    monkeypatch.setattr("mdlib.judge.training_at_once", lambda: 2)
+    beside = real_only_judges(case, protocol, tmp_path)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("mdlib.judge.training_at_once", lambda: 1)
+    torch.set_num_threads(1)  # as each of them had
+    alone = real_only_judges(case, protocol)
+    torch.set_num_threads(threads)
+    assert len(list(tmp_path.iterdir())) == 3
+    for one, other in zip(beside, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_fidelity_needs_windows_in_every_set():
@@ -430,7 +447,7 @@ def test_the_verdict_comes_from_the_interval(honest, ci95, word):
 def test_the_report_is_one_page_that_opens_offline(honest, tmp_path):
     codec = VQVAE(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4, num_codes=8, code_dim=4)
     given = evidence(windows(20, 7), codec=codec.eval())
-    protocol = Protocol(judge_steps=2, seeds=2, variants=1, keep=(0.5,))
+    protocol = Protocol(judge_steps=2, seeds=2, keep=(0.5,))
     report = evaluate(given, protocol, about={"data": "<toy> & more"})
     assert report["reconstruction"]["psnr_db"]["value"] < 30 and report["codebook"]["usage"]["n"] == 4 * 37
     write_report(report, given, tmp_path)
@@ -452,7 +469,7 @@ def test_judges_do_not_see_what_they_are_asked_about(monkeypatch):
 
     monkeypatch.setattr(arms_file, "train_judge", fake)
     given = evidence(windows(5, 7))
-    evaluate(given, Protocol(judge_steps=1, seeds=2, variants=0))
+    evaluate(given, Protocol(judge_steps=1, seeds=2))
     rows = lambda images: {image.numpy().tobytes() for image in images}
     train, test, made = rows(given.train.images), rows(given.test.images), rows(given.generated.images)
     unseen = rows(given.val.images) | test
@@ -461,8 +478,8 @@ def test_judges_do_not_see_what_they_are_asked_about(monkeypatch):
     assert all(rows(images) == train | made for images in choice)
     more = train | rows(given.spare.images)
     expected = [train, train, train | made, made]
-    assert [rows(images) for n, images in enumerate(arms) if n % 5 < 4] == expected * 2
-    assert all(train < rows(images) < more for images in arms[4::5])
+    assert [rows(images) for images in arms[:8:2]] == [rows(images) for images in arms[1:8:2]] == expected
+    assert all(train < rows(images) < more for images in arms[8:])
     assert all(not rows(images) & test for images in arms)
 
 
