@@ -186,6 +186,19 @@ class WindowSet:
         return len(self.users)
 
     @property
+    def conditions(self) -> tuple[str, ...]:
+        """The folders above ID_k, by name; ("",) where there are none."""
+        return tuple(sorted({f.condition for f in self.files}))
+
+    def told(self, conditions: Sequence[str]) -> torch.Tensor:
+        """What a prior is told of each window, long (N,): label + (num_users + 1)·condition, by its place in
+        `conditions`."""
+        place = {name: k for k, name in enumerate(conditions)}
+        if unknown := sorted(set(self.conditions) - place.keys()):
+            raise DataError(f"no training window shows condition {', '.join(unknown)}: nothing can be told of it")
+        return self.labels + (self.num_users + 1) * torch.tensor([place[f.condition] for f in self.files])
+
+    @property
     def paths(self) -> tuple[str, ...]:
         return tuple(f.path for f in self.files)
 

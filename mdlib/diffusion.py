@@ -11,14 +11,12 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from mdlib.nn import check_labels
-
 
 class LatentPrior(ModelMixin, ConfigMixin):
     """p(latents | user) by denoising.
 
-    A subclass sets `latent_shape` and `null_label`, holds `users` (an embedding of num_users + 1 labels, the last one
-    the null label), has label_dropout in its configuration, and gives `_output`, `estimate` and `_class_change`.
+    A subclass sets `latent_shape` and `null_label`, holds `users` (a `mdlib.nn.UserEmbedding`), has label_dropout in
+    its configuration, and gives `_output`, `estimate` and `_class_change`.
     Timesteps are diffusers': from T (noise) to 0.
     """
 
@@ -52,13 +50,13 @@ class LatentPrior(ModelMixin, ConfigMixin):
         on_step: Callable | None,
     ) -> torch.Tensor:
         """Latents (B, D, h, w) for labels (B,) along the timesteps of a diffusers scheduler; see `sample`."""
-        users = self._embedded(label, towards, share)
+        users, nobody = self._embedded(label, towards, share), self.users(self.users.nobody(label))
         options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
         shape = (len(label), *self.latent_shape)
         noisy = randn_tensor(shape, generator=generator, device=label.device, dtype=users.dtype)
         for number, timestep in enumerate(sampler.timesteps):
             inside = guidance_interval[0] <= float(timestep) / self.timesteps <= guidance_interval[1]
-            output = self._guided(noisy, timestep, users, guidance_scale if inside else 1.0)
+            output = self._guided(noisy, timestep, users, nobody, guidance_scale if inside else 1.0)
             estimate = self.estimate(noisy, output, timestep)
             if classifier_scale and inside:
                 gradient = class_gradient(estimate, classifier, label)
@@ -68,18 +66,17 @@ class LatentPrior(ModelMixin, ConfigMixin):
             noisy = sampler.step(output, timestep, noisy, **options).prev_sample
         return noisy
 
-    def _guided(self, noisy: torch.Tensor, timestep: torch.Tensor, users: torch.Tensor, scale: float) -> torch.Tensor:
+    def _guided(self, noisy, timestep, users: torch.Tensor, nobody: torch.Tensor, scale: float) -> torch.Tensor:
         if scale == 1.0:
             return self._output(noisy, timestep, users)
-        null = self.users.weight[self.null_label].expand_as(users)
-        user, null = self._output(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([users, null])).chunk(2)
+        user, null = self._output(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([users, nobody])).chunk(2)
         return null + scale * (user - null)
 
     def _embedded(self, label: torch.Tensor, towards: torch.Tensor | None, share: float | torch.Tensor) -> torch.Tensor:
         users = self.users(label)
         if towards is None:
             return users
-        check_labels(towards, self.null_label)
+        self.users.check(towards)
         return users.lerp(self.users(towards), check_share(share, label).to(users.dtype).unsqueeze(1))
 
     def _check_shape(self, latents: torch.Tensor) -> None:
@@ -88,7 +85,7 @@ class LatentPrior(ModelMixin, ConfigMixin):
 
     def _check_request(self, label, generator, scale: float, interval, classifier, classifier_scale: float) -> None:
         """ValueError for an option of `sample` outside its range."""
-        check_labels(label, self.null_label)
+        self.users.check(label)
         if not all(isinstance(s, int | float) and 0 <= s < float("inf") for s in (scale, classifier_scale)):
             raise ValueError(f"guidance scales must be 0 or more, got {scale} and {classifier_scale}")
         pair = isinstance(interval, (tuple, list)) and [isinstance(end, int | float) for end in interval] == [True] * 2

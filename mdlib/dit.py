@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mdlib.diffusion import LatentPrior, check_name, evenly_spread
-from mdlib.nn import drop_labels
+from mdlib.nn import UserEmbedding, drop_labels
 from mdlib.published import load_completely, load_weights
 
 SAMPLERS = ("euler", "heun")
@@ -38,6 +38,7 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
     Args:
         latent_shape: (D, h, w) of the codec.
         num_users: n; label n is the null label of classifier-free guidance.
+        num_conditions: what people carry, see `mdlib.nn.UserEmbedding`; with 1 labels are users.
         patch_size: side of the square of latent positions that is one token, 1 or 2 in the published sizes.
         hidden_size: d, a multiple of num_heads; d / num_heads is a multiple of 4.
         depth: number of blocks.
@@ -69,6 +70,7 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
         time_std: float = 1.0,
         label_dropout: float = 0.1,
         gradient_checkpointing: bool = False,
+        num_conditions: int = 1,
     ):
         super().__init__()
         _check_sizes(latent_shape, patch_size, hidden_size, num_heads)
@@ -85,7 +87,7 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
         self.t_embedder = nn.Sequential(
             nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
-        self.users = nn.Embedding(num_users + 1, hidden_size)
+        self.users = UserEmbedding(num_users, num_conditions, hidden_size)
         hidden = int(mlp_ratio * hidden_size * 2 / 3)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, hidden, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
@@ -199,6 +201,8 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
         if tokens != self.positions.shape[1]:
             raise ValueError(f"{source} was made for {tokens} tokens, this prior has {self.positions.shape[1]}")
         found["users.weight"] = found.pop("classes")[-1:].repeat(self.null_label + 1, 1)
+        if self.config.num_conditions > 1:
+            found["users.conditions"] = torch.zeros_like(self.users.conditions)
         load_completely(self, found, source)
 
 

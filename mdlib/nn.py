@@ -29,18 +29,54 @@ class LatentStats(nn.Module):
         return latents * self.std + self.mean
 
 
+class UserEmbedding(nn.Embedding):
+    """Vectors (B, size) of labels (B,), each user + (num_users + 1)·condition: the user's, plus the condition's.
+
+    User num_users is nobody in particular: the null label of classifier-free guidance. Conditions (carrying a bag …)
+    begin at zero and are common to all users, so what a condition does to one person's gait is known of another's.
+
+    Args:
+        num_users: people.
+        num_conditions: 1 needs no vectors, and labels are users.
+    """
+
+    def __init__(self, num_users: int, num_conditions: int, size: int):
+        super().__init__(num_users + 1, size)
+        self.num_conditions = num_conditions
+        if num_conditions > 1:
+            self.conditions = nn.Parameter(torch.zeros(num_conditions, size))
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        users = super().forward(labels % self.num_embeddings)
+        return users + self.conditions[labels // self.num_embeddings] if self.num_conditions > 1 else users
+
+    def nobody(self, labels: torch.Tensor) -> torch.Tensor:
+        """The null label (B,) of each label's condition."""
+        return nobody(labels, self.num_embeddings - 1)
+
+    def check(self, labels: torch.Tensor) -> None:
+        """ValueError where a label (B,) is of no user and not the null label."""
+        check_labels(labels, self.num_embeddings * self.num_conditions - 1)
+
+
+def nobody(labels: torch.Tensor, null_label: int) -> torch.Tensor:
+    """The null label (B,) of each label's condition."""
+    return labels - labels % (null_label + 1) + null_label
+
+
 def drop_labels(labels: torch.Tensor, null_label: int, probability: float) -> torch.Tensor:
-    """Replace each label by the null label with `probability`, sample by sample (classifier-free guidance)."""
+    """Replace each label by the null label with `probability`, sample by sample (classifier-free guidance); a
+    condition stays."""
     if probability <= 0:
         return labels
     drop = torch.rand(labels.shape, device=labels.device) < probability
-    return torch.where(drop, torch.full_like(labels, null_label), labels)
+    return torch.where(drop, nobody(labels, null_label), labels)
 
 
-def check_labels(labels: torch.Tensor, null_label: int) -> None:
-    """ValueError where a label (B,) is neither a user's (0…null_label − 1) nor the null label."""
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= null_label):
-        raise ValueError(f"labels must lie in 0…{null_label}, got {int(labels.min())}…{int(labels.max())}")
+def check_labels(labels: torch.Tensor, highest: int) -> None:
+    """ValueError where a label (B,) lies outside 0…highest."""
+    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= highest):
+        raise ValueError(f"labels must lie in 0…{highest}, got {int(labels.min())}…{int(labels.max())}")
 
 
 def uniform(batch: int, length: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import csv
 import inspect
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -20,7 +21,7 @@ from mdlib.latents import fingerprint
 from mdlib.nn import best_device
 from mdlib.progress import bar
 
-MANIFEST_COLUMNS = ("path", "user", "number", "seed")
+MANIFEST_COLUMNS = ("path", "user", "condition", "number", "seed")
 # Arguments of prior.sample that are no plain values: this file fills them in.
 _NO_OPTIONS = {"label", "generator", "classifier", "towards", "share", "on_step"}
 
@@ -28,7 +29,7 @@ _NO_OPTIONS = {"label", "generator", "classifier", "towards", "share", "on_step"
 @dataclass
 class Windows(BaseOutput):
     """Generated windows: `images` (PIL images, or a tensor (N, C, H, W) in [−1, 1]), the user id of each, and a
-    manifest (user, number, seed): the same seed gives the same window, whatever else was in its batch."""
+    manifest (user, condition, number, seed): the same seed gives the same window, whatever else was in its batch."""
 
     images: list[Image.Image] | torch.Tensor
     users: list[int]
@@ -42,6 +43,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         codec, prior: a codec and a prior that fits it (see their modules).
         classifier: a user classifier of images for classifier guidance, or None.
         users: the label map: users[label] is the k of folder ID_k.
+        conditions: what people carry, by the folders above ID_k that the prior was trained on; [""] where there were
+            none.
         colormap: colour map of the windows that go out (and came in): jet, parula, viridis, grey, or none for RGB.
         output_size: height and width of the images that go out, in pixels.
         sampling: keyword arguments of `prior.sample` that this pipeline uses unless the caller gives others.
@@ -58,12 +61,17 @@ class MicroDopplerPipeline(DiffusionPipeline):
         colormap: str = "jet",
         output_size: int = 256,
         sampling: dict | None = None,
+        conditions: list[str] | None = None,
     ):
         super().__init__()
         _check_fit(codec, prior)
         self.register_modules(codec=codec, prior=prior, classifier=classifier)
         self.register_to_config(
-            users=list(users or []), colormap=colormap, output_size=output_size, sampling=dict(sampling or {})
+            users=list(users or []),
+            colormap=colormap,
+            output_size=output_size,
+            sampling=dict(sampling or {}),
+            conditions=list(conditions or [""]),
         )
 
     @classmethod
@@ -90,19 +98,21 @@ class MicroDopplerPipeline(DiffusionPipeline):
         seed: int = 0,
         batch_size: int = 64,
         output_type: str = "pil",
+        conditions: list[str] | None = None,
         **sampling,
     ) -> Windows:
-        """`images_per_user` windows of each user id (the k of ID_k).
+        """`images_per_user` windows of each user id (the k of ID_k), in each of `conditions` (all it knows), whether
+        that user was recorded in it or not.
 
         Args:
-            seed: window i of user k depends on (seed, k, i) alone.
+            seed: window i of user k depends on (seed, k, i) and its condition alone.
             output_type: "pil" (coloured, `output_size`) or "pt" (tensor (N, C, H, W) in [−1, 1], the codec's size).
             sampling: options of `prior.sample` (guidance_scale, temperature, num_inference_steps, …).
 
         Raises:
-            DataError: a user this pipeline was not trained on.
+            DataError: a user or a condition this pipeline was not trained on.
         """
-        manifest = self.plan(users, images_per_user, seed)
+        manifest = self.plan(users, images_per_user, seed, conditions)
         if output_type not in ("pil", "pt"):
             raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
         parts = [images for _, images in self.stream(manifest, batch_size, **sampling)]
@@ -113,8 +123,14 @@ class MicroDopplerPipeline(DiffusionPipeline):
             manifest=manifest,
         )
 
-    def plan(self, users: list[int], images_per_user: int, seed: int) -> list[dict]:
+    def plan(
+        self, users: list[int], images_per_user: int, seed: int, conditions: list[str] | None = None
+    ) -> list[dict]:
         """The manifest of a request, checked: one row a window."""
+        conditions = self.config.conditions if conditions is None else conditions
+        if strange := sorted(set(conditions) - set(self.config.conditions)):
+            known = ", ".join(self.config.conditions) or "none"
+            raise DataError(f"this pipeline knows conditions {known}; it was not trained on {', '.join(strange)}")
         unknown = [user for user in users if user not in self.config.users]
         if unknown:
             raise DataError(
@@ -123,7 +139,10 @@ class MicroDopplerPipeline(DiffusionPipeline):
         if images_per_user < 1:
             raise DataError(f"images_per_user must be at least 1, got {images_per_user}")
         return [
-            {"user": user, "number": number, "seed": seed} for user in users for number in range(1, images_per_user + 1)
+            {"user": user, "condition": condition, "number": number, "seed": seed}
+            for condition in conditions
+            for user in users
+            for number in range(1, images_per_user + 1)
         ]
 
     def stream(
@@ -146,8 +165,11 @@ class MicroDopplerPipeline(DiffusionPipeline):
         return self.prior.sample(labels, generator=generators, **options)
 
     def _labels(self, rows: list[dict]) -> torch.Tensor:
+        """Labels of the manifest's rows, as `WindowSet.told` numbers them."""
         users = [self.config.users.index(row["user"]) for row in rows]
-        return torch.tensor(users, dtype=torch.long, device=self.device)
+        conditions = [self.config.conditions.index(row["condition"]) for row in rows]
+        told = torch.tensor(users, dtype=torch.long) + (len(self.config.users) + 1) * torch.tensor(conditions).long()
+        return told.to(self.device)
 
     def _decode(self, drawn: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         decode = self.codec.decode_tokens if self.prior.consumes == "tokens" else self.codec.decode
@@ -156,7 +178,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
     def _log_probability(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """log p(label | decoded latents) (B,) by the classifier."""
         logits = self.classifier(self.codec.decode(latents, labels))
-        return logits.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+        users = labels % (len(self.config.users) + 1)
+        return logits.log_softmax(1).gather(1, users.unsqueeze(1)).squeeze(1)
 
     @torch.no_grad()
     def interpolate(self, first: int, second: int, images: int = 5, seed: int = 0, **sampling) -> torch.Tensor:
@@ -166,12 +189,11 @@ class MicroDopplerPipeline(DiffusionPipeline):
         Raises:
             DataError: an unknown user, or a prior that cannot stand between two users.
         """
-        rows = self.plan([first], 1, seed) * images
+        rows = self.plan([first], 1, seed)[:1] * images
         self._needs("towards", "interpolation")
         if {**self.config.sampling, **sampling}.get("classifier_scale"):
             raise DataError("between two users there is no class for a classifier: leave classifier_scale out")
-        self.plan([second], 1, seed)
-        towards = torch.full((images,), self.config.users.index(second), device=self.device)
+        towards = self._labels(self.plan([second], 1, seed)[:1] * images)
         share = torch.linspace(0, 1, images)
         nearer = torch.where(share.to(self.device) < 0.5, self._labels(rows), towards)  # for a codec that is told users
         return self._decode(self._draw(rows, towards=towards, share=share, **sampling), nearer)
@@ -188,7 +210,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         if frames < 1:
             raise DataError(f"frames must be at least 1, got {frames}")
         seen: list[torch.Tensor] = []
-        plan = self.plan([user], 1, seed)
+        plan = self.plan([user], 1, seed)[:1]
         last = self._draw(plan, on_step=lambda _, estimate: seen.append(estimate), **sampling)
         seen[-1] = last
         chosen = torch.linspace(len(seen) - 1, 0, min(frames, len(seen))).round().long().flip(0).tolist()
@@ -209,25 +231,28 @@ class MicroDopplerPipeline(DiffusionPipeline):
         per_user: int = 10,
         seed: int = 0,
         batch_size: int = 64,
+        conditions: list[str] | None = None,
         **sampling,
     ) -> list[dict]:
-        """Write `out/ID_k/*.png` and `out/manifest.csv`; returns the manifest with paths.
+        """Write `out/ID_k/*.png` (or `out/CONDITION/ID_k/*.png`) and `out/manifest.csv`; returns the manifest with
+        paths. users, conditions: None for all.
 
         Windows that are there already are kept, so an interrupted call goes on where it stopped and a later one adds
         users or numbers; `out/generation.json` tells what made them.
 
         Raises:
-            DataError: a user this pipeline was not trained on; `out` holds windows of other weights or options.
+            DataError: a user or a condition this pipeline was not trained on; `out` holds windows of other weights or
+                options.
         """
         out = Path(out)
         users = list(self.config.users) if users is None else users
-        manifest = [{"path": _file_name(row), **row} for row in self.plan(users, per_user, seed)]
+        manifest = [{"path": _file_name(row), **row} for row in self.plan(users, per_user, seed, conditions)]
         options = {**self.config.sampling, **sampling}
         self._check_options(options)
         made_by = [self.codec, self.prior] + ([self.classifier] if options.get("classifier_scale") else [])
         _claim(out, {"weights": "".join(map(fingerprint, made_by)), "seed": seed, **options})
         missing = [row for row in manifest if not (out / row["path"]).exists()]
-        requests = [{key: row[key] for key in ("user", "number", "seed")} for row in missing]
+        requests = [{key: row[key] for key in row if key != "path"} for row in missing]
         with bar(len(manifest), "generate", initial=len(manifest) - len(missing), unit="window") as progress:
             for rows, images in self.stream(requests, batch_size, **sampling):
                 for row, picture in zip(rows, self.to_pil(images), strict=True):
@@ -264,7 +289,7 @@ def _claim(out: Path, made_by: dict) -> None:
     """Note what makes the windows of `out`, or refuse when something else made those that are there."""
     note = out / "generation.json"
     made_by = json.loads(json.dumps(made_by))  # as it reads back: a tuple is a list
-    if note.exists() and any(out.glob("ID_*/*.png")):
+    if note.exists() and any(out.glob("**/ID_*/*.png")):
         before = json.loads(note.read_text())
         changed = sorted(key for key in before.keys() | made_by.keys() if before.get(key) != made_by.get(key))
         if changed:
@@ -276,12 +301,14 @@ def _claim(out: Path, made_by: dict) -> None:
         temporary.write_text(json.dumps(made_by, indent=1) + "\n")
 
 
-def _window_seed(user: int, number: int, seed: int) -> int:
-    return int(np.random.SeedSequence([seed, user, number]).generate_state(1, np.uint64)[0] >> 1)
+def _window_seed(user: int, condition: str, number: int, seed: int) -> int:
+    key = [seed, user, number] + ([zlib.crc32(condition.encode())] if condition else [])
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _file_name(row: dict) -> str:
-    return f"ID_{row['user']}/ID{row['user']}_generated_seed{row['seed']}_{row['number']}.png"
+    name = f"ID_{row['user']}/ID{row['user']}_generated_seed{row['seed']}_{row['number']}.png"
+    return f"{row['condition']}/{name}" if row["condition"] else name
 
 
 def _picture(image: torch.Tensor, colormap: str, size: int) -> Image.Image:

@@ -289,9 +289,11 @@ DIT["f16d32"] = replace(
 
 
 def _discrete(name: str, prior: dict, sampling: dict, **training) -> Preset:
-    """The transformer's preset of that name with this prior and the same codec."""
-    images = 20 if name == "demo" else KL[name].images_per_user
-    return _diffusion(TOKENS[name], TOKENS[name].codec, prior, sampling, images, **training)
+    """The transformer's preset of that name with this prior."""
+    images, codec = KL[name].images_per_user, TOKENS[name].codec
+    if name == "demo":  # a codec of two thirds of the width loses .2 dB and takes a third less time
+        images, codec = 20, codec | dict(block_out_channels=(32, 64))
+    return _diffusion(TOKENS[name], codec, prior, sampling, images, **training)
 
 
 # Without guidance: from 1.5 on it took windows further from real ones. A window takes a fifth of the transformer's
@@ -308,6 +310,7 @@ DISCRETE = {
         batch_size=16,
         ema_decay=decay,
         weight_decay=0.01,
+        evaluate_every=250,
     )
     for name, steps, decay in (("demo", 1000, 0.99), ("demo-long", 4000, 0.998))
 }

@@ -28,13 +28,18 @@ _SECTIONS = {
     "augmentation": (
         "Does real + generated train a better identifier?",
         "Classifiers from scratch on the generator's own training windows; equal optimizer steps and the same "
-        "classical augmentation (whole-stride shifts, stride recombination) in every arm; test windows untouched. "
+        "classical augmentation (whole-stride shifts, small gain and noise) in every arm; test windows untouched. "
         "The share of generated windows in a batch is chosen on validation windows. real_unaugmented: real alone "
         "without the classical augmentation. real_x2: twice as many real windows; gain_over_x2: real + generated "
         "over that; equivalent_real_windows: the number of real windows a user with which real alone does as well, "
         "read off between the measured numbers, which are its limits. Filters: confidence keeps the generated windows "
         "a classifier of the training windows is surest of, diversity those least like another of their user, "
         "kinematics those within their user's range of gait.",
+    ),
+    "conditions": (
+        "Does what people carry confuse the identifier?",
+        "Accuracy of real + generated on the test windows of each condition; real: of real alone. unrecorded: users "
+        "whom no training window shows in that condition: only generated windows can teach what they look like then.",
     ),
     "identity": (
         "Do generated windows look like their user?",

@@ -71,7 +71,8 @@ class Run:
         path = self.path / "split.json"
         if not path.exists():
             given, per_user = self.settings["split"], self.preset.windows_per_user
-            split = read_split(given) if given else make_split(self.windows, windows_per_user=per_user or None)
+            options = dict(windows_per_user=per_user or None, unrecorded=self.settings["unrecorded"])
+            split = read_split(given) if given else make_split(self.windows, **options)
             apply_split(self.windows, split)  # a split that does not fit is refused before it is kept
             write_split(split, path)
         return read_split(path)
@@ -80,6 +81,15 @@ class Run:
     def parts(self) -> dict[str, WindowSet]:
         """train, val and test."""
         return apply_split(self.windows, self.split)
+
+    @cached_property
+    def conditions(self) -> tuple[str, ...]:
+        """What the training windows' people carry: the prior learns these, by this order."""
+        return self.parts["train"].conditions
+
+    def told(self, windows: WindowSet) -> torch.Tensor:
+        """What a prior is told of each window: its user and, where there are several, its condition (N,)."""
+        return windows.told(self.conditions)
 
     @property
     def output_size(self) -> int:
@@ -139,6 +149,7 @@ def open_run(
     preset: str = "demo",
     split: str = "",
     windows_per_user: int = 0,
+    unrecorded: dict = {},  # noqa: B006
     codec: str = "",
     codec_steps: int = 0,
     prior_steps: int = 0,
@@ -164,6 +175,7 @@ def open_run(
         system, preset: names of `mdlib.systems`.
         split: a split file of your own; "" makes one by recording and time.
         windows_per_user: training windows kept a user; 0 keeps what the preset says, -1 keeps all.
+        unrecorded: condition → users whose windows in it go to the test, as if never recorded, see `make_split`.
         codec, codec_steps, prior_steps, codec_options, prior_options, perceptual_weight, foundation, user_codec:
             changes of the preset, see `systems.get_preset`; "", 0, {} and False keep the preset's.
         codec_start, prior_start: weights to start from, see `systems.start_codec` and `systems.start_prior`.

@@ -40,6 +40,7 @@ def make_split(
     gap: int = 4,
     windows_per_user: int | None = None,
     contiguous: bool = False,
+    unrecorded: dict[str, Sequence[int]] | None = None,
 ) -> dict:
     """Split by recording and time: in each recording train, then val, then test, in contiguous blocks.
 
@@ -57,6 +58,8 @@ def make_split(
             stay as they are.
         contiguous: keep them in a row instead, from the middle of the user's longest recording: what one short
             recording would have given.
+        unrecorded: condition → users whose windows in it all go to test, as if there were none to train on: what a
+            generator makes of them can then be compared with real ones.
 
     Returns:
         dict with the lists of paths ``train``, ``val``, ``test``, ``spare`` (training windows that `windows_per_user`
@@ -71,8 +74,14 @@ def make_split(
         raise DataError(f"gap={gap}: it must be at least 1")
     parts: dict[str, list[str]] = {part: [] for part in (*PARTS, "dropped", "spare")}
     users = _by(_files(windows), lambda f: f.user)
+    away = {(condition, user) for condition, some in (unrecorded or {}).items() for user in some}
+    if missing := away - {(f.condition, f.user) for f in _files(windows)}:
+        condition, user = min(missing)
+        raise DataError(f"unrecorded: there are no windows of ID_{user} in condition {condition!r}")
     for user, files in sorted(users.items()):
         mine: dict[str, list[WindowFile]] = {part: [] for part in parts}
+        mine["test"] = [file for file in files if (file.condition, user) in away]
+        files = [file for file in files if (file.condition, user) not in away]
         for timeline, numbers in _timelines(files, gap):
             for part, some in zip((*PARTS, "dropped"), _cut(timeline, numbers, val, test, gap), strict=True):
                 mine[part] += some
@@ -94,6 +103,7 @@ def make_split(
         "test_fraction": test,
         "windows_per_user": windows_per_user,
         "contiguous": contiguous,
+        "unrecorded": unrecorded or {},
         "users": sorted(users),
     }
 

@@ -190,24 +190,32 @@ def start_prior(prior, source: str | Path, other_users: bool = False) -> None:
     """Give a new prior the weights of a prior folder (pipeline/prior of a run), or of a published LightningDiT file.
 
     other_users: the folder's prior was trained on other people. What it knows of walking is kept; each user starts as
-    the mean of its users, and the null label, which is nobody in particular, as it is.
+    the mean of its users, and the null label, which is nobody in particular, as it is. So do conditions where it knows
+    as many, or else they begin anew.
 
     Raises:
         DataError: weights that do not fit.
     """
     published = getattr(type(prior), "load_published", None)
-    _start(prior, source, type(prior).from_pretrained, published, _for_users(prior.null_label, other_users))
+    change = _for_users(prior.null_label, other_users, getattr(prior.users, "conditions", None))
+    _start(prior, source, type(prior).from_pretrained, published, change)
 
 
-def _for_users(num_users: int, other_users: bool):
-    """Changes weights by name: with other users, `num_users` new rows in the table of users."""
+def _for_users(num_users: int, other_users: bool, conditions: torch.Tensor | None = None):
+    """Changes weights by name: with other users, `num_users` new rows in the table of users; conditions: of the model
+    that is to begin with them."""
 
     def change(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         table = found.get("users.weight")
         if table is None or not other_users:
             return found
         mean = table[:-1].mean(0, keepdim=True).expand(num_users, -1)
-        return found | {"users.weight": torch.cat([mean, table[-1:]])}
+        found = found | {"users.weight": torch.cat([mean, table[-1:]])}
+        known = found.pop("users.conditions", None)
+        if conditions is None:
+            return found
+        fits = known is not None and known.shape == conditions.shape
+        return found | {"users.conditions": known if fits else torch.zeros_like(conditions)}
 
     return change
 
@@ -240,14 +248,14 @@ def load_codec(path: str | Path):
     return kinds[name].from_pretrained(path)
 
 
-def make_prior(system: str, preset: Preset, codec, num_users: int):
-    """A new prior that fits `codec` and the number of users."""
+def make_prior(system: str, preset: Preset, codec, num_users: int, num_conditions: int = 1):
+    """A new prior that fits `codec` and the numbers of users and conditions."""
     prior = get_system(system).prior
     if prior.consumes == "tokens":
         shape = dict(num_codes=codec.num_codes, token_shape=codec.token_shape)
     else:
         shape = dict(latent_shape=codec.latent_shape)
-    return prior(num_users=num_users, **shape, **preset.prior)
+    return prior(num_users=num_users, num_conditions=num_conditions, **shape, **preset.prior)
 
 
 def seeded(seed: int, make, *arguments):

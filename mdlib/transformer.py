@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mdlib.nn import check_labels, drop_labels, inverse_cdf, uniform
+from mdlib.nn import UserEmbedding, drop_labels, inverse_cdf, uniform
 
 
 class TokenPrior(ModelMixin, ConfigMixin):
@@ -29,6 +29,7 @@ class TokenPrior(ModelMixin, ConfigMixin):
         num_codes: K of the codec.
         token_shape: (h, w) of the codec's token grid.
         num_users: n; label n is the null label of classifier-free guidance.
+        num_conditions: what people carry, see `mdlib.nn.UserEmbedding`; with 1 labels are users.
         hidden_size, num_layers, num_heads, dropout: GPT-2's.
         label_dropout: share of training samples whose label is the null label.
     """
@@ -46,6 +47,7 @@ class TokenPrior(ModelMixin, ConfigMixin):
         num_heads: int = 4,
         dropout: float = 0.1,
         label_dropout: float = 0.1,
+        num_conditions: int = 1,
     ):
         super().__init__()
         self.token_shape = tuple(token_shape)
@@ -66,7 +68,7 @@ class TokenPrior(ModelMixin, ConfigMixin):
             attn_implementation="sdpa",
         )
         self.tokens = nn.Embedding(num_codes + 1, hidden_size)
-        self.users = nn.Embedding(num_users + 1, hidden_size)
+        self.users = UserEmbedding(num_users, num_conditions, hidden_size)
         self.gpt = GPT2Model(config)
         self.head = nn.Linear(hidden_size, num_codes, bias=False)
         for table in (self.tokens, self.users, self.head):
@@ -115,12 +117,12 @@ class TokenPrior(ModelMixin, ConfigMixin):
             ValueError: a sampling option outside its range, a label outside 0…num_users, too few generators.
         """
         warpers = _warpers(temperature, top_k, top_p)
-        check_labels(label, self.null_label)
+        self.users.check(label)
         if not len(label):
             return label.new_empty(0, *self.token_shape)
         shares = uniform(len(label), self.num_tokens, generator).to(label.device)  # (B, T)
         guided = guidance_scale != 1.0
-        labels = torch.cat([label, torch.full_like(label, self.null_label)]) if guided else label
+        labels = torch.cat([label, self.users.nobody(label)]) if guided else label
         cache = DynamicCache() if use_cache else None
         sequence = label.new_full((len(label), 1), self.start)
         for position in range(self.num_tokens):

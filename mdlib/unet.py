@@ -22,7 +22,7 @@ from torch import nn
 
 from mdlib.attention import use_window_axial
 from mdlib.diffusion import LatentPrior, check_name, evenly_spread
-from mdlib.nn import drop_labels
+from mdlib.nn import UserEmbedding, drop_labels
 
 # timestep_spacing "trailing" starts at pure noise (Lin et al. 2024). A clipped sample would be wrong: latents have unit
 # variance, not a range.
@@ -41,6 +41,7 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
     Args:
         latent_shape: (D, h, w) of the codec.
         num_users: n; label n is the null label of classifier-free guidance.
+        num_conditions: what people carry, see `mdlib.nn.UserEmbedding`; with 1 labels are users.
         block_out_channels: widths of the levels; n levels down-sample n − 1 times.
         layers_per_block: residual blocks a level.
         norm_num_groups: groups of the group norms.
@@ -77,6 +78,7 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
         num_train_timesteps: int = 1000,
         min_snr_gamma: float = 5.0,
         gradient_checkpointing: bool = False,
+        num_conditions: int = 1,
     ):
         super().__init__()
         _check_names(attention, prediction, schedule)
@@ -108,7 +110,7 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         # A table of our own instead of the UNet's: between two users lie points that are no label.
-        self.users = nn.Embedding(num_users + 1, 4 * block_out_channels[0])
+        self.users = UserEmbedding(num_users, num_conditions, 4 * block_out_channels[0])
         nn.init.normal_(self.users.weight, std=0.5)
         self.schedule = DDPMScheduler(
             num_train_timesteps=num_train_timesteps,

@@ -15,6 +15,7 @@ import torch
 from mdlib import __version__, kinematics, metrics
 from mdlib.arms import Arms, augmentation, correctness, count_judges, train_arms, unseen_judges
 from mdlib.augment import stride_shift
+from mdlib.conditions import conditions
 from mdlib.data import WindowSet, to_float, to_uint8
 from mdlib.evidence import (
     Evidence,
@@ -68,6 +69,7 @@ def evaluate(
         "codebook": codebook(evidence),
         "identity": {**identity(evidence, judges), **verified},
         "augmentation": augmentation(evidence, protocol, arms),
+        "conditions": conditions(evidence, arms),
         "fidelity": fidelity(evidence, arms),
         "statistics": statistics(evidence),
         "memorisation": memorisation(evidence),

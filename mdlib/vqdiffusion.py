@@ -18,7 +18,7 @@ from torch import nn
 from mdlib.diffusion import check_name, check_share, evenly_spread
 from mdlib.distributed import all_sum
 from mdlib.dit import FREQUENCIES, Block, FinalLayer, initialise, rotation, time_embedding
-from mdlib.nn import check_labels, drop_labels, inverse_cdf, uniform
+from mdlib.nn import UserEmbedding, drop_labels, inverse_cdf, uniform
 
 SAMPLERS = ("ancestral", "mask_predict")
 TINY = 1e-30  # stands for a probability of zero: its logarithm can still be multiplied by one
@@ -93,6 +93,7 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         num_codes: K of the codec.
         token_shape: (h, w) of the codec's token grid.
         num_users: n; label n is the null label of classifier-free guidance.
+        num_conditions: what people carry, see `mdlib.nn.UserEmbedding`; with 1 labels are users.
         hidden_size, depth, num_heads, mlp_ratio, qk_norm: as in `mdlib.dit.LightningDiT`.
         label_dropout: share of training samples whose label is the null label.
         num_train_timesteps: T.
@@ -121,6 +122,7 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 100,
         gamma_cum_end: float = 0.99999,
         auxiliary_weight: float = 5e-4,
+        num_conditions: int = 1,
     ):
         super().__init__()
         _check_sizes(hidden_size, num_heads, label_dropout, num_train_timesteps, gamma_cum_end, auxiliary_weight)
@@ -132,7 +134,7 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         self.t_embedder = nn.Sequential(
             nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
-        self.users = nn.Embedding(num_users + 1, hidden_size)
+        self.users = UserEmbedding(num_users, num_conditions, hidden_size)
         hidden = int(mlp_ratio * hidden_size * 2 / 3)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, hidden, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, num_codes)
@@ -270,7 +272,7 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         label, towards, share = whom
         labels = [label]
         labels += [towards] if towards is not None else []
-        labels += [torch.full_like(label, self.null_label)] if scale != 1 else []
+        labels += [self.users.nobody(label)] if scale != 1 else []
         n = len(labels)
         user, *others = self(tokens.repeat(n, 1), t.repeat(n), torch.cat(labels)).chunk(n)
         if towards is not None:
@@ -325,9 +327,9 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         return x
 
     def _check_request(self, label: torch.Tensor, generator, scale: float, towards: torch.Tensor | None) -> None:
-        check_labels(label, self.null_label)
+        self.users.check(label)
         if towards is not None:
-            check_labels(towards, self.null_label)
+            self.users.check(towards)
         if not _within(scale, 0):
             raise ValueError(f"guidance_scale must be 0 or more, got {scale}")
         if scale != 1 and self.config.label_dropout == 0:
