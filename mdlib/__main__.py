@@ -131,6 +131,7 @@ def generate(
     per_user: Annotated[int, typer.Option(min=1)] = 10,
     seed: int = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    conditions: Annotated[str, typer.Option(help="with commas between; all it knows when left out")] = "",
     option: Annotated[list[str], typer.Option("--option", "-o", help="key=value of the prior's sampling")] = [],  # noqa: B006
     grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, a row a user")] = False,
 ):
@@ -140,7 +141,8 @@ def generate(
 
     pipe = load_pipeline(pipeline)
     chosen = parse_users(users) if users else None
-    rows = pipe.generate_folder(out, chosen, per_user, seed, batch_size, **dict(_pair(text) for text in option))
+    carried, options = conditions.split(",") if conditions else None, dict(_pair(text) for text in option)
+    rows = pipe.generate_folder(out, chosen, per_user, seed, batch_size, carried, **options)
     if grid:
         from mdlib import plot
 

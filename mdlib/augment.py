@@ -6,15 +6,16 @@ from mdlib.data import to_float
 
 
 def enlarge(images: torch.Tensor, labels: torch.Tensor, variants: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 windows (N, C, H, W) and `variants` stride-recombined copies of each, with their labels."""
+    """uint8 windows (N, C, H, W), each a stride later too, and `variants` stride-recombined copies of each, with their
+    labels: (N·(2 + variants), C, H, W)."""
     generator = torch.Generator().manual_seed(seed)
-    copies = [images] + [stride_recombine(images, labels, generator) for _ in range(variants)]
-    return torch.cat(copies), labels.repeat(variants + 1)
+    copies = [images, stride_shift(images, 2)] + [stride_recombine(images, labels, generator) for _ in range(variants)]
+    return torch.cat(copies), labels.repeat(variants + 2)
 
 
 def classical_augmentation(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator):
     """A uint8 batch as a classifier sees it: half the windows shifted by a whole stride (left stays left), gain ±5 %,
-    noise of 1 % of the range; float in [−1, 1]."""
+    noise of 1 % of the range; float in [−1, 1]. Without recombination: steps of several windows make somebody else."""
     images = to_float(images)
     noise = torch.randn(images.shape, generator=generator) * 0.02
     gain = 1 + 0.05 * (2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1)

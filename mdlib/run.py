@@ -150,6 +150,7 @@ def open_run(
     split: str = "",
     windows_per_user: int = 0,
     unrecorded: dict = {},  # noqa: B006
+    variants: int = -1,
     codec: str = "",
     codec_steps: int = 0,
     prior_steps: int = 0,
@@ -176,8 +177,8 @@ def open_run(
         split: a split file of your own; "" makes one by recording and time.
         windows_per_user: training windows kept a user; 0 keeps what the preset says, -1 keeps all.
         unrecorded: condition → users whose windows in it go to the test, as if never recorded, see `make_split`.
-        codec, codec_steps, prior_steps, codec_options, prior_options, perceptual_weight, foundation, user_codec:
-            changes of the preset, see `systems.get_preset`; "", 0, {} and False keep the preset's.
+        variants, codec, codec_steps, prior_steps, codec_options, prior_options, perceptual_weight, foundation,
+            user_codec: changes of the preset, see `systems.get_preset`; -1, "", 0, {} and False keep the preset's.
         codec_start, prior_start: weights to start from, see `systems.start_codec` and `systems.start_prior`.
         init: pipeline/ folder of a run of this system on other people (simulated ones, say) to start codec and prior
             from; users get new embeddings.
@@ -224,8 +225,14 @@ def _check(run: Run) -> None:
         if not (Path(run.settings["init"]) / "model_index.json").exists():
             raise DataError(f"init: {run.settings['init']} holds no pipeline: give the pipeline/ folder of a run")
         _check_kind(Path(run.settings["init"]) / "prior", get_system(run.settings["system"]).prior)
-    users = len({file.user for file in find_windows(run.settings["data"])})
-    preset = _preset(run, users)
+    files = find_windows(run.settings["data"])
+    preset = _preset(run, len({file.user for file in files}), len({file.condition for file in files}))
+    if unrecorded := run.settings["unrecorded"]:
+        if run.settings["split"]:
+            raise DataError("unrecorded shapes the split that is made: leave it out with a split file of your own")
+        if not all(isinstance(users, list) for users in unrecorded.values()):
+            raise DataError(f'unrecorded names users by condition, {{"backpack": [1, 2]}}, got {unrecorded}')
+        make_split(files, unrecorded=unrecorded)
     for training in (preset.codec_training, preset.prior_training):
         if training.mixed_precision in ("fp16", "bf16") and not torch.cuda.is_available():
             raise DataError(
@@ -247,14 +254,14 @@ def _check_kind(folder: Path, wanted: type) -> None:
         raise DataError(f"init: {folder} holds a {name}, this system's prior is a {wanted.__name__}: take its own run")
 
 
-def _preset(run: Run, users: int) -> Preset:
+def _preset(run: Run, users: int, conditions: int) -> Preset:
     """The run's preset, after its models were built without memory: sizes that do not fit each other, and weights that
     do not fit them, are told now, not after an hour of training."""
     try:
         preset = run.preset
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # weights meet no memory here
             codec = make_codec(preset, run.settings["channels"], users, foundation_width=8)
-            prior = make_prior(run.settings["system"], preset, codec, users)
+            prior = make_prior(run.settings["system"], preset, codec, users, conditions)
             run.start_codec(codec)
             run.start_prior(prior)
         if run.settings["joint_steps"]:

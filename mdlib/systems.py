@@ -75,9 +75,10 @@ def get_preset(
     foundation: str = "",
     user_codec: bool = False,
     windows_per_user: int = 0,
+    variants: int = -1,
     seed: int = 0,
 ) -> Preset:
-    """A preset with some of its values changed; 0 and "" leave the preset's.
+    """A preset with some of its values changed; 0, "" and -1 leave the preset's.
 
     Args:
         codec: "vq", "kl" or "va": that kind of codec, of the system's sizes, instead of the system's own.
@@ -86,7 +87,8 @@ def get_preset(
         perceptual_weight: of LPIPS in the codec's loss.
         foundation: what a VA-VAE is aligned with, see `Preset.foundation`.
         user_codec: tell a VA-VAE whose window it sees.
-        windows_per_user: training windows kept a user; -1 keeps all.
+        windows_per_user: training windows kept a user; 0 leaves the preset's, -1 keeps all.
+        variants: stride-recombined copies of each training window; 0 for none.
         seed: of data order and noise in both trainings.
 
     Raises:
@@ -104,6 +106,7 @@ def get_preset(
         codec_training=replace(preset.codec_training, seed=seed, steps=codec_steps or preset.codec_training.steps),
         prior_training=replace(preset.prior_training, seed=seed, steps=prior_steps or preset.prior_training.steps),
         windows_per_user=kept,
+        variants=preset.variants if variants < 0 else variants,
         foundation=foundation or preset.foundation,
         user_codec=user_codec or preset.user_codec,
         # What is asked for by name holds in every stage.

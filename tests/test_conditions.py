@@ -16,7 +16,7 @@ from mdlib.dit import LightningDiT
 from mdlib.evidence import Evidence
 from mdlib.nn import UserEmbedding, drop_labels
 from mdlib.pipeline import MicroDopplerPipeline
-from mdlib.run import execute
+from mdlib.run import execute, open_run
 from mdlib.split import make_split
 from mdlib.systems import start_prior
 from mdlib.transformer import TokenPrior
@@ -176,6 +176,23 @@ def test_the_table_of_conditions_tells_recorded_from_not():
     assert found["bag_unrecorded_gain"]["value"] == 1 and found["normal_gain"]["value"] == 0
     alone = conditions(Evidence(train=train, val=train, test=train, generated=train, gap=1), arms)
     assert "one condition" in alone["cross_condition"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"unrecorded": {"skis": [1]}}, "no windows of ID_1 in condition 'skis'"),
+        ({"unrecorded": {"backpack": 1}}, "names users by condition"),
+        ({"unrecorded": {"backpack": [1]}, "split": "mine.json"}, "leave it out with a split file"),
+        ({"unrecorded": {"backpack": [1], "normal": [1]}}, "ID_1 has 0 windows, too few"),
+    ],
+)
+def test_conditions_that_cannot_be_kept_away_are_one_line(settings, told, tmp_path):
+    for condition in ("normal", "backpack"):
+        write_set(tmp_path / "people" / condition, numbers=range(12))
+    with pytest.raises(DataError, match=told):
+        open_run(tmp_path / "run", data=str(tmp_path / "people"), preset="smoke", **settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_generates_a_condition_that_was_not_recorded(tmp_path):

@@ -172,6 +172,7 @@ def test_overrides_change_what_they_name_and_zero_keeps():
     changed = get_preset("vqvae-transformer", "demo", codec_steps=7, prior_steps=0, windows_per_user=20)
     assert changed.codec_training.steps == 7 and changed.prior_training == plain.prior_training
     assert changed.windows_per_user == 20 and plain.windows_per_user == 10
+    assert changed.variants == plain.variants > 0 == get_preset("vqvae-transformer", "demo", variants=0).variants
 
 
 def test_pascal_trains_in_float32_and_turing_in_half():
