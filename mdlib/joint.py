@@ -30,8 +30,9 @@ class JointFineTuning(nn.Module):
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """codec loss + prior_weight · prior loss for images (B, C, H, W) in [−1, 1] and labels (B,)."""
-        codec_loss, codec_logs = self.codec.loss(images, labels)
-        latents = self.codec.raw_latents(images, labels).float()  # the noise schedule is too fine for half precision
+        users = labels % (self.prior.null_label + 1)  # codecs know no conditions
+        codec_loss, codec_logs = self.codec.loss(images, users)
+        latents = self.codec.raw_latents(images, users).float()  # the noise schedule is too fine for half precision
         spread = latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
         prior_loss, prior_logs = self.prior.loss((latents - latents.mean((0, 2, 3), keepdim=True)) / spread, labels)
         return codec_loss + self.prior_weight * prior_loss, {**codec_logs, **prior_logs}

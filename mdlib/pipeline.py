@@ -171,14 +171,18 @@ class MicroDopplerPipeline(DiffusionPipeline):
         told = torch.tensor(users, dtype=torch.long) + (len(self.config.users) + 1) * torch.tensor(conditions).long()
         return told.to(self.device)
 
+    def _users(self, labels: torch.Tensor) -> torch.Tensor:
+        """The user alone of labels (B,): all that codecs and classifiers are told."""
+        return labels % (len(self.config.users) + 1)
+
     def _decode(self, drawn: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         decode = self.codec.decode_tokens if self.prior.consumes == "tokens" else self.codec.decode
-        return decode(drawn, labels).float().cpu()
+        return decode(drawn, self._users(labels)).float().cpu()
 
     def _log_probability(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """log p(label | decoded latents) (B,) by the classifier."""
-        logits = self.classifier(self.codec.decode(latents, labels))
-        users = labels % (len(self.config.users) + 1)
+        users = self._users(labels)
+        logits = self.classifier(self.codec.decode(latents, users))
         return logits.log_softmax(1).gather(1, users.unsqueeze(1)).squeeze(1)
 
     @torch.no_grad()

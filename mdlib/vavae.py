@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call
 
 from mdlib.distributed import all_mean
-from mdlib.nn import drop_labels
+from mdlib.nn import check_labels, drop_labels
 from mdlib.vae import KLVAE
 
 # The authors' three stages, each with its share of the optimizer steps (100, 15 and 15 epochs) and the options that
@@ -212,7 +212,7 @@ class VAVAE(KLVAE, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         follow gradients would make two evaluations incomparable.
 
         Raises:
-            ValueError: alignment without a foundation.
+            ValueError: alignment without a foundation; labels out of range.
         """
         if self.training and labels is not None:
             labels = drop_labels(labels, self.config.num_users, self.config.label_dropout)
@@ -246,14 +246,13 @@ class VAVAE(KLVAE, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         return super()._pixels(self._shifted(latents, "decoder_shift", labels))
 
     def _shifted(self, maps: torch.Tensor, layer: str, labels: torch.Tensor | None) -> torch.Tensor:
-        """maps (B, C, h, w) plus each user's vector at every position, whatever the condition; no label is the null
-        label."""
+        """maps (B, C, h, w) plus each user's vector at every position; no label is the null label."""
         if not self.conditional:
             return maps
         if labels is None:
             labels = torch.full((len(maps),), self.config.num_users, device=maps.device)
-        users = self.users(labels % (self.config.num_users + 1))
-        return maps + getattr(self, layer)(users)[:, :, None, None]
+        check_labels(labels, self.config.num_users)
+        return maps + getattr(self, layer)(self.users(labels))[:, :, None, None]
 
     def _alignment(self, latents, images, reconstruction, logs) -> torch.Tensor:
         """The weighed alignment (); its terms are noted in `logs`. Without gradients 0, and no foundation is needed."""

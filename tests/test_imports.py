@@ -46,7 +46,7 @@ FLOORS = [
     },
     {"selection", "verification", "statistics", "presets", "teacher"},
     {"arms"},
-    {"fidelity"},
+    {"fidelity", "conditions"},
     {"validate"},
     {"systems"},
     {"run", "report"},
