@@ -141,6 +141,11 @@ class Run:
         _write(self.path, record)
 
 
+def settings(parameters: dict) -> dict:
+    """Those of a notebook's parameters (its `globals()`) that shape a run: keyword arguments of `open_run`."""
+    return {key: parameters[key] for key in open_run.__kwdefaults__ if key in parameters}
+
+
 def open_run(
     out: str | Path,
     *,
