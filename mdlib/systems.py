@@ -76,6 +76,7 @@ def get_preset(
     user_codec: bool = False,
     windows_per_user: int = 0,
     variants: int = -1,
+    init: str = "",
     seed: int = 0,
 ) -> Preset:
     """A preset with some of its values changed; 0, "" and -1 leave the preset's.
@@ -89,6 +90,8 @@ def get_preset(
         user_codec: tell a VA-VAE whose window it sees.
         windows_per_user: training windows kept a user; 0 leaves the preset's, -1 keeps all.
         variants: stride-recombined copies of each training window; 0 for none.
+        init: a trained pipeline is where both models start from: the efforts of `presets.fine_tuning` instead of the
+            preset's.
         seed: of data order and noise in both trainings.
 
     Raises:
@@ -97,7 +100,8 @@ def get_preset(
     known = get_system(system).presets
     if name not in known:
         raise DataError(f"unknown preset {name!r}: choose one of {', '.join(known)}")
-    preset = _with_codec(known[name], get_system(system), codec)
+    preset = presets.fine_tuning(known[name]) if init else known[name]
+    preset = _with_codec(preset, get_system(system), codec)
     prior_class = get_system(system).prior
     kept = max(0, windows_per_user) if windows_per_user else preset.windows_per_user
     preset = replace(

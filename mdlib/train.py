@@ -40,6 +40,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     beta2: float = 0.99  # AdamW's second moment; 0.99 suits runs of a few thousand steps
     clip: float = 1.0  # gradient norm
+    user_rate: float = 1.0  # learning rate of a prior's user embeddings over that of all else
     ema_decay: float = 0.0  # 0 keeps no average
     mixed_precision: str = "no"  # no | fp16 | bf16 | auto (fp16 where the GPU gains from it, else no)
     seed: int = 0
@@ -55,6 +56,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulation", "evaluate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.user_rate <= 0:
+            raise ValueError(f"TrainConfig.user_rate must be above 0, got {self.user_rate}")
         if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1:
             raise ValueError("TrainConfig needs learning_rate > 0 and ema_decay in [0, 1)")
         if self.mixed_precision not in ("no", "fp16", "bf16", "auto"):
@@ -210,7 +213,7 @@ class _Fit:
         self.model = model.to(self.device, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
         broadcast_from_first(self.model.state_dict().values())
         optimizer = torch.optim.AdamW(
-            _parameter_groups(model),
+            _parameter_groups(model, config),
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
@@ -437,10 +440,18 @@ def write_history(history: list[dict], path: Path) -> None:
         writer.writerows(history)
 
 
-def _parameter_groups(model: torch.nn.Module) -> list[dict]:
-    """AdamW's parameter groups: the model's own `parameter_groups()` where it has them, else all in one."""
+def _parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list[dict]:
+    """AdamW's parameter groups: the model's own `parameter_groups()` where it has them; else all in one, or users'
+    embeddings apart where they have a rate of their own."""
     own = getattr(model, "parameter_groups", None)
-    groups = own() if own else [{"params": model.parameters()}]
+    groups = own() if own else [{"params": list(model.parameters())}]
+    if config.user_rate != 1:
+        if own or not hasattr(model, "users"):
+            raise ValueError("TrainConfig.user_rate is of a prior that is told users")
+        users = list(model.users.parameters())
+        known = {id(parameter) for parameter in users}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+        groups = [{"params": others}, {"params": users, "lr": config.user_rate * config.learning_rate}]
     return [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
 
 

@@ -113,6 +113,18 @@ def test_what_a_prior_knows_of_walking_is_kept_for_other_users(system, tmp_path)
         start_prior(prior, tmp_path)
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_start_from_other_people_takes_fewer_and_smaller_steps_of_the_same_models(system):
+    plain, known = get_preset(system, "demo"), get_preset(system, "demo", init="runs/simulated/pipeline")
+    assert (known.codec, known.prior) == (plain.codec, plain.prior), "the weights must fit"
+    for part in ("codec_training", "prior_training"):
+        before, after = getattr(plain, part), getattr(known, part)
+        assert after.steps < before.steps and after.learning_rate < before.learning_rate
+    assert known.prior_training.user_rate > 1, "users are all that is new"
+    asked = get_preset(system, "demo", init="runs/simulated/pipeline", codec_steps=7, variants=3)
+    assert (asked.codec_training.steps, asked.variants) == (7, 3)
+
+
 def test_a_codec_that_is_told_users_meets_new_ones(tmp_path):
     preset = get_preset("vavae-dit", "smoke", user_codec=True)
     known, codec = (make_codec(preset, num_users=users, foundation_width=7) for users in (3, 3))

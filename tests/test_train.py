@@ -322,6 +322,27 @@ def test_a_models_own_parameter_groups_keep_their_moments_and_are_clipped_apart(
     assert float(loud["exp_avg"]) == pytest.approx(0.5 * 1.0, rel=1e-3)  # the gradient is clipped to norm 1
 
 
+class Told(nn.Module):
+    """A weight and user embeddings with equal gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.users = nn.Parameter(torch.zeros(1)), nn.Embedding(1, 1)
+        nn.init.zeros_(self.users.weight)
+
+    def loss(self, x):
+        return self.weight.sum() + self.users.weight.sum(), {}
+
+
+def test_user_embeddings_learn_at_a_rate_of_their_own():
+    config = replace(CONFIG, steps=1, batch_size=1, warmup_steps=0, weight_decay=0.0, ema_decay=0.0, user_rate=20)
+    model = Told()
+    fit(model, Batches((torch.zeros(4, 1),)), config, progress=False)
+    assert float(model.users.weight) == pytest.approx(20 * float(model.weight)), "AdamW's first step is its rate"
+    with pytest.raises(ValueError, match="user_rate is of a prior that is told users"):
+        fit(line(), points(), config, progress=False)
+
+
 def test_one_step_of_a_warm_up_leaves_the_weights_as_they_are():
     model, before = line(), line()
     fit(model, points(), replace(CONFIG, steps=1, weight_decay=0.1, ema_decay=0.0), progress=False)
