@@ -278,7 +278,7 @@ def test_a_first_attempt_that_failed_may_be_corrected(people, tmp_path):
         (dict(codec_steps="many"), "codec_steps must be of type int, got 'many'"),
         (dict(codec_steps=-3), "steps must be at least 1"),
         (dict(split="none.json"), "none.json"),
-        (dict(preset="t4x2"), "'t4x2' trains in fp16, which needs a GPU"),
+        (dict(preset="t4x2"), "'t4x2': training in fp16 needs a GPU; demo"),
         (dict(codec="kl"), "reads tokens, which a kl codec does not make"),
         (dict(system="vae-diffusion", prior_options={"attention": "linear"}), "attention must be one of full, window"),
         (dict(system="vae-diffusion", prior_options=3), "prior_options must be of type dict, got 3"),
