@@ -1,6 +1,7 @@
 """What Kaggle is told of a notebook and of a data set: plain dicts, and the folders that its client pushes."""
 
 import json
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,11 @@ class Kernel:
     models: tuple[str, ...] = ()  # owner/model/framework/variation/version
     after: str = ""  # the notebook whose output it goes on from; "" for that of BEFORE
     resume: bool = False  # from the output of its own last version
+
+    def __post_init__(self):
+        # Kaggle makes the name of a notebook's page from its title, and would change another one.
+        if not re.fullmatch(r"([a-z0-9]+(-[a-z0-9]+)*)?", self.tag) or len(self.tag) > 20:
+            raise Stop(f"tag {self.tag!r}: up to 20 lower-case letters, digits and hyphens between them")
 
     @property
     def id(self) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import requests
 import typer
+import urllib3
 from metadata import (
     ROOT,
     T4X2,
@@ -37,6 +38,7 @@ DROPPED = (
     requests.exceptions.ConnectionError,
     requests.exceptions.ChunkedEncodingError,
     requests.exceptions.Timeout,
+    urllib3.exceptions.ProtocolError,
 )
 POLL = 10  # seconds between two questions
 FAILURES = 20  # dropped connections or 5xx answers in a row, after which Kaggle is taken for unreachable
@@ -110,9 +112,9 @@ def dataset(
     if ref != f"{owner or user(api)}/{name}":
         raise Stop(f"{file} is of {ref}: give that name, or delete the file")
     if status_of(api, ref) is None:
-        response = api.dataset_create_new(str(folder), quiet=True, dir_mode="zip")
+        response = api.dataset_create_new(str(folder), dir_mode="zip")
     else:
-        response = api.dataset_create_version(str(folder), message, quiet=True, dir_mode="zip")
+        response = api.dataset_create_version(str(folder), message, dir_mode="zip")
     if response.error or response.status.lower() != "ok":
         raise Stop(f"{ref}: {response.error or response.status}")
     while (status := status_of(api, ref)) != "ready":
@@ -182,7 +184,7 @@ def follow(api, kernel: str) -> tuple[str, str]:
             passing = not isinstance(error, requests.exceptions.HTTPError) or error.response.status_code >= 500
             failures += 1
             if not passing or failures > FAILURES:
-                raise
+                raise Stop(f"Kaggle does not answer for {kernel}, whose run goes on there: {error}") from error
         time.sleep(POLL)
 
 

@@ -29,12 +29,12 @@ def build(out: Path) -> list[Path]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "wheels"
-        pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", made, _sources(Path(scratch) / "mdlib"))
         wanted = [f"{name}=={pins()[name]}" for name in LACKING]
         pip("download", "--no-deps", "--only-binary", ":all:", "--dest", made, *wanted)
         for wheel in made.glob("*.whl"):
             if not wheel.name.endswith("py3-none-any.whl"):
                 raise Stop(f"{wheel.name} is made for one Python or machine only: leave it out of the wheelhouse")
+        pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", made, _sources(Path(scratch) / "mdlib"))
         out.mkdir(parents=True, exist_ok=True)
         for old in out.glob("*.whl"):
             old.unlink()
