@@ -65,7 +65,7 @@ def begin(out: str | Path = "", data: str = "") -> str:
     if data or (out and (Path(out) / "run.json").exists()):
         return data
     if out and (attached := find_run(INPUT)):
-        bring_run(attached, Path(out), find_data(INPUT))
+        bring_run(attached, Path(out), INPUT)
         print(f"the run in {attached} goes on in {out}, with the settings it has", flush=True)
         return ""
     return str(find_data(INPUT) or "")
@@ -161,8 +161,8 @@ def find_run(root: Path) -> Path | None:
     return max(found, key=lambda f: (len(found[f]["steps"]), sum(1 for _ in f.rglob("*"))), default=None)
 
 
-def bring_run(attached: Path, out: Path, data: Path | None) -> None:
-    """Copy a run from the read-only inputs to `out`; it reads its windows from `data` where they were moved.
+def bring_run(attached: Path, out: Path, root: Path) -> None:
+    """Copy a run from the read-only inputs to `out`; windows that are mounted elsewhere by now are found below `root`.
 
     Raises:
         DataError: its windows are not attached.
@@ -170,7 +170,7 @@ def bring_run(attached: Path, out: Path, data: Path | None) -> None:
     """
     record = _record(attached)
     if not Path(record["settings"]["data"]).is_dir():
-        if data is None:
+        if not (data := find_data(root)):
             raise DataError(f"the run in {attached} read {record['settings']['data']}: attach its windows too")
         record["settings"]["data"] = str(data)
     require_room(out, size(attached), "a copy of the run")
