@@ -57,8 +57,8 @@ def begin(out: str | Path = "", data: str = "") -> str:
     if not on_kaggle():
         return data
     found = gpus()
-    end = session_end()
-    os.environ.setdefault(DEADLINE, str(end))
+    end = float(os.environ.get(DEADLINE) or session_end())
+    os.environ[DEADLINE] = str(end)
     print(told(found, end, room(out or ".")), flush=True)
     if os.environ.get(ASKED_FOR) and not found:
         raise DataError(f"{os.environ[ASKED_FOR]} was asked for and no GPU given: {NO_GPU}")

@@ -357,6 +357,13 @@ def test_a_notebook_that_stops_names_the_cause(people, tmp_path):
         )
 
 
+def test_a_notebook_that_ran_out_of_time_is_not_taken_for_done(people, tmp_path, monkeypatch):
+    # A notebook that leaves with exit code 0 is no error to papermill, which then runs no further cell.
+    monkeypatch.setattr("papermill.execute_notebook", lambda *arguments, **options: None)
+    with pytest.raises(DataError, match="01_env_check stopped at the end of its time: give the command again"):
+        execute(str(tmp_path / "run"), {}, data=str(people), preset="smoke")
+
+
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_are_thin_and_clean(path):
     notebook = nbformat.read(path, as_version=4)
