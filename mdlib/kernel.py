@@ -174,7 +174,8 @@ def bring_run(attached: Path, out: Path, root: Path) -> None:
             raise DataError(f"the run in {attached} read {record['settings']['data']}: attach its windows too")
         record["settings"]["data"] = str(data)
     require_room(out, size(attached), "a copy of the run")
-    shutil.copytree(attached, out, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    last = shutil.ignore_patterns("run.json")  # with it the copy counts as a run
+    shutil.copytree(attached, out, ignore=last, copy_function=shutil.copyfile, dirs_exist_ok=True)
     for folder in (out, *(path for path in out.rglob("*") if path.is_dir())):
         folder.chmod(0o755)  # copied with the rest: inputs are read-only
     with whole_file(out / "run.json") as path:
