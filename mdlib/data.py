@@ -29,6 +29,7 @@ __all__ = [
     "colorize",
     "count",
     "find_windows",
+    "holds_users",
     "invert_colormap",
     "load_windows",
     "parse_users",
@@ -109,6 +110,11 @@ def parse_users(text: str) -> list[int]:
             raise DataError(f"users {text!r}: cannot read {item.strip()!r}; write user ids like 1,2,5-8")
         users += range(first, last + 1)
     return list(dict.fromkeys(users))
+
+
+def holds_users(folder: Path) -> bool:
+    """Whether there are ID_k folders in `folder`."""
+    return any(_USER_FOLDER.fullmatch(path.name) and path.is_dir() for path in folder.iterdir())
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from PIL import Image
 from mdlib.data import DataError, colorize, to_uint8
 from mdlib.files import whole_file
 from mdlib.latents import fingerprint
+from mdlib.limits import end_session, time_is_up
 from mdlib.nn import best_device
 from mdlib.progress import bar
 
@@ -262,6 +263,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
                 for row, picture in zip(rows, self.to_pil(images), strict=True):
                     _save_whole(picture, out / _file_name(row))
                 progress.update(len(rows))
+                if time_is_up() and progress.n < len(manifest):
+                    end_session(f"{progress.n} of {len(manifest)} windows are in {out}")
         _write_manifest(manifest, out)
         return manifest
 

@@ -28,10 +28,12 @@ from mdlib.data import DataError, WindowSet, find_windows, load_windows
 from mdlib.files import whole_file
 from mdlib.foundation import load_foundation
 from mdlib.joint import JointFineTuning
+from mdlib.kernel import gpus, preset_for
 from mdlib.perceptual import load_lpips
 from mdlib.presets import Preset
 from mdlib.split import apply_split, make_split, read_split, write_split
 from mdlib.systems import get_preset, get_system, make_codec, make_prior, start_codec, start_prior
+from mdlib.train import precision
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
@@ -178,7 +180,7 @@ def open_run(
     Args:
         out: the folder; where it holds a run and `data` is empty, that run's settings stand.
         data: folder of ID_k/ folders.
-        system, preset: names of `mdlib.systems`.
+        system, preset: names of `mdlib.systems`; preset "auto" is the one for the GPUs here, or demo.
         split: a split file of your own; "" makes one by recording and time.
         windows_per_user: training windows kept a user; 0 keeps what the preset says, -1 keeps all.
         unrecorded: condition → users whose windows in it go to the test, as if never recorded, see `make_split`.
@@ -202,8 +204,10 @@ def open_run(
     if settings["foundation"] and Path(settings["foundation"]).exists():
         settings["foundation"] = str(Path(settings["foundation"]).resolve())
     settings = json.loads(json.dumps(settings))  # as they read back: a tuple is a list
-    if (out / "run.json").exists():
-        kept = {**open_run.__kwdefaults__, **_read(out)["settings"]}
+    kept = {**open_run.__kwdefaults__, **_read(out)["settings"]} if (out / "run.json").exists() else {}
+    if settings["preset"] == "auto":
+        settings["preset"] = kept.get("preset") or preset_for(gpus())
+    if kept:
         changed = [key for key in settings if kept[key] != settings[key]] if data else []
         if not changed:
             return Run(out, kept)
@@ -239,11 +243,12 @@ def _check(run: Run) -> None:
             raise DataError(f'unrecorded names users by condition, {{"backpack": [1, 2]}}, got {unrecorded}')
         make_split(files, unrecorded=unrecorded)
     for training in (preset.codec_training, preset.prior_training):
-        if training.mixed_precision in ("fp16", "bf16") and not torch.cuda.is_available():
+        try:
+            precision(training.mixed_precision)
+        except ValueError as error:
             raise DataError(
-                f"preset {run.settings['preset']!r} trains in {training.mixed_precision}, which needs a GPU: "
-                "take demo or demo-long"
-            )
+                f"preset {run.settings['preset']!r}: {error}; demo and demo-long train in float32"
+            ) from error
     if preset.foundation not in ("none", "classifier"):
         load_foundation(preset.foundation)
     if preset.codec.get("perceptual_weight"):
@@ -352,6 +357,8 @@ def _execute_one(name: str, out: Path, values: dict) -> None:
             raise DataError(
                 f"{name} stopped: {error}: most likely memory ran out; take a smaller preset, or give the command again"
             ) from error
+    if name not in _read(out)["steps"]:
+        raise DataError(f"{name} stopped at the end of its time: give the command again and it goes on (see {target})")
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from mdlib.distributed import all_mean, broadcast_from_first, mean_gradients, on_first, rank, world
 from mdlib.files import whole_file
+from mdlib.limits import end_session, has_deadline, require_room, time_is_up
 from mdlib.progress import bar
 
 
@@ -139,7 +140,9 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite, in any process (with the step and the remedy).
+        OSError: the disk has no room for the checkpoints.
         RuntimeError: in the other processes, where the first could not evaluate, preview or write.
+        SystemExit: the session's time is up (`mdlib.limits`); the checkpoint in `run_dir` was written.
         ValueError: `run_dir` holds a run of another configuration.
     """
     if run_dir is not None:
@@ -234,14 +237,15 @@ class _Fit:
         return self.history
 
     def _train(self) -> None:
+        on_first(self._require_room)
         if self.tracker:
             self.accelerator.init_trackers(
                 "tensorboard" if self.tracker == "tensorboard" else "mdlib", config=asdict(self.config)
             )
-        started, before = time.monotonic(), self.seconds
+        started, before, late = time.monotonic(), self.seconds, False
         show = self.progress and rank() == 0
         with bar(self.config.steps, self.name, initial=self.step, show=show) as progress:
-            while self.step < self.config.steps and not self.stopped:
+            while self.step < self.config.steps and not self.stopped and not late:
                 logs = self._optimizer_step()
                 progress.update()
                 self.seconds = before + time.monotonic() - started
@@ -253,10 +257,24 @@ class _Fit:
                 last = self.step == self.config.steps
                 if last or self.stopped or self.step % self.config.evaluate_every == 0:
                     progress.set_postfix(self._evaluate(logs), refresh=False)
-                if last or self.stopped or self.step % self.config.save_every == 0:
+                if self.run_dir and has_deadline():
+                    late = on_first(time_is_up) and not (last or self.stopped)
+                if last or late or self.stopped or self.step % self.config.save_every == 0:
                     on_first(self._save)
         for tracker in self.accelerator.trackers:  # end_training() would end the process group too
             tracker.finish()
+        if late:
+            end_session(f"{self.name} stopped at step {self.step} of {self.config.steps}, kept in {self.run_dir}")
+
+    def _require_room(self) -> None:
+        """Room for a checkpoint and the best weights, each twice: a new file is whole before the old one goes."""
+        if not self.run_dir:
+            return
+        weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        trained = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
+        state = weights + 2 * trained + (weights if self.ema else 0)
+        files = (1 if (self.run_dir / "state.pt").exists() else 2) * (state + weights)
+        require_room(self.run_dir, files, f"training the {self.name}")
 
     def _optimizer_step(self) -> dict[str, torch.Tensor]:
         """One update of the weights from `accumulation` batches; noise and dropout come from (seed, step, rank)."""
@@ -471,10 +489,19 @@ def _averaged(ema: EMAModel | None, model: torch.nn.Module):
 
 def precision(wanted: str) -> str:
     """`wanted`, or for "auto" fp16 on a GPU with tensor cores (compute capability 7 and above) and float32 elsewhere:
-    older GPUs gain nothing from half precision."""
-    if wanted != "auto":
-        return wanted
-    return "fp16" if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 7 else "no"
+    older GPUs gain nothing from half precision.
+
+    Raises:
+        ValueError: half precision without a GPU, or bf16 on one that emulates it, as all below capability 8 do.
+    """
+    generation = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        return "fp16" if generation >= 7 else "no"
+    if wanted in ("fp16", "bf16") and not generation:
+        raise ValueError(f"training in {wanted} needs a GPU")
+    if wanted == "bf16" and generation < 8:
+        raise ValueError(f"{torch.cuda.get_device_name()} only emulates bf16, and slowly: take fp16")
+    return wanted
 
 
 def _identity(config: TrainConfig) -> dict:

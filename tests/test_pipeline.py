@@ -108,6 +108,15 @@ def test_an_interrupted_generation_goes_on(pipeline, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in kept[:4]} == stamps
 
 
+def test_generation_stops_when_the_sessions_time_is_up(pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MDLIB_DEADLINE", "1")
+    with pytest.raises(SystemExit) as end:
+        pipeline.generate_folder(tmp_path, per_user=3, batch_size=2)
+    assert end.value.code == 0 and f"2 of 9 windows are in {tmp_path}" in capsys.readouterr().out
+    monkeypatch.delenv("MDLIB_DEADLINE")
+    assert len(pipeline.generate_folder(tmp_path, per_user=3)) == len(list(tmp_path.glob("ID_*/*.png"))) == 9
+
+
 def test_windows_of_another_pipeline_or_of_other_options_are_not_mixed_in(pipeline, tmp_path):
     pipeline.generate_folder(tmp_path, per_user=2)
     with pytest.raises(DataError, match="windows made otherwise .*temperature.*choose another folder"):

@@ -278,7 +278,7 @@ def test_a_first_attempt_that_failed_may_be_corrected(people, tmp_path):
         (dict(codec_steps="many"), "codec_steps must be of type int, got 'many'"),
         (dict(codec_steps=-3), "steps must be at least 1"),
         (dict(split="none.json"), "none.json"),
-        (dict(preset="t4x2"), "'t4x2' trains in fp16, which needs a GPU"),
+        (dict(preset="t4x2"), "'t4x2': training in fp16 needs a GPU; demo"),
         (dict(codec="kl"), "reads tokens, which a kl codec does not make"),
         (dict(system="vae-diffusion", prior_options={"attention": "linear"}), "attention must be one of full, window"),
         (dict(system="vae-diffusion", prior_options=3), "prior_options must be of type dict, got 3"),
@@ -355,6 +355,13 @@ def test_a_notebook_that_stops_names_the_cause(people, tmp_path):
         execute(
             str(tmp_path / "run"), {"split": str(tmp_path / "bad.json")}, "02", "02", data=str(people), preset="smoke"
         )
+
+
+def test_a_notebook_that_ran_out_of_time_is_not_taken_for_done(people, tmp_path, monkeypatch):
+    # A notebook that leaves with exit code 0 is no error to papermill, which then runs no further cell.
+    monkeypatch.setattr("papermill.execute_notebook", lambda *arguments, **options: None)
+    with pytest.raises(DataError, match="01_env_check stopped at the end of its time: give the command again"):
+        execute(str(tmp_path / "run"), {}, data=str(people), preset="smoke")
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -1,0 +1,137 @@
+"""What Kaggle is told of a notebook and of a data set: plain dicts, and the folders that its client pushes."""
+
+import json
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+# The notebook whose output each goes on from.
+BEFORE = {
+    "01_env_check": "",
+    "02_train_vqvae": "",
+    "03_train_prior": "02_train_vqvae",
+    "04_train_diffusion": "02_train_vqvae",
+    "05_generate": "03_train_prior",
+    "06_validate": "05_generate",
+}
+WHEELS, WINDOWS = "mdlib-wheels", "mdlib-windows"  # the data sets' names unless said otherwise
+T4X2 = "NvidiaTeslaT4"  # Kaggle's name of two T4; one alone is not offered
+
+
+class Stop(Exception):
+    """Ends the program; its text is the one line a user reads."""
+
+
+def pins() -> dict[str, str]:
+    """Name → pinned version, of pyproject.toml."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    return dict(line.split("==") for line in extras["pinned"] + extras["test"])
+
+
+def notebook_named(text: str) -> str:
+    """The notebook of a name or number: "02", "02_train_vqvae"."""
+    for name in BEFORE:
+        if text in (name, name[:2], f"{name}.ipynb"):
+            return name
+    raise Stop(f"there is no notebook {text!r}: choose one of {', '.join(BEFORE)}")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A notebook as Kaggle runs it."""
+
+    notebook: str
+    owner: str
+    tag: str = ""  # tells several chains of notebooks apart
+    accelerator: str = T4X2  # a name of Kaggle's; "" runs on the CPU
+    internet: bool = False
+    datasets: tuple[str, ...] = ()  # owner/name; a name alone is the owner's
+    models: tuple[str, ...] = ()  # owner/model/framework/variation/version
+    after: str = ""  # the notebook whose output it goes on from; "" for that of BEFORE
+    resume: bool = False  # from the output of its own last version
+
+    def __post_init__(self):
+        # Kaggle makes the name of a notebook's page from its title, and would change another one.
+        if not re.fullmatch(r"([a-z0-9]+(-[a-z0-9]+)*)?", self.tag) or len(self.tag) > 20:
+            raise Stop(f"tag {self.tag!r}: up to 20 lower-case letters, digits and hyphens between them")
+
+    @property
+    def id(self) -> str:
+        return f"{self.owner}/{_slug(self.notebook, self.tag)}"
+
+    @property
+    def metadata(self) -> dict:
+        """The content of kernel-metadata.json. Everything that has a default at Kaggle is said."""
+        before = self.after or BEFORE[self.notebook]
+        sources = [_slug(name, self.tag) for name in (before, self.notebook if self.resume else "") if name]
+        return {
+            "id": self.id,
+            "title": _slug(self.notebook, self.tag).replace("-", " "),  # Kaggle makes the id anew from it
+            "code_file": f"{self.notebook}.ipynb",
+            "language": "python",
+            "kernel_type": "notebook",
+            "is_private": True,
+            "enable_gpu": bool(self.accelerator),
+            "enable_internet": self.internet,
+            "machine_shape": self.accelerator,
+            "dataset_sources": [_owned(name, self.owner) for name in self.datasets],
+            "competition_sources": [],
+            "kernel_sources": [f"{self.owner}/{slug}" for slug in sources],
+            "model_sources": list(self.models),
+        }
+
+
+def write_kernel(kernel: Kernel, folder: Path, parameters: dict) -> Path:
+    """Write `folder`, ready to push: kernel-metadata.json, and the notebook with `parameters` in place of its own."""
+    import nbformat
+    from papermill.inspection import inspect_notebook
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    source = NOTEBOOKS / f"{kernel.notebook}.ipynb"
+    _check_parameters(kernel, parameters, set(inspect_notebook(source)))
+    notebook = load_notebook_node(str(source))
+    if parameters:
+        notebook = parameterize_notebook(notebook, parameters)
+    if kernel.accelerator:
+        wanted = f'import os\n\nos.environ["MDLIB_ACCELERATOR"] = "{kernel.accelerator}"  # without it the run stops'
+        notebook.cells.insert(1, nbformat.v4.new_code_cell(wanted, id="accelerator"))
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, folder / f"{kernel.notebook}.ipynb")
+    write_json(kernel.metadata, folder / "kernel-metadata.json")
+    return folder
+
+
+def _check_parameters(kernel: Kernel, parameters: dict, known: set[str]) -> None:
+    """Refuse what would be ignored. Notebook 02 settles the run; those after it take the run's settings."""
+    for key in parameters:
+        if key not in known:
+            raise Stop(f"{kernel.notebook} has no parameter {key!r}; there are {', '.join(sorted(known))}")
+    trains = kernel.notebook[:2] in ("02", "03", "04")
+    settled = sorted(parameters.keys() - {"out", "max_minutes"}) if trains else []
+    if settled and kernel.resume:
+        raise Stop(f"a run that goes on keeps its settings: leave out {', '.join(settled)}, or --resume")
+    if settled and kernel.notebook[:2] != "02":
+        raise Stop(f"notebook 02 settles the run: give {', '.join(settled)} there")
+
+
+def dataset_metadata(owner: str, name: str) -> dict:
+    """The content of dataset-metadata.json."""
+    if not 6 <= len(name) <= 50:
+        raise Stop(f"a data set's name has 6 to 50 characters: {name!r} has {len(name)}")
+    return {"title": name.replace("-", " "), "id": f"{owner}/{name}", "licenses": [{"name": "other"}]}
+
+
+def write_json(content: dict, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _slug(notebook: str, tag: str) -> str:
+    return "-".join(filter(None, ["mdlib", notebook.replace("_", "-"), tag]))
+
+
+def _owned(name: str, owner: str) -> str:
+    return name if "/" in name else f"{owner}/{name}"
