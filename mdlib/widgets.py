@@ -222,7 +222,7 @@ class _People:
         self.users = [user for user in real.users if user in known]
         self.conditions = tuple(pipeline.config.conditions) if pipeline else generated.conditions
         distance, _ = nearest_train(real, train)
-        self.usual = float(distance[distance.isfinite()].median())
+        self.usual = float(distance[distance.isfinite()].median().clamp_min(1e-9))
 
     def on_disk(self, user: int, condition: str) -> _Made:
         found = self._some(self.generated, user, condition)
@@ -268,7 +268,8 @@ class _Users:
         self.condition = ipywidgets.Dropdown(options=people.conditions, description="condition")
         self.source = ipywidgets.ToggleButtons(options=[ON_DISK, LIVE])
         self.seed = ipywidgets.BoundedIntText(value=seed, max=2**31 - 1, description="seed")
-        self.dials = _dials({**people.pipeline.sampling_options(), **sampling} if people.pipeline else {})
+        self.usual = {**people.pipeline.sampling_options(), **sampling} if people.pipeline else {}
+        self.dials = _dials(self.usual)
         self.keep = [ipywidgets.ToggleButton(description=f"keep {k + 1}") for k in range(people.each)]
         self.folder = ipywidgets.Text(value=str(folder), description="folder")
         self.button = ipywidgets.Button(description="save those kept")
@@ -304,7 +305,7 @@ class _Users:
     def _draw(self) -> None:
         who = self.user.value, self.condition.value
         if self.source.value == LIVE:
-            turned = {name: dial.value for name, dial in self.dials.items()}
+            turned = {name: dial.value for name, dial in self.dials.items() if dial.value != self.usual[name]}
             made = self.people.live(*who, self.seed.value, {**self.sampling, **turned})
         else:
             made = self.people.on_disk(*who)

@@ -56,8 +56,8 @@ def test_the_most_telling_code_is_the_one_that_users_share_least(surveyed):
     codec, windows, _, _ = surveyed
     tokens = torch.zeros(6, *codec.token_shape, dtype=torch.long)
     tokens[:, 0, :2] = 3  # everybody's
-    tokens[3:, 2, 1] = 6  # the second user's
-    tokens[:3, 2, 1] = 3
+    tokens[3:, 2, 1:3] = 6  # the second user's
+    tokens[:3, 2, 1], tokens[:3, 2, 2] = 3, 2
     assert survey(codec, windows, tokens).most_telling() == 6
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from mdlib import plot, widgets
 from mdlib.codebook import survey
 from mdlib.data import WindowFile, WindowSet, to_uint8
+from mdlib.neighbours import nearest_train
 from mdlib.pipeline import MicroDopplerPipeline
 from mdlib.transformer import TokenPrior
 from mdlib.unet import LatentDiffusion
@@ -51,6 +52,11 @@ def real():
 
 
 @pytest.fixture(scope="module")
+def train(real):
+    return replace(real, images=real.images.flip(0))
+
+
+@pytest.fixture(scope="module")
 def folder(pipeline, tmp_path_factory):
     """Two generated windows of users 3 and 7 on disk."""
     out = tmp_path_factory.mktemp("generated")
@@ -67,8 +73,8 @@ def generated(pipeline, folder, real):
 
 
 @pytest.fixture
-def users(real, generated, pipeline, tmp_path):
-    people = widgets._People(real, generated, real, pipeline, each=2)
+def users(real, generated, train, pipeline, tmp_path):
+    people = widgets._People(real, generated, train, pipeline, each=2)
     return widgets._Users(people, tmp_path / "selected", seed=0, sampling={})
 
 
@@ -98,12 +104,14 @@ def test_choosing_a_user_draws_that_users_codes_most_used_first(codes):
     assert counts[codes.shown].tolist() == sorted(counts.tolist(), reverse=True)[:32]
 
 
-def test_moving_the_slider_shows_that_user_with_the_nearest_training_windows(users, real, generated):
+def test_moving_the_slider_shows_that_user_with_the_nearest_training_windows(users, real, generated, train):
     users.user.value = 7
-    # Real windows are their own training windows here: generated ones are all that can be far.
     made = generated.select([2, 3])
-    assert users.view.value == plot.to_png(users.people.picture(widgets._Made(made, None)))
-    assert users.view.layout.visibility == "visible"
+    distance, nearest = nearest_train(made, train)
+    ratios = (distance / nearest_train(real, train)[0].median()).tolist()
+    assert {file.user for file in train.select(nearest).files} == {7}
+    expected = plot.user_view(real.select([3, 5]), made, train.select(nearest), ratios)
+    assert users.view.value == plot.to_png(expected) and users.view.layout.visibility == "visible"
 
 
 def test_seed_and_temperature_draw_live(users, pipeline):
