@@ -359,7 +359,7 @@ def copy_windows(folder: str | Path, paths: list[str], out: str | Path) -> list[
     them. paths: relative to `folder`. Returns their rows of the manifest.
 
     Raises:
-        DataError: `folder` tells not what made its windows, or `out` holds windows made otherwise.
+        DataError: `folder` does not tell what made its windows, or `out` holds windows made otherwise.
     """
     folder, out = Path(folder), Path(out)
     try:

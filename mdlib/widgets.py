@@ -268,10 +268,10 @@ class _Users:
         self.condition = ipywidgets.Dropdown(options=people.conditions, description="condition")
         self.source = ipywidgets.ToggleButtons(options=[ON_DISK, LIVE])
         self.seed = ipywidgets.BoundedIntText(value=seed, max=2**31 - 1, description="seed")
-        self.usual = {**people.pipeline.sampling_options(), **sampling} if people.pipeline else {}
-        self.dials = _dials(self.usual)
+        self.options = {**people.pipeline.sampling_options(), **sampling} if people.pipeline else {}
+        self.dials = _dials(self.options)
         self.keep = [ipywidgets.ToggleButton(description=f"keep {k + 1}") for k in range(people.each)]
-        self.folder = ipywidgets.Text(value=str(folder), description="folder")
+        self.folder = ipywidgets.Text(value=str(folder), description="folder", layout=ipywidgets.Layout(width="450px"))
         self.button = ipywidgets.Button(description="save those kept")
         self.view, self.message = _image(), _Message()
         self.box = ipywidgets.VBox(self._rows())
@@ -305,7 +305,7 @@ class _Users:
     def _draw(self) -> None:
         who = self.user.value, self.condition.value
         if self.source.value == LIVE:
-            turned = {name: dial.value for name, dial in self.dials.items() if dial.value != self.usual[name]}
+            turned = {name: dial.value for name, dial in self.dials.items() if dial.value != self.options[name]}
             made = self.people.live(*who, self.seed.value, {**self.sampling, **turned})
         else:
             made = self.people.on_disk(*who)

@@ -1,6 +1,7 @@
 """The views in a real browser: Voila serves the notebooks, Chromium moves their controls; screenshots stay in runs/.
 
-Needs Debian's package chromium and `pip install -e ".[browser]"`; run with `-m slow`.
+Needs Debian's package chromium and `python setup_environment.py install --extra test --extra browser`; run with
+`-m slow`.
 """
 
 import importlib.util
@@ -31,7 +32,9 @@ def browser():
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium or not all(importlib.util.find_spec(name) for name in ("playwright", "voila")):
         pytest.fail(
-            'the browser tests need chromium (apt-get install chromium) and pip install -e ".[browser]"', pytrace=False
+            "the browser tests need chromium (apt-get install chromium) and the extra browser "
+            "(python setup_environment.py install --extra browser)",
+            pytrace=False,
         )
     from playwright.sync_api import sync_playwright
 
@@ -87,9 +90,7 @@ def served(name, run, browser):
         errors: list[str] = []
         page.on("console", lambda message: message.type == "error" and errors.append(message.text))
         page.on("pageerror", lambda error: errors.append(str(error)))
-        # Voila's template asks another host for icons, which nobody misses here.
-        elsewhere = lambda route: route.continue_() if route.request.url.startswith(HERE) else route.fulfill(body="")
-        page.route("http*://**", elsewhere)
+        elsewhere(page)
         try:
             wait_for(port, server, log)
             page.goto(f"{HERE}:{port}/", timeout=PATIENCE)
@@ -99,6 +100,11 @@ def served(name, run, browser):
             page.close()
             server.terminate()
             server.wait()
+
+
+def elsewhere(page):
+    """Other hosts answer nothing: Voila's and nbconvert's templates ask them for icons and scripts, nobody here does."""
+    page.route(lambda url: not url.startswith((HERE, "file:", "data:")), lambda route: route.fulfill(body=""))
 
 
 def wait_for(port, server, log):
@@ -186,7 +192,7 @@ def test_a_page_that_is_not_live_shows_the_picture(run, browser):
     path = run.parent / "static.html"
     path.write_text(text, encoding="utf-8")
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
-    page.route("http*://**", lambda route: route.fulfill(body=""))
+    elsewhere(page)
     page.goto(path.as_uri())
     last = page.locator(".jp-RenderedImage img").last
     assert page.locator(".jp-RenderedImage img").count() == 2, "the contact sheet, and the user browser's picture"
