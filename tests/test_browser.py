@@ -103,7 +103,7 @@ def served(name, run, browser):
 
 
 def elsewhere(page):
-    """Other hosts answer nothing: Voila's and nbconvert's templates ask them for icons and scripts, nobody here does."""
+    """Other hosts answer nothing: the templates of Voila and nbconvert ask them for icons that nobody misses here."""
     page.route(lambda url: not url.startswith((HERE, "file:", "data:")), lambda route: route.fulfill(body=""))
 
 
