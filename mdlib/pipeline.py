@@ -3,6 +3,7 @@
 import csv
 import inspect
 import json
+import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -252,27 +253,57 @@ class MicroDopplerPipeline(DiffusionPipeline):
         out = Path(out)
         users = list(self.config.users) if users is None else users
         manifest = [{"path": _file_name(row), **row} for row in self.plan(users, per_user, seed, conditions)]
-        options = {**self.config.sampling, **sampling}
-        self._check_options(options)
-        made_by = [self.codec, self.prior] + ([self.classifier] if options.get("classifier_scale") else [])
-        _claim(out, {"weights": "".join(map(fingerprint, made_by)), "seed": seed, **options})
+        _claim(out, {"seed": seed, **self._made_by(sampling)})
         missing = [row for row in manifest if not (out / row["path"]).exists()]
         requests = [{key: row[key] for key in row if key != "path"} for row in missing]
         with bar(len(manifest), "generate", initial=len(manifest) - len(missing), unit="window") as progress:
             for rows, images in self.stream(requests, batch_size, **sampling):
-                for row, picture in zip(rows, self.to_pil(images), strict=True):
-                    _save_whole(picture, out / _file_name(row))
+                self._write(out, rows, images)
                 progress.update(len(rows))
                 if time_is_up() and progress.n < len(manifest):
                     end_session(f"{progress.n} of {len(manifest)} windows are in {out}")
         _write_manifest(manifest, out)
         return manifest
 
+    def save_windows(self, out: str | Path, rows: list[dict], images: torch.Tensor, **sampling) -> list[dict]:
+        """Write chosen windows as `generate_folder` writes all: `rows` of a plan, `images` as `stream` gave them for
+        `rows` and `sampling`. Their seeds may differ, weights and options may not; returns the manifest with paths.
+
+        Raises:
+            DataError: `out` holds windows of other weights or options, or those of `generate_folder`.
+        """
+        out = Path(out)
+        _claim(out, self._made_by(sampling))
+        self._write(out, rows, images)
+        manifest = [{"path": _file_name(row), **row} for row in rows]
+        _write_manifest(manifest, out)
+        return manifest
+
+    def _write(self, out: Path, rows: list[dict], images: torch.Tensor) -> None:
+        for row, picture in zip(rows, self.to_pil(images), strict=True):
+            with whole_file(out / _file_name(row)) as temporary:
+                picture.save(temporary, format="PNG")
+
+    def _made_by(self, sampling: dict) -> dict:
+        """What decides how a window looks beside its row of the manifest, checked: weights and sampling options."""
+        options = {**self.config.sampling, **sampling}
+        self._check_options(options)
+        models = [self.codec, self.prior] + ([self.classifier] if options.get("classifier_scale") else [])
+        return {"weights": "".join(map(fingerprint, models)), **options}
+
+    def sampling_options(self) -> dict:
+        """What may be given as sampling when this pipeline is called, and what is taken unless it is."""
+        return {**self._defaults(), **self.config.sampling}
+
+    def _defaults(self) -> dict:
+        """The sampling options that `prior.sample` knows, with its own values."""
+        known = inspect.signature(self.prior.sample).parameters
+        return {name: one.default for name, one in known.items() if name not in _NO_OPTIONS}
+
     def _check_options(self, options: dict) -> None:
         """Refuse what `prior.sample` does not know, before anything is written."""
-        known = set(inspect.signature(self.prior.sample).parameters) - _NO_OPTIONS
-        unknown = sorted(options.keys() - known)
-        if unknown:
+        known = self._defaults().keys()
+        if unknown := sorted(options.keys() - known):
             told = ", ".join(sorted(known))
             raise DataError(f"this prior has no sampling option {', '.join(unknown)}; there are {told}")
         self._draw([], **options)  # the prior checks their values
@@ -326,18 +357,41 @@ def _picture(image: torch.Tensor, colormap: str, size: int) -> Image.Image:
     return plain if len(image) == 3 else Image.fromarray(colorize(np.asarray(plain), colormap))
 
 
-def _save_whole(picture: Image.Image, path: Path) -> None:
-    with whole_file(path) as temporary:
-        picture.save(temporary, format="PNG")
+def copy_windows(folder: str | Path, paths: list[str], out: str | Path) -> list[dict]:
+    """Copy windows of a folder that `generate_folder` wrote; `out` then holds them as `save_windows` would have written
+    them. paths: relative to `folder`. Returns their rows of the manifest.
+
+    Raises:
+        DataError: `folder` does not tell what made its windows, or `out` holds windows made otherwise.
+    """
+    folder, out = Path(folder), Path(out)
+    try:
+        made_by = json.loads((folder / "generation.json").read_text())
+        known = _read_manifest(folder)
+        rows = [known[path] for path in paths]
+    except (OSError, KeyError) as error:
+        raise DataError(
+            f"{folder} does not tell what made its windows ({error}): save from a folder of generate"
+        ) from error
+    _claim(out, {key: value for key, value in made_by.items() if key != "seed"})
+    for path in paths:
+        with whole_file(out / path) as temporary:
+            shutil.copyfile(folder / path, temporary)
+    _write_manifest(rows, out)
+    return rows
+
+
+def _read_manifest(folder: Path) -> dict[str, dict]:
+    """The rows of a folder's manifest by path."""
+    with open(folder / "manifest.csv", newline="") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
 
 
 def _write_manifest(rows: list[dict], out: Path) -> None:
     """The manifest of all windows in `out`: those of earlier calls stay in it."""
-    path, known = out / "manifest.csv", {}
-    if path.exists():
-        with open(path, newline="") as file:
-            known = {row["path"]: row for row in csv.DictReader(file) if (out / row["path"]).exists()}
-    rows = [*(known | {row["path"]: row for row in rows}).values()]
+    path = out / "manifest.csv"
+    known = _read_manifest(out) if path.exists() else {}
+    rows = [*({k: row for k, row in known.items() if (out / k).exists()} | {row["path"]: row for row in rows}).values()]
     with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, MANIFEST_COLUMNS)
         writer.writeheader()

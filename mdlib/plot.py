@@ -8,6 +8,7 @@ import numpy as np
 import seaborn
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from mdlib.data import WindowSet, colorize, to_uint8
@@ -15,9 +16,16 @@ from mdlib.data import WindowSet, colorize, to_uint8
 INK, ACCENT, SECOND, THIRD = "#1f2933", "#2463a4", "#c4572e", "#5f8f4e"
 
 
+class Picture(Figure):
+    """A figure that a notebook shows: outside pyplot's list it would be known there by its text alone."""
+
+    def _repr_png_(self) -> bytes:
+        return to_png(self)
+
+
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
     """A figure outside pyplot's global list, so that notebooks show it once and batch runs do not keep it."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Picture(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
@@ -131,6 +139,98 @@ def code_usage(counts: np.ndarray | list[int]) -> Figure:
     right.axhline(counts.sum() / len(counts), color=INK, linewidth=0.7, linestyle=":")
     right.set_xlabel(f"rank ({used.sum()} of {len(counts)} codes used)", fontsize=8)
     right.set_ylabel("times used (dotted: uniform)", fontsize=8)
+    return figure
+
+
+def tile(patch: torch.Tensor, colormap: str, height: int = 36) -> bytes:
+    """A code's patch (C, r, c) as a PNG `height` pixels high, every pixel of it a block."""
+    small = Image.fromarray(picture(patch, colormap))
+    buffer = BytesIO()
+    scale = height / small.height
+    small.resize((round(small.width * scale), height), Image.Resampling.NEAREST).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def code_tiles(book, codes: list[int], columns: int = 16) -> Figure:
+    """What codes decode to, each below its index and how often it is used. book: of `mdlib.codebook.survey`."""
+    rows = -(-len(codes) // columns)
+    figure, axes = _figure(0.62 * columns, 0.85 * rows, rows, columns)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, code in zip(axes.flat, codes, strict=False):
+        axis.imshow(picture(book.decoded[code], book.windows.colormap), interpolation="nearest")
+        axis.set_title(f"{code}\n×{book.times[code]}", fontsize=7, color=INK)
+    return figure
+
+
+def code_card(book, code: int) -> Figure:
+    """One code: what it decodes to and stands for, its cells in the grid, who uses it, and windows with it marked.
+
+    book: of `mdlib.codebook.survey`.
+    """
+    windows, times = book.windows, int(book.times[code])
+    figure = Picture(figsize=(9.0, 3.7), layout="constrained")
+    grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.15))
+    panels = [("decodes to", book.decoded[code])] + ([("stands for, on average", book.real[code])] if times else [])
+    for column, (title, patch) in enumerate(panels):
+        axis = _bare(figure.add_subplot(grid[0, column]), title)
+        axis.imshow(picture(patch, windows.colormap), interpolation="nearest")
+    axis = _bare(figure.add_subplot(grid[0, 2]), "occurs in these cells")
+    axis.imshow(book.places(code).numpy(), cmap="magma", aspect="auto", vmin=0, interpolation="nearest")
+    _per_user(figure.add_subplot(grid[0, 3:]), book.rates[:, code].numpy(), windows.users)
+    for column, row in enumerate(book.windows_with(code)):
+        axis = _bare(figure.add_subplot(grid[1, column]), f"ID_{windows.files[row].user}")
+        axis.imshow(picture(windows.images[row], windows.colormap), interpolation="nearest")
+        _mark(axis, book.tokens[row] == code, windows.images.shape[-2:])
+    told = f"used {times} times" if times else "not used"
+    figure.suptitle(f"code {code}: {told} in {len(windows)} windows", fontsize=9, color=INK)
+    return figure
+
+
+def _bare(axis, title: str):
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    axis.set_title(title, fontsize=8, color=INK)
+    return axis
+
+
+def _per_user(axis, times: np.ndarray, users: tuple[int, ...]) -> None:
+    axis.bar(np.arange(len(users)), np.nan_to_num(times), color=ACCENT)
+    axis.axhline(np.nanmean(times), color=INK, linewidth=0.7, linestyle=":")
+    axis.set_xticks(np.arange(len(users)), [str(user) for user in users])
+    axis.tick_params(colors=INK, labelsize=6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title("times in a window of user … (dotted: mean)", fontsize=8, color=INK)
+
+
+def _mark(axis, cells: torch.Tensor, size: tuple[int, int]) -> None:
+    """A white frame around each chosen cell (h, w) of an image of size (H, W)."""
+    high, wide = (whole / part for whole, part in zip(size, cells.shape, strict=True))
+    for row, column in cells.nonzero().tolist():
+        corner = (column * wide - 0.5, row * high - 0.5)
+        axis.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor="white", linewidth=1.2))
+
+
+def user_view(real: WindowSet, generated: WindowSet, nearest: WindowSet | None = None, ratios=()) -> Figure:
+    """Windows of one user: real ones, generated ones, and below each of those the training window nearest to it.
+
+    ratios: distance to `nearest`, for each generated window, over that of real unseen windows: 1 where a generated
+    window is as new as a real one, well below where it is copied.
+    """
+    rows = [("real", real, [""] * len(real))]
+    rows.append(("generated", generated, [str(number) for number in range(1, len(generated) + 1)]))
+    if nearest is not None:
+        rows.append(("nearest training", nearest, [f"distance {ratio:.2f}" for ratio in ratios]))
+    columns = max(len(part) for _, part, _ in rows)
+    figure, axes = _figure(1.5 * columns + 0.4, 1.6 * len(rows) + 0.2, len(rows), columns)
+    figure.suptitle(f"ID_{generated.files[0].user} {generated.files[0].condition}".strip(), fontsize=9, color=INK)
+    for axis in axes.flat:
+        _bare(axis, "")
+    for line, (name, part, titles) in zip(axes, rows, strict=True):
+        line[0].set_ylabel(name, fontsize=8, color=INK)
+        for axis, image, title in zip(line, part.images, titles, strict=False):
+            axis.imshow(picture(image, part.colormap), interpolation="nearest")
+            axis.set_title(title, fontsize=8, color=INK)
     return figure
 
 
@@ -386,8 +486,19 @@ def save(figure: Figure, path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def to_png(figure: Figure) -> bytes:
-    """A figure as PNG bytes, for a page that opens offline."""
+def to_png(*figures: Figure) -> bytes:
+    """Figures as PNG bytes, one below the other, for a page that opens offline."""
+    pages = []
+    for figure in figures:
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        pages.append(buffer)
+    if len(pages) == 1:
+        return pages[0].getvalue()
+    pictures = [Image.open(page).convert("RGB") for page in pages]
+    whole = Image.new("RGB", (max(one.width for one in pictures), sum(one.height for one in pictures)), "white")
+    for place, one in enumerate(pictures):
+        whole.paste(one, (0, sum(above.height for above in pictures[:place])))
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    whole.save(buffer, format="PNG")
     return buffer.getvalue()

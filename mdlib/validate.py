@@ -14,9 +14,8 @@ import torch
 
 from mdlib import __version__, kinematics, metrics
 from mdlib.arms import Arms, augmentation, correctness, count_judges, train_arms, unseen_judges
-from mdlib.augment import stride_shift
 from mdlib.conditions import conditions
-from mdlib.data import WindowSet, to_float, to_uint8
+from mdlib.data import to_float, to_uint8
 from mdlib.evidence import (
     Evidence,
     Protocol,
@@ -30,6 +29,7 @@ from mdlib.evidence import (
 from mdlib.fidelity import fidelity
 from mdlib.judge import Judge
 from mdlib.latents import encode_all
+from mdlib.neighbours import nearest_train
 from mdlib.nn import parts as batches
 from mdlib.progress import bar
 from mdlib.quality import choose_codec
@@ -183,8 +183,8 @@ def memorisation(evidence: Evidence, copy_quantile: float = 0.01) -> dict:
     1 smells of copying. copies: share of generated windows nearer than all but 1 % of the test windows are. nearest:
     the generated windows nearest to a training one, with that one.
     """
-    generated, rows = _nearest_train(evidence.generated, evidence.train)
-    test, _ = _nearest_train(evidence.test, evidence.train)
+    generated, rows = nearest_train(evidence.generated, evidence.train)
+    test, _ = nearest_train(evidence.test, evidence.train)
     closest = generated.argsort()[:PAIRS_SHOWN].tolist()
     threshold = torch.quantile(test, copy_quantile)
     ratio = float(generated.median() / test.median().clamp_min(1e-9))
@@ -201,17 +201,6 @@ def memorisation(evidence: Evidence, copy_quantile: float = 0.01) -> dict:
             for row in closest
         ],
     }
-
-
-def _nearest_train(queries: WindowSet, train: WindowSet) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distance (N,) of each window to the nearest training one, and that one's row (N,)."""
-    small = lambda images: torch.nn.functional.interpolate(images, size=(32, 32), mode="area")
-    references = small(train.float())
-    shifted = torch.cat([references, stride_shift(references, 2)]).flatten(1)
-    labels = train.labels.repeat(2)
-    same_user = queries.labels[:, None] == labels[None]
-    distance, row = metrics.nearest(small(queries.float()).flatten(1), shifted, same_user)
-    return distance, row % len(train)
 
 
 def physics(evidence: Evidence) -> dict:

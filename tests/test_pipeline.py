@@ -10,7 +10,7 @@ from PIL import Image
 
 from mdlib.data import DataError, load_windows
 from mdlib.judge import Judge
-from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
+from mdlib.pipeline import MicroDopplerPipeline, copy_windows, load_pipeline
 from mdlib.transformer import TokenPrior
 from mdlib.unet import LatentDiffusion
 from mdlib.vae import KLVAE
@@ -133,6 +133,20 @@ def test_a_corrected_option_is_accepted_and_an_unknown_one_named(pipeline, tmp_p
     with pytest.raises(DataError, match="no sampling option top_kk; there are .*top_k"):
         pipeline.generate_folder(tmp_path, per_user=1, top_kk=3)
     assert len(pipeline.generate_folder(tmp_path, per_user=1, temperature=0.9)) == 3
+
+
+def test_chosen_windows_keep_to_a_folder_of_their_own(pipeline, tmp_path):
+    pipeline.generate_folder(tmp_path / "all", per_user=2)
+    drawn = pipeline([7], seed=3, output_type="pt")
+    with pytest.raises(DataError, match="windows made otherwise .seed differ"):
+        pipeline.save_windows(tmp_path / "all", drawn.manifest, drawn.images)
+    (row,) = copy_windows(tmp_path / "all", ["ID_3/ID3_generated_seed0_2.png"], tmp_path / "chosen")
+    assert (row["user"], row["number"], row["seed"]) == ("3", "2", "0")
+    with pytest.raises(DataError, match="chosen does not tell what made its windows .*nothing.png"):
+        copy_windows(tmp_path / "chosen", ["ID_3/nothing.png"], tmp_path / "more")
+    with pytest.raises(DataError, match="does not tell what made its windows"):
+        copy_windows(tmp_path, ["ID_3/window.png"], tmp_path / "more")
+    assert not (tmp_path / "more").exists()
 
 
 def test_the_manifest_keeps_the_rows_of_earlier_calls(pipeline, tmp_path):
