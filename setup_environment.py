@@ -347,6 +347,7 @@ class State:
     ours: bool = True  # whether it is .venv's
     host: str = ""  # see `hosted`
     mend: bool = False  # `repair` looks closer than `install`
+    interpreter: dict = field(default_factory=dict)
     installed: dict[str, str] = field(default_factory=dict)
     half: dict[str, str] = field(default_factory=dict)
     conflicts: tuple[tuple[str, str, str], ...] = ()
@@ -385,16 +386,19 @@ def folder_of(python: Path) -> Path:
     return cache / "mdlib" / re.sub(r"\W+", "-", str(python.absolute())).strip("-")
 
 
-def detect(pins: Pins, python: Path | None = None, mend: bool = False) -> State:
-    """Look at the machine and at a Python (default: .venv's); nothing is changed."""
+def detect(pins: Pins, python: Path | None = None, mend: bool = False, more=(), path: str = "") -> State:
+    """Look at the machine and at a Python (default: .venv's); nothing is changed.
+
+    more: modules to try beside those of the pins; path: a folder that is searched for modules first.
+    """
     gpus, python = find_gpus(), python or venv_python()
     ours = is_ours(python)
     if ours and not python.exists():
         return State(pins, gpus)
-    names = [*STACK, *(map(module_of, pins.accepted) if mend else ())]
+    names = [*STACK, *(map(module_of, pins.accepted) if mend else ()), *more]
     names = [name for name in dict.fromkeys(names) if name != "torch"]
     try:
-        facts = ask(python, ("torch", *names))
+        facts = ask(python, ("torch", *names), path=path)
         refuse_old_python(facts["interpreter"]["version"], f"the Python of {VENV if ours else python}")
     except Stop as stop:
         raise Stop(f"{stop}; delete {VENV} to have it made anew" if ours else str(stop)) from stop
@@ -406,6 +410,7 @@ def detect(pins: Pins, python: Path | None = None, mend: bool = False) -> State:
         ours=ours,
         host="" if ours else hosted(),
         mend=mend,
+        interpreter=facts["interpreter"],
         installed=facts["installed"],
         half=facts["half"],
         conflicts=tuple(map(tuple, facts["conflicts"]["all"])),
@@ -483,13 +488,11 @@ def needed(s: State) -> list[tuple[str, list[str]]]:
 def with_sources(s: State, given: str = "") -> State:
     """The state with where packages may come from."""
     wheelhouse = choose_wheelhouse(given)
+    wheels = read_wheels(wheelhouse, s.interpreter.get("version", sys.version_info))
     python = s.python or Path(sys.executable)
-    facts = ask(python)
     # A Python without pip cannot ask; .venv gets one, and pip will tell.
-    online = "pip" not in facts["installed"] or index_answers(python)
-    return replace(
-        s, online=online, wheelhouse=wheelhouse, wheels=read_wheels(wheelhouse, facts["interpreter"]["version"])
-    )
+    online = "pip" not in (s.installed or ask(python)["installed"]) or index_answers(python)
+    return replace(s, online=online, wheelhouse=wheelhouse, wheels=wheels)
 
 
 # -- what the rows ask -----------------------------------------------------------------------------
