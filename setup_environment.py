@@ -435,7 +435,7 @@ def index_answers(python: Path) -> bool:
     """Whether pip, as it is set up here, reaches an index. Asked of a small package that mdlib needs."""
     command = [str(python), "-m", "pip", "index", "versions", "lpips", "--timeout", "3", "--retries", "0"]
     try:
-        return subprocess.run(command, capture_output=True, timeout=20).returncode == 0
+        return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 

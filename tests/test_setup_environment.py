@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 import setup_environment as setup
 
@@ -755,6 +756,20 @@ def test_every_version_is_written_once():
             assert not re.search(rf"\b{package}\s*[=<>]=+\s*\d", text), (name, package)
             version = pin.lstrip("=")  # a range, as that of setuptools, is no version
             assert ">" in pin or version not in text, (name, package, version)
+
+
+def test_environment_yml_brings_a_tested_python_and_the_pins():
+    told = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert set(told) == {"name", "channels", "dependencies"} and told["channels"] == ["conda-forge"]
+    python, pip, packages = told["dependencies"]
+    name, specifier = setup.split_requirement(python)
+    assert name == "python" and pip == "pip"
+    assert [v for v in ("3.10", "3.11", "3.12", "3.13", "3.14") if setup.satisfies(v, specifier)] == [
+        "3.11",
+        "3.12",
+        "3.13",
+    ]
+    assert packages == {"pip": ["-e .[pinned]"]}
 
 
 def test_pins_lie_in_the_accepted_ranges():
