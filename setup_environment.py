@@ -1079,7 +1079,8 @@ def ensure(
         if dry_run:
             for step in steps:
                 print(f"  would do: {step.name}: {step.why}", *map(shlex.join, step.commands), sep="\n    ")
-            print("nothing was changed" if steps else "nothing to do")
+            told = [] if steps else [line for line, _ in notes(state)]
+            print(*told, "nothing was changed" if steps else "nothing to do", sep="\n")
             return state
         if not steps:
             remember(state)

@@ -749,6 +749,12 @@ def test_a_dry_run_prints_the_rows_and_commands_and_does_nothing(make, capsys):
     assert "-m venv" in out and "nothing was changed" in out
 
 
+def test_a_dry_run_of_repair_tells_the_row_that_only_notes(make, capsys):
+    make(offline(World([P100]).kaggle().full()))
+    assert setup.main(["repair", "--dry-run"]) == 0
+    assert "everything runs on the CPU: torch" in capsys.readouterr().out
+
+
 def test_every_version_is_written_once():
     for name in ("setup_environment.py", "check_environment.py", "environment.yml"):
         text = (ROOT / name).read_text()
@@ -799,8 +805,17 @@ def test_probe_reports_each_module(capfd):
 def test_a_module_that_crashes_the_interpreter_is_named(tmp_path, monkeypatch):
     (tmp_path / "crashing.py").write_text("import os; os._exit(11)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    facts = setup.ask(sys.executable, ("crashing",))
-    assert "crashed" in facts["crashing"]["error"]
+    facts = setup.ask(sys.executable, ("crashing", "json"))
+    assert "crashed" in facts["crashing"]["error"] and facts["json"]["error"] is None
+
+
+def test_requirements_that_are_not_met_are_found():
+    needs = {"diffusers": ["huggingface-hub<2.0,>=0.34", "lost", 'nothing; python_version < "3"', 'x; extra == "y"']}
+    versions = {"diffusers": "0.37.1", "huggingface-hub": "2.4.0"}
+    assert setup.conflicts(needs, versions) == [
+        ["diffusers", "huggingface-hub<2.0,>=0.34", "2.4.0"],
+        ["diffusers", "lost", ""],
+    ]
 
 
 def test_an_import_error_names_its_first_cause():
