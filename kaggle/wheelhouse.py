@@ -8,6 +8,7 @@ Run it with a Python that has setuptools and pip, such as that of .venv.
 """
 
 import argparse
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -38,8 +39,12 @@ def build(out: Path) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         for old in out.glob("*.whl"):
             old.unlink()
-        for file in [*made.glob("*.whl"), *(ROOT / name for name in CHECKS)]:
+        files = sorted([*made.glob("*.whl"), *(ROOT / name for name in CHECKS)])
+        for file in files:
             shutil.copy(file, out)
+        # check_environment.py compares them: uploads break off.
+        sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
+        (out / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
     return sorted(path for path in out.iterdir() if path.name != "dataset-metadata.json")
 
 

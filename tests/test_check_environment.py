@@ -1,7 +1,11 @@
 """check_environment.py with pretended probes."""
 
+import hashlib
 import json
+import socket
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,13 +17,15 @@ PINS = setup.read_pins()
 
 def healthy():
     facts = {
-        "interpreter": {"executable": "python", "version": [3, 12, 1]},
+        "interpreter": {"executable": "python", "version": [3, 12, 1], "compiles": True},
+        "conflicts": {"all": []},
+        "torchaudio": {"error": "ModuleNotFoundError: No module named 'torchaudio'"},
         "installed": {name: PINS.wanted[name].lstrip("=") for name in PINS.accepted},
         "half": {},
         "project": {"mdlib": None},
         "mdlib": {"error": None, "version": "0.1.0"},
     }
-    facts |= {check_environment.module_of(name): {"error": None, "version": "1"} for name in PINS.accepted}
+    facts |= {setup.module_of(name): {"error": None, "version": "1"} for name in PINS.accepted}
     facts["torch"] |= {
         "version": "2.13.0+cu130",
         "cuda": "13.0",
@@ -34,10 +40,33 @@ def healthy():
 def facts(monkeypatch, tmp_path):
     """What the probe will say; a test spoils it."""
     found = healthy()
-    monkeypatch.setattr(setup, "ask", lambda python, modules=(): found)
+    monkeypatch.setattr(setup, "ask", lambda python, modules=(), **options: found)
     monkeypatch.setattr(setup, "find_gpus", lambda: ())
+    monkeypatch.setattr(setup, "ask_driver", lambda query: "")
+    monkeypatch.setattr(setup, "index_answers", lambda python: True)
+    monkeypatch.setattr(setup, "INPUTS", tmp_path / "input")
+    monkeypatch.setattr(check_environment, "WORKING", tmp_path / "working")
+    monkeypatch.setattr(check_environment, "LAUNCHER_PORT", 0)  # any that is free
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "TORCH_DISABLE_NATIVE_JIT", "TORCHDYNAMO_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
     return found
+
+
+@pytest.fixture
+def gpus(facts, monkeypatch):
+    """Put GPUs in place, which torch sees."""
+
+    def put(*found):
+        monkeypatch.setattr(setup, "find_gpus", lambda: found)
+        facts["torch"]["ops"] = {"cpu": None} | {f"cuda:{i}": None for i in range(len(found))}
+
+    return put
+
+
+T4, P100 = setup.Gpu("Tesla T4", (7, 5), 580), setup.Gpu("Tesla P100-PCIE-16GB", (6, 0), 580)
 
 
 def by_name(rows):
@@ -54,9 +83,9 @@ def test_json_holds_the_rows_of_check(facts, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"] is True and set(answer) == {"ok", "python", "checks"}
     for row in answer["checks"]:
-        assert set(row) == {"name", "status", "detail", "remedy"}
+        assert set(row) == {"name", "status", "detail", "cause", "remedy"}
         assert row["status"] in ("ok", "warn", "fail")
-        assert row["status"] == "ok" or row["remedy"]
+        assert (row["status"] == "ok") == (row["remedy"] == "") == (row["cause"] == "")
     names = [row["name"] for row in answer["checks"]]
     assert len(names) == len(set(names)) and set(PINS.accepted) <= set(names)
 
@@ -69,17 +98,20 @@ def test_a_failing_probe_gives_exit_code_1_and_a_remedy(facts, capsys):
     assert answer["ok"] is False and row["status"] == "fail" and "nms" in row["detail"] and row["remedy"]
 
 
-def test_in_the_virtual_environment_the_remedy_is_repair(facts):
+def test_the_remedy_is_repair_of_the_python_that_is_looked_at(facts, monkeypatch, tmp_path):
+    monkeypatch.setattr(setup, "VENV", tmp_path / ".venv")
+    setup.venv_python().parent.mkdir(parents=True)
+    setup.venv_python().touch()
     facts["diffusers"]["error"] = "ImportError: x"
     row = by_name(check_environment.check(setup.venv_python()))["diffusers"]
     assert row["remedy"] == "python setup_environment.py repair"
+    row = by_name(check_environment.check("/opt/other/bin/python"))["diffusers"]
+    assert row["remedy"] == "python setup_environment.py repair --python /opt/other/bin/python"
 
 
-def test_elsewhere_pip_installs_without_touching_torch(facts):
+def test_a_missing_optional_package_is_a_warning(facts):
     del facts["installed"]["lpips"]
-    row = by_name(check_environment.check("/opt/other/bin/python"))["lpips"]
-    assert row["status"] == "warn"
-    assert row["remedy"] == "/opt/other/bin/python -m pip install --no-deps lpips" + PINS.accepted["lpips"]
+    assert by_name(check_environment.check("/opt/other/bin/python"))["lpips"]["status"] == "warn"
 
 
 def test_a_missing_required_package_fails(facts):
@@ -96,7 +128,7 @@ def test_a_version_outside_its_range_is_told(facts):
 def test_a_gpu_that_fails_to_compute_fails(facts, monkeypatch):
     monkeypatch.setattr(setup, "find_gpus", lambda: (setup.Gpu("Tesla T4", (7, 5), 580),))
     facts["torch"]["ops"]["cuda:0"] = "OutOfMemoryError: CUDA out of memory"
-    rows = by_name(check_environment.check())
+    rows = by_name(check_environment.check("/opt/other/bin/python"))
     assert rows["compute on cuda:0"]["status"] == "fail" and rows["compute on cpu"]["status"] == "ok"
     assert "fp16" in rows["gpu 0"]["detail"]
 
@@ -110,18 +142,22 @@ def test_a_gpu_that_torch_does_not_see_is_told(facts, monkeypatch):
     assert rows["torch"]["status"] == "ok"
 
 
-@pytest.mark.parametrize("capability, advice", [((6, 0), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 6), "bf16")])
+@pytest.mark.parametrize("capability, advice", [((6, 0), "no"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 6), "bf16")])
 def test_precision_is_what_the_gpu_is_fast_in(capability, advice):
-    assert check_environment.precision(capability).startswith(advice)
+    assert check_environment.precision_of(capability) == advice
 
 
-def test_lpips_weights_are_found_in_torch_home(facts, tmp_path):
+def test_lpips_weights_are_found_in_torch_home_and_hashed(facts, tmp_path, monkeypatch):
+    monkeypatch.setitem(check_environment.LPIPS_BACKBONES, "squeeze", "squeezenet1_1-9a129038.pth")
     assert by_name(check_environment.check())["lpips weights"]["status"] == "warn"
     file = tmp_path / "hub" / "checkpoints" / check_environment.LPIPS_BACKBONES["squeeze"]
     file.parent.mkdir(parents=True)
     file.write_bytes(b"weights")
     row = by_name(check_environment.check())["lpips weights"]
     assert row["status"] == "ok" and "squeeze" in row["detail"]
+    file.write_bytes(b"weig")  # a download that was cut off
+    row = by_name(check_environment.check())["lpips weights"]
+    assert row["status"] == "warn" and "not whole" in row["detail"]
 
 
 def test_an_old_python_fails(facts, monkeypatch):
@@ -133,3 +169,187 @@ def test_an_old_python_fails(facts, monkeypatch):
 def test_a_python_that_does_not_run_fails(monkeypatch, tmp_path, capsys):
     assert check_environment.main(["--python", str(tmp_path / "python")]) == 1
     assert "does not run" in capsys.readouterr().out
+
+
+# -- the breakages, one by one ---------------------------------------------------------------------
+
+
+def found(name, **options):
+    """Status, and detail, cause and remedy as one text, of a check."""
+    row = by_name(check_environment.check("/opt/other/bin/python", **options))[name]
+    return row["status"], f"{row['detail']} {row['cause']} {row['remedy']}"
+
+
+def test_a_build_without_kernels_for_the_gpu(facts, gpus):
+    gpus(P100)
+    status, text = found("torch")
+    assert status == "fail" and "no kernels for Tesla P100" in text and "repair --python" in text
+
+
+def test_a_torch_that_was_exchanged_after_set_up(facts):
+    assert "torch since set-up" not in by_name(check_environment.check("/opt/other/bin/python"))
+    file = setup.folder_of(Path("/opt/other/bin/python")) / "torch.json"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"torch": "2.13.0+cu130", "cuda": "13.0"}')
+    assert found("torch since set-up")[0] == "ok"
+    file.write_text('{"torch": "2.13.0+cu126", "cuda": "12.6"}')
+    assert "2.13.0+cu126 was set up, 2.13.0+cu130 is there" in found("torch since set-up")[1]
+    file.unlink()
+    facts["installed"] |= {"nvidia-cudnn-cu12": "9", "nvidia-nccl-cu13": "2", "nvidia-cublas": "13"}
+    assert "cu12 and cu13" in found("torch since set-up")[1]
+
+
+def test_a_torchvision_made_for_another_torch_and_a_broken_torchaudio(facts):
+    facts["conflicts"]["all"] = [["torchvision", "torch==2.12.0", "2.13.0"]]
+    assert found("torchvision")[0] == "warn" and "torch==2.12.0" in found("torchvision")[1]
+    facts["torchvision"] = {"error": "RuntimeError: operator torchvision::nms does not exist"}
+    status, text = found("torchvision")
+    assert status == "fail" and "compiled for one build of torch" in text
+    facts["installed"]["torchaudio"] = "2.12.0"
+    facts["torchaudio"] = {"error": "OSError: undefined symbol"}
+    status, text = found("torchaudio")
+    assert status == "warn" and "pip uninstall torchaudio" in text
+
+
+def test_hub_and_its_family_out_of_their_windows(facts):
+    facts["conflicts"]["all"] = [["diffusers", "huggingface-hub<2", "2.4.0"], ["some-game", "numpy<2", "2.4"]]
+    status, text = found("requirements")
+    assert status == "warn" and "diffusers wants huggingface-hub<2, 2.4.0 is there" in text and "game" not in text
+    facts["diffusers"]["error"] = "ImportError: cannot import name 'cached_download' from 'huggingface_hub'"
+    assert "accept only certain releases of one another" in found("diffusers")[1]
+
+
+def test_a_package_exchanged_under_this_process(facts):
+    for name in PINS.accepted:
+        module = sys.modules.get(setup.module_of(name))
+        if module is not None:
+            facts["installed"][name] = str(getattr(module, "__version__", facts["installed"][name]))
+    assert by_name(check_environment.check())["loaded modules"]["status"] == "ok"
+    import numpy
+
+    facts["installed"]["numpy"] = "1.99.0"
+    row = by_name(check_environment.check())["loaded modules"]
+    assert row["status"] == "fail" and f"numpy {numpy.__version__} is loaded, 1.99.0 on disk" in row["detail"]
+    assert "loaded modules" not in by_name(check_environment.check("/opt/other/bin/python"))
+
+
+def test_another_accelerator_than_the_one_asked_for(facts, gpus, monkeypatch, capsys):
+    gpus(T4, T4)
+    assert found("accelerator", expect="t4x2")[0] == "ok"
+    assert found("accelerator", expect="cpu")[0] == "fail"
+    gpus(T4)
+    assert found("accelerator", expect="gpu")[0] == "ok"
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    status, text = found("accelerator", expect="t4x2")
+    assert status == "fail" and "phone number" in text and "machine_shape" in text and "docker_image" in text
+    assert check_environment.main(["--expect", "p100", "--python", sys.executable]) == 1
+    assert "not ready: accelerator" in capsys.readouterr().out
+
+
+def test_an_image_without_cuda_beside_a_gpu_fails_on_kaggle(facts, gpus, monkeypatch):
+    gpus(T4)
+    facts["torch"] |= {"version": "2.10.0+cpu", "cuda": None, "arch_list": [], "ops": {"cpu": None}}
+    assert found("torch")[0] == "ok"
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    status, text = found("torch")
+    assert status == "fail" and "phone number" in text
+
+
+def test_a_driver_too_old_for_the_build_and_for_any(facts, gpus):
+    gpus(setup.Gpu("Tesla T4", (7, 5), 535))
+    status, text = found("torch")
+    assert status == "fail" and "driver 535 is too old for CUDA 13.0" in text and "580" in text
+    gpus(setup.Gpu("Tesla T4", (7, 5), 470))
+    status, text = found("gpu 0")
+    assert status == "warn" and "update its driver to 525" in text
+
+
+def test_data_and_wheels_are_found_by_what_they_hold(facts, tmp_path):
+    people = tmp_path / "input" / "datasets" / "somebody" / "gait"
+    (people / "ID_1").mkdir(parents=True)
+    assert found("data") == ("ok", f"{people}  ")
+    assert "none below" in found("wheelhouse")[1]
+    sums = hashlib.sha256(b"image").hexdigest() + "  ID_1/1.png\n"
+    (people / "SHA256SUMS").write_text(sums)
+    status, text = found("data")
+    assert status == "fail" and "1 files differ" in text
+    (people / "ID_1" / "1.png").write_bytes(b"image")
+    assert found("data")[0] == "ok"
+    (tmp_path / "input" / "gait" / "ID_2").mkdir(parents=True)
+    status, text = found("data")
+    assert status == "warn" and str(people) in text and "differs between sessions" in text
+
+
+def test_what_keeps_processes_from_starting(facts, gpus, monkeypatch):
+    gpus(T4, T4)
+    assert found("launcher")[0] == "ok"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(check_environment, "LAUNCHER_PORT", taken.getsockname()[1])
+        assert "is taken" in found("launcher")[1]
+    monkeypatch.setattr(setup, "ask_driver", lambda query: "4242, 900 MiB\n" if "apps" in query else "")
+    status, text = found("launcher")
+    assert status == "warn" and "processes 4242 hold a GPU" in text and "accelerate launch" in text
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True), __version__="2.13.0")
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert "this process has started CUDA" in by_name(check_environment.check())["launcher"]["detail"]
+
+
+def test_more_precision_or_compiling_than_the_gpu_can_do(facts, gpus, monkeypatch, tmp_path):
+    facts["torch"]["arch_list"] = ["sm_60", "sm_75", "sm_80"]
+    gpus(T4)
+    assert found("precision", precision="bf16")[0] == "fail"
+    assert "mixed_precision=fp16" in found("precision", precision="bf16")[1]
+    assert found("precision", precision="fp16")[0] == "ok"
+    gpus(setup.Gpu("A100", (8, 0), 580))
+    assert found("precision", precision="bf16")[0] == "ok"
+    gpus(P100)
+    settings = tmp_path / "accelerate" / "default_config.yaml"
+    settings.parent.mkdir()
+    settings.write_text("mixed_precision: 'no'\ndynamo_config:\n  dynamo_backend: INDUCTOR\n")
+    status, text = found("precision")
+    assert status == "fail" and "inductor" in text
+    status, text = found("triton")
+    assert status == "warn" and "TORCH_DISABLE_NATIVE_JIT=1" in text
+
+
+def test_no_compiler_beside_a_torch_that_compiles(facts, gpus):
+    gpus(T4)
+    assert "triton" not in by_name(check_environment.check("/opt/other/bin/python"))
+    facts["interpreter"]["compiles"] = False
+    assert "TORCH_DISABLE_NATIVE_JIT=1" in found("triton")[1]
+
+
+def test_the_limits_of_a_kaggle_session(facts, monkeypatch, tmp_path):
+    assert "session" not in by_name(check_environment.check("/opt/other/bin/python"))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setattr(check_environment, "session_hours", lambda: 1.0)
+    assert found("session")[0] == found("output")[0] == "ok"
+    monkeypatch.setattr(check_environment, "session_hours", lambda: 11.0)
+    monkeypatch.setattr(check_environment, "KAGGLE_OUTPUT", 0)
+    assert found("session")[0] == found("output")[0] == "warn"
+
+
+def test_little_memory_disk_and_cores(facts, monkeypatch):
+    for name in ("LEAST_MEMORY", "LEAST_DISK", "LEAST_CORES", "LEAST_SHARED"):
+        monkeypatch.setattr(check_environment, name, 1 << 60)
+    for name in ("memory", "disk", "cores", "shared memory"):
+        assert found(name)[0] == "warn"
+
+
+def test_widgets_of_another_major_than_the_page_draws(facts, monkeypatch):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert found("widgets")[0] == "ok"
+    facts["installed"]["ipywidgets"] = "7.7.1"
+    status, text = found("widgets")
+    assert status == "warn" and "do not install ipywidgets" in text
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    assert found("widgets")[0] == "ok"
+
+
+def test_offline_is_told_and_where_weights_belong(facts, monkeypatch):
+    monkeypatch.setattr(setup, "index_answers", lambda python: False)
+    assert "nothing can be downloaded" in found("network")[1]
+    assert "squeezenet1_1-b8a52dc0.pth" in found("lpips weights")[1]

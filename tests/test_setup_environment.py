@@ -4,10 +4,12 @@ import ast
 import json
 import re
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 import setup_environment as setup
 
@@ -19,21 +21,42 @@ CUDA126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 
 
 class World:
-    """A machine and its .venv, as `ask` and `execute` see them."""
+    """A machine and its .venv (or another Python), as `ask` and `execute` see them."""
 
     def __init__(self, gpus=()):
         self.gpus = tuple(gpus)
         self.installed, self.half, self.errors = {}, {}, {}
+        self.conflicts = []
+        self.online = True
+        self.asked_index = 0
         self.venv = self.mdlib = False
         self.commands = []
         self.stop_at = None  # text of a command that fails
         # local tag of the distribution -> (that of torch.__version__, architectures)
         self.builds = {"": ("+cu130", CUDA13), "+cpu": ("+cpu", []), "+cu126": ("+cu126", CUDA126)}
+        self.builds |= {"+cu128": ("+cu128", ["sm_70", *CUDA13]), "+cu121": ("+cu121", CUDA126)}
 
     def full(self):
         self.venv = self.mdlib = True
         self.installed = {"pip": "25.0", "mdlib": "0.1.0"}
         self.installed |= {name: re.sub("[=<>]", "", pin) for name, pin in PINS.wanted.items()}
+        return self
+
+    def kaggle(self):
+        """Kaggle's image: what mdlib accepts, but for lpips, pytorch-metric-learning and mdlib."""
+        self.installed = {name: "1.99" for name in PINS.accepted} | {"pip": "25.0", "some-game": "1.0"}
+        self.installed |= {"torch": "2.10.0+cu128", "torchvision": "0.25.0+cu128", "diffusers": "0.37.1"}
+        self.installed |= {"transformers": "5.0.0", "accelerate": "1.14.0", "papermill": "2.6.0"}
+        self.installed |= {"numpy": "2.0.2", "scipy": "1.16.3", "pandas": "2.2.2", "ipywidgets": "8.1.5"}
+        self.installed |= {"matplotlib": "3.10.0", "pytorch-metric-learning": "2.9.0", "mdlib": "0.1.0"}
+        self.installed |= {"lpips": "0.1.4"}
+        self.mdlib = True
+        return self
+
+    def without(self, *names):
+        for name in names:
+            del self.installed[name]
+        self.mdlib = "mdlib" in self.installed
         return self
 
     def build(self, name):
@@ -43,33 +66,45 @@ class World:
         tag, archs = self.builds[plus + tag]
         return release + tag, archs
 
-    def ask(self, python, modules=()):
+    def index_answers(self, python):
+        self.asked_index += 1
+        return self.online
+
+    def ask(self, python, modules=(), **options):
         facts = {
-            "interpreter": {"executable": str(python), "version": [3, 12, 1]},
+            "interpreter": {"executable": str(python), "version": [3, 12, 1], "compiles": True},
+            "conflicts": {"all": self.conflicts},
             "installed": dict(self.installed),
             "half": dict(self.half),
             "project": {"mdlib": str(setup.ROOT / "mdlib") if self.mdlib else None},
         }
         return facts | {name: self.look(name) for name in modules}
 
+    def ops(self, tag):
+        """A build for CUDA 12.1 lists kernels that it does not have."""
+        error = "RuntimeError: CUDA error: no kernel image is available" if tag == "cu121" else None
+        return {"cpu": None} | {f"cuda:{i}": error for i in range(len(self.gpus))}
+
     def look(self, name):
         if name in self.errors:
             return {"error": self.errors[name]}
+        name = next((n for n in PINS.accepted if setup.module_of(n) == name), name)
         if name not in self.installed:
             return {"error": f"ModuleNotFoundError: No module named '{name}'"}
         if name == "torch":
             version, archs = self.build(name)
-            cuda = {"cu130": "13.0", "cu126": "12.6"}.get(version.partition("+")[2])
-            return {"error": None, "version": version, "cuda": cuda, "arch_list": archs, "ops": {"cpu": None}}
+            tag = version.partition("+")[2]
+            cuda = f"{tag[2:4]}.{tag[4]}" if tag != "cpu" else None
+            return {"error": None, "version": version, "cuda": cuda, "arch_list": archs, "ops": self.ops(tag)}
         if "torchvision" in self.installed and self.build("torch")[0][-4:] != self.build("torchvision")[0][-4:]:
-            if name != "accelerate":
+            if name in setup.STACK and name != "accelerate":
                 return {"error": "RuntimeError: operator torchvision::nms does not exist"}
         return {
             "error": None,
             "version": self.build(name)[0] if name == "torchvision" else self.installed[name],
         }
 
-    def execute(self, command):
+    def execute(self, command, log=None):
         self.commands.append(command)
         text = " ".join(command)
         if self.stop_at and self.stop_at in text:
@@ -78,12 +113,17 @@ class World:
             self.venv, self.installed["pip"] = True, "23.0"
             setup.venv_python().parent.mkdir(parents=True, exist_ok=True)
             setup.venv_python().touch()
-        elif "-e" in command:
+        elif "uninstall" in command:
+            del self.installed[command[-1]]
+        elif "--editable" in text or "link" in command:
             self.mdlib, self.installed["mdlib"] = True, "0.1.0"
             self.half.pop("mdlib", None)
         else:
-            for requirement in command[command.index("off") + 1 :]:
-                match = re.fullmatch(r"([\w-]+)(?:[=>]=+)([\w.+]+)", requirement)
+            for requirement in setup.requirements_of(command):
+                match = re.match(r"([\w-]+)(?:[=>]=+)([\w.+]+)", requirement)
+                if match and match[1] == "huggingface-hub":  # its family is in step again
+                    self.errors.pop("diffusers", None)
+                    self.conflicts = []
                 if match:
                     self.installed[match[1]] = match[2]
                     self.half.pop(match[1], None)
@@ -97,8 +137,11 @@ def make(monkeypatch, tmp_path):
 
     def put(world):
         monkeypatch.setattr(setup, "VENV", tmp_path / ".venv")
-        monkeypatch.setattr(setup, "LOG", tmp_path / ".venv" / "setup.log")
-        monkeypatch.setattr(setup, "CONSTRAINTS", tmp_path / ".venv" / "constraints.txt")
+        monkeypatch.setattr(setup, "INPUTS", tmp_path / "input")
+        monkeypatch.setattr(setup, "index_answers", world.index_answers)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        for name in ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"):
+            monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(setup, "find_gpus", lambda: world.gpus)
         monkeypatch.setattr(setup, "ask", world.ask)
         monkeypatch.setattr(setup, "execute", world.execute)
@@ -115,7 +158,7 @@ def rows():
 
 
 def pip_text(world):
-    return [" ".join(c[c.index("off") + 1 :]) for c in world.commands if "pip" in c]
+    return [" ".join(c[c.index("off") + 1 :]) for c in world.commands if "off" in c]
 
 
 def gpu(capability, driver, name="GPU"):
@@ -255,18 +298,20 @@ def test_a_package_that_was_exchanged_returns_to_its_pin_under_constraints(make)
     assert rows() == ["packages"]
     setup.ensure()
     assert "huggingface-hub" + PINS.wanted["huggingface-hub"] in pip_text(world)[0]
-    assert f"-c {setup.CONSTRAINTS}" in pip_text(world)[0]
-    held = setup.CONSTRAINTS.read_text().split()
+    constraints = setup.VENV / "constraints.txt"
+    assert f"-c {constraints}" in " ".join(world.commands[0])
+    held = constraints.read_text().split()
     assert f"torch==={TORCH}" in held and f"torchvision==={VISION}" in held
 
 
 def test_an_interrupted_install_is_completed(make):
     world = make(World())
-    world.stop_at = "-c "
+    world.stop_at = "diffusers=="
     assert setup.main(["install"]) == 1
     assert "torch" in world.installed and "diffusers" not in world.installed
     before, world.stop_at = len(world.commands), None
     world.half = {"pip-half": "1.0", "mdlib": "0.1.0"}
+    world.installed |= world.half
     assert setup.main(["install"]) == 0
     again = [" ".join(c) for c in world.commands[before:]]
     assert not any("torch===" in text or "-m venv" in text for text in again)
@@ -286,6 +331,357 @@ def test_the_test_extra_is_installed_when_asked_for(make):
     world = make(World().full())
     assert setup.main(["install", "--extra", "test"]) == 0
     assert "pytest" in world.installed and "ruff" in world.installed
+
+
+# -- the table, row by row -------------------------------------------------------------------------
+
+T4, P100 = gpu((7, 5), 580, "Tesla T4"), gpu((6, 0), 580, "Tesla P100")
+PASCAL = "torch 2.10.0+cu128 has no kernels for Tesla P100 (6.0)"
+
+
+def wheelhouse(folder, *wheels):
+    folder.mkdir(parents=True)
+    (folder / setup.WHEELHOUSE_MARKER.replace("*", "0")).touch()
+    for wheel in wheels:
+        (folder / f"{wheel}.whl").touch()
+    return folder
+
+
+@dataclass
+class Case:
+    """A state of the table, and what is done: the names of the rows, what pip is given, the exit code, a text."""
+
+    state: str
+    world: World
+    rows: list = field(default_factory=list)
+    pip: list = field(default_factory=list)
+    code: int = 0
+    told: str = ""
+    host: str = ""  # of KAGGLE_KERNEL_RUN_TYPE; '' is .venv
+    wheels: tuple = ()
+    loaded: bool = False
+
+
+def offline(world):
+    world.online = False
+    return world
+
+
+def spoilt(world, installed=(), errors=(), conflicts=()):
+    world.installed |= dict(installed)
+    world.errors |= dict(errors)
+    world.conflicts = list(conflicts)
+    return world
+
+
+NMS = "RuntimeError: operator torchvision::nms does not exist"
+HUB = "ImportError: cannot import name 'cached_download' from 'huggingface_hub'"
+HUB_PIN = "huggingface-hub" + PINS.wanted["huggingface-hub"]
+CU126 = setup.WHEELS + "cu126"
+CU126_WHEELS = tuple(f"{n}+cu126-cp312-cp312-manylinux_2_28_x86_64" for n in ("torch-2.10.0", "torchvision-0.25.0"))
+INTERACTIVE = "Interactive"
+
+
+def TABLE():
+    """The decision table of this program. Row 1, an old Python, has tests of its own above."""
+    return [
+        Case(
+            "2 torch is loaded and has to change",
+            World([P100]).kaggle(),
+            code=1,
+            told="restart the kernel",
+            host=INTERACTIVE,
+            loaded=True,
+        ),
+        Case("2 the same in a batch run", World([P100]).kaggle(), code=1, told="first cell", host="Batch", loaded=True),
+        Case("2 torch is loaded and may stay", World([T4]).kaggle(), host=INTERACTIVE, loaded=True),
+        Case(
+            "3 a hosted image lacks packages",
+            World([T4, T4]).kaggle().without("lpips", "pytorch-metric-learning", "mdlib"),
+            ["packages", "mdlib"],
+            [f"--no-deps lpips{PINS.accepted['lpips']} pytorch-metric-learning>=2.0"],
+            host=INTERACTIVE,
+        ),
+        Case(
+            "3 the same from a wheelhouse",
+            offline(World([T4, T4]).kaggle().without("lpips")),
+            ["packages"],
+            [f"--no-index --find-links WHEELHOUSE --no-deps lpips{PINS.accepted['lpips']}"],
+            host=INTERACTIVE,
+            wheels=("lpips-0.1.4-py3-none-any",),
+        ),
+        Case(
+            "3 the wheelhouse before the index",
+            World([T4]).kaggle().without("lpips"),
+            ["packages"],
+            [f"--no-index --find-links WHEELHOUSE --no-deps lpips{PINS.accepted['lpips']}"],
+            host=INTERACTIVE,
+            wheels=("lpips-0.1.4-py3-none-any",),
+        ),
+        Case(
+            "4 no Internet, no wheelhouse",
+            offline(World([T4]).kaggle().without("lpips")),
+            told="without LPIPS images are compared by PSNR, SSIM",
+            host=INTERACTIVE,
+        ),
+        Case(
+            "4 the same, of what cannot be gone without",
+            offline(World([T4]).kaggle().without("lpips", "diffusers")),
+            code=1,
+            told="attach the dataset",
+            host=INTERACTIVE,
+        ),
+        Case(
+            "5 a GPU and a CPU build on Kaggle",
+            spoilt(World([T4]).kaggle(), {"torch": "2.10.0+cpu", "torchvision": "0.25.0+cpu"}),
+            code=1,
+            told="phone number",
+            host=INTERACTIVE,
+        ),
+        Case(
+            "5 the same in .venv",
+            spoilt(World([T4]).full(), {"torch": TORCH + "+cpu", "torchvision": VISION + "+cpu"}),
+            ["torch for a GPU"],
+            [f"torch==={TORCH} torchvision==={VISION}"],
+        ),
+        Case("6 no GPU", World().full()),
+        Case(
+            "6 no GPU on Kaggle",
+            spoilt(World().kaggle(), {"torch": "2.10.0+cpu", "torchvision": "0.25.0+cpu"}),
+            host=INTERACTIVE,
+        ),
+        Case(
+            "7 torch is broken",
+            spoilt(World([T4]).full(), errors={"torch": "ImportError: libcudart"}),
+            ["torch for a GPU"],
+            [f"--ignore-installed --no-deps torch==={TORCH} torchvision==={VISION}"],
+        ),
+        Case(
+            "7 torch is broken on Kaggle",
+            spoilt(World([T4]).kaggle(), errors={"torch": "ImportError: libcudart"}),
+            code=1,
+            told="start a fresh Kaggle session",
+            host=INTERACTIVE,
+        ),
+        Case(
+            "8 the driver is older than CUDA 13",
+            World([gpu((7, 5), 535)]).full(),
+            ["torch for an old driver"],
+            [f"--index-url {CU126} torch==={TORCH}+cu126 torchvision==={VISION}+cu126"],
+        ),
+        Case(
+            "9 no kernels: the same release for CUDA 12.6",
+            World([P100]).kaggle(),
+            ["torch for an old GPU"],
+            [f"--index-url {CU126} torch===2.10.0+cu126 torchvision===0.25.0+cu126"],
+            told="TORCH_DISABLE_NATIVE_JIT=1",
+            host=INTERACTIVE,
+        ),
+        Case(
+            "9 the same of a release that has no such build",
+            spoilt(World([P100]).full(), {"torch": "2.15.0", "torchvision": "0.29.2"}),
+            ["torch for an old GPU"],
+            [f"--index-url {CU126} torch===2.14.1+cu126 torchvision===0.29.1+cu126"],
+            told="PIP_CONSTRAINT=",
+        ),
+        Case(
+            "9 a torch that has the kernels stays",
+            spoilt(World([P100]).full(), {"torch": "2.10.0+cu126", "torchvision": "0.25.0+cu126"}),
+            told="preset p100",
+        ),
+        Case(
+            "9 the kernels are listed, yet a convolution finds none",
+            spoilt(World([P100]).full(), {"torch": "2.9.1+cu121", "torchvision": "0.24.1+cu121"}),
+            ["torch for an old GPU"],
+            [f"--index-url {CU126} torch===2.9.1+cu126 torchvision===0.24.1+cu126"],
+        ),
+        Case("10 offline", offline(World([P100]).kaggle()), code=3, told=PASCAL, host=INTERACTIVE),
+        Case(
+            "10 offline with a wheelhouse",
+            offline(World([P100]).kaggle()),
+            ["torch for an old GPU"],
+            ["--no-index --find-links WHEELHOUSE torch===2.10.0+cu126 torchvision===0.25.0+cu126"],
+            host=INTERACTIVE,
+            wheels=CU126_WHEELS,
+        ),
+        Case(
+            "10 the wheels are for another Python",
+            offline(World([P100]).kaggle()),
+            code=3,
+            told=PASCAL,
+            host=INTERACTIVE,
+            wheels=tuple(wheel.replace("cp312", "cp311") for wheel in CU126_WHEELS),
+        ),
+        Case(
+            "11 the driver is too old for any build", World([gpu((7, 5), 470)]).full(), told="driver 470 is below 525"
+        ),
+        Case(
+            "12 torchvision of another build",
+            spoilt(World([T4]).kaggle(), {"torchvision": "0.25.0+cpu"}),
+            ["torchvision to match torch"],
+            [f"--index-url {setup.WHEELS}cu128 --no-deps torchvision===0.25.0+cu128"],
+            host=INTERACTIVE,
+        ),
+        Case(
+            "12 offline in .venv: diffusers does without",
+            offline(spoilt(World().full(), {"torchvision": VISION + "+cpu"})),
+            ["torchvision that cannot be matched"],
+            told="torchvision is missing",
+        ),
+        Case(
+            "12 offline on Kaggle: the image is left alone",
+            offline(spoilt(World([T4]).kaggle(), {"torchvision": "0.25.0+cpu"})),
+            code=1,
+            told="no wheelhouse has torchvision===0.25.0+cu128",
+            host=INTERACTIVE,
+        ),
+        Case(
+            "13 hub, transformers and diffusers out of step",
+            spoilt(
+                World([T4]).kaggle(),
+                errors={"diffusers": HUB},
+                conflicts=[["diffusers", "huggingface-hub<2.0", "2.4.0"]],
+            ),
+            ["imports"],
+            ["WINDOW"],
+            host=INTERACTIVE,
+        ),
+        Case(
+            "13 the same offline",
+            offline(
+                spoilt(
+                    World([T4]).kaggle(),
+                    errors={"diffusers": HUB},
+                    conflicts=[["diffusers", "huggingface-hub<2.0", "2.4.0"]],
+                )
+            ),
+            code=1,
+            told=f"no wheelhouse has {HUB_PIN}",
+            host=INTERACTIVE,
+        ),
+        Case(
+            "14 two GPUs and an accelerate that cannot fork",
+            spoilt(World([T4, T4]).kaggle(), {"accelerate": "1.13.0"}),
+            told="accelerate launch --multi_gpu",
+            host=INTERACTIVE,
+        ),
+        Case(
+            "16 other packages disagree",
+            spoilt(World([T4]).kaggle(), conflicts=[["some-game", "numpy<2", "2.0.2"]]),
+            told="some-game wants numpy<2, 2.0.2 is there",
+            host=INTERACTIVE,
+        ),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(TABLE())), ids=lambda number: TABLE()[number].state)
+def test_every_row_of_the_table(number, make, monkeypatch, tmp_path, capsys):
+    case = TABLE()[number]
+    world = make(case.world)
+    if case.host:
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", case.host)
+    if case.wheels:
+        wheelhouse(tmp_path / "input" / "datasets" / "somebody" / "wheels", *case.wheels)
+    if not case.loaded:
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+        monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    else:
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="2.10.0"))
+
+    before = dict(world.installed)
+    code = setup.main(["repair"])
+    printed = capsys.readouterr()
+    done = re.findall(r"^  ([^:\n]+): .* done \(", printed.out, re.MULTILINE)
+    given = [text.replace(str(tmp_path / "input/datasets/somebody/wheels"), "WHEELHOUSE") for text in pip_text(world)]
+    window = " ".join([HUB_PIN, *(f"{n}{PINS.accepted[n]}" for n in setup.HUB_FAMILY[1:])])
+    assert done == case.rows
+    assert [text.lstrip() for text in given] == [text.replace("WINDOW", window) for text in case.pip]
+    assert code == case.code
+    assert case.told in printed.out + printed.err
+    if not any("torch" in row for row in case.rows):
+        held = {name: version for name, version in before.items() if setup.HELD.fullmatch(name)}
+        assert held.items() <= world.installed.items()
+    assert len(printed.err.splitlines()) == (code == 1)
+
+
+def test_what_is_not_named_is_held(make, monkeypatch):
+    world = make(World([T4]).kaggle().without("lpips"))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", INTERACTIVE)
+    assert setup.main(["repair"]) == 0
+    held = (setup.folder_of(Path(sys.executable)) / "constraints.txt").read_text().split()
+    assert {"torch===2.10.0+cu128", "numpy===2.0.2", "ipywidgets===8.1.5", "diffusers===0.37.1"} <= set(held)
+    assert not any(line.startswith(("lpips", "some-game")) for line in held)
+    assert f"-c {setup.folder_of(Path(sys.executable)) / 'constraints.txt'}" in " ".join(world.commands[0])
+
+
+def test_a_torch_for_an_old_gpu_is_held_afterwards(make, capsys):
+    world = make(World([P100]).full())
+    assert setup.main(["repair"]) == 0
+    held = setup.VENV / "constraints.txt"
+    assert f"torch==={TORCH}+cu126" in held.read_text().split()
+    assert f"PIP_CONSTRAINT={held}" in capsys.readouterr().out
+    assert world.asked_index == 1  # and only because something had to be installed
+
+
+def test_nothing_to_do_asks_no_index(make):
+    world = make(World().full())
+    assert setup.main(["repair"]) == setup.main(["install"]) == 0
+    assert world.commands == [] and world.asked_index == 0
+
+
+def test_another_python_keeps_what_lies_in_the_ranges(make, tmp_path):
+    world = make(World().kaggle().without("lpips", "mdlib"))
+    world.installed["diffusers"] = "0.30.0"
+    assert setup.main(["repair", "--python", str(tmp_path / "bin" / "python")]) == 0
+    assert pip_text(world) == [f"lpips{PINS.accepted['lpips']}", f"diffusers{PINS.accepted['diffusers']}"]
+    assert world.installed["torch"] == "2.10.0+cu128" and world.mdlib
+
+
+def test_system_packages_are_not_taken_for_half_installed_ones(make, tmp_path):
+    world = make(World().kaggle())
+    world.half = {"numpy": "2.0.2", "papermill": "2.6.0", "some-game": "1.0"}
+    world.errors["papermill"] = "ModuleNotFoundError: No module named 'papermill.execute'"
+    assert setup.main(["repair", "--python", str(tmp_path / "bin" / "python")]) == 0
+    assert pip_text(world) == ["--ignore-installed --no-deps papermill===2.6.0"]
+
+
+def test_a_module_that_lost_its_files_is_written_again(make):
+    world = make(World().full())
+    world.installed["regex"] = "2026.1.1"
+    world.errors["transformers"] = "ModuleNotFoundError: No module named 'regex'"
+    setup.main(["repair"])
+    assert "regex===2026.1.1" in pip_text(world)[1]
+
+
+def test_install_keeps_a_cpu_build_and_says_how_to_exchange_it(make, capsys):
+    world = make(World([T4]).full())
+    world.installed |= {"torch": TORCH + "+cpu", "torchvision": VISION + "+cpu"}
+    assert setup.main(["install"]) == 0
+    assert world.commands == [] and "setup_environment.py repair" in capsys.readouterr().out
+
+
+def test_several_wheelhouses_are_told_and_a_folder_without_wheels_is_refused(make, tmp_path, monkeypatch, capsys):
+    make(World([T4]).kaggle().without("lpips"))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", INTERACTIVE)
+    first, second = (wheelhouse(tmp_path / "input" / name, "lpips-0.1.4-py3-none-any") for name in ("one", "two"))
+    assert setup.main(["repair"]) == 1
+    assert f"{first}, {second}" in capsys.readouterr().err
+    assert setup.main(["repair", "--wheelhouse", str(tmp_path)]) == 1
+    assert "holds no wheels" in capsys.readouterr().err
+    assert setup.main(["repair", "--wheelhouse", str(second)]) == 0
+
+
+def test_mdlib_is_linked_where_packages_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert setup.main(["link"]) == 0
+    assert (tmp_path / "mdlib.pth").read_text().strip() == str(ROOT)
+
+
+def test_a_torchvision_of_each_torch(make):
+    state = setup.State(PINS)
+    assert setup.pair(state, "2.9.1", "cu126") == ["torch===2.9.1+cu126", "torchvision===0.24.1+cu126"]
+    assert setup.pair(state, "2.10.0+cu128", "") == ["torch===2.10.0", "torchvision===0.25.0"]
+    assert setup.pair(state, "2.15.0", "")[1] == "torchvision"
 
 
 # -- failures --------------------------------------------------------------------------------------
@@ -310,14 +706,13 @@ def test_a_failing_pip_shows_the_end_of_its_log(make, capsys):
     assert error[-2].strip() == "ERROR: no space" and "log" in error[-1]
 
 
-def test_execute_logs_and_reports_the_exit_code(monkeypatch, tmp_path):
-    monkeypatch.setattr(setup, "VENV", tmp_path)
-    monkeypatch.setattr(setup, "LOG", tmp_path / "setup.log")
-    setup.execute([sys.executable, "-c", "print('well')"])
+def test_execute_logs_and_reports_the_exit_code(tmp_path):
+    log = tmp_path / "folder" / "setup.log"
+    setup.execute([sys.executable, "-c", "print('well')"], log)
     with pytest.raises(setup.Stop, match=r"exit code 3.*setup\.log") as stop:
-        setup.execute([sys.executable, "-c", "import sys; print('ill'); sys.exit(3)"])
+        setup.execute([sys.executable, "-c", "import sys; print('ill'); sys.exit(3)"], log)
     assert stop.value.args[-1] == "ill"
-    assert "well" in setup.LOG.read_text()
+    assert "well" in log.read_text()
 
 
 def test_repair_needs_an_environment(make, capsys):
@@ -354,6 +749,12 @@ def test_a_dry_run_prints_the_rows_and_commands_and_does_nothing(make, capsys):
     assert "-m venv" in out and "nothing was changed" in out
 
 
+def test_a_dry_run_of_repair_tells_the_row_that_only_notes(make, capsys):
+    make(offline(World([P100]).kaggle().full()))
+    assert setup.main(["repair", "--dry-run"]) == 0
+    assert "everything runs on the CPU: torch" in capsys.readouterr().out
+
+
 def test_every_version_is_written_once():
     for name in ("setup_environment.py", "check_environment.py", "environment.yml"):
         text = (ROOT / name).read_text()
@@ -361,6 +762,20 @@ def test_every_version_is_written_once():
             assert not re.search(rf"\b{package}\s*[=<>]=+\s*\d", text), (name, package)
             version = pin.lstrip("=")  # a range, as that of setuptools, is no version
             assert ">" in pin or version not in text, (name, package, version)
+
+
+def test_environment_yml_brings_a_tested_python_and_the_pins():
+    told = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert set(told) == {"name", "channels", "dependencies"} and told["channels"] == ["conda-forge"]
+    python, pip, packages = told["dependencies"]
+    name, specifier = setup.split_requirement(python)
+    assert name == "python" and pip == "pip"
+    assert [v for v in ("3.10", "3.11", "3.12", "3.13", "3.14") if setup.satisfies(v, specifier)] == [
+        "3.11",
+        "3.12",
+        "3.13",
+    ]
+    assert packages == {"pip": ["-e .[pinned]"]}
 
 
 def test_pins_lie_in_the_accepted_ranges():
@@ -390,8 +805,17 @@ def test_probe_reports_each_module(capfd):
 def test_a_module_that_crashes_the_interpreter_is_named(tmp_path, monkeypatch):
     (tmp_path / "crashing.py").write_text("import os; os._exit(11)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    facts = setup.ask(sys.executable, ("crashing",))
-    assert "crashed" in facts["crashing"]["error"]
+    facts = setup.ask(sys.executable, ("crashing", "json"))
+    assert "crashed" in facts["crashing"]["error"] and facts["json"]["error"] is None
+
+
+def test_requirements_that_are_not_met_are_found():
+    needs = {"diffusers": ["huggingface-hub<2.0,>=0.34", "lost", 'nothing; python_version < "3"', 'x; extra == "y"']}
+    versions = {"diffusers": "0.37.1", "huggingface-hub": "2.4.0"}
+    assert setup.conflicts(needs, versions) == [
+        ["diffusers", "huggingface-hub<2.0,>=0.34", "2.4.0"],
+        ["diffusers", "lost", ""],
+    ]
 
 
 def test_an_import_error_names_its_first_cause():
