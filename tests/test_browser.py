@@ -22,7 +22,7 @@ from papermill.parameterize import parameterize_notebook
 pytestmark = pytest.mark.slow
 
 SCREENSHOTS = ROOT / "runs" / "browser"
-PATIENCE = 300_000  # ms; a notebook runs within it, also on a busy machine
+PATIENCE = 600_000  # ms; a notebook runs within it, also on a busy machine
 HERE = "http://127.0.0.1"
 
 
