@@ -298,10 +298,8 @@ def ask(python: Path | str, modules: tuple[str, ...] = (), timeout: float = 900,
         before, rest = rest, [name for name in rest if name not in facts]
         if not rest:
             return facts
-        if rest == before:
-            raise Stop(
-                f"{python} does not answer: {trouble}"
-            )  # a module that crashes is named, and the rest asked again
+        if rest == before:  # a module that crashes is named, and the rest asked again
+            raise Stop(f"{python} does not answer: {trouble}")
 
 
 # -- detect ----------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ from metadata import (
     write_kernel,
 )
 
+from mdlib.__main__ import pair
+
 app = typer.Typer(
     help="Kaggle, by its official client.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
@@ -196,17 +198,6 @@ def status_of(api, ref: str) -> str | None:
         if error.response.status_code in (403, 404):
             return None
         raise
-
-
-def pair(text: str) -> tuple[str, object]:
-    """key=value, the value as JSON where it is JSON."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise Stop(f"{text!r} is not key=value")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
 
 
 def main() -> None:

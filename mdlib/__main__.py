@@ -73,7 +73,7 @@ def run(
     """Run the notebooks of a system on a data folder, down to report.html; a second call goes on where it stopped."""
     from mdlib.run import execute
 
-    parameters = dict(_pair(text) for text in parameter)
+    parameters = dict(pair(text) for text in parameter)
     execute(str(out), parameters, first, last, data=str(data or ""), system=system, preset=preset)
     report = out / "report.json"
     if report.exists():
@@ -93,7 +93,7 @@ def compare(
     """Train and judge systems on one split with one budget, down to comparison.html; a second call goes on."""
     from mdlib.compare import compare as run_comparison
 
-    chosen = dict(_pair(text) for text in parameter)
+    chosen = dict(pair(text) for text in parameter)
     result = run_comparison(data, out, systems, preset, budget_minutes, images_per_user, chosen)
     told = [answer["sentence"] for answer in result["conclusions"].values() if isinstance(answer, dict)]
     print("\n".join([str(out / "comparison.html"), *told]))
@@ -119,7 +119,7 @@ def study(
         counts = tuple(int(count) for count in windows.split(","))
     except ValueError as error:
         raise ValueError(f"windows: whole numbers with commas between, got {windows!r}") from error
-    result = run_study(data, out, system, preset, counts, contiguous, dict(_pair(text) for text in parameter))
+    result = run_study(data, out, system, preset, counts, contiguous, dict(pair(text) for text in parameter))
     print("\n".join([str(out / "study.html"), *(row["verdict"]["sentence"] for row in result["rows"])]))
 
 
@@ -141,7 +141,7 @@ def generate(
 
     pipe = load_pipeline(pipeline)
     chosen = parse_users(users) if users else None
-    carried, options = conditions.split(",") if conditions else None, dict(_pair(text) for text in option)
+    carried, options = conditions.split(",") if conditions else None, dict(pair(text) for text in option)
     rows = pipe.generate_folder(out, chosen, per_user, seed, batch_size, carried, **options)
     if grid:
         from mdlib import plot
@@ -172,7 +172,7 @@ def validate(
     print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
 
 
-def _pair(text: str) -> tuple[str, object]:
+def pair(text: str) -> tuple[str, object]:
     """key=value with the value as JSON where it is JSON (3, 0.5, true), else as text."""
     key, equals, value = text.partition("=")
     if not equals or not key:

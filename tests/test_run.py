@@ -166,6 +166,16 @@ def test_a_run_starts_from_one_on_other_people(finished, people, tmp_path):
     assert not (tmp_path / "one").exists()
 
 
+def test_codec_and_prior_that_start_from_other_people_train_together_too(denoised, people, tmp_path):
+    for user in (7, 8):
+        shutil.copytree(people / "ID_1", tmp_path / "others" / f"ID_{user}")
+    start = ["-p", f"init={denoised['vae-diffusion'] / 'pipeline'}", "-p", "joint_steps=2"]
+    common = ["--data", tmp_path / "others", "--preset", "smoke", "--out", tmp_path / "run", "--to", "04"]
+    answer = mdlib("run", "--system", "vae-diffusion", *common, *start)
+    assert answer.returncode == 0, answer.stderr
+    assert load_pipeline(tmp_path / "run" / "pipeline").prior.users.num_embeddings == 3  # two people and nobody
+
+
 def test_a_notebook_of_another_system_is_refused(denoised, finished):
     with pytest.raises(DataError, match="04_train_diffusion is no notebook of system vqvae-transformer: 01_env"):
         open_run(finished[0]).expect("04_train_diffusion")
