@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import is_wandb_available
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -140,6 +141,7 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite, in any process (with the step and the remedy).
+        ModuleNotFoundError: the tracker is wandb, whose package is not there.
         OSError: the disk has no room for the checkpoints.
         RuntimeError: in the other processes, where the first could not evaluate, preview or write.
         SystemExit: the session's time is up (`mdlib.limits`); the checkpoint in `run_dir` was written.
@@ -199,6 +201,8 @@ class _Fit:
         self.config, self.run_dir, self.name = config, run_dir, name
         self.evaluate, self.preview, self.progress = evaluate, preview, progress
         self.tracker = config.tracker if run_dir and config.tracker != "none" else None
+        if self.tracker == "wandb" and not is_wandb_available():  # Accelerate would go on without a word
+            raise ModuleNotFoundError("tracker wandb needs the package wandb: pip install wandb, or take tensorboard")
         # Accelerate keeps one precision a process; a notebook trains models of several, one after the other.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
@@ -239,9 +243,7 @@ class _Fit:
     def _train(self) -> None:
         on_first(self._require_room)
         if self.tracker:
-            self.accelerator.init_trackers(
-                "tensorboard" if self.tracker == "tensorboard" else "mdlib", config=asdict(self.config)
-            )
+            self._begin_logs()
         started, before, late = time.monotonic(), self.seconds, False
         show = self.progress and rank() == 0
         with bar(self.config.steps, self.name, initial=self.step, show=show) as progress:
@@ -265,6 +267,11 @@ class _Fit:
             tracker.finish()
         if late:
             end_session(f"{self.name} stopped at step {self.step} of {self.config.steps}, kept in {self.run_dir}")
+
+    def _begin_logs(self) -> None:
+        options = {"wandb": {"dir": str(self.run_dir), "name": f"{self.run_dir.parent.name} {self.name}"}}
+        project = "tensorboard" if self.tracker == "tensorboard" else "mdlib"  # of TensorBoard it is a folder
+        self.accelerator.init_trackers(project, asdict(self.config), options)
 
     def _require_room(self) -> None:
         """Room for a checkpoint and the best weights, each twice: a new file is whole before the old one goes."""

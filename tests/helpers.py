@@ -1,6 +1,7 @@
 """Small data sets, in memory and on disk, generators, a trap for unpickling, and the check of an error's one line."""
 
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -78,6 +79,14 @@ def readme_blocks(language: str) -> list[str]:
     """The README's code blocks in `language`."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def told_commands(file: str) -> list[list[str]]:
+    """The words of every `python …` command that a page tells, in its code blocks and in its lines."""
+    text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = "".join(text.split("```")[1::2])
+    found = re.findall(r"^ *python (.*)", blocks, re.MULTILINE) + re.findall(r"`python ([^`]*)`", text)
+    return [shlex.split(words, comments=True) for words in found]
 
 
 def readme_commands() -> list[str]:

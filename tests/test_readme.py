@@ -2,9 +2,15 @@
 
 import re
 
-from helpers import ROOT, readme_blocks
+import pytest
+from helpers import ROOT, readme_blocks, told_commands, write_set
+from typer.testing import CliRunner
 
-from mdlib.systems import SYSTEMS
+from mdlib.__main__ import app
+from mdlib.run import open_run
+from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
+
+PAGES = ("README.md", "README.zh-CN.md", "kaggle/README.md", "kaggle/README.zh-CN.md")
 
 
 def test_the_commands_run_in_the_order_they_are_told(story):
@@ -34,3 +40,50 @@ def test_files_systems_and_presets_the_readmes_name_exist():
         for system in SYSTEMS.values():
             assert set(re.findall(r"--preset ([\w-]+)", text)) <= system.presets.keys()
             assert all(f"`{preset}`" in text for preset in system.presets), "every preset is told"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_told_is_one_that_is_taken(page, tmp_path, monkeypatch):
+    """Parsed, its settings accepted, and stopped at the door of the work, which is done elsewhere."""
+
+    def executed(notebook, run, parameters):
+        if notebook.startswith("04"):  # what a later run may begin with
+            preset = open_run(run).preset
+            codec = make_codec(preset, 1, 2)
+            codec.save_pretrained(run / "pipeline" / "codec")
+            make_prior(parameters["system"], preset, codec, 2).save_pretrained(run / "pipeline" / "prior")
+            (run / "pipeline" / "model_index.json").touch()
+
+    def prepared(data, out, systems, preset, *rest):
+        for system in SYSTEMS if systems == "all" else systems.split(","):
+            get_preset(system, preset)
+        return {"conclusions": {}, "systems": {}}
+
+    def studied(data, out, system, preset, *rest):
+        get_preset(system, preset)
+        return {"rows": []}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mdlib.run._execute_one", executed)
+    monkeypatch.setattr("mdlib.simulate.simulate_dataset", lambda *_, **__: None)
+    monkeypatch.setattr("mdlib.compare.compare", prepared)
+    monkeypatch.setattr("mdlib.study.study", studied)
+    for folder in ("people", "REAL_WINDOWS", "runs/known-data"):
+        write_set(tmp_path / folder)
+    told = told_commands(page)
+    assert len(told) > 8
+    for first, *words in told:
+        if first == "-m":
+            module, command, *options = words
+            if module != "mdlib" or command in ("split", "generate", "validate"):  # these run as they stand
+                continue
+            answer = CliRunner().invoke(app, [command, *options])
+            assert answer.exit_code == 0, f"{page}: {command} {options}: {answer.output} {answer.exception!r}"
+            if command == "run":
+                assert open_run(options[options.index("--out") + 1]).preset
+            continue
+        source = (ROOT / first).read_text(encoding="utf-8")
+        for word in words:
+            assert not word.startswith("--") or f'"{word}"' in source or word[2:].replace("-", "_") in source, (
+                f"{page}: {first} takes no {word}"
+            )

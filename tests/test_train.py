@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 from torch import nn
 
@@ -290,6 +292,24 @@ def test_the_callers_random_numbers_are_left_alone():
 def test_bad_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **changes)
+
+
+def test_logs_go_to_wandb_where_it_is_installed(tmp_path, monkeypatch):
+    config = replace(CONFIG, tracker="wandb")
+    monkeypatch.setattr("mdlib.train.is_wandb_available", lambda: False)
+    with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
+        fit(line(), points(), config, tmp_path, progress=False)
+
+    wandb = MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("mdlib.train.is_wandb_available", lambda: True)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])  # what was there at its import
+    history = fit(line(), points(), config, tmp_path / "first" / "codec", name="codec", progress=False)
+    where = dict(project="mdlib", dir=str(tmp_path / "first" / "codec"), name="first codec")
+    assert wandb.init.call_args.kwargs.items() >= where.items()
+    logged = [(call.kwargs["step"], call.args[0]["error"]) for call in wandb.init.return_value.log.call_args_list]
+    assert logged == [(row["step"], row["error"]) for row in history]
+    wandb.init.return_value.finish.assert_called_once()
 
 
 def test_an_empty_or_uneven_training_set_is_refused():
