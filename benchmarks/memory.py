@@ -26,7 +26,7 @@ from mdlib.train import Batches, fit
 
 USERS = 8
 LINE = (16, 32)
-PRESETS = ("gpu-6gb", "gpu-8gb", "gpu-16gb")
+PRESETS = ("gpu-6gb", "gpu-8gb", "gpu-16gb", "p100")
 COUNTED: dict[tuple[str, int], int] = {}
 
 
