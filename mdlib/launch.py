@@ -24,6 +24,15 @@ def processes() -> int:
     return max(1, torch.cuda.device_count())
 
 
+def check_batch(size: int) -> None:
+    """ValueError where a training's processes cannot share a batch of `size`."""
+    if size % (number := processes()):
+        raise ValueError(
+            f"{number} GPUs cannot share a batch of {size}: give a batch_size that {number} divides, in codec_options "
+            "or prior_options, or fewer GPUs by CUDA_VISIBLE_DEVICES"
+        )
+
+
 def launch(number: int, module: str, *arguments) -> None:
     """Run `python -m module arguments` in `number` processes that train together, and print each line that they print
     when it comes. They end with this call, however it ends.

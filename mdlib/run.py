@@ -29,7 +29,7 @@ from mdlib.files import whole_file
 from mdlib.foundation import load_foundation
 from mdlib.joint import JointFineTuning
 from mdlib.kernel import gpus, preset_for
-from mdlib.launch import processes, python_path
+from mdlib.launch import check_batch, processes, python_path
 from mdlib.perceptual import load_lpips
 from mdlib.presets import Preset
 from mdlib.split import apply_split, make_split, read_split, write_split
@@ -244,6 +244,7 @@ def _check(run: Run) -> None:
             raise DataError(f'unrecorded names users by condition, {{"backpack": [1, 2]}}, got {unrecorded}')
         make_split(files, unrecorded=unrecorded)
     for training in (preset.codec_training, preset.prior_training):
+        check_batch(training.batch_size)
         try:
             precision(training.mixed_precision)
         except ValueError as error:

@@ -1,8 +1,8 @@
 """The two stages of a run: its codec, and its prior over what the codec makes of windows.
 
 The notebooks build them here, and so does each of the processes that train one together on several GPUs
-(`python -m mdlib.stages RUN codec`, started by `train`): they are the same objects. What takes long, a codec's teacher
-and a prior's inputs, is made once, by the notebook, and kept in the run folder.
+(`python -m mdlib.stages RUN codec`, started by `train_stage`): they are the same objects. What takes long, a codec's
+teacher and a prior's inputs, is made once, by the notebook, and kept in the run folder.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from mdlib.data import WindowSet
 from mdlib.distributed import world
 from mdlib.foundation import make_foundation
 from mdlib.latents import encode_all
-from mdlib.launch import ERROR, launch, processes
+from mdlib.launch import ERROR, check_batch, launch, processes
 from mdlib.metrics import code_counts, codebook_figures
 from mdlib.nn import best_device
 from mdlib.run import Run, open_run
@@ -92,7 +92,7 @@ def prior_stage(run: Run, max_minutes: float = 0.0) -> Stage:
     return Stage(run, "prior", prior, codec, images, *batches, config)
 
 
-def train(stage: Stage) -> list[dict]:
+def train_stage(stage: Stage) -> list[dict]:
     """Train a stage's model on all GPUs, or go on with it; returns the history, see `mdlib.train.fit_stages`.
 
     With several GPUs a process for each trains it, on its part of every batch. The one that called waits, and then has
@@ -152,12 +152,7 @@ def guide(run: Run, codec, teacher: FeatureDistance | None, foundation: torch.nn
 
 def _config(config: TrainConfig, max_minutes: float) -> TrainConfig:
     """This process's part: a preset's batch is that of all GPUs together, so their number changes no training."""
-    number = max(processes(), world())
-    if config.batch_size % number:
-        raise ValueError(
-            f"{number} GPUs cannot share a batch of {config.batch_size}: give a batch_size that {number} divides, in "
-            "codec_options or prior_options, or fewer GPUs by CUDA_VISIBLE_DEVICES"
-        )
+    check_batch(config.batch_size)
     return replace(config, batch_size=config.batch_size // world(), max_minutes=max_minutes)
 
 
@@ -179,7 +174,7 @@ def _held_out_codes(windows: WindowSet) -> Callable[[torch.nn.Module], dict[str,
 
 
 def main() -> None:
-    """Train a stage of a run as one of the processes that `train` starts."""
+    """Train a stage of a run as one of the processes that `train_stage` starts."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("run", help="run folder, where split, teacher and inputs are made already")
     parser.add_argument("stage", choices=("codec", "prior"))
@@ -189,7 +184,7 @@ def main() -> None:
     make = {"codec": codec_stage, "prior": prior_stage}[told.stage]
     try:
         with suppress(SystemExit):  # the session's time is up, and that is no failure
-            train(make(open_run(told.run), told.max_minutes))
+            train_stage(make(open_run(told.run), told.max_minutes))
     except Exception as error:
         print(f"{ERROR}{type(error).__name__}: {' '.join(str(error).split())}", flush=True)
         raise

@@ -11,6 +11,7 @@ not by `forward`, so there is no wrapper around them.
 
 import csv
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,13 +29,16 @@ from mdlib.files import whole_file
 from mdlib.limits import end_session, has_deadline, require_room, time_is_up
 from mdlib.progress import bar
 
+# On several GPUs: fork_rng keeps the random numbers of all, as it is meant to.
+warnings.filterwarnings("ignore", "CUDA reports that you have .* fork_rng")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train; what is trained is the model's own configuration."""
 
     steps: int = 1000  # optimizer steps, not batches and not epochs
-    batch_size: int = 32  # samples a forward pass of a process
+    batch_size: int = 32  # samples a forward pass of a process; in a preset of all together (mdlib.stages)
     accumulation: int = 1  # forward passes an optimizer step
     learning_rate: float = 1e-3  # peak
     warmup_steps: int = 50  # optimizer steps, linear

@@ -3,6 +3,7 @@ processes on a CPU, started by the very command that serves GPUs."""
 
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
 
@@ -35,13 +36,13 @@ def launched(tmp_path_factory):
         patch.setenv("MDLIB_CACHE", str(folder / "cache"))
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         seen.alone = stages.codec_stage(open_run(folder / "alone", data=str(people), preset="smoke"))
-        seen.alone_history = stages.train(seen.alone)
+        seen.alone_history = stages.train_stage(seen.alone)
 
         def train(name, stage):
             patch.setattr(_Fit, "_train", no_training)
             try:
                 with redirect_stdout(StringIO()) as printed:
-                    return stages.train(stage)
+                    return stages.train_stage(stage)
             finally:
                 seen.told[name] = printed.getvalue()
                 patch.setattr(_Fit, "_train", TRAINS)
@@ -181,17 +182,21 @@ def test_a_process_for_each_gpu_and_none_within_a_launched_one(gpus, launched_al
         config=CONFIG,
         options={},
     )
-    stages.train(stage)
+    stages.train_stage(stage)
     assert started == ([(2, "mdlib.stages", tmp_path, "prior", "--max-minutes", 0.0)] if number == 2 else [])
 
 
 def test_gpus_that_cannot_share_a_batch_are_told_of_before_anything_is_trained(tmp_path, monkeypatch):
     people = write_set(tmp_path / "people", numbers=range(1, 33))
     run = open_run(tmp_path / "run", data=str(people), preset="smoke")
-    monkeypatch.setattr(stages, "processes", lambda: 3)
-    with pytest.raises(ValueError, match="3 GPUs cannot share a batch of 8: give a batch_size that 3 divides, in"):
-        stages.codec_stage(run)
-    assert not (run.path / "codec").exists()
+    monkeypatch.setattr(launch, "processes", lambda: 3)
+    for refused in (
+        lambda: stages.codec_stage(run),
+        lambda: open_run(tmp_path / "new", data=str(people), preset="smoke"),
+    ):
+        with pytest.raises(ValueError, match="3 GPUs cannot share a batch of 8: give a batch_size that 3 divides, in"):
+            refused()
+    assert not (run.path / "codec").exists() and not (tmp_path / "new").exists()
 
 
 def test_fit_takes_over_what_others_trained_and_starts_nothing_where_all_is_done(tmp_path, monkeypatch):
@@ -217,8 +222,6 @@ def test_fit_takes_over_what_others_trained_and_starts_nothing_where_all_is_done
 
 
 def test_a_budget_that_others_spent_is_spent(tmp_path):
-    from dataclasses import replace
-
     short = replace(CONFIG, max_minutes=1e-6)
     train = lambda **options: fit(line(), points(), short, tmp_path, progress=False, **options)
     assert train(launch=train) == train()
