@@ -138,6 +138,7 @@ _SMOKE = Preset(
     validation=dict(judge_steps=4, seeds=2),
 )
 
+# A batch is that of all GPUs together: each of two T4 takes 32 windows, and the training is that of gpu-16gb.
 _CARDS = {
     "gpu-6gb": (16, "fp16"),
     "gpu-8gb": (32, "fp16"),

@@ -29,6 +29,7 @@ from mdlib.files import whole_file
 from mdlib.foundation import load_foundation
 from mdlib.joint import JointFineTuning
 from mdlib.kernel import gpus, preset_for
+from mdlib.launch import check_batch, processes, python_path
 from mdlib.perceptual import load_lpips
 from mdlib.presets import Preset
 from mdlib.split import apply_split, make_split, read_split, write_split
@@ -243,6 +244,7 @@ def _check(run: Run) -> None:
             raise DataError(f'unrecorded names users by condition, {{"backpack": [1, 2]}}, got {unrecorded}')
         make_split(files, unrecorded=unrecorded)
     for training in (preset.codec_training, preset.prior_training):
+        check_batch(training.batch_size)
         try:
             precision(training.mixed_precision)
         except ValueError as error:
@@ -338,7 +340,7 @@ def _execute_one(name: str, out: Path, values: dict) -> None:
     started = time.monotonic()
     target = out / "notebooks" / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _environment(MDLIB_BATCH="1", PYTHONPATH=_python_path()), _private_sockets() as config:
+    with _environment(MDLIB_BATCH="1", PYTHONPATH=python_path()), _private_sockets() as config:
         try:
             papermill.execute_notebook(
                 NOTEBOOKS / f"{name}.ipynb",
@@ -411,12 +413,6 @@ def _environment(**variables: str):
             os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
-def _python_path() -> str:
-    """The kernel finds this very mdlib, also when it is not installed."""
-    here = str(Path(__file__).resolve().parents[1])
-    return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
-
-
 def _read(out: Path) -> dict:
     return json.loads((out / "run.json").read_text())
 
@@ -439,7 +435,7 @@ def versions() -> dict[str, str]:
 
 def device_name() -> str:
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return f"{processes()} × {torch.cuda.get_device_name()}" if processes() > 1 else torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
 
 

@@ -5,10 +5,14 @@ the features that tell people apart, so the network here is a user classifier tr
 windows. It is no judge: the judges that measure are trained anew, on other windows.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mdlib.files import whole_file
 from mdlib.judge import Judge, train_judge
 
 
@@ -27,6 +31,20 @@ class FeatureDistance(nn.Module):
         return torch.stack([F.mse_loss(made, real) / real.var().clamp_min(1e-6) for made, real in pairs]).mean()
 
 
-def train_teacher(images: torch.Tensor, labels: torch.Tensor, num_users: int, steps: int, seed: int) -> FeatureDistance:
-    """The distance of a classifier trained on uint8 images (N, C, S, S) and labels (N,) for `steps` optimizer steps."""
-    return FeatureDistance(train_judge(images, labels, num_users, steps, seed))
+def train_teacher(
+    images: torch.Tensor, labels: torch.Tensor, num_users: int, steps: int, seed: int, kept: Path | None = None
+) -> FeatureDistance:
+    """The distance of a classifier trained on uint8 images (N, C, S, S) and labels (N,) for `steps` optimizer steps.
+
+    kept: file of the classifier's weights; where it is there, they are read from it and nothing is trained.
+    """
+    if kept and kept.exists():
+        with torch.random.fork_rng():  # weights are drawn before they are loaded
+            classifier = Judge(num_users, images.shape[1]).to(memory_format=torch.channels_last)
+        classifier.load_state_dict(load_file(kept))
+        return FeatureDistance(classifier)
+    classifier = train_judge(images, labels, num_users, steps, seed)
+    if kept:
+        with whole_file(kept) as path:
+            save_file({key: value.contiguous() for key, value in classifier.state_dict().items()}, path)
+    return FeatureDistance(classifier)

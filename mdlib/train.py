@@ -11,6 +11,7 @@ not by `forward`, so there is no wrapper around them.
 
 import csv
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,13 +30,16 @@ from mdlib.files import whole_file
 from mdlib.limits import end_session, has_deadline, require_room, time_is_up
 from mdlib.progress import bar
 
+# On several GPUs: fork_rng keeps the random numbers of all, as it is meant to.
+warnings.filterwarnings("ignore", "CUDA reports that you have .* fork_rng")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train; what is trained is the model's own configuration."""
 
     steps: int = 1000  # optimizer steps, not batches and not epochs
-    batch_size: int = 32  # samples a forward pass of a process
+    batch_size: int = 32  # samples a forward pass of a process; in a preset of all together (mdlib.stages)
     accumulation: int = 1  # forward passes an optimizer step
     learning_rate: float = 1e-3  # peak
     warmup_steps: int = 50  # optimizer steps, linear
@@ -117,6 +121,7 @@ def fit(
     preview: Callable[[torch.nn.Module, int], None] | None = None,
     name: str = "model",
     progress: bool = True,
+    launch: Callable[[], None] | None = None,
 ) -> list[dict]:
     """Train `model` in place by its `loss(*batch) → (loss, logs)`; returns the history, one dict an evaluation.
 
@@ -138,12 +143,15 @@ def fit(
         preview: called as preview(model, step) at each evaluation, to draw samples.
         name: what the progress bar is called.
         progress: show the bar.
+        launch: trains in other processes that call `fit` with this `run_dir` and global batch, and returns when they
+            end. Called where anything is left to train; this process then takes the weights from their checkpoint.
 
     Raises:
         FloatingPointError: the loss is not finite, in any process (with the step and the remedy).
         ModuleNotFoundError: the tracker is wandb, whose package is not there.
         OSError: the disk has no room for the checkpoints.
-        RuntimeError: in the other processes, where the first could not evaluate, preview or write.
+        RuntimeError: in the other processes, where the first could not evaluate, preview or write; or what was launched
+            left something to train.
         SystemExit: the session's time is up (`mdlib.limits`); the checkpoint in `run_dir` was written.
         ValueError: `run_dir` holds a run of another configuration.
     """
@@ -151,7 +159,7 @@ def fit(
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():  # the caller's random numbers stay the caller's
-        return _Fit(model, data, config, run_dir, held_out, evaluate, preview, name, progress).run()
+        return _Fit(model, data, config, run_dir, held_out, evaluate, preview, name, progress, launch).run()
 
 
 def fit_stages(
@@ -197,9 +205,9 @@ def fit_stages(
 class _Fit:
     """The state of one `fit` call, and its phases in reading order."""
 
-    def __init__(self, model, data, config, run_dir, held_out, evaluate, preview, name, progress):
-        self.config, self.run_dir, self.name = config, run_dir, name
-        self.evaluate, self.preview, self.progress = evaluate, preview, progress
+    def __init__(self, model, data, config, run_dir, held_out, evaluate, preview, name, progress, launch):
+        self.config, self.run_dir, self.name, self.data, self.held_out = config, run_dir, name, data, held_out
+        self.evaluate, self.preview, self.progress, self.launch = evaluate, preview, progress, launch
         self.tracker = config.tracker if run_dir and config.tracker != "none" else None
         if self.tracker == "wandb" and not is_wandb_available():  # Accelerate would go on without a word
             raise ModuleNotFoundError("tracker wandb needs the package wandb: pip install wandb, or take tensorboard")
@@ -214,8 +222,6 @@ class _Fit:
         device = self.accelerator.device
         # Several processes on a CPU are given the device "cpu:0", to which torch.load cannot load.
         self.device = torch.device("cpu") if device.type == "cpu" else device
-        self.data = data.to(self.device)
-        self.held_out = held_out.to(self.device) if held_out else None
         on_cpu = self.device.type == "cpu"  # there channels last is the faster layout of a convolution
         self.model = model.to(self.device, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
         broadcast_from_first(self.model.state_dict().values())
@@ -235,13 +241,33 @@ class _Fit:
 
     def run(self) -> list[dict]:
         self._resume()
-        if self.step < self.config.steps and not self.stopped:
+        if self._unfinished() and self.launch:
+            self._follow()
+        elif self._unfinished():
             self._train()
         self._load_final_weights()
         return self.history
 
+    def _unfinished(self) -> bool:
+        return self.step < self.config.steps and not self.stopped
+
+    def _follow(self) -> None:
+        """Let other processes train, and take over what they reached."""
+        if time_is_up():
+            self._end_session()
+        self.launch()
+        self._resume()
+        if self._unfinished() and time_is_up():
+            raise SystemExit(0)  # they have told it
+        if self._unfinished():
+            raise RuntimeError(
+                f"{self.name}: the processes that train it ended at step {self.step} of {self.config.steps}"
+            )
+
     def _train(self) -> None:
         on_first(self._require_room)
+        self.data = self.data.to(self.device)  # not before: where others train, the GPU's memory is theirs
+        self.held_out = self.held_out.to(self.device) if self.held_out else None
         if self.tracker:
             self._begin_logs()
         started, before, late = time.monotonic(), self.seconds, False
@@ -266,7 +292,12 @@ class _Fit:
         for tracker in self.accelerator.trackers:  # end_training() would end the process group too
             tracker.finish()
         if late:
-            end_session(f"{self.name} stopped at step {self.step} of {self.config.steps}, kept in {self.run_dir}")
+            self._end_session()
+
+    def _end_session(self) -> None:
+        if rank() > 0:
+            raise SystemExit(0)  # the first process tells it
+        end_session(f"{self.name} stopped at step {self.step} of {self.config.steps}, kept in {self.run_dir}")
 
     def _begin_logs(self) -> None:
         options = {"wandb": {"dir": str(self.run_dir), "name": f"{self.run_dir.parent.name} {self.name}"}}

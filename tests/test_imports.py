@@ -13,7 +13,7 @@ PACKAGE = Path(mdlib.__file__).parent
 FILES = sorted(PACKAGE.glob("*.py"))
 # The floors of the house, lowest first: a file imports from floors below its own, or beside it where named.
 FLOORS = [
-    {"colormap", "distributed", "files", "gait", "limits", "physics", "progress", "metrics", "published"},
+    {"colormap", "distributed", "files", "gait", "launch", "limits", "physics", "progress", "metrics", "published"},
     {"nn", "data", "radar", "perceptual"},
     {
         "split",
@@ -52,7 +52,7 @@ FLOORS = [
     {"validate"},
     {"systems"},
     {"run", "report"},
-    {"comparison"},
+    {"comparison", "stages"},
     {"compare", "study"},
     {"__main__"},
 ]

@@ -3,7 +3,7 @@
 import torch
 
 from mdlib.judge import Judge
-from mdlib.teacher import FeatureDistance
+from mdlib.teacher import FeatureDistance, train_teacher
 from mdlib.vqvae import VQVAE
 
 
@@ -27,6 +27,18 @@ def test_speckle_costs_less_than_a_moved_ridge():
     speckle = torch.randn(4, 1, 32, 32)
     speckle = speckle * moved.square().mean().sqrt() / speckle.square().mean().sqrt()
     assert distance(ridge(16.0) + speckle, ridge(16.0)) < 0.7 * distance(ridge(16.0) + moved, ridge(16.0))
+
+
+def test_a_teacher_that_was_kept_is_not_trained_again(tmp_path, monkeypatch):
+    images, labels = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8), torch.arange(8) % 2
+    told = (images, labels, 2, 3, 0, tmp_path / "codec" / "teacher.safetensors")
+    first = train_teacher(*told)
+    monkeypatch.setattr("mdlib.teacher.train_judge", lambda *arguments: 1 / 0)
+    state = torch.get_rng_state()
+    again = train_teacher(*told)
+    assert torch.equal(torch.get_rng_state(), state)
+    one, other = torch.rand(2, 4, 1, 32, 32) * 2 - 1
+    assert torch.equal(first(one, other), again(one, other))
 
 
 def test_the_teacher_is_no_part_of_the_codec():
