@@ -300,7 +300,7 @@ class _Fit:
         end_session(f"{self.name} stopped at step {self.step} of {self.config.steps}, kept in {self.run_dir}")
 
     def _begin_logs(self) -> None:
-        options = {"wandb": {"dir": str(self.run_dir), "name": f"{self.run_dir.parent.name} {self.name}"}}
+        options = {"wandb": {"dir": str(self.run_dir), "name": " ".join(self.run_dir.parts[-2:])}}
         project = "tensorboard" if self.tracker == "tensorboard" else "mdlib"  # of TensorBoard it is a folder
         self.accelerator.init_trackers(project, asdict(self.config), options)
 
