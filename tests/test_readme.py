@@ -7,6 +7,7 @@ from helpers import ROOT, readme_blocks, told_commands, write_set
 from typer.testing import CliRunner
 
 from mdlib.__main__ import app
+from mdlib.gait import CONDITIONS
 from mdlib.run import open_run
 from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
 
@@ -46,6 +47,10 @@ def test_files_systems_and_presets_the_readmes_name_exist():
 def test_every_command_told_is_one_that_is_taken(page, tmp_path, monkeypatch):
     """Parsed, its settings accepted, and stopped at the door of the work, which is done elsewhere."""
 
+    def simulated(out, condition, **sizes):
+        for carried in CONDITIONS if condition == "all" else ("",):
+            write_set(out / carried, users=range(1, 7), numbers=range(1, 33))
+
     def executed(notebook, run, parameters):
         if notebook.startswith("04"):  # what a later run may begin with
             preset = open_run(run).preset
@@ -65,10 +70,10 @@ def test_every_command_told_is_one_that_is_taken(page, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mdlib.run._execute_one", executed)
-    monkeypatch.setattr("mdlib.simulate.simulate_dataset", lambda *_, **__: None)
+    monkeypatch.setattr("mdlib.simulate.simulate_dataset", simulated)
     monkeypatch.setattr("mdlib.compare.compare", prepared)
     monkeypatch.setattr("mdlib.study.study", studied)
-    for folder in ("people", "REAL_WINDOWS", "runs/known-data"):
+    for folder in ("people", "REAL_WINDOWS"):
         write_set(tmp_path / folder)
     told = told_commands(page)
     assert len(told) > 8

@@ -117,9 +117,13 @@ def module(tmp_path, monkeypatch):
 
 def test_a_failure_is_one_line_with_its_exit_code_and_all_output_is_shown(module, capsys):
     name = module(
-        "import os, sys, mdlib.progress\n"
+        "import os, sys, time, mdlib.progress\n"
+        "from pathlib import Path\n"
         "rank, words = os.environ['RANK'], sys.argv[1:]\n"
         "print('process', rank, 'of', os.environ['WORLD_SIZE'], words, mdlib.progress.batch_run())\n"
+        "Path(f'{__file__}.{rank}').touch()\n"
+        "while not Path(f'{__file__}.0').exists():\n"  # one that fails first ends the other before it has printed
+        "    time.sleep(0.05)\n"
         "if rank == '1':\n"
         "    print('mdlib: ValueError: no such user', file=sys.stderr)\n"
         "    sys.exit(3)\n"
