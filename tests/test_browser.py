@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 SCREENSHOTS = ROOT / "runs" / "browser"
 PATIENCE = 600_000  # ms; a notebook runs within it, also on a busy machine
 HERE = "http://127.0.0.1"
-WIDGETS = "@jupyter-widgets/jupyterlab-manager"
+UNSHARED = "jupyterlab-jupytext"  # JupyterLab's extension of a dependency of kaggle: Voila lacks what it shares
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def served(name, run, browser):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = ["-m", "voila", str(path), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
-    words += [f"--VoilaConfiguration.extension_allowlist={WIDGETS}"]  # not JupyterLab's others, which end in errors
+    words += [f"--VoilaConfiguration.extension_denylist={UNSHARED}"]
     log = run.parent / f"{name}.log"
     with open(log, "w") as stream:
         server = subprocess.Popen(
