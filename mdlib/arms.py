@@ -9,8 +9,9 @@ import torch
 
 from mdlib import metrics
 from mdlib.data import WindowSet
-from mdlib.evidence import Evidence, Protocol, bootstrapped, concatenate, figure, first_of_each, missing, time_blocks
+from mdlib.evidence import Evidence, Protocol, concatenate, figure, first_of_each, time_blocks
 from mdlib.judge import Judge, train_each, train_judge
+from mdlib.outcomes import Outcomes, compared
 from mdlib.selection import FILTERS, keep_best, keep_plausible, scores
 
 
@@ -186,55 +187,27 @@ def _job(windows: tuple, num_users: int, seed: int, protocol: Protocol, folder=N
     return train_judge, Judge, folder, *windows, *how
 
 
+def outcomes(evidence: Evidence, arms: Arms) -> Outcomes:
+    """The arms' correctness with the test windows it is about."""
+    return Outcomes(arms.correct, time_blocks(evidence.test, evidence.gap), evidence.test.paths)
+
+
 def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
     """Real + generated against real alone, and against more real windows, on test windows."""
-    train, test, correct = evidence.train, evidence.test, arms.correct
-    blocks = time_blocks(test, evidence.gap)
-    gain = metrics.paired_gain(correct["real_only"], correct["real_plus_generated"], blocks)
-    figures = {name: bootstrapped(rows.mean(0), blocks) for name, rows in correct.items()}
-    for name, rows in correct.items():
-        figures[name]["per_seed"] = rows.mean(1).tolist()
+    found, users = outcomes(evidence, arms), evidence.train.num_users
+    no_more = (
+        "a user has fewer spare real windows than training windows"
+        if evidence.spare is not None
+        else "no spare real windows: the split keeps them where windows_per_user leaves some out"
+    )
     return {
-        **figures,
-        "gain": figure(gain["gain"], len(test), gain["ci95"]),
-        "gain_by_windows": gain_by_windows(evidence, arms, blocks),
-        "gain_by_selection": gain_by_selection(evidence, arms, blocks),
-        "gain_ci95": gain["ci95"],
-        "p_value": gain["p_value"],
-        **against_more_real(evidence, arms, blocks),
+        **compared(found, len(evidence.train) / users, no_more),
+        "gain_by_windows": gain_by_windows(evidence, arms, found.blocks),
+        "gain_by_selection": gain_by_selection(evidence, arms, found.blocks),
         "generated_share": arms.share,
-        "real_windows_per_user": len(train) / train.num_users,
-        "generated_windows_per_user": len(evidence.generated) / train.num_users,
-        "seeds": protocol.seeds,
+        "generated_windows_per_user": len(evidence.generated) / users,
         "steps": protocol.judge_steps,
     }
-
-
-def against_more_real(evidence: Evidence, arms: Arms, blocks: np.ndarray) -> dict:
-    """real + generated beside more real windows: gain_over_x2, and equivalent_real_windows, the number of real windows
-    a user with which real alone does as well, read off the line through the measured numbers over their logarithm."""
-    factors = sorted(int(name.removeprefix("real_x")) for name in arms.correct if name.startswith("real_x"))
-    if not factors:
-        reason = (
-            "a user has fewer spare real windows than training windows"
-            if evidence.spare is not None
-            else "no spare real windows: the split keeps them where windows_per_user leaves some out"
-        )
-        return missing("real_x2", "gain_over_x2", "equivalent_real_windows", reason=reason)
-    both, n = arms.correct["real_plus_generated"], len(evidence.test)
-    found = {} if 2 in factors else missing("real_x2", "gain_over_x2", reason="2 is not among the multiples")
-    if 2 in factors:
-        gain = metrics.paired_gain(arms.correct["real_x2"], both, blocks)
-        found["gain_over_x2"] = figure(gain["gain"], n, gain["ci95"])
-    counts = len(evidence.train) / evidence.train.num_users * np.array([1, *factors])
-    real = [arms.correct["real_only"], *(arms.correct[f"real_x{factor}"] for factor in factors)]
-    draws = metrics.paired_bootstrap(np.stack([both, *real]), blocks)
-    measured = metrics.equivalent_count(counts, np.array([[rows.mean() for rows in (both, *real)]]))[0]
-    found["equivalent_real_windows"] = {
-        **figure(float(measured), n, metrics.interval(metrics.equivalent_count(counts, draws))),
-        "between": [float(counts[0]), float(counts[-1])],
-    }
-    return found
 
 
 def gain_by_windows(evidence: Evidence, arms: Arms, blocks: np.ndarray) -> list[dict]:

@@ -14,6 +14,7 @@ from mdlib.files import whole_file
 __all__ = [
     "PARTS",
     "apply_split",
+    "folds",
     "make_split",
     "measured_overlap",
     "overlap",
@@ -41,6 +42,7 @@ def make_split(
     windows_per_user: int | None = None,
     contiguous: bool = False,
     unrecorded: dict[str, Sequence[int]] | None = None,
+    fold: int = 0,
 ) -> dict:
     """Split by recording and time: in each recording train, then val, then test, in contiguous blocks.
 
@@ -60,6 +62,8 @@ def make_split(
             recording would have given.
         unrecorded: condition → users whose windows in it all go to test, as if there were none to train on: what a
             generator makes of them can then be compared with real ones.
+        fold: which of `folds(test)` cross-validation folds: each recording's time begins so many test blocks later and
+            what came before goes on behind its end, so that every window stands in the test of about one fold.
 
     Returns:
         dict with the lists of paths ``train``, ``val``, ``test``, ``spare`` (training windows that `windows_per_user`
@@ -72,6 +76,8 @@ def make_split(
         raise DataError(f"val={val}, test={test}: both must be positive and their sum below 1")
     if gap < 1:
         raise DataError(f"gap={gap}: it must be at least 1")
+    if not 0 <= fold < folds(test):
+        raise DataError(f"fold={fold}: with test={test} there are folds 0 to {folds(test) - 1}")
     parts: dict[str, list[str]] = {part: [] for part in (*PARTS, "dropped", "spare")}
     users = _by(_files(windows), lambda f: f.user)
     away = {(condition, user) for condition, some in (unrecorded or {}).items() for user in some}
@@ -83,6 +89,8 @@ def make_split(
         mine["test"] = [file for file in files if (file.condition, user) in away]
         files = [file for file in files if (file.condition, user) not in away]
         for timeline, numbers in _timelines(files, gap):
+            timeline, numbers, between = _turn(timeline, numbers, fold * test, gap)
+            mine["dropped"] += between
             for part, some in zip((*PARTS, "dropped"), _cut(timeline, numbers, val, test, gap), strict=True):
                 mine[part] += some
         if not all(mine[part] for part in PARTS):
@@ -104,8 +112,14 @@ def make_split(
         "windows_per_user": windows_per_user,
         "contiguous": contiguous,
         "unrecorded": unrecorded or {},
+        "fold": fold,
         "users": sorted(users),
     }
+
+
+def folds(test: float = 0.25) -> int:
+    """How many folds have tests that hardly meet: as many as blocks of the share `test` fit into a recording."""
+    return int(1 / test + 1e-9)
 
 
 def random_split(
@@ -162,6 +176,19 @@ def _timelines(files: Sequence[WindowFile], gap: int) -> Iterator[tuple[list[Win
             yield joined, np.array(numbers)
 
 
+def _turn(
+    files: list[WindowFile], numbers: np.ndarray, share: float, gap: int
+) -> tuple[list[WindowFile], np.ndarray, list[WindowFile]]:
+    """A timeline with its first `share` put behind its end, where it stays `gap` away; and the windows dropped because
+    the new beginning shares steps with what is now the end."""
+    cut = round(share * len(files))
+    if not cut:
+        return files, numbers, []
+    start = int(np.searchsorted(numbers, numbers[cut - 1] + gap))
+    behind = numbers[:cut] + numbers[-1] + gap - numbers[0]
+    return files[start:] + files[:cut], np.concatenate([numbers[start:], behind]), files[cut:start]
+
+
 def _cut(
     files: list[WindowFile], numbers: np.ndarray, val: float, test: float, gap: int
 ) -> tuple[list[WindowFile], list[WindowFile], list[WindowFile], list[WindowFile]]:
@@ -197,7 +224,7 @@ def _few(files: list[WindowFile], n: int, user: int, contiguous: bool) -> list[W
         )
     if not contiguous:
         return [files[row] for row in np.linspace(0, len(files) - 1, n).round().astype(int)]
-    longest = max(_by(files, lambda f: (f.condition, f.recording)).values(), key=len)
+    longest = max(_in_a_row(files), key=len)
     if len(longest) < n:
         raise DataError(
             f"user ID_{user} has {count(len(longest), 'training window')} in a row, windows_per_user={n} cannot "
@@ -205,6 +232,14 @@ def _few(files: list[WindowFile], n: int, user: int, contiguous: bool) -> list[W
         )
     first = (len(longest) - n) // 2
     return longest[first : first + n]
+
+
+def _in_a_row(files: Sequence[WindowFile]) -> Iterator[list[WindowFile]]:
+    """Windows of one recording in time order; a fold's training windows may begin twice."""
+    for recording in _by(files, lambda f: (f.condition, f.recording)).values():
+        numbers = np.array([f.number for f in recording])
+        for rows in np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(numbers) < 0) + 1):
+            yield [recording[row] for row in rows]
 
 
 # ---- files

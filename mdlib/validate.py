@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mdlib import __version__, kinematics, metrics
-from mdlib.arms import Arms, augmentation, correctness, count_judges, train_arms, unseen_judges
+from mdlib.arms import Arms, augmentation, correctness, count_judges, outcomes, train_arms, unseen_judges
 from mdlib.conditions import conditions
 from mdlib.data import to_float, to_uint8
 from mdlib.evidence import (
@@ -74,6 +74,7 @@ def evaluate(
         "statistics": statistics(evidence),
         "memorisation": memorisation(evidence),
         "physics": physics(evidence),
+        "outcomes": outcomes(evidence, arms).to_json(),
     }
     report["verdict"] = verdict(report["augmentation"], report["split"]["test_share_overlapping"])
     return report
@@ -229,11 +230,12 @@ def verdict(augmentation: dict, leak: float = 0.0) -> dict:
     }[word]
     real, both = augmentation["real_only"], augmentation["real_plus_generated"]
     gain = augmentation["gain"]["value"]
+    folds = f" of {augmentation['folds']} folds" if augmentation.get("folds", 1) > 1 else ""
     sentence = (
         f"{meaning}: with {augmentation['real_windows_per_user']:.3g} real windows a user, accuracy on unseen windows "
         f"goes from {100 * real['value']:.1f} % to {100 * both['value']:.1f} % when generated windows are added "
         f"(gain {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
-        f"{augmentation['seeds']} seeds, {real['n']} test windows)."
+        f"{augmentation['seeds']} seeds, {real['n']} test windows{folds})."
     )
     if leak:
         sentence += (

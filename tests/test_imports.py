@@ -46,7 +46,7 @@ FLOORS = [
         "pipeline",
         "quality",
     },
-    {"widgets", "selection", "verification", "statistics", "presets", "teacher"},
+    {"outcomes", "widgets", "selection", "verification", "statistics", "presets", "teacher"},
     {"arms"},
     {"fidelity", "conditions"},
     {"validate"},

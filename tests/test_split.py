@@ -6,7 +6,7 @@ import torch
 from helpers import listed, message, picture, small_set
 
 from mdlib.data import DataError, WindowSet
-from mdlib.split import PARTS, apply_split, make_split, measured_overlap, random_split, read_split, write_split
+from mdlib.split import PARTS, apply_split, folds, make_split, measured_overlap, random_split, read_split, write_split
 
 
 def part_numbers(split, part, recording="walk"):
@@ -60,6 +60,36 @@ def test_windows_per_user_thins_only_the_training_part():
     mine = part_numbers({"train": few["train"][:5]}, "train")
     assert len(few["train"]) == 10 and np.ptp(np.diff(mine)) <= 1
     assert "user ID_1 has" in message(make_split, files, windows_per_user=99)
+
+
+@pytest.mark.parametrize("per_user", [None, 10])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_window_is_in_the_test_of_about_one_fold_and_parts_share_no_step(seed, per_user):
+    numbers = np.flatnonzero(np.random.default_rng(seed).random(150) < 0.9).tolist()
+    files = listed(numbers) + [f for letter in "abcdefgh" for f in listed(range(20), recording=letter, user=2)]
+    seen = []
+    for fold in range(folds()):
+        split = make_split(files, fold=fold, windows_per_user=per_user)
+        assert sorted(f.path for f in files) == sorted(sum((split[k] for k in (*PARTS, "dropped", "spare")), []))
+        number = {file.path: (file.user, file.recording, file.number) for file in files}
+        placed = [(number[path], part) for part in PARTS for path in split[part]]
+        for (user, recording, a), part in placed:
+            others = [b for (u, r, b), other in placed if other != part and (u, r) == (user, recording)]
+            assert all(abs(a - b) >= 4 for b in others), "the beginning of a recording touches its end in no fold"
+        seen += split["test"]
+    assert len(set(seen)) >= 0.85 * len(files) and len(seen) <= 1.1 * len(set(seen))
+    assert make_split(files, fold=0) == make_split(files)
+
+
+def test_a_fold_keeps_contiguous_windows_in_a_row():
+    for fold in range(4):
+        split = make_split(listed(range(100)), fold=fold, windows_per_user=12, contiguous=True)
+        assert np.diff(part_numbers(split, "train")).tolist() == [1] * 11
+
+
+@pytest.mark.parametrize("fold, test, last", [(4, 0.25, 3), (-1, 0.25, 3), (3, 0.3, 2)])
+def test_a_fold_that_there_is_not(fold, test, last):
+    assert f"folds 0 to {last}" in message(make_split, listed(range(60)), fold=fold, test=test)
 
 
 def test_too_few_windows_to_split():

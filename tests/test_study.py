@@ -37,7 +37,8 @@ def runs(monkeypatch, report):
         (path / "run.json").write_text(json.dumps({"settings": {"split": parameters["split"]}}))
         if not (path / "split.json").exists():
             (path / "split.json").write_text(module.Path(parameters["split"]).read_text())
-        (path / "report.json").write_text(json.dumps(report))
+        paths = [f"{path.name}/{name}" for name in report["outcomes"]["paths"]]  # every fold has windows of its own
+        (path / "report.json").write_text(json.dumps(report | {"outcomes": report["outcomes"] | {"paths": paths}}))
 
     monkeypatch.setattr(module, "execute", execute)
     return asked
@@ -77,9 +78,27 @@ def test_a_study_goes_on_where_it_was_moved_but_not_with_other_windows(people, t
         study(people, tmp_path / "moved", "vqvae-ldm", "smoke", (4, 8))
 
 
+def test_folds_are_one_measurement_on_other_test_windows_each(people, tmp_path, runs):
+    out = tmp_path / "study"
+    (row,) = study(people, out, "vqvae-ldm", "smoke", (4,), folds=3)["rows"]
+    splits = [read_split(parameters["split"]) for _, parameters, _ in runs]
+    assert [split["fold"] for split in splits] == [0, 1, 2]
+    assert len({tuple(split["test"]) for split in splits}) == 3
+    single = json.loads((out / "windows-4" / "report.json").read_text())
+    one, three = single["augmentation"], row["augmentation"]
+    assert row["folds"] == 3 and three["gain"]["n"] == 3 * one["gain"]["n"]
+    assert three["gain"]["value"] == pytest.approx(one["gain"]["value"]), "three times the same report"
+    assert row["fidelity"]["fd_ratio"]["value"] == pytest.approx(single["fidelity"]["fd_ratio"]["value"])
+    assert "of 3 folds" in row["verdict"]["sentence"] and "of 3 folds" in (out / "study.html").read_text()
+    (row,) = study(people, out, "vqvae-ldm", "smoke", (4,), folds=4)["rows"]
+    assert row["folds"] == 4, "a further fold joins"
+    (row,) = study(people, out, "vqvae-ldm", "smoke", (4,))["rows"]
+    assert row["folds"] == 4, "what is measured stays"
+
+
 def test_the_command_line_tells_every_verdict(people, tmp_path, runs, capsys):
     words = ["study", "--data", people, "--out", tmp_path / "study", "--preset", "smoke", "--windows", "4,6"]
-    app([*map(str, words), "--contiguous", "-p", "seeds=2"], standalone_mode=False)
+    app([*map(str, words), "--contiguous", "--folds", "1", "-p", "seeds=2"], standalone_mode=False)
     told = capsys.readouterr().out.splitlines()
     assert told[-3].endswith("study.html") and all("test windows" in line for line in told[-2:])
     few = read_split(tmp_path / "study" / "split-4.json")
@@ -94,6 +113,8 @@ def test_the_command_line_tells_every_verdict(people, tmp_path, runs, capsys):
         (dict(counts=(4, 1000)), "windows_per_user=1000 cannot be kept"),
         (dict(counts=()), "counts must be whole numbers of 1 or more"),
         (dict(counts=(0,)), "counts must be whole numbers of 1 or more"),
+        (dict(folds=5), "folds 0 to 3"),
+        (dict(folds=0), "folds must be a whole number of 1 or more, got 0"),
         (dict(parameters={"split": "mine.json"}), "split is no parameter of a study"),
         (dict(parameters={"windows": 3}), "no notebook has a parameter 'windows'"),
         (dict(system="vae"), "unknown system 'vae'"),

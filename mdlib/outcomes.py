@@ -1,0 +1,96 @@
+"""Which test windows every arm's classifiers got right, what follows from it, and several folds as one measurement."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mdlib import metrics
+from mdlib.data import DataError
+from mdlib.evidence import bootstrapped, figure, missing
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """correct: arm → (seeds, N) bool, "real_only" and "real_plus_generated" among them; blocks (N,): test windows of
+    one block overlap and are drawn together; paths: of the N windows."""
+
+    correct: dict[str, np.ndarray]
+    blocks: np.ndarray
+    paths: tuple[str, ...]
+
+    def to_json(self) -> dict:
+        """As report.json holds it: by arm a string a seed, "1" where the right user was named."""
+        arms = {name: ["".join(map(str, row.astype(int))) for row in rows] for name, rows in self.correct.items()}
+        return {"paths": list(self.paths), "blocks": self.blocks.tolist(), "correct": arms}
+
+    @classmethod
+    def from_json(cls, found: dict) -> "Outcomes":
+        arms = {name: np.array([list(row) for row in rows]) == "1" for name, rows in found["correct"].items()}
+        return cls(arms, np.array(found["blocks"]), tuple(found["paths"]))
+
+
+def joined(folds: Sequence[Outcomes]) -> Outcomes:
+    """The folds' test windows side by side, in the arms that all of them have; a window keeps to its fold's block, and
+    one that stands in two folds' tests counts in the first.
+
+    Raises:
+        DataError: folds of different numbers of seeds.
+    """
+    seeds = {len(rows) for fold in folds for rows in fold.correct.values()}
+    if len(seeds) > 1:
+        told = " and ".join(map(str, sorted(seeds)))
+        raise DataError(f"folds of {told} seeds cannot be read together: judge them alike")
+    names = [name for name in folds[0].correct if all(name in fold.correct for fold in folds)]
+    correct = {name: np.concatenate([fold.correct[name] for fold in folds], axis=1) for name in names}
+    first = np.cumsum([0, *(fold.blocks.max() + 1 for fold in folds[:-1])])
+    blocks = np.concatenate([fold.blocks + start for fold, start in zip(folds, first, strict=True)])
+    paths = np.array([path for fold in folds for path in fold.paths])
+    once = np.sort(np.unique(paths, return_index=True)[1])
+    return Outcomes({name: rows[:, once] for name, rows in correct.items()}, blocks[once], tuple(paths[once].tolist()))
+
+
+def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
+    """Every arm's accuracy, and real + generated against real alone and against more real windows.
+
+    Args:
+        per_user: real windows a user in real_only.
+        no_more: why there is no arm with more real windows, where there is none.
+    """
+    correct, blocks = outcomes.correct, outcomes.blocks
+    gain = metrics.paired_gain(correct["real_only"], correct["real_plus_generated"], blocks)
+    figures = {name: bootstrapped(rows.mean(0), blocks) for name, rows in correct.items()}
+    for name, rows in correct.items():
+        figures[name]["per_seed"] = rows.mean(1).tolist()
+    return {
+        **figures,
+        "gain": figure(gain["gain"], len(blocks), gain["ci95"]),
+        "gain_ci95": gain["ci95"],
+        "p_value": gain["p_value"],
+        **_against_more_real(outcomes, per_user, no_more),
+        "real_windows_per_user": per_user,
+        "seeds": len(correct["real_only"]),
+    }
+
+
+def _against_more_real(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
+    """real + generated beside more real windows: gain_over_x2, and equivalent_real_windows, the number of real windows
+    a user with which real alone does as well, read off the line through the measured numbers over their logarithm."""
+    correct, blocks = outcomes.correct, outcomes.blocks
+    factors = sorted(int(name.removeprefix("real_x")) for name in correct if name.startswith("real_x"))
+    if not factors:
+        return missing("real_x2", "gain_over_x2", "equivalent_real_windows", reason=no_more)
+    both, n = correct["real_plus_generated"], len(blocks)
+    found = {} if 2 in factors else missing("real_x2", "gain_over_x2", reason="2 is not among the multiples")
+    if 2 in factors:
+        gain = metrics.paired_gain(correct["real_x2"], both, blocks)
+        found["gain_over_x2"] = figure(gain["gain"], n, gain["ci95"])
+    counts = per_user * np.array([1, *factors])
+    real = [correct["real_only"], *(correct[f"real_x{factor}"] for factor in factors)]
+    draws = metrics.paired_bootstrap(np.stack([both, *real]), blocks)
+    measured = metrics.equivalent_count(counts, np.array([[rows.mean() for rows in (both, *real)]]))[0]
+    found["equivalent_real_windows"] = {
+        **figure(float(measured), n, metrics.interval(metrics.equivalent_count(counts, draws))),
+        "between": [float(counts[0]), float(counts[-1])],
+    }
+    return found
