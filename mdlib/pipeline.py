@@ -193,8 +193,10 @@ class MicroDopplerPipeline(DiffusionPipeline):
         changes is what the model thinks tells the two apart.
 
         Raises:
-            DataError: an unknown user, or a prior that cannot stand between two users.
+            DataError: an unknown user, no images, or a prior that cannot stand between two users.
         """
+        if images < 1:
+            raise DataError(f"images must be at least 1, got {images}")
         rows = self.plan([first], 1, seed)[:1] * images
         self._needs("towards", "interpolation")
         if {**self.config.sampling, **sampling}.get("classifier_scale"):

@@ -201,6 +201,8 @@ def test_between_two_users_the_ends_are_theirs(diffusion):
     assert between.shape == (3, 1, 16, 16)
     with pytest.raises(DataError, match="not trained on 4"):
         diffusion.interpolate(3, 4)
+    with pytest.raises(DataError, match="images must be at least 1, got 0"):
+        diffusion.interpolate(3, 12, images=0)
 
 
 def test_the_picture_of_the_denoising_ends_with_the_window(diffusion):
