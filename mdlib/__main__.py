@@ -110,7 +110,7 @@ def study(
     preset: Annotated[str, typer.Option(help="its sizes")] = "demo",
     windows: Annotated[str, typer.Option(help="training windows a user, with commas between")] = "5,10,20,50",
     contiguous: Annotated[bool, typer.Option("--contiguous", help="in a row, not evenly spaced")] = False,
-    folds: Annotated[int, typer.Option(help="of cross-validation, 1 to 4, each with other test windows")] = 1,
+    folds: Annotated[int, typer.Option(help="how many of the 4 folds of cross-validation")] = 1,
     parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of any notebook")] = [],  # noqa: B006
 ):
     """Train and judge a system on few and on more windows a user, down to study.html; a second call goes on."""

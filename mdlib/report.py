@@ -9,7 +9,7 @@ from mdlib import plot
 from mdlib.data import DataError, WindowSet, load_windows
 from mdlib.evidence import Evidence, Protocol, concatenate
 from mdlib.files import whole_file
-from mdlib.split import apply_split, read_split, spare_windows
+from mdlib.split import apply_split, read_split, seen_of_test, spare_windows
 from mdlib.systems import load_codec
 from mdlib.validate import evaluate, through_codec
 
@@ -186,12 +186,8 @@ def load_rival(path: str | Path, split: dict):
         DataError: no codec there, or its run trained it on windows that `split` keeps for the test.
     """
     codec = load_codec(path)
-    for folder in Path(path).resolve().parents[:2]:  # RUN/codec or RUN/pipeline/codec
-        if (folder / "split.json").exists():
-            other = read_split(folder / "split.json")
-            leaked = len(set(split["test"]) & {*other["train"], *other["val"]})
-            if leaked:
-                raise DataError(f"{path} was trained on {leaked} of the test windows: train it on the same split")
+    if seen := seen_of_test(path, split):
+        raise DataError(f"{path} was trained on {seen} of the test windows: train it on the same split")
     return codec
 
 

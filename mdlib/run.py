@@ -32,7 +32,7 @@ from mdlib.kernel import gpus, preset_for
 from mdlib.launch import check_batch, processes, python_path
 from mdlib.perceptual import load_lpips
 from mdlib.presets import Preset
-from mdlib.split import apply_split, make_split, read_split, write_split
+from mdlib.split import apply_split, make_split, read_split, seen_of_test, write_split
 from mdlib.systems import get_preset, get_system, make_codec, make_prior, start_codec, start_prior
 from mdlib.train import precision
 
@@ -255,8 +255,19 @@ def _check(run: Run) -> None:
         load_foundation(preset.foundation)
     if preset.codec.get("perceptual_weight"):
         load_lpips(preset.codec.get("perceptual_net", "squeeze"))
-    if run.settings["split"]:
-        read_split(run.settings["split"])
+    given = run.settings["split"]
+    split = read_split(given) if given else make_split(files, unrecorded=unrecorded)
+    check_starts(run.settings, split)
+
+
+def check_starts(settings: dict, split: dict) -> None:
+    """DataError where weights that a run is to start from have seen test windows of its split."""
+    for key in ("init", "codec_start", "prior_start"):
+        if settings.get(key) and (seen := seen_of_test(settings[key], split, settings["data"])):
+            raise DataError(
+                f"{key}: {settings[key]} was trained on {seen} of the windows that are the test here: take weights of "
+                "other people, or of the same split"
+            )
 
 
 def _check_kind(folder: Path, wanted: type) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "overlap",
     "random_split",
     "read_split",
+    "seen_of_test",
     "spare_windows",
     "write_split",
 ]
@@ -44,7 +45,7 @@ def make_split(
     unrecorded: dict[str, Sequence[int]] | None = None,
     fold: int = 0,
 ) -> dict:
-    """Split by recording and time: in each recording train, then val, then test, in contiguous blocks.
+    """Split by recording and time: in each recording train, then val, then test, in blocks of time.
 
     Windows of different parts of a recording have numbers at least `gap` apart: a window of four steps that advances by
     one shares nothing with the one four numbers later. Windows in between are dropped; the cuts move to where the
@@ -58,12 +59,13 @@ def make_split(
         gap: smallest difference of window numbers between parts.
         windows_per_user: keep this many training windows a user, evenly spaced over all of the user's; val and test
             stay as they are.
-        contiguous: keep them in a row instead, from the middle of the user's longest recording: what one short
-            recording would have given.
+        contiguous: keep them in a row instead, from the middle of the user's longest stretch of training windows: what
+            one short recording would have given.
         unrecorded: condition → users whose windows in it all go to test, as if there were none to train on: what a
             generator makes of them can then be compared with real ones.
-        fold: which of `folds(test)` cross-validation folds: each recording's time begins so many test blocks later and
-            what came before goes on behind its end, so that every window stands in the test of about one fold.
+        fold: of cross-validation, 0 to `folds(test)` − 1: the time of each recording that is split begins `fold` test
+            blocks later, and what came before goes on behind its end. Over all folds nearly every window is in a test
+            once; train may be two pieces.
 
     Returns:
         dict with the lists of paths ``train``, ``val``, ``test``, ``spare`` (training windows that `windows_per_user`
@@ -89,14 +91,15 @@ def make_split(
         mine["test"] = [file for file in files if (file.condition, user) in away]
         files = [file for file in files if (file.condition, user) not in away]
         for timeline, numbers in _timelines(files, gap):
-            timeline, numbers, between = _turn(timeline, numbers, fold * test, gap)
-            mine["dropped"] += between
-            for part, some in zip((*PARTS, "dropped"), _cut(timeline, numbers, val, test, gap), strict=True):
+            for part, some in zip(
+                (*PARTS, "dropped"), _cut_turned(timeline, numbers, val, test, gap, fold), strict=True
+            ):
                 mine[part] += some
         if not all(mine[part] for part in PARTS):
             raise DataError(
-                f"user ID_{user} has {count(len(files), 'window')}, too few for train, val and test "
-                f"{gap} apart: {2 * gap + 1} in a row are needed, add windows or leave the user out"
+                f"user ID_{user} has {count(len(files), 'window')}, too few for train, val and test {gap} apart"
+                f"{f' in fold {fold}' if fold else ''}: {3 * gap if fold else 2 * gap + 1} in a row are needed, add "
+                "windows or leave the user out"
             )
         if windows_per_user is not None:
             every = mine["train"]
@@ -176,17 +179,18 @@ def _timelines(files: Sequence[WindowFile], gap: int) -> Iterator[tuple[list[Win
             yield joined, np.array(numbers)
 
 
-def _turn(
-    files: list[WindowFile], numbers: np.ndarray, share: float, gap: int
-) -> tuple[list[WindowFile], np.ndarray, list[WindowFile]]:
-    """A timeline with its first `share` put behind its end, where it stays `gap` away; and the windows dropped because
-    the new beginning shares steps with what is now the end."""
-    cut = round(share * len(files))
-    if not cut:
-        return files, numbers, []
-    start = int(np.searchsorted(numbers, numbers[cut - 1] + gap))
-    behind = numbers[:cut] + numbers[-1] + gap - numbers[0]
-    return files[start:] + files[:cut], np.concatenate([numbers[start:], behind]), files[cut:start]
+def _cut_turned(
+    files: list[WindowFile], numbers: np.ndarray, val: float, test: float, gap: int, fold: int
+) -> tuple[list[WindowFile], list[WindowFile], list[WindowFile], list[WindowFile]]:
+    """`_cut` of a timeline whose first `fold` test blocks were put behind its end, where they stay `gap` away; dropped
+    too is what would share steps over the new beginning. A timeline that stays in one piece is not turned."""
+    turned = round(fold * test * len(files))
+    if not turned:
+        return _cut(files, numbers, val, test, gap)
+    start = int(np.searchsorted(numbers, numbers[turned - 1] + gap))
+    order = np.concatenate([numbers[start:], numbers[:turned] + numbers[-1] + gap - numbers[0]])
+    train, held, tested, dropped = _cut(files[start:] + files[:turned], order, val, test, gap)
+    return (train, held, tested, files[turned:start] + dropped) if tested else (files, [], [], [])
 
 
 def _cut(
@@ -315,6 +319,20 @@ def spare_windows(windows: WindowSet, split: dict) -> WindowSet | None:
 
 
 # ---- leak
+
+
+def seen_of_test(path: str | Path, split: dict, data: str | Path = "") -> int:
+    """How many of the split's test windows trained the weights at `path` (or chose among them): those in train and val
+    of the run in whose folder they lie. 0 where no run holds them, or one of another data folder than `data`."""
+    for folder in Path(path).resolve().parents[:2]:  # RUN/codec, RUN/pipeline or RUN/pipeline/prior
+        if not (folder / "split.json").exists():
+            continue
+        record = folder / "run.json"
+        if data and record.exists() and json.loads(record.read_text())["settings"]["data"] != str(Path(data).resolve()):
+            return 0
+        other = read_split(folder / "split.json")
+        return len(set(split["test"]) & {*other["train"], *other["val"]})
+    return 0
 
 
 def measured_overlap(windows: WindowSet, split: dict, *, gap: int = 4) -> dict:

@@ -230,12 +230,12 @@ def verdict(augmentation: dict, leak: float = 0.0) -> dict:
     }[word]
     real, both = augmentation["real_only"], augmentation["real_plus_generated"]
     gain = augmentation["gain"]["value"]
-    folds = f" of {augmentation['folds']} folds" if augmentation.get("folds", 1) > 1 else ""
+    of_folds = f" of {augmentation['folds']} folds" if augmentation.get("folds", 1) > 1 else ""
     sentence = (
         f"{meaning}: with {augmentation['real_windows_per_user']:.3g} real windows a user, accuracy on unseen windows "
         f"goes from {100 * real['value']:.1f} % to {100 * both['value']:.1f} % when generated windows are added "
         f"(gain {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
-        f"{augmentation['seeds']} seeds, {real['n']} test windows{folds})."
+        f"{augmentation['seeds']} seeds, {real['n']} test windows{of_folds})."
     )
     if leak:
         sentence += (

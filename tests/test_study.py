@@ -8,9 +8,9 @@ from test_validate import evidence, windows
 
 from mdlib import study as module
 from mdlib.__main__ import app
-from mdlib.data import DataError
+from mdlib.data import DataError, find_windows
 from mdlib.evidence import Protocol
-from mdlib.split import read_split
+from mdlib.split import make_split, read_split, write_split
 from mdlib.study import study
 from mdlib.validate import evaluate
 
@@ -30,7 +30,7 @@ def runs(monkeypatch, report):
     """What `study` would have the notebooks do; each leaves a report."""
     asked = []
 
-    def execute(out, parameters, **said):
+    def execute(out, parameters, first="", **said):
         asked.append((out, parameters, said))
         path = module.Path(out)
         path.mkdir(parents=True, exist_ok=True)
@@ -88,12 +88,57 @@ def test_folds_are_one_measurement_on_other_test_windows_each(people, tmp_path, 
     one, three = single["augmentation"], row["augmentation"]
     assert row["folds"] == 3 and three["gain"]["n"] == 3 * one["gain"]["n"]
     assert three["gain"]["value"] == pytest.approx(one["gain"]["value"]), "three times the same report"
-    assert row["fidelity"]["fd_ratio"]["value"] == pytest.approx(single["fidelity"]["fd_ratio"]["value"])
+    assert three["gain_per_fold"] == [one["gain"]["value"]] * 3
+    distance, before = row["fidelity"]["kid"], single["fidelity"]["kid"]
+    assert distance["value"] == pytest.approx(before["value"]) and distance["n_per_fold"] == [before["n"]] * 3
+    assert distance["real_vs_real"] == pytest.approx(before["real_vs_real"]), "what real windows get stays beside it"
     assert "of 3 folds" in row["verdict"]["sentence"] and "of 3 folds" in (out / "study.html").read_text()
     (row,) = study(people, out, "vqvae-ldm", "smoke", (4,), folds=4)["rows"]
     assert row["folds"] == 4, "a further fold joins"
     (row,) = study(people, out, "vqvae-ldm", "smoke", (4,))["rows"]
     assert row["folds"] == 4, "what is measured stays"
+
+
+def test_a_figure_that_one_fold_lacks_is_no_mean(people, tmp_path, runs):
+    out = tmp_path / "study"
+    study(people, out, "vqvae-ldm", "smoke", (4,))
+    path = out / "windows-4" / "report.json"
+    report = json.loads(path.read_text())
+    report["identity"]["accuracy"] = {"value": 0.25, "n": 5}
+    report["fidelity"]["fd_ratio"] = {"value": None, "reason": "too few windows"}
+    path.write_text(json.dumps(report))
+    (out / "windows-4-of-mine").mkdir()
+    (out / "windows-4-of-mine" / "report.json").write_text("{}")
+    after = study(people, out, "vqvae-ldm", "smoke", (6,))["rows"][0]
+    assert after["identity"]["accuracy"]["value"] == 0.25, "a folder of the user's own is left alone"
+    both = module._row([report, report | {"identity": {}}])
+    assert both["fidelity"]["fd_ratio"] == {"value": None, "reason": "too few windows"}
+    assert "accuracy" not in both["identity"]
+
+
+def test_a_fold_judged_by_an_older_version_is_judged_again(people, tmp_path, monkeypatch, runs):
+    out, told = tmp_path / "study", []
+    study(people, out, "vqvae-ldm", "smoke", (4,))
+    path = out / "windows-4" / "report.json"
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "outcomes"})
+    )
+    again = module.execute
+    monkeypatch.setattr(module, "execute", lambda *words, **said: (told.append(words[2]), again(*words, **said)))
+    (row,) = study(people, out, "vqvae-ldm", "smoke", (4,), folds=2)["rows"]
+    assert told == ["06", ""] and row["folds"] == 2
+
+
+def test_weights_that_saw_a_folds_test_windows_are_refused(people, tmp_path, runs):
+    other = tmp_path / "other"
+    other.mkdir()
+    write_split(make_split(find_windows(people)), other / "split.json")
+    start = {"codec_start": str(other / "codec")}
+    study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), parameters=start)
+    with pytest.raises(DataError, match="codec_start: .* was trained on .* of the windows that are the test here"):
+        study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), folds=2, parameters=start)
+    (other / "run.json").write_text(json.dumps({"settings": {"data": "/somewhere/else"}}))
+    study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), folds=2, parameters=start)
 
 
 def test_the_command_line_tells_every_verdict(people, tmp_path, runs, capsys):
@@ -113,8 +158,9 @@ def test_the_command_line_tells_every_verdict(people, tmp_path, runs, capsys):
         (dict(counts=(4, 1000)), "windows_per_user=1000 cannot be kept"),
         (dict(counts=()), "counts must be whole numbers of 1 or more"),
         (dict(counts=(0,)), "counts must be whole numbers of 1 or more"),
-        (dict(folds=5), "folds 0 to 3"),
-        (dict(folds=0), "folds must be a whole number of 1 or more, got 0"),
+        (dict(folds=5), "folds must be a whole number from 1 to 4, got 5"),
+        (dict(folds=0), "folds must be a whole number from 1 to 4, got 0"),
+        (dict(folds=2, parameters={"rival": "other/codec"}), "rival is of one split"),
         (dict(parameters={"split": "mine.json"}), "split is no parameter of a study"),
         (dict(parameters={"windows": 3}), "no notebook has a parameter 'windows'"),
         (dict(system="vae"), "unknown system 'vae'"),
