@@ -38,6 +38,7 @@ from mdlib.train import precision
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
+STARTS = ("init", "codec_start", "prior_start")  # settings that name weights to start from
 # What a notebook makes; running it anew starts by removing this.
 PRODUCTS = {
     "01": (),
@@ -255,14 +256,14 @@ def _check(run: Run) -> None:
         load_foundation(preset.foundation)
     if preset.codec.get("perceptual_weight"):
         load_lpips(preset.codec.get("perceptual_net", "squeeze"))
-    given = run.settings["split"]
-    split = read_split(given) if given else make_split(files, unrecorded=unrecorded)
-    check_starts(run.settings, split)
+    split = read_split(run.settings["split"]) if run.settings["split"] else None
+    if any(run.settings[key] for key in STARTS):
+        check_starts(run.settings, split or make_split(files, unrecorded=unrecorded))
 
 
 def check_starts(settings: dict, split: dict) -> None:
     """DataError where weights that a run is to start from have seen test windows of its split."""
-    for key in ("init", "codec_start", "prior_start"):
+    for key in STARTS:
         if settings.get(key) and (seen := seen_of_test(settings[key], split, settings["data"])):
             raise DataError(
                 f"{key}: {settings[key]} was trained on {seen} of the windows that are the test here: take weights of "
