@@ -50,7 +50,7 @@ def test_a_window_in_two_folds_counts_once():
 def test_more_folds_narrow_the_interval_as_more_windows_do():
     wide, narrow = (compared(joined([made(seed) for seed in range(n)]), 10.0, "none") for n in (1, 8))
     width = [np.diff(found["gain_ci95"])[0] for found in (wide, narrow)]
-    assert width[1] < 0.7 * width[0]  # windows are a third of its size, seeds the rest
+    assert width[1] < 0.7 * width[0]
 
 
 def test_an_arm_that_one_fold_lacks_is_left_out():
