@@ -28,6 +28,7 @@ from mdlib.report import gather, load_generated
 from mdlib.run import Run, check_parameters, execute, open_run, versions
 from mdlib.split import PARTS, read_split
 from mdlib.systems import SYSTEMS, get_system
+from mdlib.terms import claim
 from mdlib.validate import identity
 
 WITHOUT_END = 1_000_000  # optimizer steps that only the time ends
@@ -74,7 +75,7 @@ def compare(
     names, out = _names(systems), Path(out)
     terms = _terms(names, str(data), preset, budget_minutes, images_per_user, parameters or {})
     find_windows(data)
-    _claim(out, terms)
+    claim(out, terms, "a comparison")
     found = {name: measure(open_run(out / name), terms) for name in SYSTEMS if _is_measured(out / name)}
     ruler = None
     for number, name in enumerate(names, 1):
@@ -129,21 +130,6 @@ def _terms(names: list[str], data: str, preset: str, minutes: float, images: int
 def _images_per_user(preset: str) -> list[int]:
     """Of every system, named or not, so that another may join later."""
     return [system.presets[preset].images_per_user for system in SYSTEMS.values() if preset in system.presets]
-
-
-def _claim(out: Path, terms: dict) -> None:
-    """Note the terms in `out`, or refuse other ones than those of the runs that are there."""
-    note = out / "terms.json"
-    terms = json.loads(json.dumps(terms))  # as it reads back: a tuple is a list
-    if note.exists() and any(out.glob("*/run.json")):
-        before = json.loads(note.read_text())
-        changed = [key for key in terms if before.get(key) != terms[key]]
-        if changed:
-            told = ", ".join(f"{key}: {before.get(key)!r} is not {terms[key]!r}" for key in changed)
-            raise DataError(f"{out} holds a comparison on other terms ({told}): choose another --out or those terms")
-    out.mkdir(parents=True, exist_ok=True)
-    with whole_file(note) as path:
-        path.write_text(json.dumps(terms, indent=1) + "\n")
 
 
 def _parameters(terms: dict, out: Path) -> dict:

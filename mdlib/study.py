@@ -15,6 +15,7 @@ from mdlib.run import check_parameters, check_starts, execute
 from mdlib.split import PARTS, make_split, read_split, write_split
 from mdlib.split import folds as number_of_folds
 from mdlib.systems import get_preset
+from mdlib.terms import claim
 from mdlib.validate import verdict
 
 FOLDS = number_of_folds()
@@ -76,7 +77,7 @@ def study(
     get_preset(system, preset)
     terms = {"data": str(Path(data).resolve()), "system": system, "preset": preset, "contiguous": contiguous}
     terms["parameters"] = given
-    _claim(out, terms)
+    claim(out, terms, "a study")
     _check_splits(out, splits)
     for (k, fold), split in splits.items():
         print(f"{k} training windows a user" + (f", fold {fold + 1} of {folds}" if folds > 1 else ""), flush=True)
@@ -105,16 +106,6 @@ def _runs(out: Path, what: str) -> list[tuple[int, int, Path]]:
     """Count, fold and the file `what` of every run of the study that has it."""
     found = [(re.fullmatch(r"windows-(\d+)(?:-fold-(\d+))?", path.parent.name), path) for path in out.glob(f"*/{what}")]
     return sorted((int(name[1]), int(name[2] or 0), path) for name, path in found if name)
-
-
-def _claim(out: Path, terms: dict) -> None:
-    """Note the terms in `out`, or refuse other ones than those of the runs that are there."""
-    note, terms = out / "terms.json", json.loads(json.dumps(terms))
-    if note.exists() and json.loads(note.read_text()) != terms and any(out.glob("*/run.json")):
-        raise DataError(f"{out} holds a study on other terms, see {note}: choose another --out or those terms")
-    out.mkdir(parents=True, exist_ok=True)
-    with whole_file(note) as path:
-        path.write_text(json.dumps(terms, indent=1) + "\n")
 
 
 def _check_splits(out: Path, splits: dict[tuple[int, int], dict]) -> None:

@@ -30,6 +30,7 @@ FLOORS = [
         "foundation",
         "kernel",
         "ldm",
+        "terms",
     },
     {
         "vqvae",

@@ -64,7 +64,7 @@ def test_a_second_call_adds_numbers_and_other_terms_are_refused(people, tmp_path
     out = tmp_path / "study"
     study(people, out, "vqvae-ldm", "smoke", (4,))
     assert [row["windows_per_user"] for row in study(people, out, "vqvae-ldm", "smoke", (6,))["rows"]] == [4, 6]
-    with pytest.raises(DataError, match="holds a study on other terms"):
+    with pytest.raises(DataError, match=r"holds a study on other terms \(contiguous: False is not True\)"):
         study(people, out, "vqvae-ldm", "smoke", (4,), contiguous=True)
 
 
