@@ -9,7 +9,7 @@ import torch
 
 from mdlib import metrics
 from mdlib.data import WindowSet
-from mdlib.evidence import Evidence, Protocol, concatenate, figure, first_of_each, time_blocks
+from mdlib.evidence import Evidence, Protocol, chance_blocks, concatenate, figure, first_of_each
 from mdlib.judge import Judge, train_each, train_judge
 from mdlib.outcomes import Outcomes, compared
 from mdlib.selection import FILTERS, keep_best, keep_plausible, scores
@@ -158,9 +158,22 @@ def _mixed(real: WindowSet, made: WindowSet, share: float) -> tuple[torch.Tensor
     """Images and labels of both sets, repeated as needed, so that `share` of a batch is generated and all windows of a
     set count alike."""
     total = max(len(real) / (1 - share), len(made) / share)
-    rows = [torch.arange(round(total * part)) % len(some) for part, some in ((1 - share, real), (share, made))]
+    rows = [_repeated(some, round(total * part)) for part, some in ((1 - share, real), (share, made))]
     images = torch.cat([real.images[rows[0]], made.images[rows[1]]])
     return images, torch.cat([real.labels[rows[0]], made.labels[rows[1]]])
+
+
+def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
+    """`count` rows (count,): all as often as they go, then chance ones from the users in turn, so that no user is seen
+    more often than real windows alone would show him."""
+    whole, rest = divmod(count, len(windows))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    shuffled = windows.labels[order]
+    place = torch.empty(len(windows), dtype=torch.long)
+    for user in shuffled.unique():
+        place[shuffled == user] = torch.arange(int((shuffled == user).sum()))
+    in_turn = order[place.argsort(stable=True)]
+    return torch.cat([torch.arange(len(windows)).repeat(whole), in_turn[:rest]])
 
 
 def correctness(judges: list[Judge], images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
@@ -189,7 +202,9 @@ def _job(windows: tuple, num_users: int, seed: int, protocol: Protocol, folder=N
 
 def outcomes(evidence: Evidence, arms: Arms) -> Outcomes:
     """The arms' correctness with the test windows it is about."""
-    return Outcomes(arms.correct, time_blocks(evidence.test, evidence.gap), evidence.test.paths)
+    test = evidence.test
+    users = np.array([file.user for file in test.files])
+    return Outcomes(arms.correct, chance_blocks(test, evidence.gap), test.paths, users)
 
 
 def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:

@@ -4,7 +4,7 @@ import numpy as np
 
 from mdlib import metrics
 from mdlib.arms import Arms
-from mdlib.evidence import Evidence, bootstrapped, figure, missing, time_blocks
+from mdlib.evidence import Evidence, chance_blocks, figure, missing, scored
 
 
 def conditions(evidence: Evidence, arms: Arms) -> dict:
@@ -16,7 +16,7 @@ def conditions(evidence: Evidence, arms: Arms) -> dict:
     recorded = {(file.user, file.condition) for file in evidence.train.files}
     where = np.array([file.condition for file in test.files])
     known = np.array([(file.user, file.condition) in recorded for file in test.files])
-    blocks, found = time_blocks(test, evidence.gap), {}
+    blocks, found = chance_blocks(test, evidence.gap), {}
     for condition in test.conditions:
         for suffix, told in (("", known), ("_unrecorded", ~known)):
             rows = (where == condition) & told
@@ -28,5 +28,5 @@ def conditions(evidence: Evidence, arms: Arms) -> dict:
 def _figures(name: str, arms: Arms, rows: np.ndarray, blocks: np.ndarray) -> dict:
     real, both = (arms.correct[arm][:, rows] for arm in ("real_only", "real_plus_generated"))
     gain = metrics.paired_gain(real, both, blocks[rows])
-    accuracy = bootstrapped(both.mean(0), blocks[rows]) | {"real": float(real.mean())}
+    accuracy = scored(both, blocks[rows]) | {"real": float(real.mean())}
     return {name: accuracy, f"{name}_gain": figure(gain["gain"], int(rows.sum()), gain["ci95"])}

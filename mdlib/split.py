@@ -13,7 +13,9 @@ from mdlib.files import whole_file
 
 __all__ = [
     "PARTS",
+    "STARTS",
     "apply_split",
+    "chosen",
     "folds",
     "make_split",
     "measured_overlap",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 PARTS = ("train", "val", "test")
+STARTS = ("init", "codec_start", "prior_start")  # a run's settings that name weights it begins with
 
 # Two gaps drop up to 2 (gap - 1) windows: a recording of fewer than 8 gaps would lose a fifth of itself.
 _SHORTEST_IN_GAPS = 8
@@ -107,6 +110,8 @@ def make_split(
             mine["spare"] = [file for file in every if file not in mine["train"]]
         for part in parts:
             parts[part] += [f.path for f in mine[part]]
+    if windows_per_user is not None:
+        _check_conditions(_files(windows), parts, windows_per_user, contiguous)
     return {
         **parts,
         "gap": gap,
@@ -238,6 +243,18 @@ def _few(files: list[WindowFile], n: int, user: int, contiguous: bool) -> list[W
     return longest[first : first + n]
 
 
+def _check_conditions(files: Sequence[WindowFile], parts: dict, n: int, contiguous: bool) -> None:
+    """DataError where thinning took the last training window of a condition that there was one of."""
+    of = {file.path: file.condition for file in files}
+    kept, left = ({of[path] for path in parts[part]} for part in ("train", "spare"))
+    if gone := sorted(left - kept):
+        how = "in a row " if contiguous else ""
+        raise DataError(
+            f"windows_per_user={n} {how}leaves no training window of {', '.join(gone)}: keep more, or take a folder of "
+            "one condition"
+        )
+
+
 def _in_a_row(files: Sequence[WindowFile]) -> Iterator[list[WindowFile]]:
     """Windows of one recording in time order; a fold's training windows may begin twice."""
     for recording in _by(files, lambda f: (f.condition, f.recording)).values():
@@ -318,21 +335,37 @@ def spare_windows(windows: WindowSet, split: dict) -> WindowSet | None:
     return windows.select(sorted(rows)) if rows else None
 
 
+def chosen(split: dict) -> str:
+    """How a split's training windows were chosen, in words."""
+    if not split.get("windows_per_user"):
+        return "all that the split gives to training"
+    return f"{split['windows_per_user']} a user, {'in a row' if split.get('contiguous') else 'evenly spaced'}"
+
+
 # ---- leak
 
 
 def seen_of_test(path: str | Path, split: dict, data: str | Path = "") -> int:
     """How many of the split's test windows trained the weights at `path` (or chose among them): those in train and val
-    of the run in whose folder they lie. 0 where no run holds them, or one of another data folder than `data`."""
-    for folder in Path(path).resolve().parents[:2]:  # RUN/codec, RUN/pipeline or RUN/pipeline/prior
+    of the run in whose folder they lie, and of the runs that this one started from. Runs on another data folder than
+    `data` do not count."""
+    return len(set(split["test"]) & _learned_from(Path(path).resolve(), str(Path(data).resolve()) if data else ""))
+
+
+def _learned_from(path: Path, data: str) -> set[str]:
+    """Windows of the data folder that weights have seen."""
+    for folder in path.parents[:2]:  # RUN/codec, RUN/pipeline or RUN/pipeline/prior
         if not (folder / "split.json").exists():
             continue
         record = folder / "run.json"
-        if data and record.exists() and json.loads(record.read_text())["settings"]["data"] != str(Path(data).resolve()):
-            return 0
+        settings = json.loads(record.read_text())["settings"] if record.exists() else {}
+        earlier = [Path(settings[key]) for key in STARTS if settings.get(key)]
+        seen = set().union(*(_learned_from(start, data) for start in earlier))
+        if data and settings.get("data", data) != data:
+            return seen
         other = read_split(folder / "split.json")
-        return len(set(split["test"]) & {*other["train"], *other["val"]})
-    return 0
+        return seen | {*other["train"], *other["val"]}
+    return set()
 
 
 def measured_overlap(windows: WindowSet, split: dict, *, gap: int = 4) -> dict:

@@ -99,7 +99,7 @@ def _name(count: int, fold: int) -> str:
 def _judged_without_outcomes(run: Path) -> bool:
     """Whether a run was judged by a version of mdlib whose reports cannot be read together."""
     report = run / "report.json"
-    return report.exists() and "outcomes" not in json.loads(report.read_text())
+    return report.exists() and "users" not in json.loads(report.read_text()).get("outcomes", {})
 
 
 def _runs(out: Path, what: str) -> list[tuple[int, int, Path]]:
@@ -158,7 +158,13 @@ def _row(reports: list[dict]) -> dict:
         "gain_per_fold": [one["gain"]["value"] for one in every],
     }
     means = {section: _means([report[section] for report in reports]) for section in SECTIONS[1:-1]}
-    return {"folds": len(reports), "augmentation": augmentation, **means, "verdict": verdict(augmentation)}
+    copied = means["memorisation"]["copies"]["value"]
+    return {
+        "folds": len(reports),
+        "augmentation": augmentation,
+        **means,
+        "verdict": verdict(augmentation, copied=copied),
+    }
 
 
 def _means(sections: list[dict]) -> dict:

@@ -20,11 +20,12 @@ from mdlib.evidence import (
     Evidence,
     Protocol,
     bootstrapped,
+    chance_blocks,
     concatenate,
     figure,
     halves,
     missing,
-    time_blocks,
+    scored,
 )
 from mdlib.fidelity import fidelity
 from mdlib.judge import Judge
@@ -38,6 +39,7 @@ from mdlib.statistics import statistics
 from mdlib.verification import folds, verification
 
 PAIRS_SHOWN = 6  # generated windows shown beside their nearest training window
+COPIED = 0.1  # share of copies from which the verdict warns; one in a hundred is expected by chance
 OTHER_LABEL = ("psnr_db_other_label", "taken_for_other_label")
 
 
@@ -76,7 +78,8 @@ def evaluate(
         "physics": physics(evidence),
         "outcomes": outcomes(evidence, arms).to_json(),
     }
-    report["verdict"] = verdict(report["augmentation"], report["split"]["test_share_overlapping"])
+    leak, copied = report["split"]["test_share_overlapping"], report["memorisation"]["copies"]["value"]
+    report["verdict"] = verdict(report["augmentation"], leak, copied)
     return report
 
 
@@ -98,15 +101,15 @@ def reconstruction(evidence: Evidence, arms: Arms) -> dict:
     names = ("psnr_db", "ssim", "identity_accuracy", "identity_accuracy_before")
     if evidence.codec is None:
         return missing(*names, "rival_psnr_db", "codec_choice", *OTHER_LABEL, reason="no codec was given")
-    test, blocks = evidence.test, time_blocks(evidence.test, evidence.gap)
+    test, blocks = evidence.test, chance_blocks(evidence.test, evidence.gap)
     outputs = through_codec(evidence.codec, test.images, test.labels)
     after = correctness(arms.judges["real_only"], to_uint8(outputs), test.labels)
     psnr = bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks)
     return {
         "psnr_db": psnr,
         "ssim": bootstrapped(metrics.ssim(outputs, test.float()).numpy(), blocks),
-        "identity_accuracy": bootstrapped(after.mean(0), blocks),
-        "identity_accuracy_before": bootstrapped(arms.correct["real_only"].mean(0), blocks),
+        "identity_accuracy": scored(after, blocks),
+        "identity_accuracy_before": scored(arms.correct["real_only"], blocks),
         **codec_choice(evidence, psnr["value"]),
         **other_label(evidence, arms),
     }
@@ -118,7 +121,7 @@ def other_label(evidence: Evidence, arms: Arms) -> dict:
     codec, test = evidence.codec, evidence.test
     if not codec.conditional:
         return missing(*OTHER_LABEL, reason="this codec is told no users")
-    blocks, other = time_blocks(test, evidence.gap), (test.labels + 1) % test.num_users
+    blocks, other = chance_blocks(test, evidence.gap), (test.labels + 1) % test.num_users
     outputs = through_codec(codec, test.images, other)
     taken = correctness(arms.judges["real_only"], to_uint8(outputs), other).mean(0)
     found = (metrics.psnr(outputs, test.float()).numpy(), taken)
@@ -132,7 +135,7 @@ def codec_choice(evidence: Evidence, psnr_db: float) -> dict:
     if rival is None:
         return missing("rival_psnr_db", "codec_choice", reason="no rival codec was given")
     made = through_codec(rival, test.images, test.labels)
-    found = bootstrapped(metrics.psnr(made, test.float()).numpy(), time_blocks(test, evidence.gap))
+    found = bootstrapped(metrics.psnr(made, test.float()).numpy(), chance_blocks(test, evidence.gap))
     if _has_tokens(codec) == _has_tokens(rival):
         return {"rival_psnr_db": found, **missing("codec_choice", reason="both codecs are of one kind")}
     vq, vq_psnr, kl_psnr = (codec, psnr_db, found["value"]) if _has_tokens(codec) else (rival, found["value"], psnr_db)
@@ -163,16 +166,21 @@ def identity(evidence: Evidence, judges: list[Judge]) -> dict:
     probabilities = torch.stack([judge.probabilities(generated.images) for judge in judges])  # (judges, N, n)
     named = probabilities.argmax(2)
     correct = (named == generated.labels).double().mean(0).numpy()  # (N,)
-    own = correctness(judges, train.images, train.labels).mean(0)
+    own = correctness(judges, train.images, train.labels)
     table = sum(metrics.confusion(row, generated.labels, generated.num_users) for row in named)
     share = table / table.sum(1, keepdim=True).clamp_min(1)
     each = np.arange(len(generated))  # generated windows are drawn one by one: each is its own block
     ratio = metrics.control_ratio(probabilities.mean(0), generated.labels)
     return {
         "accuracy": bootstrapped(correct, each),
-        "judge_accuracy": bootstrapped(own, time_blocks(train, evidence.gap)),
+        "judge_accuracy": scored(own, chance_blocks(train, evidence.gap)),
         "control_ratio": figure(ratio, len(generated)),
         "confusion": share.tolist(),
+        "per_user": [
+            {"user": user, "n": int(own.sum()), "accuracy": float(correct[own].mean())}
+            for label, user in enumerate(generated.users)
+            if (own := (generated.labels == label).numpy()).any()
+        ],
     }
 
 
@@ -191,7 +199,7 @@ def memorisation(evidence: Evidence, copy_quantile: float = 0.01) -> dict:
     ratio = float(generated.median() / test.median().clamp_min(1e-9))
     return {
         "nearest_train_ratio": figure(ratio, len(generated)),
-        "copies": figure(float((generated < threshold).double().mean()), len(generated)),
+        "copies": bootstrapped((generated < threshold).double().numpy(), np.arange(len(generated))),
         "copies_expected": copy_quantile,
         "nearest": [
             {
@@ -216,10 +224,11 @@ def physics(evidence: Evidence) -> dict:
     return kinematics.compare(gaits, unseen.num_users)
 
 
-def verdict(augmentation: dict, leak: float = 0.0) -> dict:
+def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     """helps / no evidence / hurts, from the interval of the gain, and one sentence a person can read.
 
-    leak: share of test windows that overlap a training window; the sentence warns of it.
+    leak: share of test windows that overlap a training window; copied: share of generated windows that are copies of
+    training windows, where one in a hundred is chance. The sentence warns of either.
     """
     low, high = augmentation["gain_ci95"]
     word = "helps" if low > 0 else "hurts" if high < 0 else "no evidence"
@@ -242,6 +251,8 @@ def verdict(augmentation: dict, leak: float = 0.0) -> dict:
             f" {100 * leak:.2g} % of the test windows overlap a training window: accuracies are too high, and copies "
             "of training windows look like help."
         )
+    if copied > COPIED:
+        sentence += f" {100 * copied:.2g} % of the generated windows are copies of training windows."
     return {"word": word, "sentence": sentence}
 
 

@@ -79,6 +79,15 @@ def test_every_window_is_in_the_test_of_about_one_fold_and_parts_share_no_step(s
     assert len(set(seen)) >= 0.85 * len(files) and len(seen) <= 1.1 * len(set(seen))
 
 
+def test_thinning_leaves_windows_of_every_condition():
+    files = [f for c in ("backpack", "bag", "phone") for f in listed(range(60), recording=c, condition=c)]
+    assert len(make_split(files, windows_per_user=3)["train"]) == 3
+    assert message(make_split, files, windows_per_user=2) == (
+        "windows_per_user=2 leaves no training window of bag: keep more, or take a folder of one condition"
+    )
+    assert "in a row leaves no training window of" in message(make_split, files, windows_per_user=5, contiguous=True)
+
+
 def test_a_fold_keeps_contiguous_windows_in_a_row():
     for fold in range(4):
         split = make_split(listed(range(100)), fold=fold, windows_per_user=12, contiguous=True)

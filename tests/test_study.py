@@ -120,9 +120,9 @@ def test_a_fold_judged_by_an_older_version_is_judged_again(people, tmp_path, mon
     out, told = tmp_path / "study", []
     study(people, out, "vqvae-ldm", "smoke", (4,))
     path = out / "windows-4" / "report.json"
-    path.write_text(
-        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "outcomes"})
-    )
+    report = json.loads(path.read_text())
+    del report["outcomes"]["users"]
+    path.write_text(json.dumps(report))
     again = module.execute
     monkeypatch.setattr(module, "execute", lambda *words, **said: (told.append(words[2]), again(*words, **said)))
     (row,) = study(people, out, "vqvae-ldm", "smoke", (4,), folds=2)["rows"]
@@ -137,6 +137,21 @@ def test_weights_that_saw_a_folds_test_windows_are_refused(people, tmp_path, run
     study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), parameters=start)
     with pytest.raises(DataError, match="codec_start: .* was trained on .* of the windows that are the test here"):
         study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), folds=2, parameters=start)
+    later = tmp_path / "later"  # a run on other people that began with that one
+    later.mkdir()
+    (later / "split.json").write_text((other / "split.json").read_text())
+    settings = {"data": "/somewhere/else", "init": str(other / "pipeline")}
+    (later / "run.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(DataError, match="codec_start: .* of the windows that are the test here"):
+        study(
+            people,
+            tmp_path / "chain",
+            "vqvae-ldm",
+            "smoke",
+            (4,),
+            folds=2,
+            parameters={"codec_start": str(later / "codec")},
+        )
     (other / "run.json").write_text(json.dumps({"settings": {"data": "/somewhere/else"}}))
     study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), folds=2, parameters=start)
 

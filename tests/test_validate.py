@@ -12,12 +12,13 @@ from helpers import write_set
 
 from mdlib import arms as arms_file
 from mdlib import fidelity as fidelity_file
+from mdlib import judge as judge_file
 from mdlib import metrics
 from mdlib import verification as verification_file
 from mdlib.arms import Arms, _mixed, augmentation, correctness, real_only_judges, times, train_arms
 from mdlib.augment import stride_shift
 from mdlib.data import DataError, WindowFile, WindowSet
-from mdlib.evidence import Evidence, Protocol, alike, concatenate, first_of_each, halves, time_blocks
+from mdlib.evidence import Evidence, Protocol, alike, bootstrapped, chance_blocks, concatenate, first_of_each, halves
 from mdlib.fidelity import fidelity, pairs_apart
 from mdlib.judge import Embedder, Judge, features
 from mdlib.perceptual import INCEPTION, LPIPS_BACKBONES
@@ -273,10 +274,33 @@ def test_the_share_of_generated_windows_is_what_it_says():
         assert int(images.sum()) >= 70, "every generated window takes part"
 
 
-def test_overlapping_windows_are_one_block():
-    blocks = time_blocks(windows(10, 0), gap=4)
-    assert [len(set(blocks[10 * k : 10 * k + 10])) for k in range(4)] == [3, 3, 3, 3]
-    assert len(set(blocks)) == 12
+@pytest.mark.parametrize(
+    "real, made, share", [(20, 50, 0.5), (20, 30, 0.5), (50, 30, 0.5), (10, 5, 0.125), (3, 7, 0.25)]
+)
+def test_no_user_is_seen_more_often_than_another(real, made, share):
+    _, labels = _mixed(windows(real, 1), windows(made, 2), share)
+    counts = labels.bincount()
+    assert counts.max() - counts.min() <= 2, "one for the real windows, one for the generated ones"
+    images, _ = _mixed(windows(real, 1), windows(made, 2), share)
+    often = images.flatten(1).unique(dim=0, return_counts=True)[1]
+    assert often.min() >= 1 and len(often) == 4 * (real + made), "every window takes part"
+
+
+def test_a_filters_choice_keeps_its_shares_of_users():
+    kept = windows(8, 2).select([0, 1, 2, 8, 16, 17, 18, 19, 24])  # 3, 1, 4 and 1 of four users
+    _, labels = _mixed(windows(3, 1), kept, 0.5)
+    assert (labels.bincount() - torch.tensor([6, 4, 7, 4])).abs().max() <= 1
+
+
+def test_intervals_hold_the_truth_where_windows_overlap():
+    case, rng, held = windows(100, 0), np.random.default_rng(0), 0
+    blocks = chance_blocks(case, gap=4)
+    for _ in range(200):  # windows that share three of their four steps with the next: a moving mean of four
+        steps = rng.standard_normal((4, 103))
+        values = sum(steps[:, i : i + 100] for i in range(4)).ravel()
+        low, high = bootstrapped(values, blocks)["ci95"]
+        held += low <= 0 <= high
+    assert held >= 0.9 * 200
 
 
 def test_halves_of_real_windows_share_no_step():
@@ -306,6 +330,14 @@ def test_the_first_windows_of_each_user_are_taken():
     assert few.labels.bincount().tolist() == [2, 2, 2, 2]
 
 
+def test_few_windows_are_taken_from_all_conditions():
+    every = windows(6, 7)
+    files = tuple(replace(file, condition="backpack" if row % 6 < 4 else "bag") for row, file in enumerate(every.files))
+    few = first_of_each(replace(every, files=files), 4)
+    assert [file.condition for file in few.files] == ["backpack", "backpack", "bag", "bag"] * 4
+    assert few.labels.bincount().tolist() == [4, 4, 4, 4]
+
+
 def test_the_gain_is_told_for_fewer_generated_windows():
     protocol = Protocol(judge_steps=2, seeds=2, counts=(2, 4, 9))
     found = evaluate(evidence(windows(5, 7)), protocol)["augmentation"]
@@ -324,6 +356,14 @@ def test_judges_of_real_windows_are_kept_for_other_runs(tmp_path, monkeypatch):
     for changed in (replace(case, train=windows(3, 9)), case):
         with pytest.raises(TypeError):
             real_only_judges(changed, protocol if changed is not case else replace(protocol, judge_steps=3), tmp_path)
+
+
+def test_judges_of_another_version_are_not_taken(tmp_path, monkeypatch):
+    protocol, case = Protocol(judge_steps=2, seeds=2), evidence(windows(5, 7))
+    real_only_judges(case, protocol, tmp_path)
+    monkeypatch.setattr(judge_file, "_how", lambda: "changed")
+    real_only_judges(case, protocol, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_judges_that_train_side_by_side_are_the_same(monkeypatch, tmp_path):
@@ -441,7 +481,9 @@ def test_the_command_line_takes_a_rival(tmp_path, monkeypatch):
 )
 def test_the_verdict_comes_from_the_interval(honest, ci95, word):
     told = verdict({**honest["augmentation"], "gain_ci95": ci95})
-    assert told["word"] == word and "real windows a user" in told["sentence"]
+    assert told["word"] == word and "real windows a user" in told["sentence"] and "copies" not in told["sentence"]
+    warned = verdict({**honest["augmentation"], "gain_ci95": ci95}, copied=0.96)
+    assert warned["sentence"].endswith(" 96 % of the generated windows are copies of training windows.")
 
 
 def test_the_report_is_one_page_that_opens_offline(honest, tmp_path):
@@ -456,6 +498,8 @@ def test_the_report_is_one_page_that_opens_offline(honest, tmp_path):
     assert page.index(report["verdict"]["sentence"].split(" (gain")[0]) < page.index("<table>")
     assert "&lt;toy&gt; &amp; more" in page and page.count("data:image/png;base64,") == 10
     assert "http" not in page.replace("http-equiv", "")
+    users = [row for row in page.split("<tr>") if row.startswith("<th>ID_")]
+    assert len(users) == 4 and users[0].startswith("<th>ID_2</th><td class=n>25</td>")
 
 
 def test_judges_do_not_see_what_they_are_asked_about(monkeypatch):
