@@ -371,7 +371,7 @@ def gain_curves(augmentation: dict) -> Figure:
     figure, axes = _figure(3.6 * len(panels), 2.6, 1, len(panels), sharey=True)
     for axis, (key, lines, title) in zip(axes[0], panels, strict=True):
         axis.axhline(0, color=INK, linewidth=0.7, linestyle=":")
-        for (name, rows), colour in zip(lines.items(), (ACCENT, SECOND, THIRD), strict=False):
+        for (name, rows), colour in zip(lines.items(), _colours(len(lines)), strict=True):
             _percentages(axis, [row[key] for row in rows], rows, colour, name)
         axis.set_xlabel(title, fontsize=8)
         if len(lines) > 1:

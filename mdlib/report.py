@@ -34,8 +34,9 @@ _SECTIONS = {
         "over that; gain_other_users: the mean of the users' gains, its interval redraws users, as if other people had "
         "walked. equivalent_real_windows: the number of real windows a user with which real alone does as well, "
         "read off between the measured numbers, which are its limits. Filters: confidence keeps the generated windows "
-        "a classifier of the training windows is surest of, diversity those least like another of their user, "
-        "kinematics those within their user's range of gait.",
+        "a classifier of the training windows is surest of, margin those where its first and second choice lie "
+        "farthest apart, specificity those where their user and the likeliest other do, diversity those least like "
+        "another of their user, kinematics those within their user's range of gait.",
     ),
     "conditions": (
         "Does what people carry confuse the identifier?",

@@ -11,7 +11,7 @@ from mdlib import kinematics
 from mdlib.data import WindowSet
 from mdlib.judge import Judge, features
 
-FILTERS = ("confidence", "diversity")  # see `scores`
+FILTERS = ("confidence", "margin", "specificity", "diversity")  # see `scores`
 SPREADS = 3.0  # a user's range of a metric: the mean of the training windows, give or take so many deviations
 SIFTED = ("torso_speed", "cadence", "step_length", "upper_envelope", "lower_envelope", "bandwidth")
 
@@ -19,16 +19,20 @@ SIFTED = ("torso_speed", "cadence", "step_length", "upper_envelope", "lower_enve
 def scores(windows: WindowSet, judge: Judge) -> dict[str, np.ndarray]:
     """What FILTERS look at, each (N,), by a judge of the training windows.
 
-    confidence: P(own user); diversity: distance to the nearest other window of the user in the judge's features, each
-    of length 1 (infinite for a user's only window).
+    confidence: P(own user); margin: P of the likeliest user less that of the next, whoever they are; specificity: P(own
+    user) less that of the likeliest other; diversity: distance to the nearest other window of the user in the judge's
+    features, each of length 1 (infinite for a user's only window).
     """
-    own = judge.probabilities(windows.images).gather(1, windows.labels[:, None])[:, 0]
+    every, own = judge.probabilities(windows.images), windows.labels[:, None]
+    confidence, others = every.gather(1, own)[:, 0], every.scatter(1, own, 0.0)
+    first, second = torch.nn.functional.pad(every, (0, 1)).topk(2).values.T  # padded: of one user there is no second
     found = torch.nn.functional.normalize(features(judge, windows.images), dim=1)
     nearest = np.full(len(windows), np.inf)
     for rows in _of_users(windows):
         distance = torch.cdist(found[rows], found[rows]).fill_diagonal_(torch.inf)
         nearest[rows] = distance.min(1).values.numpy()
-    return {"confidence": own.numpy(), "diversity": nearest}
+    likelihoods = {"confidence": confidence, "margin": first - second, "specificity": confidence - others.amax(1)}
+    return {**{name: score.numpy() for name, score in likelihoods.items()}, "diversity": nearest}
 
 
 def keep_best(windows: WindowSet, score: np.ndarray, share: float) -> np.ndarray:

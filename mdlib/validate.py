@@ -1,8 +1,8 @@
 """The evaluation protocol: real and generated windows in, the report out.
 
-Every figure is measured here on windows the generator was not trained on, carries its n and, where it is an estimate,
-a 95 % interval; those of whole sets (Fréchet distance, precision, silhouette …) have none, because redrawing windows
-would bias them. What was not measured is null with its reason.
+Every figure is measured here on windows the generator was not trained on, carries its n and, where it is a mean,
+a 95 % interval; those of whole sets (Fréchet distance, precision, silhouette, ratios of medians, codes used …) have
+none, because redrawing windows would bias them. What was not measured is null with its reason.
 """
 
 from dataclasses import replace

@@ -40,6 +40,11 @@ def test_scores_are_what_the_judge_says_of_the_own_user():
     own = judge.probabilities(made.images).numpy()[np.arange(4), made.labels]
     np.testing.assert_allclose(found["confidence"], own, rtol=1e-6)
     assert found["confidence"][1] == pytest.approx(0.5, abs=0.03) and found["confidence"][3] < 0.05
+    every = np.sort(judge.probabilities(made.images).numpy(), axis=1)
+    np.testing.assert_allclose(found["margin"], every[:, -1] - every[:, -2], rtol=1e-5)
+    right = found["confidence"] > 0.5  # named right, the two are one; else the user lies behind another
+    np.testing.assert_allclose(found["specificity"][right], found["margin"][right], rtol=1e-5)
+    assert found["specificity"][3] < -0.9 < 0.9 < found["margin"][3]
     assert 0 < found["diversity"][0] == found["diversity"][1] < 1
     assert np.isinf(found["diversity"][2:]).all(), "alone of their user"
 
