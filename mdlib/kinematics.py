@@ -25,12 +25,13 @@ FIGURES = {  # the metric of physics.METRICS and its unit; below the envelopes l
     "torso_speed": ("v_torso", "m/s"),
     "cadence": ("f_step", "relative steps/s"),
     "step_length": ("step_len", "relative m"),
+    "foot_speed": ("v_foot", "m/s"),
     "upper_envelope": ("u97", "m/s"),
     "lower_envelope": ("l03", "m/s"),
     "bandwidth": ("bw_total", "m/s"),
     "left_right_asymmetry": ("asym_v", ""),
 }
-NAMES = (*list(FIGURES)[:3], "envelopes", *list(FIGURES)[3:], "plausible")
+NAMES = (*list(FIGURES)[:4], "envelopes", *list(FIGURES)[4:], "plausible")
 GATES = {name: bounds for name, bounds in physics.GATES.items() if name not in ("f_step", "step_len", "drop")}
 AVERAGED = (*COMPARED, "user_correlation", "user_correlation_real")
 

@@ -95,17 +95,17 @@ _SECTIONS = {
     ),
     "physics": (
         "Do generated walkers move like the real ones?",
-        "Read off each window alone: trunk speed, step rate, envelopes (the velocities below which 97 % and 3 % of a "
-        "column lie, and the mean of both), bandwidth, difference of left and right steps, which four steps hardly "
-        "show. Value: Wasserstein-1 distance between a user's generated and unseen real windows, the mean over users, "
-        "its interval redraws users; lower is better. real: between two halves of the unseen windows that do not "
-        "overlap; ratio: value over real; train: training windows against the unseen, what a perfect copier would get. "
-        "Every comparison takes the same number n of windows a side. Windows of a half are neighbours that share "
-        "steps, so train can lie below real. r, real r: correlation over users of generated and real means, and of the "
-        "means of the two halves. plausible: share of windows that a walking adult could have made, by foot over trunk "
-        "speed, regularity of the steps and energy out of range; low for real ones too where 32 pixels are few. Images "
-        "carry no axes: m/s are right if their height spans -0.9 to 3.9 m/s, as the simulator's does by default, else "
-        "they are units of that axis; a window is taken for four steps of 0.58 s, so cadence and step length are "
+        "Read off each window alone: trunk speed, step rate, peak foot speed, envelopes (the velocities below which 97 "
+        "% and 3 % of a column lie, and the mean of both), bandwidth, difference of left and right steps, which four "
+        "steps hardly show. Value: Wasserstein-1 distance between a user's generated and unseen real windows, the mean "
+        "over users, its interval redraws users; lower is better. real: between two halves of the unseen windows that "
+        "do not overlap; ratio: value over real; train: training windows against the unseen, what a perfect copier "
+        "would get. Every comparison takes the same number n of windows a side. Windows of a half are neighbours that "
+        "share steps, so train can lie below real. r, real r: correlation over users of generated and real means, and "
+        "of the means of the two halves. plausible: share of windows that a walking adult could have made, by foot over"
+        " trunk speed, regularity of the steps and energy out of range; low for real ones too where 32 pixels are few. "
+        "Images carry no axes: m/s are right if their height spans -0.9 to 3.9 m/s, as the simulator's does by default,"
+        " else they are units of that axis; a window is taken for four steps of 0.58 s, so cadence and step length are "
         "relative, and where windows are cut to four steps, cadence shows only how well they were cut.",
     ),
 }

@@ -118,7 +118,8 @@ def test_noise_floor_lifts_the_threshold():
         ("f_step", "step_hz", 0.88, 0.97),
         ("f_step_cvd", "step_hz", 0.75, 0.90),
         ("step_len", "step_len", 0.83, 0.97),
-        ("v_foot", "v_foot", 0.70, 0.85),
+        ("v_foot", "v_foot", 0.70, 0.89),
+        ("u97", "v_foot", 0.70, 0.91),
         ("v_osc", "v_osc", 0.75, 0.85),
     ],
 )
