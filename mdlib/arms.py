@@ -164,8 +164,8 @@ def _mixed(real: WindowSet, made: WindowSet, share: float) -> tuple[torch.Tensor
 
 
 def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
-    """`count` rows (count,): all as often as they go, then chance ones from the users in turn, so that no user is seen
-    more often than real windows alone would show him."""
+    """`count` rows (count,): all as often as they go, then chance ones from the users in turn, so that all users are
+    seen as often as in the windows themselves."""
     whole, rest = divmod(count, len(windows))
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     shuffled = windows.labels[order]
