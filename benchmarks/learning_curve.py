@@ -10,7 +10,7 @@ import argparse
 
 from mdlib.arms import correctness
 from mdlib.data import load_windows
-from mdlib.evidence import bootstrapped, chance_blocks
+from mdlib.evidence import chance_blocks, scored
 from mdlib.judge import Judge, train_each, train_judge
 from mdlib.split import apply_split, make_split
 
@@ -22,7 +22,7 @@ def point(windows, count: int, contiguous: bool, seeds: range, steps: int) -> di
     train, test = parts["train"], parts["test"]
     jobs = [(train_judge, Judge, None, train.images, train.labels, train.num_users, steps, seed) for seed in seeds]
     correct = correctness(list(train_each(jobs)), test.images, test.labels)
-    return bootstrapped(correct.mean(0), chance_blocks(test, split["gap"]))
+    return scored(correct, chance_blocks(test, split["gap"]))
 
 
 def main() -> None:
