@@ -164,11 +164,12 @@ def validate(
     colormap: Annotated[str, typer.Option(help="of the real images")] = "auto",
     judge_steps: Annotated[int, typer.Option(help="optimizer steps of each judge")] = 400,
     seeds: Annotated[int, typer.Option(min=2, help="classifiers an arm")] = 3,
+    reference: Annotated[str, typer.Option(help="resnet18 | none; auto: ResNet-18 where there is a GPU")] = "auto",
 ):
     """Judge generated windows against real ones the generator was not trained on."""
     from mdlib.report import validate_folders
 
-    protocol = dict(judge_steps=judge_steps, seeds=seeds)
+    protocol = dict(judge_steps=judge_steps, seeds=seeds, reference=reference)
     report = validate_folders(real, generated, split, out, size, pipeline, channels, colormap, rival, **protocol)
     print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
 

@@ -10,16 +10,21 @@ import torch
 from mdlib import metrics
 from mdlib.data import WindowSet
 from mdlib.evidence import Evidence, Protocol, chance_blocks, concatenate, figure, first_of_each
-from mdlib.judge import Judge, train_each, train_judge
+from mdlib.judge import Classifier, Judge, train_each, train_judge
+from mdlib.nn import best_device
 from mdlib.outcomes import Outcomes, compared
+from mdlib.resnet import ResNet18, train_resnet
 from mdlib.selection import FILTERS, keep_best, keep_plausible, scores
+
+REFERENCED = ("real_only", "real_plus_generated", "real_x2")  # arms that the reference classifier has too
+TIMES = (1, 2, 5, 10)  # as many generated windows as real ones: where the gain is measured by default
 
 
 @dataclass(frozen=True)
 class Arms:
-    """The classifiers of the augmentation study, one a seed in each arm, and their correctness on the test windows."""
+    """What the augmentation study found: the correctness of each arm's classifiers, one a seed, on test windows."""
 
-    judges: dict[str, list[Judge]]
+    real_only: list[Judge]  # the classifiers of that arm
     correct: dict[str, np.ndarray]  # arm → (seeds, N) bool
     share: float  # of generated windows in real_plus_generated
     by_count: dict[int, np.ndarray] = field(
@@ -34,12 +39,12 @@ def unseen_judges(evidence: Evidence, protocol: Protocol, progress, folder: str 
     """Judges trained on validation and test windows: real ones the generator was not trained on. Their own accuracy is
     read on the generator's training windows, which they have not seen and which generated windows imitate."""
     unseen = concatenate(evidence.val, evidence.test)
-    return _train(_every_seed(_whole(unseen), unseen.num_users, protocol, folder), progress)
+    return list(_train(_every_seed(_whole(unseen), unseen.num_users, protocol, folder), progress))
 
 
 def count_judges(evidence: Evidence, protocol: Protocol) -> int:
     """How many `unseen_judges` and `train_arms` train together."""
-    arms = 4 + len(_multiples(evidence, protocol)) + len(_counts(evidence, protocol))
+    arms = 4 + len(_multiples(evidence, protocol)) + len(_counts(evidence, protocol)) + _references(evidence, protocol)
     filtered = len(FILTERS) * len(protocol.keep) + _sifts(evidence) if protocol.keep else 0
     return (1 + arms + filtered) * protocol.seeds + len(protocol.shares) + bool(protocol.keep)
 
@@ -49,7 +54,8 @@ def train_arms(evidence: Evidence, protocol: Protocol, progress, folder: str | P
     the same classical augmentation.
 
     real_only: the generator's own training windows; real_unaugmented: the same as they are; real_plus_generated,
-    generated_only; real_x2 …: so many times as many real windows, where the evidence has spare ones.
+    generated_only; real_x2 …: so many times as many real windows, where the evidence has spare ones; resnet18_…: the
+    reference classifier on the same windows as the arm that follows in the name.
     """
     train, test = evidence.train, evidence.test
     share = _chosen_share(evidence, protocol, progress)
@@ -59,13 +65,19 @@ def train_arms(evidence: Evidence, protocol: Protocol, progress, folder: str | P
         kept = folder if str(name).startswith("real_") and name != "real_plus_generated" else None
         names.append(name)
         jobs += _every_seed(windows, train.num_users, protocol, kept, augment=name != "real_unaugmented")
-    trained = iter(_train(jobs, progress))
-    judges = {name: [next(trained) for _ in range(protocol.seeds)] for name in names}
-    correct = {name: correctness(some, test.images, test.labels) for name, some in judges.items()}
+        if name in REFERENCED and _references(evidence, protocol):
+            names.append(f"resnet18_{name}")
+            jobs += [_resnet_job(windows, train.num_users, seed, protocol, kept) for seed in range(protocol.seeds)]
+    trained, correct, real_only = _train(jobs, progress), {}, []
+    for name in names:
+        judges = [next(trained) for _ in range(protocol.seeds)]
+        correct[name] = correctness(judges, test.images, test.labels)
+        if name == "real_only":
+            real_only = judges
     by_count, by_selection = (
         {name: correct.pop(name) for name in list(correct) if isinstance(name, kind)} for kind in (int, tuple)
     )
-    return Arms(judges, correct, share, by_count, by_selection)
+    return Arms(real_only, correct, share, by_count, by_selection)
 
 
 def _filtered(evidence: Evidence, protocol: Protocol, progress) -> dict[tuple[str, float], WindowSet]:
@@ -132,8 +144,19 @@ def times(evidence: Evidence, factor: int) -> WindowSet | None:
 
 def _counts(evidence: Evidence, protocol: Protocol) -> list[int]:
     """The protocol's counts below the number of generated windows of any user."""
-    fewest = int(torch.bincount(evidence.generated.labels, minlength=evidence.train.num_users).min())
-    return [count for count in protocol.counts if count < fewest]
+    users = evidence.train.num_users
+    fewest = int(torch.bincount(evidence.generated.labels, minlength=users).min())
+    counts = protocol.counts
+    if counts is None:
+        counts = [round(len(evidence.train) / users * times) for times in TIMES]
+    return [count for count in counts if 0 < count < fewest]
+
+
+def _references(evidence: Evidence, protocol: Protocol) -> int:
+    """How many arms the reference classifier has."""
+    if protocol.reference == "none" or protocol.reference == "auto" and best_device() != "cuda":
+        return 0
+    return len(REFERENCED) - (2 not in _multiples(evidence, protocol))
 
 
 def real_only_judges(evidence: Evidence, protocol: Protocol, folder: str | Path | None = None) -> list[Judge]:
@@ -176,17 +199,15 @@ def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
     return torch.cat([torch.arange(len(windows)).repeat(whole), in_turn[:rest]])
 
 
-def correctness(judges: list[Judge], images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+def correctness(judges: list[Classifier], images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     """Whether each judge names the right user: bool (judges, N)."""
     return torch.stack([judge.probabilities(images).argmax(1) == labels for judge in judges]).numpy()
 
 
-def _train(jobs: list[tuple], progress) -> list[Judge]:
-    judges = []
+def _train(jobs: list[tuple], progress) -> Iterator[Classifier]:
     for judge in train_each(jobs):
-        judges.append(judge)
         progress.update()
-    return judges
+        yield judge
 
 
 def _every_seed(windows: tuple, num_users: int, protocol: Protocol, folder=None, augment: bool = True) -> list[tuple]:
@@ -196,8 +217,11 @@ def _every_seed(windows: tuple, num_users: int, protocol: Protocol, folder=None,
 def _job(windows: tuple, num_users: int, seed: int, protocol: Protocol, folder=None, augment: bool = True) -> tuple:
     """For `train_each`: a judge of (images, labels), or that of `folder` which was trained on the same windows in the
     same way."""
-    how = (num_users, protocol.judge_steps, seed, protocol.batch_size, augment)
-    return train_judge, Judge, folder, *windows, *how
+    return train_judge, Judge, folder, *windows, num_users, protocol.judge_steps, seed, augment
+
+
+def _resnet_job(windows: tuple, num_users: int, seed: int, protocol: Protocol, folder) -> tuple:
+    return train_resnet, ResNet18, folder, *windows, num_users, protocol.judge_steps, seed
 
 
 def outcomes(evidence: Evidence, arms: Arms) -> Outcomes:

@@ -4,7 +4,6 @@ Every system gets a run folder of its own in `out`, and a second call goes on wh
 report does not hold is measured here: how quality grows with training time, how fast windows are drawn, and sizes.
 """
 
-import csv
 import inspect
 import json
 import time
@@ -29,6 +28,7 @@ from mdlib.run import Run, check_parameters, execute, open_run, versions
 from mdlib.split import PARTS, read_split
 from mdlib.systems import SYSTEMS, get_system
 from mdlib.terms import claim
+from mdlib.train import read_history
 from mdlib.validate import identity
 
 WITHOUT_END = 1_000_000  # optimizer steps that only the time ends
@@ -178,7 +178,7 @@ class Ruler:
         if self.judges is None:
             with bar(self.protocol.seeds, "judges of the curves", unit="judge") as progress:
                 self.judges = unseen_judges(evidence, self.protocol, progress, self.folder)
-            self.arms = Arms({"real_only": real_only_judges(evidence, self.protocol, self.folder)}, {}, 0.0)
+            self.arms = Arms(real_only_judges(evidence, self.protocol, self.folder), {}, 0.0)
         return {
             "identity": identity(evidence, self.judges)["accuracy"]["value"],
             "fd_ratio": distances(evidence, self.arms)["fd_ratio"]["value"],
@@ -216,8 +216,8 @@ def training(run: Run) -> dict:
     """Minutes and optimizer steps of codec and prior."""
     found = {}
     for part in ("codec", "prior"):
-        last = _history(run.path / part)[-1]
-        found |= {f"{part}_minutes": float(last["seconds"]) / 60, f"{part}_steps": int(last["step"])}
+        last = read_history(run.path / part)[-1]
+        found |= {f"{part}_minutes": last["seconds"] / 60, f"{part}_steps": int(last["step"])}
     return found
 
 
@@ -264,8 +264,8 @@ def sampling_speed(pipeline: MicroDopplerPipeline, rounds: int = 3) -> dict:
 def curve(run: Run, pipeline: MicroDopplerPipeline, ruler: Ruler) -> list[dict]:
     """Quality of windows drawn from the prior as it was on the way, and from the pipeline's at the end, against the
     training time until then, that of the codec included."""
-    codec_seconds = float(_history(run.path / "codec")[-1]["seconds"])
-    history = {int(row["step"]): float(row["seconds"]) for row in _history(run.path / "prior")}
+    codec_seconds = read_history(run.path / "codec")[-1]["seconds"]
+    history = {int(row["step"]): row["seconds"] for row in read_history(run.path / "prior")}
     final = {name: tensor.clone() for name, tensor in pipeline.prior.state_dict().items()}
     snapshots = {int(path.stem): path for path in (run.path / "prior" / "snapshots").glob("*.safetensors")}
     last, points = max(history), []
@@ -283,11 +283,6 @@ def drawn(pipeline: MicroDopplerPipeline, real: WindowSet, per_user: int = CURVE
     labels = torch.tensor([real.users.index(user) for user in made.users])
     files = tuple(replace(real.files[0], user=user) for user in made.users)
     return replace(real, images=to_uint8(made.images), labels=labels, files=files)
-
-
-def _history(folder: Path) -> list[dict]:
-    with open(folder / "history.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _result(terms: dict, found: dict) -> dict:

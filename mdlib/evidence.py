@@ -12,6 +12,8 @@ from mdlib.data import DataError, WindowSet
 # generator's training windows against the unseen, which is what a perfect copier would get.
 COMPARED = {"value": ("generated", "unseen"), "real_vs_real": ("first", "second"), "train": ("train", "unseen")}
 
+REFERENCES = ("auto", "resnet18", "none")
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -20,18 +22,24 @@ class Protocol:
     judge_steps: int = 400  # optimizer steps of each judge and each classifier
     seeds: int = 3  # judges, and classifiers an arm
     shares: tuple[float, ...] = (0.125, 0.25, 0.5)  # of generated windows in a batch; validation windows choose
-    counts: tuple[int, ...] = ()  # generated windows a user with which the gain is measured too, besides all
+    counts: tuple[int, ...] | None = None  # generated windows a user with which the gain is measured too, besides all;
+    # None: as many as real ones, and 2, 5 and 10 times as many
     keep: tuple[float, ...] = ()  # shares of generated windows, the surest first, with which the gain is measured too
     multiples: tuple[int, ...] = (2,)  # times as many real windows, where spare ones are at hand: the yardstick
-    batch_size: int = 32
+    reference: str = "auto"  # or resnet18, none: a second classifier beside the small one; auto: on a GPU
 
     def __post_init__(self):
-        if any(not isinstance(n, int) or n < 1 for n in self.counts) or len(set(self.counts)) < len(self.counts):
-            raise DataError(f"counts must be different whole numbers of 1 or more, got {list(self.counts)}")
+        if self.seeds < 1:
+            raise DataError(f"seeds must be 1 or more, got {self.seeds}")
+        counts = self.counts or ()
+        if any(not isinstance(n, int) or n < 1 for n in counts) or len(set(counts)) < len(counts):
+            raise DataError(f"counts must be different whole numbers of 1 or more, got {list(counts)}")
         if any(not 0 < share < 1 for share in self.keep):
             raise DataError(f"keep must be shares between 0 and 1, got {list(self.keep)}")
         if any(not isinstance(n, int) or n < 2 for n in self.multiples):
             raise DataError(f"multiples must be whole numbers of 2 or more, got {list(self.multiples)}")
+        if self.reference not in REFERENCES:
+            raise DataError(f"reference must be one of {', '.join(REFERENCES)}, got {self.reference!r}")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def fidelity(evidence: Evidence, arms: Arms) -> dict:
     unseen ones, ratio: value over real; inception_score: of the classifiers' probabilities; fd_inception and
     lpips_diversity: by published networks, where their weights are on this machine; map: see `neighbourhood_map`.
     """
-    judges, sets, rows = arms.judges["real_only"], *compared_sets(evidence)
+    judges, sets, rows = arms.real_only, *compared_sets(evidence)
     each = [_features_of_all(judge, sets, rows) for judge in judges]
     return {
         **_compared(each, sets),
@@ -49,7 +49,7 @@ def distances(evidence: Evidence, arms: Arms) -> dict:
     each user.
     """
     sets, rows = compared_sets(evidence)
-    return _compared([_features_of_all(judge, sets, rows) for judge in arms.judges["real_only"]], sets)
+    return _compared([_features_of_all(judge, sets, rows) for judge in arms.real_only], sets)
 
 
 def _compared(each: list[dict[str, torch.Tensor]], sets: dict[str, WindowSet]) -> dict:

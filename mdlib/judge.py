@@ -21,7 +21,22 @@ from mdlib.nn import best_device
 from mdlib.train import Batches, TrainConfig, fit
 
 
-class Judge(ModelMixin, ConfigMixin):
+class Classifier(ModelMixin, ConfigMixin):
+    """What every user classifier can do: forward(images (B, C, S, S) in [−1, 1]) → logits (B, num_users)."""
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logits = self(images)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return F.cross_entropy(logits, labels), {"accuracy": accuracy}
+
+    @torch.no_grad()
+    def probabilities(self, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+        """P(user) (N, num_users) of uint8 images (N, C, S, S)."""
+        self.eval()
+        return torch.cat([self(to_float(part.to(self.device))).softmax(1).cpu() for part in images.split(batch_size)])
+
+
+class Judge(Classifier):
     """A small CNN on windows (B, C, S, S) in [−1, 1] → logits (B, num_users).
 
     A 5×5 binomial filter comes first: speckle is chance, and a judge that leans on it would know neither the same user
@@ -60,18 +75,6 @@ class Judge(ModelMixin, ConfigMixin):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.drop(self.features(images)))
-
-    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logits = self(images)
-        accuracy = (logits.argmax(1) == labels).float().mean()
-        return F.cross_entropy(logits, labels), {"accuracy": accuracy}
-
-    @torch.no_grad()
-    def probabilities(self, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
-        """P(user) (N, num_users) of uint8 images (N, C, S, S)."""
-        self.eval()
-        device = self.head.weight.device
-        return torch.cat([self(to_float(part.to(device))).softmax(1).cpu() for part in images.split(batch_size)])
 
 
 def _stage(before: int, width: int, stride: int = 1, pool: int | tuple[int, int] = 2) -> nn.Sequential:
@@ -113,33 +116,27 @@ class Embedder(ModelMixin, ConfigMixin):
 
 
 def train_judge(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    num_users: int,
-    steps: int,
-    seed: int = 0,
-    batch_size: int = 32,
-    augment: bool = True,
+    images: torch.Tensor, labels: torch.Tensor, num_users: int, steps: int, seed: int = 0, augment: bool = True
 ) -> Judge:
     """A judge trained from scratch on uint8 images (N, C, S, S) and labels (N,) for `steps` optimizer steps, with the
     classical augmentation of `mdlib.augment` or on the windows as they are."""
-    return _trained(lambda: Judge(num_users, images.shape[1]), images, labels, steps, seed, batch_size, augment)
+    return trained(lambda: Judge(num_users, images.shape[1]), images, labels, steps, seed, augment)
 
 
-def train_embedder(
-    images: torch.Tensor, labels: torch.Tensor, steps: int, seed: int = 0, batch_size: int = 32
-) -> Embedder:
+def train_embedder(images: torch.Tensor, labels: torch.Tensor, steps: int, seed: int = 0) -> Embedder:
     """An embedder trained from scratch likewise, always with the classical augmentation."""
-    return _trained(lambda: Embedder(channels=images.shape[1]), images, labels, steps, seed, batch_size)
+    return trained(lambda: Embedder(channels=images.shape[1]), images, labels, steps, seed)
 
 
-def _trained(make, images, labels, steps: int, seed: int, batch_size: int, augment: bool = True):
+def trained(make, images: torch.Tensor, labels: torch.Tensor, steps: int, seed: int, augment: bool = True):
+    """The network that make() begins, trained on uint8 images (N, C, S, S) and labels (N,); a seed makes it the same
+    anew."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = make().to(memory_format=torch.channels_last)
     config = TrainConfig(
         steps=steps,
-        batch_size=batch_size,
+        batch_size=32,
         learning_rate=2e-3,
         warmup_steps=steps // 10,
         weight_decay=1e-2,
@@ -156,7 +153,7 @@ def trained_once(train, kind: type, folder: str | Path | None, images: torch.Ten
     """train(images, labels, *arguments), or the network of class `kind` in `folder` which was trained on the same."""
     if not folder:
         return train(images, labels, *arguments)
-    digest = hashlib.sha256(repr((kind.__name__, *arguments, _how())).encode())
+    digest = hashlib.sha256(repr((kind.__name__, *arguments, _how(kind))).encode())
     for tensor in (images, labels):
         digest.update(tensor.contiguous().numpy())
     path = Path(folder) / digest.hexdigest()[:16]
@@ -168,9 +165,9 @@ def trained_once(train, kind: type, folder: str | Path | None, images: torch.Ten
 
 
 @cache
-def _how() -> list[str]:
+def _how(kind: type) -> list[str]:
     """What decides how a network turns out, beside what it is told: networks of another version are not the same."""
-    return [inspect.getsource(inspect.getmodule(part)) for part in (Judge, classical_augmentation, fit)]
+    return [inspect.getsource(inspect.getmodule(part)) for part in (kind, Judge, classical_augmentation, fit)]
 
 
 def train_each(jobs: Iterable[tuple]) -> Iterator[Judge | Embedder]:

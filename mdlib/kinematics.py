@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import wasserstein_distance
 
-from mdlib import metrics, physics
+from mdlib import physics
 from mdlib.data import WindowSet
-from mdlib.evidence import COMPARED
+from mdlib.evidence import COMPARED, bootstrapped, over_users
 from mdlib.radar import velocity_axis
 
 WINDOW_S = 4 * 0.58  # nominal length of a window, s
@@ -33,6 +33,8 @@ FIGURES = {  # the metric of physics.METRICS and its unit; below the envelopes l
 }
 NAMES = (*list(FIGURES)[:4], "envelopes", *list(FIGURES)[4:], "plausible")
 GATES = {name: bounds for name, bounds in physics.GATES.items() if name not in ("f_step", "step_len", "drop")}
+SHOWN = ("generated", "unseen")  # sets whose users are told apart
+SPREAD = (5, 25, 50, 75, 95)  # percentiles
 AVERAGED = (*COMPARED, "user_correlation", "user_correlation_real")
 
 
@@ -100,13 +102,8 @@ def compare(sets: dict[str, Gaits], num_users: int) -> dict:
 
 
 def _plausible(generated: np.ndarray, unseen: np.ndarray) -> dict:
-    return {
-        "value": float(generated.mean()),
-        "n": len(generated),
-        "ci95": _interval(generated.astype(float)),
-        "real": float(unseen.mean()),
-        "gates": list(GATES),
-    }
+    each = np.arange(len(generated))  # generated windows are drawn one by one: each is its own block
+    return {**bootstrapped(generated.astype(float), each), "real": float(unseen.mean()), "gates": list(GATES)}
 
 
 def _figure(name: str, sets: dict[str, Gaits], num_users: int) -> dict:
@@ -118,15 +115,15 @@ def _figure(name: str, sets: dict[str, Gaits], num_users: int) -> dict:
     means = {part: [_mean_or_none(user[part]) for user in own] for part in sets}
     found = dict(zip(COMPARED, each.mean(0).tolist(), strict=True))
     return {
+        **over_users(each[:, 0]),
         **found,
         "unit": FIGURES[name][1],
         "n": sum(least),
-        "ci95": _interval(each[:, 0]) if len(each) > 2 else None,
         "ratio": _ratio(found),
         "user_correlation": _correlation(means["generated"], means["unseen"]),
         "user_correlation_real": _correlation(means["first"], means["second"]),
-        "generated_means": means["generated"],
-        "unseen_means": means["unseen"],
+        **{f"{part}_means": means[part] for part in SHOWN},
+        **{f"{part}_spread": [_spread(user[part]) for user in own] for part in SHOWN},
     }
 
 
@@ -149,16 +146,16 @@ def _mean(upper: dict, lower: dict) -> dict:
     return {**found, "unit": upper["unit"], "n": min(upper["n"], lower["n"]), "ratio": _ratio(found)}
 
 
-def _interval(values: np.ndarray) -> list[float]:
-    return metrics.interval(metrics.block_bootstrap(values, np.arange(len(values))))
-
-
 def _ratio(found: dict) -> float | None:
     return found["value"] / found["real_vs_real"] if found["real_vs_real"] else None
 
 
 def _mean_or_none(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
+
+
+def _spread(values: np.ndarray) -> list[float] | None:
+    return np.percentile(values, SPREAD).tolist() if len(values) else None
 
 
 def _correlation(first: list, second: list) -> float | None:

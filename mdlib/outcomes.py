@@ -7,7 +7,7 @@ import numpy as np
 
 from mdlib import metrics
 from mdlib.data import DataError
-from mdlib.evidence import figure, missing, over_users, scored
+from mdlib.evidence import absent, figure, missing, over_users, scored
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,22 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
         "gain": figure(gain["gain"], len(blocks), gain["ci95"]),
         "gain_ci95": gain["ci95"],
         "p_value": gain["p_value"],
+        "resnet18_gain": _by_reference(outcomes),
         "gain_other_users": over_users(np.array([row["real_plus_generated"] - row["real_only"] for row in each])),
         **_against_more_real(outcomes, per_user, no_more),
         "real_windows_per_user": per_user,
         "seeds": len(correct["real_only"]),
         "per_user": each,
     }
+
+
+def _by_reference(outcomes: Outcomes) -> dict:
+    """The gain by the reference classifier."""
+    arms = [outcomes.correct.get(f"resnet18_{name}") for name in ("real_only", "real_plus_generated")]
+    if any(arm is None for arm in arms):
+        return absent("ResNet-18 is trained where there is a GPU, or by reference=resnet18")
+    gain = metrics.paired_gain(*arms, outcomes.blocks)
+    return figure(gain["gain"], len(outcomes.blocks), gain["ci95"])
 
 
 def each_user(outcomes: Outcomes) -> list[dict]:

@@ -292,9 +292,10 @@ def confusion(share: list[list[float]], users: tuple[int, ...] | list[int]) -> F
 
 def arms(augmentation: dict) -> Figure:
     """Accuracy of the arms of the augmentation study, a dot a seed, the bar its 95 % interval."""
-    colours = {"generated_only": SECOND, "real_plus_generated": ACCENT}
+    colours = {"generated_only": SECOND, "real_plus_generated": ACCENT, "resnet18_real_plus_generated": ACCENT}
     order = ("generated_only", "real_unaugmented", "real_only", "real_plus_generated")
-    names = [*order, *(name for name in augmentation if name.startswith("real_x") and "n" in augmentation[name])]
+    more = [name for name in augmentation if name.startswith(("real_x", "resnet18_")) and name not in order]
+    names = [*order, *(name for name in more if "per_seed" in augmentation[name])]
     figure, axes = _figure(5.2, 0.4 * len(names) + 0.9)
     axis = axes[0, 0]
     for row, name in enumerate(names):
@@ -380,14 +381,15 @@ def gain_curves(augmentation: dict) -> Figure:
     return figure
 
 
-def roc(curves: list[list[float]]) -> Figure:
-    """Verification: true against false acceptance of generated and of real probes; curves: of the report."""
-    false, *accepted = curves
+def roc(curves: list[dict]) -> Figure:
+    """Verification: true against false acceptance of generated and of real probes, shaded their 95 % intervals; curves:
+    of the report."""
     figure, axes = _figure(3.2, 3.0)
     axis = axes[0, 0]
     axis.plot([0, 1], [1, 0], color=INK, linewidth=0.7, linestyle=":")  # equal error rates lie here
-    for true, name, colour in zip(accepted, ("generated", "real"), (ACCENT, INK), strict=True):
-        axis.plot(false, true, color=colour, label=name)
+    for curve, colour in zip(curves, (ACCENT, INK), strict=True):
+        axis.plot(curve["false"], curve["true"], color=colour, label=curve["probes"])
+        axis.fill_between(curve["false"], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
     axis.set_xlabel("impostors accepted", fontsize=8)
     axis.set_ylabel("genuine accepted", fontsize=8)
     axis.legend(fontsize=7, frameon=False)
@@ -479,6 +481,35 @@ def user_means(physics: dict) -> Figure:
         axis.set_ylabel("generated", fontsize=7)
         axis.tick_params(labelsize=6)
     return figure
+
+
+def user_spreads(physics: dict, users: list[int], names: tuple[str, ...], most: int = 8) -> Figure:
+    """A panel a metric, for each of some users a box over the unseen real windows and one over the generated ones:
+    middle half, median, and from the 5th to the 95th percentile."""
+    chosen = np.linspace(0, len(users) - 1, min(most, len(users))).round().astype(int)
+    columns = min(2, len(names))
+    figure, axes = _figure(4.4 * columns, 2.2 * -(-len(names) // columns), -(-len(names) // columns), columns)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
+        for shift, part, colour in ((-0.18, "unseen", INK), (0.18, "generated", ACCENT)):
+            found = [(place, physics[name][f"{part}_spread"][row]) for place, row in enumerate(chosen)]
+            _boxes(axis, [(place + shift, spread) for place, spread in found if spread], colour)
+        axis.set_xticks(range(len(chosen)), [f"ID_{users[row]}" for row in chosen], fontsize=7)
+        axis.set_title(f"{name.replace('_', ' ')}, {physics[name]['unit']}".rstrip(", "), fontsize=8, color=INK)
+        axis.tick_params(axis="y", labelsize=6)
+    axes[0, 0].set_ylabel("grey: real, blue: generated", fontsize=7)
+    return figure
+
+
+def _boxes(axis, spreads: list[tuple[float, list[float]]], colour) -> None:
+    """Boxes at places from percentiles 5, 25, 50, 75 and 95."""
+    keys = ("whislo", "q1", "med", "q3", "whishi")
+    boxes = [dict(zip(keys, spread, strict=True)) for _, spread in spreads]
+    line = {"color": colour, "linewidth": 0.8}
+    own = dict(boxprops=line, whiskerprops=line, medianprops=line | {"linewidth": 1.6})
+    places = [place for place, _ in spreads]
+    axis.bxp(boxes, places, widths=0.28, manage_ticks=False, showfliers=False, showcaps=False, **own)
 
 
 def save(figure: Figure, path) -> None:

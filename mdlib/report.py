@@ -7,12 +7,15 @@ from pathlib import Path
 
 from mdlib import plot
 from mdlib.data import DataError, WindowSet, load_windows
-from mdlib.evidence import Evidence, Protocol, concatenate
+from mdlib.evidence import Evidence, Protocol, concatenate, missing
 from mdlib.files import whole_file
 from mdlib.split import apply_split, chosen, read_split, seen_of_test, spare_windows
 from mdlib.systems import load_codec
+from mdlib.train import read_history
 from mdlib.validate import evaluate, through_codec
 
+GAIT = ("torso_speed", "cadence", "step_length", "foot_speed")  # whose spread within a user is pictured
+CURVES = 4  # panels of a training log
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
 
 _STYLE = """
@@ -106,7 +109,13 @@ _SECTIONS = {
         " trunk speed, regularity of the steps and energy out of range; low for real ones too where 32 pixels are few. "
         "Images carry no axes: m/s are right if their height spans -0.9 to 3.9 m/s, as the simulator's does by default,"
         " else they are units of that axis; a window is taken for four steps of 0.58 s, so cadence and step length are "
-        "relative, and where windows are cut to four steps, cadence shows only how well they were cut.",
+        "relative, and where windows are cut to four steps, cadence shows only how well they were cut. Boxes: "
+        "the middle half of a user's windows, the median, and from the 5th to the 95th percentile.",
+    ),
+    "training": (
+        "How did training go?",
+        "The codec's curves, and below them the prior's: training windows and held-out (validation) ones, against "
+        "optimizer steps.",
     ),
 }
 
@@ -126,8 +135,10 @@ def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str,
     out = Path(out)
     with whole_file(out / "report.json") as path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    pictures = _pictures(report, evidence)
-    sections = {name: _section(name, report[name], pictures.get(name, [])) for name in _SECTIONS}
+    pictures = _pictures(report, evidence) | {"training": training_curves(out)}
+    told = {} if pictures["training"] else missing("curves", reason="no training logs lie beside this page")
+    figures = report | {"training": told}
+    sections = {name: _section(name, figures[name], pictures.get(name, [])) for name in _SECTIONS}
     sections["identity"] += table(_each_user(report))
     with whole_file(out / "report.html") as path:
         path.write_text(_page(report, sections), encoding="utf-8")
@@ -236,8 +247,23 @@ def _pictures(report: dict, evidence: Evidence) -> dict[str, list[bytes]]:
     if "counts" in report["codebook"]:
         pictures["codebook"] = [plot.code_usage(report["codebook"]["counts"])]
     if report["physics"]["torso_speed"]["value"] is not None:
-        pictures["physics"] = [plot.user_means(report["physics"])]
+        shown = [name for name in GAIT if report["physics"][name]["value"] is not None]
+        pictures["physics"] = [
+            plot.user_means(report["physics"]),
+            plot.user_spreads(report["physics"], report["users"], shown),
+        ]
     return {name: [plot.to_png(figure) for figure in figures] for name, figures in pictures.items()}
+
+
+def training_curves(run: Path) -> list[bytes]:
+    """The training curves of a run folder's codec and prior, as far as their logs are there."""
+    pages = []
+    for part in ("codec", "prior"):
+        if (run / part / "history.csv").exists():
+            history = read_history(run / part)
+            pairs = [(name, f"held_out_{name}") for name in history[-1] if f"held_out_{name}" in history[-1]]
+            pages.append(plot.to_png(plot.history(history, pairs[:CURVES])))
+    return pages
 
 
 def _curves(augmentation: dict) -> list:

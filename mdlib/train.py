@@ -496,6 +496,12 @@ def write_history(history: list[dict], path: Path) -> None:
         writer.writerows(history)
 
 
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """What `write_history` left in a run folder; what a row did not measure is not in it."""
+    with open(folder / "history.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
 def _parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list[dict]:
     """AdamW's parameter groups: the model's own `parameter_groups()` where it has them; else all in one, or users'
     embeddings apart where they have a rate of their own."""

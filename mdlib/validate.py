@@ -103,7 +103,7 @@ def reconstruction(evidence: Evidence, arms: Arms) -> dict:
         return missing(*names, "rival_psnr_db", "codec_choice", *OTHER_LABEL, reason="no codec was given")
     test, blocks = evidence.test, chance_blocks(evidence.test, evidence.gap)
     outputs = through_codec(evidence.codec, test.images, test.labels)
-    after = correctness(arms.judges["real_only"], to_uint8(outputs), test.labels)
+    after = correctness(arms.real_only, to_uint8(outputs), test.labels)
     psnr = bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks)
     return {
         "psnr_db": psnr,
@@ -123,7 +123,7 @@ def other_label(evidence: Evidence, arms: Arms) -> dict:
         return missing(*OTHER_LABEL, reason="this codec is told no users")
     blocks, other = chance_blocks(test, evidence.gap), (test.labels + 1) % test.num_users
     outputs = through_codec(codec, test.images, other)
-    taken = correctness(arms.judges["real_only"], to_uint8(outputs), other).mean(0)
+    taken = correctness(arms.real_only, to_uint8(outputs), other).mean(0)
     found = (metrics.psnr(outputs, test.float()).numpy(), taken)
     return {name: bootstrapped(values, blocks) for name, values in zip(OTHER_LABEL, found, strict=True)}
 
@@ -239,12 +239,13 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     }[word]
     real, both = augmentation["real_only"], augmentation["real_plus_generated"]
     gain = augmentation["gain"]["value"]
+    seeds = f"{augmentation['seeds']} seeds" if augmentation["seeds"] > 1 else "1 seed, whose chance it leaves out"
     of_folds = f" of {augmentation['folds']} folds" if augmentation.get("folds", 1) > 1 else ""
     sentence = (
         f"{meaning}: with {augmentation['real_windows_per_user']:.3g} real windows a user, accuracy on unseen windows "
         f"goes from {100 * real['value']:.1f} % to {100 * both['value']:.1f} % when generated windows are added "
         f"(gain {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
-        f"{augmentation['seeds']} seeds, {real['n']} test windows{of_folds})."
+        f"{seeds}, {real['n']} test windows{of_folds})."
     )
     if leak:
         sentence += (

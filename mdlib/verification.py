@@ -34,8 +34,8 @@ class Trials:
 
 
 def verification(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> dict:
-    """verification_eer: equal error rate of generated probes, `real`: of real ones; mean over folds, with intervals
-    that redraw users. roc: rates of false and, for generated and real probes, of true acceptance."""
+    """verification_eer: equal error rate of generated probes, `real`: of real ones; roc: for either kind of probe its
+    rates of false and of true acceptance. Means over folds, with intervals that redraw users."""
     groups = folds(evidence.train.num_users)
     if groups is None:
         reason = "users are held out: it takes four or more"
@@ -48,18 +48,17 @@ def verification(evidence: Evidence, protocol: Protocol, progress, folder: str |
         progress.update()
     if not all(found.genuine.any() and not found.genuine.all() for name in PROBES for found in trials[name]):
         return {"verification_eer": absent("a fold has fewer than two users with windows to enrol and to probe with")}
-    rates = {name: np.mean([_error(one) for one in trials[name]]) for name in PROBES}
-    intervals = {name: metrics.interval(_redrawn(trials[name])) for name in PROBES}
-    curves = [np.mean([_curve(one) for one in trials[name]], axis=0) for name in PROBES]
+    rates = {name: np.mean([_read(one)[0] for one in trials[name]]) for name in PROBES}
+    redrawn = {name: _redrawn(trials[name]) for name in PROBES}
     return {
         "verification_eer": {
             "value": float(rates["generated"]),
             "n": int(sum(one.genuine.sum() for one in trials["generated"])),
-            "ci95": intervals["generated"],
+            "ci95": metrics.interval(redrawn["generated"][0]),
             "real": float(rates["real"]),
-            "real_ci95": intervals["real"],
+            "real_ci95": metrics.interval(redrawn["real"][0]),
         },
-        "roc": [RATES.tolist(), *(curve.tolist() for curve in curves)],
+        "roc": [{"probes": name, **_curve(trials[name], redrawn[name][1])} for name in PROBES],
     }
 
 
@@ -75,8 +74,7 @@ def _job(evidence: Evidence, held: np.ndarray, seed: int, protocol: Protocol, fo
     """For `train_each`: an embedder of all real windows of the users that are not held out."""
     real = concatenate(evidence.train, concatenate(evidence.val, evidence.test))
     others = real.select(~torch.isin(real.labels, torch.from_numpy(held)))
-    how = (protocol.judge_steps, seed, protocol.batch_size)
-    return train_embedder, Embedder, folder, others.images, others.labels, *how
+    return train_embedder, Embedder, folder, others.images, others.labels, protocol.judge_steps, seed
 
 
 def _trials(embedder: Embedder, evidence: Evidence, held: np.ndarray) -> dict[str, Trials]:
@@ -100,21 +98,26 @@ def _compared(embedder: Embedder, probes: WindowSet, prototypes: torch.Tensor, h
     return Trials(scores.ravel(), (users == held).ravel(), users.ravel())
 
 
-def _error(trials: Trials) -> float:
-    return metrics.equal_error_rate(trials.scores, trials.genuine)
+def _read(trials: Trials, weights: np.ndarray | None = None) -> tuple[float, np.ndarray]:
+    """The equal error rate, and true acceptance at RATES."""
+    false, true = metrics.roc(trials.scores, trials.genuine, weights)
+    return metrics.crossing(false, true), np.interp(RATES, false, true)
 
 
-def _curve(trials: Trials) -> np.ndarray:
-    """True acceptance at RATES."""
-    false, true = metrics.roc(trials.scores, trials.genuine)
-    return np.interp(RATES, false, true)
+def _curve(folds_of: list[Trials], redrawn: np.ndarray) -> dict[str, list[float]]:
+    """True against false acceptance, and between which rates 95 % of the redrawn curves (DRAWS, RATES) lie."""
+    low, high = np.percentile(redrawn, [2.5, 97.5], axis=0)
+    found = {"false": RATES, "true": np.mean([_read(one)[1] for one in folds_of], axis=0), "low": low, "high": high}
+    return {name: rates.tolist() for name, rates in found.items()}
 
 
-def _redrawn(folds_of: list[Trials]) -> np.ndarray:
-    """Equal error rates (DRAWS,), mean over folds, with the probed users of each fold redrawn."""
-    rng, found = np.random.default_rng(0), np.zeros(DRAWS)
+def _redrawn(folds_of: list[Trials]) -> tuple[np.ndarray, np.ndarray]:
+    """Equal error rates (DRAWS,) and curves (DRAWS, RATES), mean over folds, the probed users of each fold redrawn."""
+    rng, errors, curves = np.random.default_rng(0), np.zeros(DRAWS), np.zeros((DRAWS, len(RATES)))
     for trials in folds_of:
         names, index = np.unique(trials.users, return_inverse=True)
         times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
-        found += [metrics.equal_error_rate(trials.scores, trials.genuine, weights[index]) for weights in times]
-    return found / len(folds_of)
+        drawn = [_read(trials, weights[index]) for weights in times]
+        errors += [error for error, _ in drawn]
+        curves += [curve for _, curve in drawn]
+    return errors / len(folds_of), curves / len(folds_of)

@@ -47,7 +47,7 @@ FLOORS = [
         "pipeline",
         "quality",
     },
-    {"outcomes", "widgets", "selection", "verification", "statistics", "presets", "teacher"},
+    {"outcomes", "resnet", "widgets", "selection", "verification", "statistics", "presets", "teacher"},
     {"arms"},
     {"fidelity", "conditions"},
     {"validate"},

@@ -102,7 +102,9 @@ def test_distances_are_means_over_users_at_equal_counts():
     assert found["real_vs_real"] == pytest.approx(apart("first", "second"))
     assert found["train"] == pytest.approx(apart("train", "unseen"))
     assert found["ratio"] == pytest.approx(found["value"] / found["real_vs_real"]) and found["n"] == 12
-    assert found["user_correlation"] is None and found["ci95"] is None, "two users"
+    assert found["user_correlation"] is None and "ci95" not in found, "two users"
+    expected = np.percentile(sets["unseen"].of_user("torso_speed", 1), kinematics.SPREAD)
+    assert found["unseen_spread"][1] == pytest.approx(expected.tolist())
     sets["first"] = gaits([own["first"][0, :2].tolist(), own["first"][1, :3].tolist()])
     assert compare(sets, num_users=2)["torso_speed"]["n"] == 5
 

@@ -82,7 +82,7 @@ def test_a_filter_decides_which_windows_its_arm_sees(monkeypatch):
     monkeypatch.setattr(arms_file, "keep_plausible", lambda made, train: np.arange(len(made)) % 10 == 0)
     monkeypatch.setattr(arms_file, "scores", lambda made, judge: {"confidence": np.tile(np.arange(10.0), 4)})
     case = evidence(windows(10, 7), spare=None)
-    protocol = Protocol(judge_steps=1, seeds=2, shares=(0.5,), keep=(0.5, 0.2))
+    protocol = Protocol(judge_steps=1, seeds=2, shares=(0.5,), counts=(), keep=(0.5, 0.2))
     arms = train_arms(case, protocol, SimpleNamespace(update=lambda: None))
     assert list(arms.by_selection) == [("confidence", 0.5), ("confidence", 0.2), ("kinematics", 0.1)]
     told = arms_file.gain_by_selection(case, arms, np.arange(100))

@@ -13,20 +13,22 @@ from helpers import write_set
 from mdlib import arms as arms_file
 from mdlib import fidelity as fidelity_file
 from mdlib import judge as judge_file
-from mdlib import metrics
+from mdlib import metrics, plot
 from mdlib import verification as verification_file
-from mdlib.arms import Arms, _mixed, augmentation, correctness, real_only_judges, times, train_arms
+from mdlib.arms import Arms, _mixed, augmentation, correctness, count_judges, real_only_judges, times, train_arms
 from mdlib.augment import stride_shift
 from mdlib.data import DataError, WindowFile, WindowSet
 from mdlib.evidence import Evidence, Protocol, alike, bootstrapped, chance_blocks, concatenate, first_of_each, halves
 from mdlib.fidelity import fidelity, pairs_apart
-from mdlib.judge import Embedder, Judge, features
+from mdlib.judge import Embedder, Judge, features, trained_once
 from mdlib.perceptual import INCEPTION, LPIPS_BACKBONES
 from mdlib.report import load_generated, write_report
+from mdlib.resnet import ResNet18, train_resnet
+from mdlib.train import read_history, write_history
 from mdlib.vae import KLVAE
 from mdlib.validate import codec_choice, evaluate, memorisation, other_label, through_codec, verdict
 from mdlib.vavae import VAVAE
-from mdlib.verification import folds, verification
+from mdlib.verification import Trials, folds, verification
 from mdlib.vqvae import VQVAE
 
 USERS = (2, 5, 9, 11)
@@ -156,7 +158,7 @@ def test_windows_of_another_user_fail_identity(honest):
 def test_the_same_window_over_and_over_lacks_diversity(honest):
     made = windows(20, 7)
     same = replace(made, images=made.images[torch.arange(len(made)) // 20 * 20])
-    judges = Arms({"real_only": real_only_judges(evidence(same), QUICK)}, {}, 0.5)
+    judges = Arms(real_only_judges(evidence(same), QUICK), {}, 0.5)
     found = fidelity(evidence(same), judges)
     assert found["diversity"]["value"] == 0 and found["recall"]["value"] < 0.2
     assert len(found["map"]) == 4 * (12 + 12) and {point["user"] for point in found["map"]} == set(USERS)
@@ -188,7 +190,7 @@ def fake_arms(case: Evidence) -> Arms:
     """Arms that are always right."""
     right = np.ones((2, len(case.test)), dtype=bool)
     names = ("real_only", "real_plus_generated", "generated_only", "real_unaugmented")
-    return Arms({}, {name: right for name in names}, 0.5)
+    return Arms([], {name: right for name in names}, 0.5)
 
 
 def test_pairs_of_a_user_share_no_step():
@@ -218,7 +220,23 @@ def test_embedders_do_not_meet_the_users_they_verify(monkeypatch):
     found = verification(evidence(windows(5, 7)), QUICK, SimpleNamespace(update=lambda: None))
     assert met == [set(range(4)) - set(held.tolist()) for held in folds(4)]
     assert 0 <= found["verification_eer"]["ci95"][0] <= found["verification_eer"]["ci95"][1] <= 1
-    assert np.all(np.diff(found["roc"]) >= 0), "acceptance grows with the threshold"
+    for curve in found["roc"]:
+        low, true, high = (np.array(curve[name]) for name in ("low", "true", "high"))
+        assert all(np.all(np.diff(rates) >= 0) for rates in (low, true, high)), "acceptance grows with the threshold"
+        assert np.all(low <= true) and np.all(true <= high)
+
+
+def test_the_curve_holds_the_equal_error_rate():
+    """Half of one user's claims lie below every impostor's, no claim of the other's: 1/4 at an equal rate."""
+    genuine = np.tile([True, True, False, False], 2)
+    trials = Trials(np.array([0.9, 0.1, 0.5, 0.4, 0.9, 0.9, 0.5, 0.4]), genuine, np.repeat([3, 4], 4))
+    error, curve = verification_file._read(trials)
+    assert error == metrics.equal_error_rate(trials.scores, genuine) == pytest.approx(0.25)
+    assert curve[0] == pytest.approx(0.75) and curve[-1] == 1
+    errors, curves = verification_file._redrawn([trials])
+    assert set(errors.round(3)) == {0, 0.25, 0.5} and set(curves[:, 0]) == {0.5, 0.75, 1}, (
+        "one user twice, or each once"
+    )
 
 
 def test_published_networks_measure_where_their_weights_are(tmp_path, monkeypatch):
@@ -226,7 +244,7 @@ def test_published_networks_measure_where_their_weights_are(tmp_path, monkeypatc
 
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     small = evidence(windows(2, 7), val=windows(4, 2, 40), test=windows(6, 3, 50))
-    judges = Arms({"real_only": [Judge(len(USERS))]}, {}, 0.5)
+    judges = Arms([Judge(len(USERS))], {}, 0.5)
     absent = fidelity(small, judges)
     assert absent["fd_inception"]["reason"].startswith("inception_v3_google-0cc3c7bd.pth is not on")
     assert absent["lpips_diversity"]["reason"].startswith("squeezenet1_1-b8a52dc0.pth is not on")
@@ -338,6 +356,42 @@ def test_few_windows_are_taken_from_all_conditions():
     assert few.labels.bincount().tolist() == [4, 4, 4, 4]
 
 
+def test_the_gain_is_told_for_as_many_generated_windows_as_real_ones_and_more():
+    found = evaluate(evidence(windows(7, 7)), Protocol(judge_steps=2, seeds=2))["augmentation"]
+    assert [row["windows_per_user"] for row in found["gain_by_windows"]] == [3, 6, 7], "five times three were not made"
+
+
+def test_a_resnet_learns_users_and_is_kept(tmp_path):
+    real, others = windows(8, 1), windows(8, 2, 40)
+    how = (train_resnet, ResNet18, tmp_path, real.images, real.labels, real.num_users, 40)
+    found = trained_once(*how)
+    assert (found.probabilities(others.images).argmax(1) == others.labels).float().mean() > 0.5, "chance is a quarter"
+    again = trained_once(None, *how[1:])
+    torch.testing.assert_close(found.probabilities(others.images), again.probabilities(others.images))
+
+
+def test_the_reference_classifier_is_beside_the_small_one(monkeypatch):
+    small = evidence(windows(5, 7))
+    done = []
+    counted = SimpleNamespace(update=lambda: done.append(1))
+    protocol = Protocol(judge_steps=1, seeds=2, counts=(), reference="resnet18")
+    arms = train_arms(small, protocol, counted)
+    assert len(done) == count_judges(small, protocol) - 2, "two judge identity"
+    found = augmentation(small, protocol, arms)
+    assert {name for name in found if name.startswith("resnet18")} == {
+        *("resnet18_real_only", "resnet18_real_plus_generated", "resnet18_real_x2", "resnet18_gain")
+    }
+    real, both = (found[f"resnet18_{name}"] for name in ("real_only", "real_plus_generated"))
+    assert found["resnet18_gain"]["value"] == pytest.approx(both["value"] - real["value"])
+    assert len(plot.arms(found).axes[0].get_yticks()) == 8
+    counts = {name: count_judges(small, replace(protocol, reference=name)) for name in ("auto", "none", "resnet18")}
+    assert counts["resnet18"] - counts["none"] == 6 and counts["auto"] == counts["none"]
+    monkeypatch.setattr(arms_file, "best_device", lambda: "cuda")
+    assert count_judges(small, replace(protocol, reference="auto")) == counts["resnet18"]
+    with pytest.raises(DataError, match="reference must be one of auto, resnet18, none, got 'resnet'"):
+        Protocol(reference="resnet")
+
+
 def test_the_gain_is_told_for_fewer_generated_windows():
     protocol = Protocol(judge_steps=2, seeds=2, counts=(2, 4, 9))
     found = evaluate(evidence(windows(5, 7)), protocol)["augmentation"]
@@ -361,7 +415,7 @@ def test_judges_of_real_windows_are_kept_for_other_runs(tmp_path, monkeypatch):
 def test_judges_of_another_version_are_not_taken(tmp_path, monkeypatch):
     protocol, case = Protocol(judge_steps=2, seeds=2), evidence(windows(5, 7))
     real_only_judges(case, protocol, tmp_path)
-    monkeypatch.setattr(judge_file, "_how", lambda: "changed")
+    monkeypatch.setattr(judge_file, "_how", lambda kind: "changed")
     real_only_judges(case, protocol, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -381,7 +435,7 @@ def test_judges_that_train_side_by_side_are_the_same(monkeypatch, tmp_path):
 
 
 def test_fidelity_needs_windows_in_every_set():
-    judges = Arms({"real_only": [Judge(len(USERS))]}, {}, 0.5)
+    judges = Arms([Judge(len(USERS))], {}, 0.5)
     found = fidelity(evidence(windows(5, 7), val=windows(2, 2, 40), test=windows(2, 3, 42)), judges)
     assert found["fd"]["value"] is None and "both halves" in found["fd_ratio"]["reason"]
 
@@ -439,7 +493,7 @@ class Brightness(Judge):
 def test_a_codec_that_draws_the_user_it_is_told_is_found_out():
     torch.manual_seed(0)
     codec, made = Stamp(**CODEC, num_users=len(USERS)), windows(5, 7)
-    arms = Arms({"real_only": [Brightness(len(USERS))]}, {}, 0.5)
+    arms = Arms([Brightness(len(USERS))], {}, 0.5)
     found = other_label(evidence(made, codec=codec), arms)
     assert found["taken_for_other_label"]["value"] == 1 and found["psnr_db_other_label"]["value"] < 30
     with pytest.raises(DataError, match="the codec was told 3 users, these windows are of 4"):
@@ -492,11 +546,21 @@ def test_the_report_is_one_page_that_opens_offline(honest, tmp_path):
     protocol = Protocol(judge_steps=2, seeds=2, keep=(0.5,))
     report = evaluate(given, protocol, about={"data": "<toy> & more"})
     assert report["reconstruction"]["psnr_db"]["value"] < 30 and report["codebook"]["usage"]["n"] == 4 * 37
-    write_report(report, given, tmp_path)
+    assert "no training logs" in write_report(report, given, tmp_path)["training"]
+    for part in ("codec", "prior"):
+        rows = [{"step": 10 * row, "seconds": row, "mse": 1 / row, "held_out_mse": 1.1 / row} for row in (1, 2)]
+        (tmp_path / part).mkdir()
+        write_history(rows, tmp_path / part / "history.csv")
+        assert read_history(tmp_path / part) == rows
+    sections = write_report(report, given, tmp_path)
+    assert {name: text.count("<img") for name, text in sections.items() if "<img" in text} == {
+        **{"augmentation": 2, "identity": 3, "reconstruction": 1, "codebook": 1, "memorisation": 1},
+        **{"fidelity": 1, "physics": 2, "training": 2},
+    }
     page = (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert page.index(report["verdict"]["sentence"].split(" (gain")[0]) < page.index("<table>")
-    assert "&lt;toy&gt; &amp; more" in page and page.count("data:image/png;base64,") == 10
+    assert "&lt;toy&gt; &amp; more" in page and page.count("data:image/png;base64,") == 13
     assert "http" not in page.replace("http-equiv", "")
     users = [row for row in page.split("<tr>") if row.startswith("<th>ID_")]
     assert len(users) == 4 and users[0].startswith("<th>ID_2</th><td class=n>25</td>")
@@ -513,7 +577,7 @@ def test_judges_do_not_see_what_they_are_asked_about(monkeypatch):
 
     monkeypatch.setattr(arms_file, "train_judge", fake)
     given = evidence(windows(5, 7))
-    evaluate(given, Protocol(judge_steps=1, seeds=2))
+    evaluate(given, Protocol(judge_steps=1, seeds=2, counts=()))
     rows = lambda images: {image.numpy().tobytes() for image in images}
     train, test, made = rows(given.train.images), rows(given.test.images), rows(given.generated.images)
     unseen = rows(given.val.images) | test
