@@ -189,12 +189,12 @@ def _page(result: dict, windows: dict[str, WindowSet]) -> str:
     parts = [
         "<h1>mdlib comparison</h1>",
         f"<p class=verdict>{'<br>'.join(map(html.escape, sentences))}</p>",
-        table([["", ""]] + [[key, str(value)] for key, value in result["terms"].items()]),
+        table([[key, str(value)] for key, value in result["terms"].items()]),
         *(f"<p>{html.escape(f'{name} failed: {why}')}</p>" for name, why in failed.items()),
         f"<h2>Figures</h2><p class=note>As defined in each system's report; all on the same split, by the same judges. "
         f"{_effort(result['terms']['budget_minutes'])} Wall time and memory are those of the sitting that finished "
         "each notebook.</p>",
-        table([["", *measured], *([what, *map(read, measured.values())] for what, read in ROWS.items())]),
+        table([[what, *map(read, measured.values())] for what, read in ROWS.items()], ["", *measured]),
     ]
     if measured:
         parts += [
@@ -207,7 +207,7 @@ def _page(result: dict, windows: dict[str, WindowSet]) -> str:
             "<h2>What was claimed, and what is measured</h2><p class=note>The claims are rough figures of the designs "
             "these two systems come from, told before anything was built, for a GPU; memory on a CPU is the "
             "process's.</p>",
-            table(_claim_rows(answers["claims"])),
+            _claims_table(answers["claims"]),
         ]
     if windows:
         parts += ["<h2>A look</h2>", embedded("windows", plot.to_png(plot.side_by_side(windows)))]
@@ -221,7 +221,7 @@ def _effort(budget_minutes: float) -> str:
     return f"Each system trained for {budget_minutes:g} minutes, half of them the codec, half the prior."
 
 
-def _claim_rows(claims: list[dict]) -> list[list[str]]:
+def _claims_table(claims: list[dict]) -> str:
     columns = [(name, what) for name in CLAIMED for what in ("claimed", "measured")]
     head = ["", *(f"{name}, {what}" for name, what in columns)]
-    return [head, *([row["what"], *(row[name][what] or "–" for name, what in columns)] for row in claims)]
+    return table([[row["what"], *(row[name][what] or "–" for name, what in columns)] for row in claims], head)

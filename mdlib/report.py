@@ -15,6 +15,7 @@ from mdlib.train import read_history
 from mdlib.validate import evaluate, through_codec
 
 GAIT = ("torso_speed", "cadence", "step_length", "foot_speed")  # whose spread within a user is pictured
+USER_COLUMNS = ["user", "test windows", "real only, %", "real + generated, %", "generated windows", "taken for them, %"]
 CURVES = 4  # panels of a training log
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
 
@@ -139,7 +140,7 @@ def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str,
     told = {} if pictures["training"] else missing("curves", reason="no training logs lie beside this page")
     figures = report | {"training": told}
     sections = {name: _section(name, figures[name], pictures.get(name, [])) for name in _SECTIONS}
-    sections["identity"] += table(_each_user(report))
+    sections["identity"] += table(_each_user(report), USER_COLUMNS)
     with whole_file(out / "report.html") as path:
         path.write_text(_page(report, sections), encoding="utf-8")
     return sections
@@ -283,12 +284,10 @@ def nearest_pairs(memorisation: dict, evidence: Evidence):
 
 
 def _each_user(report: dict) -> list[list[str]]:
-    """The rows of the table that tells users apart; shares in %."""
+    """The rows of the table that tells users apart, see USER_COLUMNS."""
     arms = {row["user"]: row for row in report["augmentation"]["per_user"]}
     taken = {row["user"]: row for row in report["identity"]["per_user"]}
-    rows = [
-        ["user", "test windows", "real only, %", "real + generated, %", "generated windows", "taken for the user, %"]
-    ]
+    rows = []
     for user in report["users"]:
         own, made = arms.get(user, {"n": 0}), taken.get(user, {"n": 0})
         shares = [own.get("real_only"), own.get("real_plus_generated"), made.get("accuracy")]
@@ -301,7 +300,7 @@ def _page(report: dict, sections: dict[str, str]) -> str:
     about = {**report["about"], **{f"{name} windows": n for name, n in report["windows"].items()}}
     parts = [
         f"<h1>mdlib report</h1><p class=verdict>{html.escape(report['verdict']['sentence'])}</p>",
-        _table({name: str(value) for name, value in about.items()}),
+        table([[name.replace("_", " "), str(value)] for name, value in about.items()]),
         *(f"<h2>{html.escape(_SECTIONS[name][0])}</h2>{section}" for name, section in sections.items()),
         f"<p class=note>mdlib {report['mdlib']}, {report['created']}. The figures of this page are in report.json.</p>",
     ]
@@ -320,19 +319,19 @@ def embedded(name: str, png: bytes) -> str:
     return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
 
 
-def table(rows: list[list[str]]) -> str:
-    """A table whose first row is its head."""
-    head, *body = ([html.escape(cell) for cell in cells] for cells in rows)
-    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+def table(body: list[list[str]], head: list[str] = ()) -> str:
+    """A table whose first column names its rows."""
+    head, *body = ([html.escape(cell) for cell in cells] for cells in (head, *body))
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)] if head else []
     lines += [f"<th>{first}</th>" + "".join(f"<td class=n>{cell}</td>" for cell in cells) for first, *cells in body]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _section(name: str, figures: dict, pictures: list[bytes]) -> str:
     note = _SECTIONS[name][1]
-    rows = {key: _cell(value) for key, value in figures.items() if not isinstance(value, list)}
+    rows = [[key.replace("_", " "), _cell(value)] for key, value in figures.items() if not isinstance(value, list)]
     images = "".join(embedded(name, png) for png in pictures)
-    return f"<p class=note>{html.escape(note)}</p>{_table(rows)}{images}"
+    return f"<p class=note>{html.escape(note)}</p>{table(rows)}{images}"
 
 
 def _cell(figure: dict | float) -> str:
@@ -349,11 +348,3 @@ def _cell(figure: dict | float) -> str:
     if figure.get("between"):
         beside.insert(0, f"measured between {figure['between'][0]:.3g} and {figure['between'][1]:.3g}, ")
     return f"{figure['value']:.4g}{unit}{spread}  ({''.join(beside)}n = {figure['n']})"
-
-
-def _table(rows: dict[str, str]) -> str:
-    lines = (
-        f"<tr><th>{html.escape(k.replace('_', ' '))}</th><td class=n>{html.escape(v)}</td></tr>"
-        for k, v in rows.items()
-    )
-    return f"<table>{''.join(lines)}</table>"

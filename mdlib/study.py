@@ -199,7 +199,7 @@ def _page(result: dict) -> str:
     parts = [
         "<h1>mdlib: how few real windows are enough?</h1>",
         f"<p class=verdict>{'<br>'.join(html.escape(row['verdict']['sentence']) for row in rows)}</p>",
-        table([["", ""], *([key, str(value)] for key, value in terms.items())]),
+        table([[key, str(value)] for key, value in terms.items()]),
         f"<p class=note>For each number the generator was trained anew on exactly those windows ({how}); validation "
         "and test windows are the same for all numbers of a fold. real x2: twice as many real windows, the added ones "
         "evenly spaced in any case, with the same classical augmentation. Folds: each has its own quarter of every "
@@ -208,7 +208,7 @@ def _page(result: dict) -> str:
         "generators: how much another one may change is seen from fold to fold. The reports of the runs define the "
         "rest.</p>",
         embedded("accuracy", plot.to_png(plot.study(rows))),
-        table([["real windows a user", *(str(row["windows_per_user"]) for row in rows)], *_figures(rows)]),
+        table(_figures(rows), ["real windows a user", *(str(row["windows_per_user"]) for row in rows)]),
         f"<p class=note>mdlib {result['mdlib']}, {result['created']}. All figures are in study.json.</p>",
     ]
     return page("mdlib study", parts)
