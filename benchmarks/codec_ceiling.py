@@ -1,13 +1,11 @@
 """What a perfect prior would be worth: further real windows through the codec, in the place of generated ones.
 
-python -m mdlib run --data REAL_WINDOWS --out runs/codec --system vae-diffusion --preset demo --to 02 \\
-    -p windows_per_user=-1 -p codec_steps=2500 \\
-    -p 'codec_options={"block_out_channels": [32, 64], "batch_size": 16, "evaluate_every": 500}'
-python benchmarks/codec_ceiling.py --data REAL_WINDOWS --codec runs/codec/codec --windows 10
+python -m mdlib run --data REAL_WINDOWS --out runs/ten --system vae-diffusion --preset demo --to 02 \\
+    -p windows_per_user=10
+python benchmarks/codec_ceiling.py --data REAL_WINDOWS --codec runs/ten/codec --windows 10
 
-The codec has learned from all training windows. Beside WINDOWS of them a user stand MORE others, as they are and after
-the codec's round trip: what lies between the two is the codec's part in what generated windows lack, the rest the
-prior's.
+The codec has learned from WINDOWS training windows a user. Beside these stand MORE others, which it has not seen, as
+they are and after its round trip: what lies between the two is the codec's part in what generated windows lack.
 """
 
 import argparse
@@ -18,17 +16,17 @@ import numpy as np
 import torch
 
 from mdlib.arms import augmentation, train_arms
-from mdlib.data import WindowSet, find_windows, load_windows, to_uint8
+from mdlib.data import DataError, WindowSet, find_windows, load_windows, to_uint8
 from mdlib.evidence import Protocol
 from mdlib.report import gather, load_rival
-from mdlib.split import make_split, spare_windows
+from mdlib.split import make_split, seen_beyond, spare_windows
 from mdlib.validate import through_codec
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of real windows")
-    parser.add_argument("--codec", required=True, help="RUN/codec, trained on all training windows")
+    parser.add_argument("--codec", required=True, help="RUN/codec of a run with as many windows")
     parser.add_argument("--windows", type=int, default=10, help="real training windows a user")
     parser.add_argument("--more", type=int, default=50, help="further ones a user")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a classifier")
@@ -36,10 +34,14 @@ def main() -> None:
     args = parser.parse_args()
     split = make_split(find_windows(args.data), windows_per_user=args.windows)
     network = load_rival(args.codec, split).eval()
+    if seen := seen_beyond(args.codec, split, args.data):
+        raise DataError(
+            f"{args.codec} has seen {seen} of the further windows: take that of windows_per_user={args.windows}"
+        )
     real = load_windows(args.data, size=network.config.image_size, channels=network.config.in_channels)
     others = spread(spare_windows(real, split), args.more)
     decoded = replace(others, images=to_uint8(through_codec(network, others.images, others.labels)))
-    protocol = Protocol(judge_steps=args.steps, seeds=args.seeds, shares=(0.5, 0.75), counts=(), reference="none")
+    protocol = Protocol(judge_steps=args.steps, seeds=args.seeds, counts=(), reference="none")
     print(f"{args.windows} real windows a user, beside them {len(others) / others.num_users:.1f} others")
     for name, made in (("as they are", others), ("after the codec", decoded)):
         evidence = gather(real, split, made)

@@ -17,6 +17,10 @@ READ = {  # the metric and the truth it stands for
     "step length": ("step_len", "step_len"),
     "foot speed": ("v_foot", "v_foot"),
     "foot speed, by the upper envelope": ("u97", "v_foot"),
+    "oscillation of the trunk": ("v_osc", "v_osc"),
+    "back-swing of the arms": ("v_min", "v_min"),
+    "left-right asymmetry of foot speed": ("asym_v", "legasym"),
+    "left-right asymmetry of time": ("asym_t", "tasym"),
 }
 SIZE = 64
 
@@ -29,7 +33,10 @@ def as_loaded(image):
 
 def correlations(measured, truth, users):
     for name, (metric, known) in READ.items():
-        means = [np.nanmean(values.reshape(users, -1), axis=1) for values in (measured[metric], truth[known])]
+        read, true = measured[metric], truth[known]
+        if metric.startswith("asym"):  # which foot comes first is unknown
+            read, true = np.abs(read), np.abs(true)
+        means = [np.nanmean(values.reshape(users, -1), axis=1) for values in (read, true)]
         yield name, np.corrcoef(means)[0, 1]
 
 

@@ -1,4 +1,4 @@
-"""The command line: simulate, split, run, compare, study, generate, validate."""
+"""The command line: simulate, split, run, compare, study, generate, select, validate."""
 
 import json
 import os
@@ -116,11 +116,8 @@ def study(
     """Train and judge a system on few and on more windows a user, down to study.html; a second call goes on."""
     from mdlib.study import study as run_study
 
-    try:
-        counts = tuple(int(count) for count in windows.split(","))
-    except ValueError as error:
-        raise ValueError(f"windows: whole numbers with commas between, got {windows!r}") from error
-    result = run_study(data, out, system, preset, counts, contiguous, folds, dict(pair(text) for text in parameter))
+    given = dict(pair(text) for text in parameter)
+    result = run_study(data, out, system, preset, _numbers("windows", windows, int), contiguous, folds, given)
     print("\n".join([str(out / "study.html"), *(row["verdict"]["sentence"] for row in result["rows"])]))
 
 
@@ -152,6 +149,23 @@ def generate(
 
 
 @app.command()
+def select(
+    real: Annotated[Path, typer.Option(help="folder of real windows")],
+    generated: Annotated[Path, typer.Option(help="folder of generated windows")],
+    split: Annotated[Path, typer.Option(help="the split the generator was trained with")],
+    out: Annotated[Path, typer.Option(help="folder for the windows that are kept")],
+    by: Annotated[str, typer.Option(help="kinematics, confidence, margin, specificity or diversity")] = "kinematics",
+    keep: Annotated[float, typer.Option(help="share to keep, the best first; kinematics decides by itself")] = 0.5,
+    size: Annotated[int, typer.Option(help="pixels a side at which windows are compared")] = 64,
+):
+    """Keep the generated windows that a filter finds worth it; it knows the generator's training windows alone."""
+    from mdlib.selection import select_folder
+
+    kept, every = select_folder(real, generated, split, out, by, keep, size)
+    print(f"{out}: {kept} of {every} windows")
+
+
+@app.command()
 def validate(
     real: Annotated[Path, typer.Option(help="folder of real windows")],
     generated: Annotated[Path, typer.Option(help="folder of generated windows")],
@@ -165,13 +179,24 @@ def validate(
     judge_steps: Annotated[int, typer.Option(help="optimizer steps of each judge")] = 400,
     seeds: Annotated[int, typer.Option(min=2, help="classifiers an arm")] = 3,
     reference: Annotated[str, typer.Option(help="resnet18 | none; auto: ResNet-18 where there is a GPU")] = "auto",
+    counts: Annotated[str, typer.Option(help="generated windows a user: the gain with 5,10,25 too")] = "",
+    keep: Annotated[str, typer.Option(help="shares of generated windows: the gain with 0.5,0.25 by each filter")] = "",
 ):
     """Judge generated windows against real ones the generator was not trained on."""
     from mdlib.report import validate_folders
 
-    protocol = dict(judge_steps=judge_steps, seeds=seeds, reference=reference)
+    protocol = dict(judge_steps=judge_steps, seeds=seeds, reference=reference, keep=_numbers("keep", keep, float))
+    protocol["counts"] = _numbers("counts", counts, int) or None
     report = validate_folders(real, generated, split, out, size, pipeline, channels, colormap, rival, **protocol)
     print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
+
+
+def _numbers(name: str, text: str, kind: type) -> tuple:
+    try:
+        return tuple(kind(number) for number in text.split(",") if number)
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{name}: {what} with commas between, got {text!r}") from error
 
 
 def pair(text: str) -> tuple[str, object]:

@@ -9,14 +9,14 @@ import torch
 
 from mdlib import metrics
 from mdlib.data import WindowSet
-from mdlib.evidence import Evidence, Protocol, chance_blocks, concatenate, figure, first_of_each
+from mdlib.evidence import Evidence, Protocol, absent, chance_blocks, concatenate, figure, first_of_each
 from mdlib.judge import Classifier, Judge, train_each, train_judge
 from mdlib.nn import best_device
 from mdlib.outcomes import Outcomes, compared
 from mdlib.resnet import ResNet18, train_resnet
 from mdlib.selection import FILTERS, keep_best, keep_plausible, scores
 
-REFERENCED = ("real_only", "real_plus_generated", "real_x2")  # arms that the reference classifier has too
+REFERENCED = ("real_only", "real_plus_generated", "generated_only", "real_x2")  # arms of the reference classifier too
 TIMES = (1, 2, 5, 10)  # as many generated windows as real ones: where the gain is measured by default
 
 
@@ -234,6 +234,7 @@ def outcomes(evidence: Evidence, arms: Arms) -> Outcomes:
 def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
     """Real + generated against real alone, and against more real windows, on test windows."""
     found, users = outcomes(evidence, arms), evidence.train.num_users
+    by_windows = gain_by_windows(evidence, arms, found.blocks)
     no_more = (
         "a user has fewer spare real windows than training windows"
         if evidence.spare is not None
@@ -241,7 +242,8 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
     )
     return {
         **compared(found, len(evidence.train) / users, no_more),
-        "gain_by_windows": gain_by_windows(evidence, arms, found.blocks),
+        **_gain_by_times(by_windows, len(evidence.train) / users),
+        "gain_by_windows": by_windows,
         "gain_by_selection": gain_by_selection(evidence, arms, found.blocks),
         "generated_share": arms.share,
         "generated_windows_per_user": len(evidence.generated) / users,
@@ -261,9 +263,24 @@ def gain_by_windows(evidence: Evidence, arms: Arms, blocks: np.ndarray) -> list[
     return rows
 
 
+def _gain_by_times(by_windows: list[dict], per_user: float) -> dict:
+    """The gain by TIMES as many generated windows as real ones."""
+    measured = {row["windows_per_user"]: row for row in by_windows}
+    found = {}
+    for times in TIMES:
+        wanted = round(per_user * times)
+        row = measured.get(wanted)
+        lacking = f"{wanted} generated windows a user are not among the numbers measured"
+        found[f"gain_{times}_to_1"] = figure(row["value"], row["n"], row["ci95"]) if row else absent(lacking)
+    return found
+
+
 def gain_by_selection(evidence: Evidence, arms: Arms, blocks: np.ndarray) -> list[dict]:
-    """The gain with the generated windows that a filter keeps: what is bought with how much of the yield."""
-    rows = []
+    """The gain with the generated windows that a filter keeps: what is bought with how much of the yield. Each filter's
+    curve begins with all of them."""
+    whole, rows = metrics.paired_gain(arms.correct["real_only"], arms.correct["real_plus_generated"], blocks), []
+    for name in dict.fromkeys(name for name, _ in arms.by_selection):
+        rows.append({"by": name, "kept": 1.0, **figure(whole["gain"], len(evidence.test), whole["ci95"])})
     for (name, kept), correct in arms.by_selection.items():
         gain = metrics.paired_gain(arms.correct["real_only"], correct, blocks)
         rows.append({"by": name, "kept": kept, **figure(gain["gain"], len(evidence.test), gain["ci95"])})

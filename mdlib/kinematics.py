@@ -85,7 +85,8 @@ def image_axis(rows: int) -> np.ndarray:
 def compare(sets: dict[str, Gaits], num_users: int) -> dict:
     """The figures NAMES from the sets generated, unseen, train, first and second (the halves of the unseen).
 
-    value, real_vs_real, train: mean over users of the distance between generated and unseen windows, between the two
+    per_user: the distance between a user's generated and unseen windows.
+    value, real_vs_real, train: mean over users of that distance, of the one between the two
     halves, and between training and unseen windows, which a perfect copier would get; as many windows of a user in
     each set, because the distance grows when they are fewer. The windows of a half are neighbours that share steps,
     fewer than they seem: training windows can come nearer. ratio: value over real_vs_real; n: windows a side, all
@@ -122,9 +123,16 @@ def _figure(name: str, sets: dict[str, Gaits], num_users: int) -> dict:
         "ratio": _ratio(found),
         "user_correlation": _correlation(means["generated"], means["unseen"]),
         "user_correlation_real": _correlation(means["first"], means["second"]),
+        "per_user": _by_user(each[:, 0], least),
         **{f"{part}_means": means[part] for part in SHOWN},
         **{f"{part}_spread": [_spread(user[part]) for user in own] for part in SHOWN},
     }
+
+
+def _by_user(distances: np.ndarray, windows: list[int]) -> list[float | None]:
+    """The distance of every user, None where there was none to measure."""
+    rest = iter(distances.tolist())
+    return [next(rest) if n else None for n in windows]
 
 
 def _distances(own: dict[str, np.ndarray], n: int, draws: int = 8) -> np.ndarray:

@@ -203,16 +203,3 @@ def inception_score(probabilities: torch.Tensor) -> float:
     rows = probabilities.double()
     each = torch.special.entr(rows.mean(0)).sum() - torch.special.entr(rows).sum(1).mean()
     return float(each.exp())
-
-
-def nearest(
-    queries: torch.Tensor, references: torch.Tensor, same_user: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Root-mean-square distance (N,) of each query (N, D) to its nearest reference (M, D) of the same user, and the
-    reference's row (N,).
-
-    same_user: bool (N, M). A query whose user has no reference gets inf.
-    """
-    distance = torch.cdist(queries, references) / queries.shape[1] ** 0.5
-    found = distance.masked_fill(~same_user, torch.inf).min(1)
-    return found.values, found.indices

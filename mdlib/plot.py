@@ -119,7 +119,8 @@ def history(rows: list[dict], keys: list[tuple[str, ...]]) -> Figure:
     for axis, names in zip(axes[0], keys, strict=True):
         for name, colour in zip(names, (ACCENT, SECOND, THIRD), strict=False):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points, strict=True), color=colour, label=name.replace("_", " "))
+            style = {"marker": "o", "markersize": 3} if len(points) < 20 else {}  # one point alone shows, too
+            axis.plot(*zip(*points, strict=True), color=colour, label=name.replace("_", " "), **style)
         axis.set_xlabel("optimizer step", fontsize=8)
         axis.legend(fontsize=7, frameon=False)
     return figure
@@ -498,7 +499,7 @@ def user_spreads(physics: dict, users: list[int], names: tuple[str, ...], most: 
         axis.set_xticks(range(len(chosen)), [f"ID_{users[row]}" for row in chosen], fontsize=7)
         axis.set_title(f"{name.replace('_', ' ')}, {physics[name]['unit']}".rstrip(", "), fontsize=8, color=INK)
         axis.tick_params(axis="y", labelsize=6)
-    axes[0, 0].set_ylabel("grey: real, blue: generated", fontsize=7)
+    axes[0, 0].set_ylabel("black: real, blue: generated", fontsize=7)
     return figure
 
 

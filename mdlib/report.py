@@ -9,7 +9,7 @@ from mdlib import plot
 from mdlib.data import DataError, WindowSet, load_windows
 from mdlib.evidence import Evidence, Protocol, concatenate, missing
 from mdlib.files import whole_file
-from mdlib.split import apply_split, chosen, read_split, seen_of_test, spare_windows
+from mdlib.split import apply_split, chosen, read_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.systems import load_codec
 from mdlib.train import read_history
 from mdlib.validate import evaluate, through_codec
@@ -34,9 +34,11 @@ _SECTIONS = {
         "Classifiers from scratch on the generator's own training windows; equal optimizer steps and the same "
         "classical augmentation (whole-stride shifts, small gain and noise) in every arm; test windows untouched. "
         "The share of generated windows in a batch is chosen on validation windows. real_unaugmented: real alone "
-        "without the classical augmentation. real_x2: twice as many real windows; gain_over_x2: real + generated "
-        "over that; gain_other_users: the mean of the users' gains, its interval redraws users, as if other people had "
-        "walked. equivalent_real_windows: the number of real windows a user with which real alone does as well, "
+        "without the classical augmentation. real_x2, real_x4: twice, four times as many real windows; gain_over_x2: "
+        "real + generated over twice as many. resnet18_…: the same by ResNet-18. Intervals redraw test windows and the "
+        "classifiers' seeds, not the generator. gain_other_users: the mean of the users' gains, its interval redraws "
+        "users, as if other people had walked. gain_5_to_1: with five generated windows a real one. "
+        "equivalent_real_windows: the number of real windows a user with which real alone does as well, "
         "read off between the measured numbers, which are its limits. Filters: confidence keeps the generated windows "
         "a classifier of the training windows is surest of, margin those where its first and second choice lie "
         "farthest apart, specificity those where their user and the likeliest other do, diversity those least like "
@@ -70,7 +72,7 @@ _SECTIONS = {
     ),
     "memorisation": (
         "Are training windows copied?",
-        "Distance to the nearest training window of the same user, over shifts by whole strides, relative to that "
+        "Distance to the nearest training window of the same user, over all circular shifts in time, relative to that "
         "of real test windows. Well below 1, or many copies, means copying. Pictured: the generated windows that "
         "come nearest, each above the training window it is nearest to.",
     ),
@@ -118,10 +120,18 @@ _SECTIONS = {
         "The codec's curves, and below them the prior's: training windows and held-out (validation) ones, against "
         "optimizer steps.",
     ),
+    "split": (
+        "Is the test apart from training?",
+        "Windows of one recording share steps with their neighbours. min_distance: the smallest difference of window "
+        "numbers between training, validation and test windows of a recording; test_share_overlapping: share of test "
+        "windows that share a step with a training window. nearest_train_ratio: how near test windows come to training "
+        "windows, over how near they come to those that they share nothing with; below 1 is a leak.",
+    ),
 }
 
 _BESIDE = {
     "real": "real",
+    "real_ci95": "real between",
     "real_vs_real": "real",
     "train": "train",
     "ratio": "ratio",
@@ -137,8 +147,9 @@ def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str,
     with whole_file(out / "report.json") as path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     pictures = _pictures(report, evidence) | {"training": training_curves(out)}
-    told = {} if pictures["training"] else missing("curves", reason="no training logs lie beside this page")
-    figures = report | {"training": told}
+    logs = {} if pictures["training"] else missing("curves", reason="no training logs lie beside this page")
+    unasked = {} if report["augmentation"]["gain_by_selection"] else missing("filters", reason="keep asked for none")
+    figures = report | {"training": logs, "augmentation": report["augmentation"] | unasked}
     sections = {name: _section(name, figures[name], pictures.get(name, [])) for name in _SECTIONS}
     sections["identity"] += table(_each_user(report), USER_COLUMNS)
     with whole_file(out / "report.html") as path:
@@ -167,7 +178,8 @@ def validate_folders(
         protocol: fields of `evidence.Protocol`.
 
     Raises:
-        DataError: users of the two folders differ, the split does not fit, or the rival's size does not.
+        DataError: users of the two folders differ, the split does not fit, the generator has seen its test windows, or
+            the rival's size does not fit.
     """
     codec = None
     if rival and not pipeline:
@@ -177,10 +189,16 @@ def validate_folders(
 
         codec = load_pipeline(pipeline).codec
         size, channels = codec.config.image_size, codec.config.in_channels
+    terms = read_split(split)
+    about = {"real": str(real), "generated": str(generated), "split": str(split), "training windows are": chosen(terms)}
+    for weights in filter(None, (generated, pipeline)):
+        if seen := seen_of_test(weights, terms, real):
+            raise DataError(f"{weights} comes from training on {seen} of the test windows: judge it by its own split")
+        if others := seen_beyond(weights, terms, real):
+            about["not by the split's training windows alone"] = f"{weights} comes from {others} others too"
     windows = load_windows(real, size=size, channels=channels, colormap=colormap)
-    evidence = gather(windows, read_split(split), load_generated(generated, windows), codec, rival)
-    about = {"real": str(real), "generated": str(generated), "split": str(split)}
-    report = evaluate(evidence, Protocol(**protocol), about | {"training windows are": chosen(read_split(split))})
+    evidence = gather(windows, terms, load_generated(generated, windows), codec, rival)
+    report = evaluate(evidence, Protocol(**protocol), about)
     write_report(report, evidence, out)
     return report
 
@@ -334,7 +352,13 @@ def _section(name: str, figures: dict, pictures: list[bytes]) -> str:
     return f"<p class=note>{html.escape(note)}</p>{table(rows)}{images}"
 
 
+def _told(value: float | list[float]) -> str:
+    return " and ".join(f"{edge:.3g}" for edge in value) if isinstance(value, list) else f"{value:.3g}"
+
+
 def _cell(figure: dict | float) -> str:
+    if figure is None:
+        return "none"
     if not isinstance(figure, dict):
         return f"{figure:.4g}"
     if "sentence" in figure:
@@ -344,7 +368,7 @@ def _cell(figure: dict | float) -> str:
     interval = figure.get("ci95")
     spread = f"  [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""
     unit = f" {figure['unit']}" if figure.get("unit") else ""
-    beside = [f"{word} {figure[key]:.3g}, " for key, word in _BESIDE.items() if figure.get(key) is not None]
+    beside = [f"{word} {_told(figure[key])}, " for key, word in _BESIDE.items() if figure.get(key) is not None]
     if figure.get("between"):
         beside.insert(0, f"measured between {figure['between'][0]:.3g} and {figure['between'][1]:.3g}, ")
     return f"{figure['value']:.4g}{unit}{spread}  ({''.join(beside)}n = {figure['n']})"

@@ -4,12 +4,16 @@ A filter is no judge: it is trained on, or fitted to, what the generator saw, so
 judges and test windows. What a filter gains is bought with yield, so both are reported.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from mdlib import kinematics
-from mdlib.data import WindowSet
-from mdlib.judge import Judge, features
+from mdlib.data import DataError, WindowSet, load_windows
+from mdlib.judge import Judge, features, train_judge
+from mdlib.pipeline import copy_windows
+from mdlib.split import apply_split, read_split
 
 FILTERS = ("confidence", "margin", "specificity", "diversity")  # see `scores`
 SPREADS = 3.0  # a user's range of a metric: the mean of the training windows, give or take so many deviations
@@ -36,9 +40,10 @@ def scores(windows: WindowSet, judge: Judge) -> dict[str, np.ndarray]:
 
 
 def keep_best(windows: WindowSet, score: np.ndarray, share: float) -> np.ndarray:
-    """bool (N,): of each user the `share` of windows with the highest score, at least one."""
-    kept = np.zeros(len(windows), dtype=bool)
-    for rows in _of_users(windows):
+    """bool (N,): of each user, in each condition, the `share` of windows with the highest score, at least one."""
+    kept, conditions = np.zeros(len(windows), dtype=bool), np.array([file.condition for file in windows.files])
+    parts = [rows[conditions[rows] == one] for rows in _of_users(windows) for one in np.unique(conditions[rows])]
+    for rows in parts:
         best = rows[np.argsort(-score[rows], kind="stable")]
         kept[best[: max(1, round(share * len(rows)))]] = True
     return kept
@@ -58,6 +63,47 @@ def keep_plausible(windows: WindowSet, train: WindowSet) -> np.ndarray:
             beyond = np.abs(made.values[name] - values.mean()) > SPREADS * values.std(ddof=1)
             kept &= ~(mine & beyond)
     return kept
+
+
+def select_folder(
+    real: str | Path,
+    generated: str | Path,
+    split: str | Path,
+    out: str | Path,
+    by: str = "kinematics",
+    share: float = 0.5,
+    size: int = 64,
+    steps: int = 400,
+) -> tuple[int, int]:
+    """Copy the generated windows that a filter keeps into `out`, with their manifest; returns how many of how many.
+
+    Args:
+        real, split: whose training windows are what the filter knows.
+        generated: folder that `generate` or notebook 05 wrote.
+        by: one of FILTERS, or kinematics for `keep_plausible`.
+        share: of each user's windows, the best first; kinematics decides by itself.
+        size: pixels a side at which windows are compared.
+        steps: optimizer steps of the filter's judge.
+
+    Raises:
+        DataError: no such filter or share, users or split that do not fit, nothing kept, or `out` holds other windows.
+    """
+    if by not in (*FILTERS, "kinematics"):
+        raise DataError(f"by must be one of {', '.join(FILTERS)} or kinematics, got {by!r}")
+    if not 0 < share <= 1:
+        raise DataError(f"keep must be a share between 0 and 1, got {share}")
+    every = load_windows(real, size=size)
+    train = apply_split(every, read_split(split))["train"]
+    made = load_windows(generated, size=size, colormap=every.colormap, users=every.users)
+    if by == "kinematics":
+        kept = keep_plausible(made, train)
+    else:
+        judge = train_judge(train.images, train.labels, train.num_users, steps)
+        kept = keep_best(made, scores(made, judge)[by], share)
+    if not kept.any():
+        raise DataError(f"{by} keeps none of the {len(made)} windows of {generated}")
+    copy_windows(generated, [made.paths[row] for row in np.flatnonzero(kept)], out)
+    return int(kept.sum()), len(made)
 
 
 def _of_users(windows: WindowSet) -> list[np.ndarray]:

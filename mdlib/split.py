@@ -352,9 +352,15 @@ def seen_of_test(path: str | Path, split: dict, data: str | Path = "") -> int:
     return len(set(split["test"]) & _learned_from(Path(path).resolve(), str(Path(data).resolve()) if data else ""))
 
 
+def seen_beyond(path: str | Path, split: dict, data: str | Path = "") -> int:
+    """How many windows that are neither in train nor in val of the split trained the weights at `path` likewise."""
+    learned = _learned_from(Path(path).resolve(), str(Path(data).resolve()) if data else "")
+    return len(learned - {*split["train"], *split["val"]})
+
+
 def _learned_from(path: Path, data: str) -> set[str]:
     """Windows of the data folder that weights have seen."""
-    for folder in path.parents[:2]:  # RUN/codec, RUN/pipeline or RUN/pipeline/prior
+    for folder in path.parents[:2]:  # RUN/codec, RUN/generated, RUN/pipeline or RUN/pipeline/prior
         if not (folder / "split.json").exists():
             continue
         record = folder / "run.json"

@@ -137,7 +137,7 @@ def guides(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[Featur
     teacher = None
     if steps := run.preset.teacher_steps:
         kept = run.path / "codec" / "teacher.safetensors"
-        users, seed = run.parts["train"].num_users, run.settings["seed"]
+        users, seed = run.parts["train"].num_users, run.settings["seed"] + 1000  # begun like no classifier that judges
         teacher = train_teacher(images, labels, users, steps, seed, kept)
     return teacher, make_foundation(run.preset.foundation, teacher and teacher.classifier, images)
 

@@ -188,7 +188,7 @@ def memorisation(evidence: Evidence, copy_quantile: float = 0.01) -> dict:
     """Is a generated window nearer to the training windows than a real unseen one is?
 
     Distance: root mean square over 32×32 pixels in [−1, 1], to the nearest training window of the same user, over
-    shifts by whole strides. nearest_train_ratio: median over generated windows by median over test windows; well below
+    circular shifts in time. nearest_train_ratio: median over generated windows by median over test windows; well below
     1 smells of copying. copies: share of generated windows nearer than all but 1 % of the test windows are. nearest:
     the generated windows nearest to a training one, with that one.
     """
@@ -227,6 +227,7 @@ def physics(evidence: Evidence) -> dict:
 def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     """helps / no evidence / hurts, from the interval of the gain, and one sentence a person can read.
 
+    The sentence also says where other people might not gain, and what the reference classifier found.
     leak: share of test windows that overlap a training window; copied: share of generated windows that are copies of
     training windows, where one in a hundred is chance. The sentence warns of either.
     """
@@ -247,6 +248,11 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
         f"(gain {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
         f"{seeds}, {real['n']} test windows{of_folds})."
     )
+    others, reference = (augmentation.get(name, {}) for name in ("gain_other_users", "resnet18_gain"))
+    if word == "helps" and others.get("ci95") and others["ci95"][0] <= 0:
+        sentence += f" Whether other people than these would gain is open ({_points(others)})."
+    if reference.get("value") is not None:
+        sentence += f" By ResNet-18 the gain is {_points(reference)}."
     if leak:
         sentence += (
             f" {100 * leak:.2g} % of the test windows overlap a training window: accuracies are too high, and copies "
@@ -255,6 +261,12 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     if copied > COPIED:
         sentence += f" {100 * copied:.2g} % of the generated windows are copies of training windows."
     return {"word": word, "sentence": sentence}
+
+
+def _points(gain: dict) -> str:
+    """A gain in points with its interval."""
+    low, high = gain["ci95"]
+    return f"{100 * gain['value']:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def _has_tokens(codec: torch.nn.Module) -> bool:

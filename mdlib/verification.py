@@ -31,6 +31,7 @@ class Trials:
     scores: np.ndarray  # float (T,): cosines
     genuine: np.ndarray  # bool (T,)
     users: np.ndarray  # int (T,): whom the probe shows
+    named: np.ndarray  # int (T,): whom it is claimed to show
 
 
 def verification(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> dict:
@@ -92,10 +93,11 @@ def _trials(embedder: Embedder, evidence: Evidence, held: np.ndarray) -> dict[st
 def _compared(embedder: Embedder, probes: WindowSet, prototypes: torch.Tensor, held: np.ndarray) -> Trials:
     """Each probe against each prototype."""
     if not len(probes) or not len(held):
-        return Trials(np.zeros(0), np.zeros(0, dtype=bool), np.zeros(0, dtype=int))
+        return Trials(np.zeros(0), np.zeros(0, dtype=bool), *np.zeros((2, 0), dtype=int))
     scores = (embedder.embeddings(probes.images) @ prototypes.T).numpy()
     users = np.repeat(probes.labels.numpy()[:, None], len(held), axis=1)
-    return Trials(scores.ravel(), (users == held).ravel(), users.ravel())
+    named = np.broadcast_to(held, users.shape)
+    return Trials(scores.ravel(), (users == named).ravel(), users.ravel(), named.ravel())
 
 
 def _read(trials: Trials, weights: np.ndarray | None = None) -> tuple[float, np.ndarray]:
@@ -112,12 +114,27 @@ def _curve(folds_of: list[Trials], redrawn: np.ndarray) -> dict[str, list[float]
 
 
 def _redrawn(folds_of: list[Trials]) -> tuple[np.ndarray, np.ndarray]:
-    """Equal error rates (DRAWS,) and curves (DRAWS, RATES), mean over folds, the probed users of each fold redrawn."""
-    rng, errors, curves = np.random.default_rng(0), np.zeros(DRAWS), np.zeros((DRAWS, len(RATES)))
-    for trials in folds_of:
-        names, index = np.unique(trials.users, return_inverse=True)
-        times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
-        drawn = [_read(trials, weights[index]) for weights in times]
-        errors += [error for error, _ in drawn]
-        curves += [curve for _, curve in drawn]
-    return errors / len(folds_of), curves / len(folds_of)
+    """Equal error rates (DRAWS,) and curves (DRAWS, RATES), with users redrawn: those of all folds at once, and of a
+    claim both the user it shows and the one it names count as often as they were drawn (Owen 2007, the pigeonhole
+    bootstrap). A fold counts by its users drawn, and not where fewer than two different ones were."""
+    rng, found = np.random.default_rng(0), []
+    users = np.unique(np.concatenate([one.users for one in folds_of]))
+    while len(found) < DRAWS:
+        times = rng.multinomial(len(users), np.full(len(users), 1 / len(users)))
+        folds_drawn = [_drawn(one, users, times) for one in folds_of]
+        counts = [count for count, _ in folds_drawn]
+        if not any(counts):
+            continue
+        read = [_read(one, weights) for one, (count, weights) in zip(folds_of, folds_drawn, strict=True) if count]
+        shares = np.array([count for count in counts if count]) / sum(counts)
+        error = shares @ [error for error, _ in read]
+        found.append((error, shares @ np.stack([curve for _, curve in read])))
+    return np.array([error for error, _ in found]), np.stack([curve for _, curve in found])
+
+
+def _drawn(trials: Trials, users: np.ndarray, times: np.ndarray) -> tuple[int, np.ndarray]:
+    """How many users of a fold were drawn, 0 where no two different ones were, and how often each trial counts."""
+    shown, named = (times[np.searchsorted(users, one)] for one in (trials.users, trials.named))
+    present = np.isin(users, trials.users) & (times > 0)
+    weights = np.where(trials.genuine, shown, shown * named)
+    return int(times[present].sum()) * (present.sum() > 1), weights

@@ -19,6 +19,7 @@ SMALLER = {
     "--preset demo": "--preset smoke",
     "--windows-per-user 20": "--windows-per-user 5",
     "--out runs/compared": "--out runs/compared --systems vqvae-ldm,vq-diffusion --preset smoke",
+    "--out runs/kept": "--out runs/kept --size 32",
     "--out runs/judged": "--out runs/judged --size 32 --judge-steps 2 --seeds 2",
 }
 

@@ -101,6 +101,7 @@ def test_distances_are_means_over_users_at_equal_counts():
     assert found["value"] == pytest.approx(apart("generated", "unseen"))
     assert found["real_vs_real"] == pytest.approx(apart("first", "second"))
     assert found["train"] == pytest.approx(apart("train", "unseen"))
+    assert np.mean(found["per_user"]) == pytest.approx(found["value"]) and len(found["per_user"]) == 2
     assert found["ratio"] == pytest.approx(found["value"] / found["real_vs_real"]) and found["n"] == 12
     assert found["user_correlation"] is None and "ci95" not in found, "two users"
     expected = np.percentile(sets["unseen"].of_user("torso_speed", 1), kinematics.SPREAD)

@@ -124,19 +124,6 @@ def test_frechet_distance_of_fewer_samples_than_features():
         metrics.frechet_distance(few, few[:1])
 
 
-def test_nearest_distance_is_brute_force_within_the_user():
-    queries, references = torch.randn(5, 7), torch.randn(6, 7)
-    users, owners = torch.tensor([0, 1, 0, 2, 1]), torch.tensor([0, 0, 1, 1, 1, 0])
-    found, rows = metrics.nearest(queries, references, users[:, None] == owners[None])
-    apart = torch.cdist(queries, references).masked_fill(users[:, None] != owners[None], torch.inf)
-    assert torch.equal(rows, apart.argmin(1))
-    for query, user, value in zip(queries, users, found, strict=True):
-        mine = [
-            float((query - one).square().mean().sqrt()) for one, k in zip(references, owners, strict=True) if k == user
-        ]
-        assert float(value) == pytest.approx(min(mine, default=np.inf), rel=1e-4)
-
-
 def test_kernel_distance_is_the_unbiased_mmd_of_cubic_kernels():
     first, second = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64) + 1
     kernel = lambda x, y: (float(x @ y) / 4 + 1) ** 3

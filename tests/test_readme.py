@@ -15,8 +15,8 @@ PAGES = ("README.md", "README.zh-CN.md", "kaggle/README.md", "kaggle/README.zh-C
 
 
 def test_the_commands_run_in_the_order_they_are_told(story):
-    assert list(story.answers) == ["simulate", "run", "generate", "split", "validate", "compare"]
-    products = ("first/report.html", "judged/report.html", "compared/comparison.html")
+    assert list(story.answers) == ["simulate", "run", "generate", "split", "validate", "select", "compare"]
+    products = ("first/report.html", "judged/report.html", "kept/manifest.csv", "compared/comparison.html")
     for product in ("more/manifest.csv", "split.json", *(f"runs/{name}" for name in products)):
         assert (story.folder / product).exists(), product
     made = sorted(path.parent.name for path in (story.folder / "more").glob("ID_*/*.png"))
@@ -80,7 +80,7 @@ def test_every_command_told_is_one_that_is_taken(page, tmp_path, monkeypatch):
     for first, *words in told:
         if first == "-m":
             module, command, *options = words
-            if module != "mdlib" or command in ("split", "generate", "validate"):  # these run as they stand
+            if module != "mdlib" or command in ("split", "generate", "validate", "select"):  # these run as they stand
                 continue
             answer = CliRunner().invoke(app, [command, *options])
             assert answer.exit_code == 0, f"{page}: {command} {options}: {answer.output} {answer.exception!r}"

@@ -13,13 +13,14 @@ import nbformat
 import pytest
 import torch
 
-from mdlib.__main__ import main
+from mdlib.__main__ import app, main
 from mdlib.data import DataError
 from mdlib.latents import encode_all
 from mdlib.pipeline import load_pipeline
-from mdlib.report import load_rival
+from mdlib.report import load_rival, validate_folders
 from mdlib.run import NOTEBOOKS, execute, open_run
-from mdlib.split import read_split, write_split
+from mdlib.selection import select_folder
+from mdlib.split import read_split, seen_beyond, write_split
 from mdlib.systems import SYSTEMS, load_codec, make_codec, make_prior
 from mdlib.vqvae import VQVAE
 
@@ -189,6 +190,38 @@ def test_a_rival_that_saw_the_test_windows_is_refused(denoised, tmp_path):
     write_split({**split, "train": split["test"], "test": split["train"]}, tmp_path / "split.json")
     with pytest.raises(DataError, match="was trained on 39 of the test windows: train it on the same split"):
         load_rival(codec, split)
+
+
+def test_windows_of_a_generator_that_saw_the_test_are_refused(denoised, tmp_path):
+    """Judged by another split a copier would shine."""
+    run = denoised["vqvae-ldm"]
+    split, data = read_split(run / "split.json"), json.loads((run / "run.json").read_text())["settings"]["data"]
+    other = {**split, "train": split["test"], "test": split["train"]}
+    write_split(other, tmp_path / "split.json")
+    args = (data, run / "generated", tmp_path / "split.json", tmp_path / "out")
+    assert seen_beyond(run / "generated", split, data) == 0
+    assert seen_beyond(run / "generated", {**split, "train": split["train"][:-3]}, data) == 3
+    told = f"generated comes from training on {len(other['test'])} of the test windows: judge it by its own split"
+    with pytest.raises(DataError, match=told):
+        validate_folders(*args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_kept_windows_is_one_of_generated_ones(denoised, tmp_path):
+    run = denoised["vqvae-ldm"]
+    data = json.loads((run / "run.json").read_text())["settings"]["data"]
+    every = {path.relative_to(run / "generated") for path in (run / "generated").glob("*/*.png")}
+    words = ["select", "--real", data, "--generated", run / "generated", "--split", run / "split.json"]
+    words += ["--by", "diversity", "--keep", 0.4, "--size", 32, "--out"]
+    app([str(word) for word in [*words, tmp_path / "kept"]], standalone_mode=False)
+    kept = {path.relative_to(tmp_path / "kept") for path in (tmp_path / "kept").glob("*/*.png")}
+    assert kept < every and len(kept) == len({path.parent for path in every}), "one of three of each user"
+    assert all((tmp_path / "kept" / path).read_bytes() == (run / "generated" / path).read_bytes() for path in kept)
+    with open(tmp_path / "kept" / "manifest.csv", newline="") as file:
+        assert {row["path"] for row in csv.DictReader(file)} == {path.as_posix() for path in kept}
+    for wrong, says in (({"by": "beauty"}, "by must be one of confidence"), ({"share": 0}, "keep must be a share")):
+        with pytest.raises(DataError, match=says):
+            select_folder(data, run / "generated", run / "split.json", tmp_path / "none", **wrong)
 
 
 def test_the_two_kinds_of_codec_stand_side_by_side(denoised, finished):

@@ -1,5 +1,6 @@
 """Filters of generated windows keep what they say, of every user."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,6 +57,13 @@ def test_the_best_of_each_user_are_kept():
     assert keep_best(made, score, 0.01).sum() == 4, "at least one"
 
 
+def test_the_best_of_each_condition_are_kept():
+    made = windows(4, 0)
+    files = tuple(replace(file, condition="bag" if row % 4 < 2 else "") for row, file in enumerate(made.files))
+    kept = keep_best(replace(made, files=files), np.tile([0.1, 0.2, 0.8, 0.9], 4), 0.5)
+    assert kept.tolist() == [False, True, False, True] * 4
+
+
 def test_windows_beyond_a_users_range_are_sifted(monkeypatch):
     speeds = {"train": np.tile([1.0, 1.1, 1.2], 4), "made": np.tile([1.1, 1.5, np.nan, 1.15, 0.6], 4)}
 
@@ -86,7 +94,9 @@ def test_a_filter_decides_which_windows_its_arm_sees(monkeypatch):
     arms = train_arms(case, protocol, SimpleNamespace(update=lambda: None))
     assert list(arms.by_selection) == [("confidence", 0.5), ("confidence", 0.2), ("kinematics", 0.1)]
     told = arms_file.gain_by_selection(case, arms, np.arange(100))
-    assert [row["kept"] for row in told] == [0.5, 0.2, 0.1] and all(row["n"] == 100 for row in told)
+    assert [row["kept"] for row in told] == [1, 1, 0.5, 0.2, 0.1] and all(row["n"] == 100 for row in told)
+    whole = arms_file.gain_by_windows(case, arms, np.arange(100))[-1]
+    assert all(row["value"] == whole["value"] for row in told[:2]), "a curve begins with all windows"
     train, images = rows(case.train.images), case.generated.images
     place = np.arange(40) % 10
     for wanted in (place >= 5, place >= 8, place == 0):

@@ -16,7 +16,6 @@ from mdlib import judge as judge_file
 from mdlib import metrics, plot
 from mdlib import verification as verification_file
 from mdlib.arms import Arms, _mixed, augmentation, correctness, count_judges, real_only_judges, times, train_arms
-from mdlib.augment import stride_shift
 from mdlib.data import DataError, WindowFile, WindowSet
 from mdlib.evidence import Evidence, Protocol, alike, bootstrapped, chance_blocks, concatenate, first_of_each, halves
 from mdlib.fidelity import fidelity, pairs_apart
@@ -59,7 +58,7 @@ def evidence(generated: WindowSet, **changes) -> Evidence:
     return Evidence(**{**parts, **changes})
 
 
-QUICK = Protocol(judge_steps=60, seeds=2)
+QUICK = Protocol(judge_steps=60, seeds=2, reference="none")
 ONCE = replace(QUICK, seeds=1, shares=(0.25,))
 
 
@@ -229,14 +228,33 @@ def test_embedders_do_not_meet_the_users_they_verify(monkeypatch):
 def test_the_curve_holds_the_equal_error_rate():
     """Half of one user's claims lie below every impostor's, no claim of the other's: 1/4 at an equal rate."""
     genuine = np.tile([True, True, False, False], 2)
-    trials = Trials(np.array([0.9, 0.1, 0.5, 0.4, 0.9, 0.9, 0.5, 0.4]), genuine, np.repeat([3, 4], 4))
+    named = np.array([3, 3, 4, 4, 4, 4, 3, 3])
+    trials = Trials(np.array([0.9, 0.1, 0.5, 0.4, 0.9, 0.9, 0.5, 0.4]), genuine, np.repeat([3, 4], 4), named)
     error, curve = verification_file._read(trials)
     assert error == metrics.equal_error_rate(trials.scores, genuine) == pytest.approx(0.25)
     assert curve[0] == pytest.approx(0.75) and curve[-1] == 1
     errors, curves = verification_file._redrawn([trials])
-    assert set(errors.round(3)) == {0, 0.25, 0.5} and set(curves[:, 0]) == {0.5, 0.75, 1}, (
-        "one user twice, or each once"
-    )
+    assert set(errors) == {error} and np.all(curves == curve), "one user twice tells nothing: both were drawn"
+
+
+def verified(rng: np.random.Generator, users: int = 8) -> list[Trials]:
+    """Trials of three folds whose scores depend on the user shown, and on the pair of an impostor and his victim."""
+    own, pairs, folds_of = 2 + 0.6 * rng.normal(size=users), 0.5 * rng.normal(size=(users, users)), []
+    pairs += 0.4 * rng.normal(size=(users, 1))
+    for held in np.array_split(rng.permutation(users), 3):
+        shown = np.repeat(held, 10 * len(held))
+        named = np.tile(held, 10 * len(held))
+        scores = np.where(shown == named, own[shown], pairs[shown, named]) + 0.5 * rng.normal(size=len(shown))
+        folds_of.append(Trials(scores, shown == named, shown, named))
+    return folds_of
+
+
+def test_intervals_of_verification_are_as_wide_as_chance(monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(verification_file, "DRAWS", 60)
+    drawn = [np.mean([verification_file._read(fold)[0] for fold in verified(rng)]) for _ in range(200)]
+    spreads = [verification_file._redrawn(verified(rng))[0].std() for _ in range(15)]
+    assert 0.9 < np.mean(spreads) / np.std(drawn) < 1.4, "folds apart, and one side of a claim alone: 0.56"
 
 
 def test_published_networks_measure_where_their_weights_are(tmp_path, monkeypatch):
@@ -275,10 +293,10 @@ def test_copies_of_training_windows_are_told():
     found = memorisation(evidence(copied))
     assert found["nearest_train_ratio"]["value"] < 0.01 and found["copies"]["value"] == 1.0
     assert len(found["nearest"]) == 6 and all(pair["generated"] == pair["train"] for pair in found["nearest"])
-    later = replace(copied, images=stride_shift(copied.images, 2))
-    shifted = memorisation(evidence(later))
-    assert shifted["copies"]["value"] == 1.0
-    assert all(pair["generated"] == pair["train"] for pair in shifted["nearest"]), "found where it was shifted from"
+    for shift in (2, 8, 16):
+        shifted = memorisation(evidence(replace(copied, images=copied.images.roll(shift, dims=-1))))
+        assert shifted["copies"]["value"] == 1.0
+        assert all(pair["generated"] == pair["train"] for pair in shifted["nearest"]), "found where it was shifted from"
 
 
 def test_the_share_of_generated_windows_is_what_it_says():
@@ -359,6 +377,8 @@ def test_few_windows_are_taken_from_all_conditions():
 def test_the_gain_is_told_for_as_many_generated_windows_as_real_ones_and_more():
     found = evaluate(evidence(windows(7, 7)), Protocol(judge_steps=2, seeds=2))["augmentation"]
     assert [row["windows_per_user"] for row in found["gain_by_windows"]] == [3, 6, 7], "five times three were not made"
+    assert found["gain_2_to_1"]["value"] == found["gain_by_windows"][1]["value"]
+    assert found["gain_5_to_1"]["reason"] == "15 generated windows a user are not among the numbers measured"
 
 
 def test_a_resnet_learns_users_and_is_kept(tmp_path):
@@ -372,6 +392,7 @@ def test_a_resnet_learns_users_and_is_kept(tmp_path):
 
 def test_the_reference_classifier_is_beside_the_small_one(monkeypatch):
     small = evidence(windows(5, 7))
+    monkeypatch.setattr(arms_file, "best_device", lambda: "cpu")
     done = []
     counted = SimpleNamespace(update=lambda: done.append(1))
     protocol = Protocol(judge_steps=1, seeds=2, counts=(), reference="resnet18")
@@ -379,13 +400,14 @@ def test_the_reference_classifier_is_beside_the_small_one(monkeypatch):
     assert len(done) == count_judges(small, protocol) - 2, "two judge identity"
     found = augmentation(small, protocol, arms)
     assert {name for name in found if name.startswith("resnet18")} == {
-        *("resnet18_real_only", "resnet18_real_plus_generated", "resnet18_real_x2", "resnet18_gain")
+        *("resnet18_real_only", "resnet18_real_plus_generated", "resnet18_real_x2"),
+        *("resnet18_generated_only", "resnet18_gain"),
     }
     real, both = (found[f"resnet18_{name}"] for name in ("real_only", "real_plus_generated"))
     assert found["resnet18_gain"]["value"] == pytest.approx(both["value"] - real["value"])
-    assert len(plot.arms(found).axes[0].get_yticks()) == 8
+    assert len(plot.arms(found).axes[0].get_yticks()) == 9
     counts = {name: count_judges(small, replace(protocol, reference=name)) for name in ("auto", "none", "resnet18")}
-    assert counts["resnet18"] - counts["none"] == 6 and counts["auto"] == counts["none"]
+    assert counts["resnet18"] - counts["none"] == 8 and counts["auto"] == counts["none"]
     monkeypatch.setattr(arms_file, "best_device", lambda: "cuda")
     assert count_judges(small, replace(protocol, reference="auto")) == counts["resnet18"]
     with pytest.raises(DataError, match="reference must be one of auto, resnet18, none, got 'resnet'"):
@@ -536,6 +558,11 @@ def test_the_command_line_takes_a_rival(tmp_path, monkeypatch):
 def test_the_verdict_comes_from_the_interval(honest, ci95, word):
     told = verdict({**honest["augmentation"], "gain_ci95": ci95})
     assert told["word"] == word and "real windows a user" in told["sentence"] and "copies" not in told["sentence"]
+    others = {"gain_other_users": {"value": 0.03, "ci95": [-0.01, 0.07]}}
+    others["resnet18_gain"] = {"value": -0.02, "ci95": [-0.04, 0]}
+    told = verdict({**honest["augmentation"], "gain_ci95": ci95, **others})["sentence"]
+    assert ("would gain is open (+3.0 points, -1.0 to +7.0)." in told) == (word == "helps")
+    assert told.endswith(" By ResNet-18 the gain is -2.0 points, -4.0 to +0.0.")
     warned = verdict({**honest["augmentation"], "gain_ci95": ci95}, copied=0.96)
     assert warned["sentence"].endswith(" 96 % of the generated windows are copies of training windows.")
 
