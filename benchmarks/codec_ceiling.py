@@ -12,10 +12,9 @@ import argparse
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
-from mdlib.arms import augmentation, train_arms
+from mdlib.arms import augmentation, evenly_spaced, train_arms
 from mdlib.data import DataError, WindowSet, find_windows, load_windows, to_uint8
 from mdlib.evidence import Protocol
 from mdlib.report import gather, load_rival
@@ -57,9 +56,7 @@ def spread(windows: WindowSet, most: int) -> WindowSet:
     chosen = []
     for label in range(windows.num_users):
         rows = torch.nonzero(windows.labels == label).flatten().tolist()
-        rows.sort(key=lambda row: (windows.files[row].recording, windows.files[row].number))
-        places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)
-        chosen += [rows[place] for place in places]
+        chosen += evenly_spaced(windows, rows, min(most, len(rows)))
     return windows.select(chosen)
 
 

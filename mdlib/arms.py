@@ -137,9 +137,15 @@ def times(evidence: Evidence, factor: int) -> WindowSet | None:
         rows, wanted = torch.nonzero(spare.labels == label).flatten().tolist(), (factor - 1) * count
         if len(rows) < wanted:
             return None
-        rows.sort(key=lambda row: (spare.files[row].condition, spare.files[row].recording, spare.files[row].number))
-        chosen += [rows[place] for place in np.linspace(0, len(rows) - 1, wanted).round().astype(int)]
+        chosen += evenly_spaced(spare, rows, wanted)
     return concatenate(train, spare.select(chosen))
+
+
+def evenly_spaced(windows: WindowSet, rows: list[int], count: int) -> list[int]:
+    """`count` of some rows, evenly spaced in time within their conditions and recordings one after the other."""
+    file_of = windows.files
+    ordered = sorted(rows, key=lambda row: (file_of[row].condition, file_of[row].recording, file_of[row].number))
+    return [ordered[place] for place in np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
 def _counts(evidence: Evidence, protocol: Protocol) -> list[int]:

@@ -71,14 +71,9 @@ def roc(scores: np.ndarray, genuine: np.ndarray, weights: np.ndarray | None = No
     return false, true
 
 
-def equal_error_rate(scores: np.ndarray, genuine: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """The rate at which as many impostors are accepted as genuine ones are refused, between the two thresholds around
-    it by a straight line; 0.5 is chance."""
-    return crossing(*roc(scores, genuine, weights))
-
-
-def crossing(false: np.ndarray, true: np.ndarray) -> float:
-    """The equal error rate of a curve of `roc`."""
+def equal_error_rate(false: np.ndarray, true: np.ndarray) -> float:
+    """The rate at which as many impostors are accepted as genuine ones are refused, on a curve of `roc`: between the
+    two thresholds around it by a straight line. 0.5 is chance."""
     above = int(np.argmax(false >= 1 - true))  # the first threshold at which no fewer impostors come in
     if above == 0:
         return float(false[0])

@@ -103,7 +103,7 @@ def _compared(embedder: Embedder, probes: WindowSet, prototypes: torch.Tensor, h
 def _read(trials: Trials, weights: np.ndarray | None = None) -> tuple[float, np.ndarray]:
     """The equal error rate, and true acceptance at RATES."""
     false, true = metrics.roc(trials.scores, trials.genuine, weights)
-    return metrics.crossing(false, true), np.interp(RATES, false, true)
+    return metrics.equal_error_rate(false, true), np.interp(RATES, false, true)
 
 
 def _curve(folds_of: list[Trials], redrawn: np.ndarray) -> dict[str, list[float]]:
