@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import torch
 
-from mdlib.arms import augmentation, evenly_spaced, train_arms
-from mdlib.data import DataError, WindowSet, find_windows, load_windows, to_uint8
-from mdlib.evidence import Protocol
-from mdlib.report import gather, load_rival
-from mdlib.split import make_split, seen_beyond, spare_windows
-from mdlib.validate import through_codec
+from mdlib.data.splits import make_split, seen_beyond, spare_windows
+from mdlib.data.windows import DataError, WindowSet, find_windows, load_windows, to_uint8
+from mdlib.evaluation.augmentation_study import augmentation, evenly_spaced, train_arms
+from mdlib.evaluation.evidence import Protocol
+from mdlib.evaluation.protocol import through_codec
+from mdlib.reports.report import gather, load_rival
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     real = load_windows(args.data, size=network.config.image_size, channels=network.config.in_channels)
     others = spread(spare_windows(real, split), args.more)
     decoded = replace(others, images=to_uint8(through_codec(network, others.images, others.labels)))
-    protocol = Protocol(judge_steps=args.steps, seeds=args.seeds, counts=(), reference="none")
+    protocol = Protocol(evaluation_steps=args.steps, seeds=args.seeds, counts=(), reference="none")
     print(f"{args.windows} real windows a user, beside them {len(others) / others.num_users:.1f} others")
     for name, made in (("as they are", others), ("after the codec", decoded)):
         evidence = gather(real, split, made)

@@ -6,7 +6,7 @@ unet2d  diffusers' UNet2DModel with attention at the last level but one, equal w
         and a DDPM ε loss, as its unconditional-image example builds it
 The peers' widths are searched until their parameters match those of ours with full attention within 3 %, group norms
 have 4 groups where a width is no multiple of 32. They have as many levels as ours, to work at the same resolutions,
-unless --levels says otherwise. All train in mdlib.train.fit: same optimizer, clipping and data. Rounds A B C A B C,
+unless --levels says otherwise. All train by `fit`: same optimizer, clipping and data. Rounds A B C A B C,
 medians; peak memory is that of training in a fresh process less what it held after the imports.
 
 python benchmarks/diffusion_peers.py [--shape 4 16 16 --widths 48 96 --batch 32 --rounds 5]
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import nn
 
-from mdlib.train import Batches, TrainConfig, fit
-from mdlib.unet import LatentDiffusion
+from mdlib.models.unet import LatentDiffusion
+from mdlib.training.fit import Batches, TrainConfig, fit
 
 USERS = 31
 

@@ -18,7 +18,7 @@ import time
 import torch
 from diffusers import DiTTransformer2DModel
 
-from mdlib.dit import dit_s
+from mdlib.models.dit import dit_s
 
 USERS = 31
 SHAPE = (4, 16, 16)

@@ -16,7 +16,7 @@ def seconds(code: str) -> float:
 
 
 def main() -> None:
-    statements = ["import torch", "import torch, mdlib", "import torch, mdlib.data", "import mdlib.pipeline"]
+    statements = ["import torch", "import torch, mdlib", "import torch, mdlib.data.windows", "import mdlib.pipeline"]
     times = {statement: [] for statement in statements}
     for _ in range(6):
         for statement in statements:

@@ -1,6 +1,6 @@
 """Accuracy on test windows against the number of real windows a user: the ruler without any generator, twice.
 
-Each point is a classifier of `mdlib.judge` from scratch, the mean over seeds with its 95 % interval over stretches of
+Each point is a small CNN trained from scratch, the mean over seeds with its 95 % interval over stretches of
 time; the second line takes other seeds and shows how well the first is reproduced.
 
 python benchmarks/learning_curve.py --data DIR [--counts 5,10,20,40 --seeds 3 --steps 400 --contiguous]
@@ -8,11 +8,12 @@ python benchmarks/learning_curve.py --data DIR [--counts 5,10,20,40 --seeds 3 --
 
 import argparse
 
-from mdlib.arms import correctness
-from mdlib.data import load_windows
-from mdlib.evidence import chance_blocks, scored
-from mdlib.judge import Judge, train_each, train_judge
-from mdlib.split import apply_split, make_split
+from mdlib.data.splits import apply_split, make_split
+from mdlib.data.windows import load_windows
+from mdlib.evaluation.augmentation_study import correctness
+from mdlib.evaluation.classifiers import train_classifier, train_each
+from mdlib.evaluation.evidence import chance_blocks, scored
+from mdlib.models.classifier import SmallCNN
 
 
 def point(windows, count: int, contiguous: bool, seeds: range, steps: int) -> dict:
@@ -20,7 +21,9 @@ def point(windows, count: int, contiguous: bool, seeds: range, steps: int) -> di
     split = make_split(windows, windows_per_user=count, contiguous=contiguous)
     parts = apply_split(windows, split)
     train, test = parts["train"], parts["test"]
-    jobs = [(train_judge, Judge, None, train.images, train.labels, train.num_users, steps, seed) for seed in seeds]
+    jobs = [
+        (train_classifier, SmallCNN, None, train.images, train.labels, train.num_users, steps, seed) for seed in seeds
+    ]
     correct = correctness(list(train_each(jobs)), test.images, test.labels)
     return scored(correct, chance_blocks(test, split["gap"]))
 

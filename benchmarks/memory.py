@@ -19,10 +19,10 @@ from itertools import accumulate
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mdlib.judge import Judge
-from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
-from mdlib.teacher import FeatureDistance
-from mdlib.train import Batches, fit
+from mdlib.models.classifier import SmallCNN
+from mdlib.models.teacher import FeatureDistance
+from mdlib.systems.registry import SYSTEMS, get_preset, make_codec, make_prior
+from mdlib.training.fit import Batches, fit
 
 USERS = 8
 LINE = (16, 32)
@@ -54,7 +54,7 @@ def count(system: str, preset_name: str, part: str, batch: int) -> int:
     codec = make_codec(preset, 1, USERS)
     labels = torch.arange(batch) % USERS
     if part == "codec":
-        codec.add_teacher("teacher", FeatureDistance(Judge(USERS, 1)), preset.teacher_weight)
+        codec.add_teacher("teacher", FeatureDistance(SmallCNN(USERS, 1)), preset.teacher_weight)
         images = torch.rand(batch, 1, preset.image_size, preset.image_size) * 2 - 1
         return peak(codec, (images, labels), preset.codec_training, batch)
     prior = make_prior(system, preset, codec, USERS)

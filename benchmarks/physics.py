@@ -9,7 +9,8 @@ import argparse
 import numpy as np
 from PIL import Image
 
-from mdlib import kinematics, physics, simulate
+from mdlib.evaluation import gait_metrics, gait_physics
+from mdlib.simulation import dataset
 
 READ = {  # the metric and the truth it stands for
     "torso speed": ("v_torso", "v_torso"),
@@ -47,14 +48,14 @@ def main():
     args = parser.parse_args()
     for preset in ("ti77_clock", "ti77_cycle"):
         made = [
-            simulate.simulate_recording(user, n_windows=2 * args.windows, preset=preset)
+            dataset.simulate_recording(user, n_windows=2 * args.windows, preset=preset)
             for user in range(1, args.users + 1)
         ]
         images = np.concatenate([recording[0][::2] for recording in made])
         truth = {name: np.concatenate([one[1][name][::2] for one in made]) for name in made[0][1]}
         small = np.stack([as_loaded(image) for image in images])
-        native = physics.measure(images / 255, simulate.velocity_axis(preset), truth["dt"])
-        nominal = physics.measure(small / 255, kinematics.image_axis(SIZE), kinematics.WINDOW_S / SIZE)
+        native = gait_physics.measure(images / 255, dataset.velocity_axis(preset), truth["dt"])
+        nominal = gait_physics.measure(small / 255, gait_metrics.image_axis(SIZE), gait_metrics.WINDOW_S / SIZE)
         found = [dict(correlations(measured, truth, args.users)) for measured in (native, nominal)]
         for name in READ:
             print(

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from mdlib.transformer import TokenPrior
+from mdlib.models.transformer import TokenPrior
 
 
 def seconds(prior: TokenPrior, batch: int, use_cache: bool) -> float:

@@ -12,7 +12,8 @@ from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.neighbors import KNeighborsClassifier
 
-from mdlib import physics, simulate
+from mdlib.evaluation import gait_physics
+from mdlib.simulation import dataset
 
 # Mean, SD between and SD within persons of 1,595 published windows of ten walkers, same metrics.
 REAL = {
@@ -42,7 +43,7 @@ def calibration(recordings):
     images = np.concatenate([r[0][::4] for r in recordings])
     dt = np.concatenate([r[1]["dt"][::4] for r in recordings])
     user = np.repeat(np.arange(users), [len(r[0][::4]) for r in recordings])
-    metrics = physics.measure(images / 255, simulate.velocity_axis(), dt)
+    metrics = gait_physics.measure(images / 255, dataset.velocity_axis(), dt)
     for name, (mean, between, within) in REAL.items():
         m = np.array([np.nanmean(metrics[name][user == u]) for u in range(users)])
         s = np.array([np.nanstd(metrics[name][user == u], ddof=1) for u in range(users)])
@@ -99,11 +100,11 @@ def continuity(recordings):
 
 
 def recovery(users, windows):
-    data = [simulate.simulate_recording(u, r, n_windows=windows, preset="ti77_clock") for u in users for r in (1, 2)]
+    data = [dataset.simulate_recording(u, r, n_windows=windows, preset="ti77_clock") for u in users for r in (1, 2)]
     truth = {k: np.concatenate([d[1][k][::4] for d in data]) for k in data[0][1]}
     user = np.repeat(np.repeat(list(users), 2), [len(d[0][::4]) for d in data])
     images = np.concatenate([d[0][::4] for d in data]) / 255
-    got = physics.measure(images, simulate.velocity_axis("ti77_clock"), truth["dt"])
+    got = gait_physics.measure(images, dataset.velocity_axis("ti77_clock"), truth["dt"])
     for metric, name, image_bound, user_bound in (
         ("v_torso", "v_torso", 0.99, 0.99),
         ("f_step", "step_hz", 0.88, 0.98),
@@ -133,7 +134,7 @@ def flat(images):
 def learning_curve(users, draws=4):
     """PCA80 of all training windows + LDA of shrinkage .2; sessions 1-3 train, session 4 tests; every 4th window."""
     sessions = np.stack([
-        np.stack([flat(simulate.simulate_recording(u, r, n_windows=108)[0][::4]) for r in (1, 2, 3, 4)]) for u in users
+        np.stack([flat(dataset.simulate_recording(u, r, n_windows=108)[0][::4]) for r in (1, 2, 3, 4)]) for u in users
     ])  # fmt: skip
     n = len(sessions)
     train, test = sessions[:, :3].reshape(n, 81, -1), sessions[:, 3]
@@ -189,7 +190,7 @@ def leak(recordings, per_user=50):
 def speed(windows):
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time(), time.perf_counter()
-        simulate.simulate_dataset(f"{folder}/set", users=4, windows=windows, progress=False)
+        dataset.simulate_dataset(f"{folder}/set", users=4, windows=windows, progress=False)
         cpu, wall = time.process_time() - start[0], time.perf_counter() - start[1]
     rate = 4 * windows / cpu
     report(
@@ -205,7 +206,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="8 users: shows that it runs, the bounds are for 31")
     users = range(1, 9 if parser.parse_args().quick else 32)
     speed(100)
-    recordings = [simulate.simulate_recording(u) for u in users]
+    recordings = [dataset.simulate_recording(u) for u in users]
     calibration(recordings)
     continuity(recordings)
     leak(recordings)

@@ -11,10 +11,10 @@ python benchmarks/tokens.py --runs RUN RUN [--per-user 10 --repeats 2]
 import argparse
 import statistics
 
-from mdlib.compare import Ruler, drawn, sampling_speed
+from mdlib.experiments.compare import Ruler, drawn, sampling_speed
+from mdlib.experiments.run import open_run
+from mdlib.models.vqdiffusion import VQDiffusion
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
-from mdlib.run import open_run
-from mdlib.vqdiffusion import VQDiffusion
 
 SAMPLERS = {  # of VQDiffusion
     **{f"ancestral {steps}": dict(sampler="ancestral", num_inference_steps=steps) for steps in (50, 25, 12)},

@@ -29,7 +29,7 @@ def simulate(
     recordings: Annotated[int, typer.Option(min=1, help="recordings (days) a user")] = 1,
 ):
     """Simulate walking people: windows as a 77 GHz radar records them, and every gait parameter in parameters.csv."""
-    from mdlib.simulate import simulate_dataset
+    from mdlib.simulation.dataset import simulate_dataset
 
     simulate_dataset(
         out, users=users, windows=windows, size=size, seed=seed, condition=condition, recordings=recordings
@@ -49,8 +49,8 @@ def split(
     extensions: str = "png,jpg,jpeg",
 ):
     """Split by recording and time, without leaking overlapping windows from one part into another."""
-    from mdlib.data import find_windows
-    from mdlib.split import make_split, write_split
+    from mdlib.data.splits import make_split, write_split
+    from mdlib.data.windows import find_windows
 
     files = find_windows(data, extensions=[part.strip(" .") for part in extensions.split(",")])
     few = dict(windows_per_user=windows_per_user or None, contiguous=contiguous)
@@ -71,7 +71,7 @@ def run(
     last: Annotated[str, typer.Option("--to", help="last notebook (06)")] = "",
 ):
     """Run the notebooks of a system on a data folder, down to report.html; a second call goes on where it stopped."""
-    from mdlib.run import execute
+    from mdlib.experiments.run import execute
 
     parameters = dict(pair(text) for text in parameter)
     execute(str(out), parameters, first, last, data=str(data or ""), system=system, preset=preset)
@@ -91,7 +91,7 @@ def compare(
     parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of any notebook")] = [],  # noqa: B006
 ):
     """Train and judge systems on one split with one budget, down to comparison.html; a second call goes on."""
-    from mdlib.compare import compare as run_comparison
+    from mdlib.experiments.compare import compare as run_comparison
 
     chosen = dict(pair(text) for text in parameter)
     result = run_comparison(data, out, systems, preset, budget_minutes, images_per_user, chosen)
@@ -114,7 +114,7 @@ def study(
     parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of any notebook")] = [],  # noqa: B006
 ):
     """Train and judge a system on few and on more windows a user, down to study.html; a second call goes on."""
-    from mdlib.study import study as run_study
+    from mdlib.experiments.study import study as run_study
 
     given = dict(pair(text) for text in parameter)
     result = run_study(data, out, system, preset, _numbers("windows", windows, int), contiguous, folds, given)
@@ -134,7 +134,7 @@ def generate(
     grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, a row a user")] = False,
 ):
     """Generate windows of given users into ID_k/ folders with a manifest."""
-    from mdlib.data import parse_users
+    from mdlib.data.windows import parse_users
     from mdlib.pipeline import load_pipeline
 
     pipe = load_pipeline(pipeline)
@@ -142,9 +142,9 @@ def generate(
     carried, options = conditions.split(",") if conditions else None, dict(pair(text) for text in option)
     rows = pipe.generate_folder(out, chosen, per_user, seed, batch_size, carried, **options)
     if grid:
-        from mdlib import plot
+        from mdlib.reports import plots
 
-        plot.save(plot.sheet(out, rows), out / "grid.png")
+        plots.save(plots.sheet(out, rows), out / "grid.png")
     print(f"{out}: {len(rows)} windows of {len({row['user'] for row in rows})} users")
 
 
@@ -159,7 +159,7 @@ def select(
     size: Annotated[int, typer.Option(help="pixels a side at which windows are compared")] = 64,
 ):
     """Keep the generated windows that a filter finds worth it; it knows the generator's training windows alone."""
-    from mdlib.selection import select_folder
+    from mdlib.evaluation.filters import select_folder
 
     kept, every = select_folder(real, generated, split, out, by, keep, size)
     print(f"{out}: {kept} of {every} windows")
@@ -176,16 +176,18 @@ def validate(
     rival: Annotated[Path | None, typer.Option(help="RUN/codec of the other kind, VQ or KL")] = None,
     channels: Annotated[int, typer.Option(help="1: intensity, 3: RGB as it is")] = 1,
     colormap: Annotated[str, typer.Option(help="of the real images")] = "auto",
-    judge_steps: Annotated[int, typer.Option(help="optimizer steps of each judge")] = 400,
+    evaluation_steps: Annotated[int, typer.Option(help="optimizer steps of each judge")] = 400,
     seeds: Annotated[int, typer.Option(min=2, help="classifiers an arm")] = 3,
     reference: Annotated[str, typer.Option(help="resnet18 | none; auto: ResNet-18 where there is a GPU")] = "auto",
     counts: Annotated[str, typer.Option(help="generated windows a user: the gain with 5,10,25 too")] = "",
     keep: Annotated[str, typer.Option(help="shares of generated windows: the gain with 0.5,0.25 by each filter")] = "",
 ):
-    """Judge generated windows against real ones the generator was not trained on."""
-    from mdlib.report import validate_folders
+    """SmallCNN generated windows against real ones the generator was not trained on."""
+    from mdlib.reports.report import validate_folders
 
-    protocol = dict(judge_steps=judge_steps, seeds=seeds, reference=reference, keep=_numbers("keep", keep, float))
+    protocol = dict(
+        evaluation_steps=evaluation_steps, seeds=seeds, reference=reference, keep=_numbers("keep", keep, float)
+    )
     protocol["counts"] = _numbers("counts", counts, int) or None
     report = validate_folders(real, generated, split, out, size, pipeline, channels, colormap, rival, **protocol)
     print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")

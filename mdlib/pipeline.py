@@ -16,14 +16,23 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from mdlib.data import DataError, colorize, to_uint8
-from mdlib.files import whole_file
-from mdlib.latents import fingerprint
-from mdlib.limits import end_session, time_is_up
-from mdlib.nn import best_device
-from mdlib.progress import bar
+from mdlib.data.windows import DataError, colorize, to_uint8
+from mdlib.training.latents import fingerprint
+from mdlib.utils import bar, best_device, end_session, time_is_up, whole_file
 
 MANIFEST_COLUMNS = ("path", "user", "condition", "number", "seed")
+# Where a class of a pipeline saved by mdlib 0.1 is now.
+MOVED = {
+    "mdlib.vqvae": "mdlib.models.vqvae",
+    "mdlib.vae": "mdlib.models.kl",
+    "mdlib.vavae": "mdlib.models.vavae",
+    "mdlib.transformer": "mdlib.models.transformer",
+    "mdlib.unet": "mdlib.models.unet",
+    "mdlib.dit": "mdlib.models.dit",
+    "mdlib.vqdiffusion": "mdlib.models.vqdiffusion",
+    "mdlib.judge": "mdlib.models.classifier",
+    "Judge": "SmallCNN",
+}
 # Arguments of prior.sample that are no plain values: this file fills them in.
 _NO_OPTIONS = {"label", "generator", "classifier", "towards", "share", "on_step"}
 
@@ -86,11 +95,21 @@ class MicroDopplerPipeline(DiffusionPipeline):
         index = Path(path) / "model_index.json"
         if not index.exists():
             raise DataError(f"{path} holds no pipeline (no model_index.json): give the pipeline/ folder of a run")
-        for part in json.loads(index.read_text()).values():
+        for part in cls.load_config(path).values():
             # diffusers imports no module because a file names it; ours are the only ones we vouch for.
             if isinstance(part, list) and len(part) == 2 and str(part[0]).startswith("mdlib."):
                 import_module(part[0])
         return super().from_pretrained(path, **options)
+
+    @classmethod
+    def load_config(cls, path: str | Path, **options) -> dict:
+        """model_index.json with the modules and classes of earlier versions where they are now."""
+        found = super().load_config(path, **options)
+        config = found[0] if isinstance(found, tuple) else found
+        for name, part in config.items():
+            if isinstance(part, list) and all(isinstance(word, str) for word in part):
+                config[name] = [MOVED.get(word, word) for word in part]
+        return found
 
     @torch.no_grad()
     def __call__(

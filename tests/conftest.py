@@ -20,7 +20,7 @@ SMALLER = {
     "--windows-per-user 20": "--windows-per-user 5",
     "--out runs/compared": "--out runs/compared --systems vqvae-ldm,vq-diffusion --preset smoke",
     "--out runs/kept": "--out runs/kept --size 32",
-    "--out runs/judged": "--out runs/judged --size 32 --judge-steps 2 --seeds 2",
+    "--out runs/judged": "--out runs/judged --size 32 --evaluation-steps 2 --seeds 2",
 }
 
 
@@ -45,9 +45,9 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def one_judge_at_a_time(monkeypatch):
+def one_classifier_at_a_time(monkeypatch):
     """Tests put judges of their own in place, which other processes would not know."""
-    monkeypatch.setattr("mdlib.judge.training_at_once", lambda: 1)
+    monkeypatch.setattr("mdlib.evaluation.classifiers.training_at_once", lambda: 1)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mdlib.data import DataError, WindowFile, WindowSet, colorize
+from mdlib.data.windows import DataError, WindowFile, WindowSet, colorize
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mdlib.dit import LightningDiT
-from mdlib.unet import LatentDiffusion
+from mdlib.models.dit import LightningDiT
+from mdlib.models.unet import LatentDiffusion
 
 
 def small_unet(kind=LatentDiffusion, **changes) -> LatentDiffusion:

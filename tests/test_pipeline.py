@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mdlib.data import DataError, load_windows
-from mdlib.judge import Judge
+from mdlib.data.windows import DataError, load_windows
+from mdlib.models.classifier import SmallCNN
+from mdlib.models.kl import KLVAE
+from mdlib.models.transformer import TokenPrior
+from mdlib.models.unet import LatentDiffusion
+from mdlib.models.vqdiffusion import VQDiffusion
+from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import MicroDopplerPipeline, copy_windows, load_pipeline
-from mdlib.transformer import TokenPrior
-from mdlib.unet import LatentDiffusion
-from mdlib.vae import KLVAE
-from mdlib.vqdiffusion import VQDiffusion
-from mdlib.vqvae import VQVAE
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def diffusion(request):
     small = dict(block_out_channels=(8, 16), norm_num_groups=4, head_dim=8, attention="window_axial")
     prior = LatentDiffusion(codec.latent_shape, num_users=3, **small)
     options = dict(users=(3, 7, 12), output_size=32, sampling=dict(num_inference_steps=4))
-    return MicroDopplerPipeline(codec.eval(), prior.eval(), Judge(3, widths=(4, 8)).eval(), **options)
+    return MicroDopplerPipeline(codec.eval(), prior.eval(), SmallCNN(3, widths=(4, 8)).eval(), **options)
 
 
 @pytest.fixture(params=["ancestral", "mask_predict"])
@@ -77,7 +77,10 @@ def test_saved_and_loaded_it_makes_the_same_windows(pipeline, tmp_path):
     assert again.config.users == [3, 7, 12] and again.config.colormap == "jet"
     torch.testing.assert_close(again(users=[7], images_per_user=3, output_type="pt").images, expected)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["codec"] == ["mdlib.vqvae", "VQVAE"] and index["prior"] == ["mdlib.transformer", "TokenPrior"]
+    assert index["codec"] == ["mdlib.models.vqvae", "VQVAE"] and index["prior"] == [
+        "mdlib.models.transformer",
+        "TokenPrior",
+    ]
     written = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert written == {".json", ".safetensors"}, "nothing that must be unpickled"
 
@@ -184,7 +187,10 @@ def test_a_diffusion_pipeline_is_saved_and_loaded_whole(diffusion, tmp_path):
     again = load_pipeline(tmp_path)
     torch.testing.assert_close(again([7], **options).images, expected)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["prior"] == ["mdlib.unet", "LatentDiffusion"] and index["classifier"] == ["mdlib.judge", "Judge"]
+    assert index["prior"] == ["mdlib.models.unet", "LatentDiffusion"] and index["classifier"] == [
+        "mdlib.models.classifier",
+        "SmallCNN",
+    ]
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
 
 

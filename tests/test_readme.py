@@ -7,9 +7,9 @@ from helpers import ROOT, readme_blocks, told_commands, write_set
 from typer.testing import CliRunner
 
 from mdlib.__main__ import app
-from mdlib.gait import CONDITIONS
-from mdlib.run import open_run
-from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
+from mdlib.experiments.run import open_run
+from mdlib.simulation.walker import CONDITIONS
+from mdlib.systems.registry import SYSTEMS, get_preset, make_codec, make_prior
 
 PAGES = ("README.md", "README.zh-CN.md", "kaggle/README.md", "kaggle/README.zh-CN.md")
 
@@ -69,10 +69,10 @@ def test_every_command_told_is_one_that_is_taken(page, tmp_path, monkeypatch):
         return {"rows": []}
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mdlib.run._execute_one", executed)
-    monkeypatch.setattr("mdlib.simulate.simulate_dataset", simulated)
-    monkeypatch.setattr("mdlib.compare.compare", prepared)
-    monkeypatch.setattr("mdlib.study.study", studied)
+    monkeypatch.setattr("mdlib.experiments.run._execute_one", executed)
+    monkeypatch.setattr("mdlib.simulation.dataset.simulate_dataset", simulated)
+    monkeypatch.setattr("mdlib.experiments.compare.compare", prepared)
+    monkeypatch.setattr("mdlib.experiments.study.study", studied)
     for folder in ("people", "REAL_WINDOWS"):
         write_set(tmp_path / folder, numbers=range(12))
     told = told_commands(page)

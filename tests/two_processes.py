@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState
 from test_train import CONFIG, Line, line, points
 from torch import nn
 
-import mdlib.train
-from mdlib.train import Batches, fit
-from mdlib.vqvae import VQVAE
+import mdlib.training.fit
+from mdlib.models.vqvae import VQVAE
+from mdlib.training.fit import Batches, fit
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 HALF = replace(CONFIG, batch_size=CONFIG.batch_size // 2)
@@ -146,9 +146,9 @@ def together() -> dict:
         uneven=train(Uneven(), points(), replace(HALF, weight_decay=0.1, ema_decay=0.0)),
     )  # fmt: skip
     if RANK == 1:  # a clock that stands: this process by itself never finds its budget spent
-        mdlib.train.time = SimpleNamespace(monotonic=lambda: 0.0)
+        mdlib.training.fit.time = SimpleNamespace(monotonic=lambda: 0.0)
     seen["budget"] = train(line(), points(), replace(HALF, max_minutes=1e-6))
-    mdlib.train.time = time
+    mdlib.training.fit.time = time
     return seen
 
 

@@ -1,0 +1,421 @@
+"""The data set: find windows on disk, read them as intensity, one label map."""
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from PIL import Image
+
+from mdlib.data.colormaps import COLORMAP_TOLERANCE, COLORMAPS, colorize, invert_colormap, nearest_colormap
+from mdlib.utils import bar, whole_file
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "DataError",
+    "WindowFile",
+    "WindowSet",
+    "colorize",
+    "count",
+    "find_windows",
+    "holds_users",
+    "invert_colormap",
+    "load_windows",
+    "parse_users",
+    "to_float",
+    "to_uint8",
+]
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg")
+
+_CACHE_VERSION = 1  # raise it when the same files would be read differently
+_USER_FOLDER = re.compile(r"ID[_-]?(\d+)", re.IGNORECASE)
+# A prefix that names the user (its number is never the window's), text, the last number, text.
+_FILE_STEM = re.compile(r"(?>((?:ID[_-]?\d+)?))(.*?)(\d+)(\D*)", re.IGNORECASE)
+
+
+class DataError(ValueError):
+    """The user's data or request cannot be used; the message is one line that says what to do."""
+
+
+# ---- files
+
+
+@dataclass(frozen=True)
+class WindowFile:
+    """One spectrogram image on disk."""
+
+    path: str  # relative to the data folder, with forward slashes
+    user: int  # the k of ID_k
+    condition: str  # folder above ID_k; "" where there is none
+    recording: str  # file stem without the window number
+    number: int  # window number in time
+
+
+def find_windows(
+    root: str | Path, extensions: Iterable[str] = IMAGE_EXTENSIONS, *, min_users: int = 2
+) -> list[WindowFile]:
+    """List the images below ``root/ID_k/`` and ``root/<condition>/ID_k/``.
+
+    The window number is the last number in the file name, read as a number. Folders with files that carry
+    none are taken in file order, with a warning. Hidden files and folders are skipped.
+
+    Returns:
+        Windows ordered by user, condition, recording and window number.
+
+    Raises:
+        DataError: no such folder, no user folders, a user folder without images, two folders of one user side
+            by side, two files of one window, fewer than `min_users` users.
+    """
+    root = Path(root)
+    suffixes = {"." + e.strip().lower().lstrip(".") for e in extensions}
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give the folder that holds ID_1, ID_2, ...")
+    conditions = [d for d in _visible(root) if d.is_dir() and not _USER_FOLDER.fullmatch(d.name)]
+    for made in (d for d in conditions if (d / "generation.json").exists()):
+        raise DataError(f"{made}: generated windows inside a folder of real ones; move them out of {root}")
+    files = [
+        window
+        for condition, level in [("", root), *((d.name, d) for d in conditions)]
+        for user, folder in _user_folders(level).items()
+        for window in _folder_windows(folder, root, user, condition, suffixes)
+    ]
+    users = {f.user for f in files}
+    if not users:
+        raise DataError(f"{root}: no user folders in it; give the folder that holds ID_1, ID_2, ...")
+    if len(users) < min_users:
+        found = count(len(users), "user")
+        raise DataError(f"{root}: {found} only (ID_{min(users)}), {min_users} are needed; add user folders")
+    return sorted(files, key=lambda f: (f.user, f.condition, f.recording, f.number))
+
+
+def parse_users(text: str) -> list[int]:
+    """User ids from text such as ``"1,2,5-8"``, in the order given, each once."""
+    users: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", item.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise DataError(f"users {text!r}: cannot read {item.strip()!r}; write user ids like 1,2,5-8")
+        users += range(first, last + 1)
+    return list(dict.fromkeys(users))
+
+
+def holds_users(folder: Path) -> bool:
+    """Whether there are ID_k folders in `folder`."""
+    return any(_USER_FOLDER.fullmatch(path.name) and path.is_dir() for path in folder.iterdir())
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+
+
+def _user_folders(level: Path) -> dict[int, Path]:
+    folders: dict[int, Path] = {}
+    for folder in _visible(level):
+        match = _USER_FOLDER.fullmatch(folder.name)
+        if not match or not folder.is_dir():
+            continue
+        user = int(match[1])
+        if user in folders:
+            raise DataError(f"{folders[user]} and {folder}: both are user {user}; merge or rename one of them")
+        folders[user] = folder
+    return folders
+
+
+def _folder_windows(folder: Path, root: Path, user: int, condition: str, suffixes: set[str]) -> list[WindowFile]:
+    entries = [p for p in _visible(folder) if p.is_file()]
+    paths = [p for p in entries if p.suffix.lower() in suffixes]
+    if not paths:
+        found = ", ".join(sorted({p.suffix or p.name for p in entries})) or "nothing"
+        wanted = ", ".join(sorted(s[1:] for s in suffixes))
+        raise DataError(f"{folder}: no {wanted} images, found {found}; add images or remove the folder")
+    matches = [_FILE_STEM.fullmatch(p.stem) for p in paths]
+    if all(matches):
+        keys = [(m[1] + m[2] + m[4], int(m[3])) for m in matches]
+    else:
+        warnings.warn(f"{folder}: file names without a window number are taken in file order", stacklevel=3)
+        keys = [("", i) for i in range(len(paths))]
+    seen: dict[tuple[str, int], Path] = {}
+    for key, path in zip(keys, paths, strict=True):
+        if key in seen:
+            raise DataError(f"{seen[key]} and {path.name}: the same window twice; keep one of them")
+        seen[key] = path
+    return [WindowFile(path.relative_to(root).as_posix(), user, condition, *key) for key, path in seen.items()]
+
+
+def count(n: int, what: str) -> str:
+    """Such as "1 window", "2 windows"."""
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+# ---- images
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 to float32 [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Floating point [-1, 1] to uint8 0..255, rounded; values beyond the range are clamped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class WindowSet:
+    """Windows in memory, with the label map. A selection keeps the label map of the whole."""
+
+    images: torch.Tensor  # uint8 (N, C, size, size): C = 1 intensity, C = 3 RGB
+    labels: torch.Tensor  # long (N,), index into `users`
+    users: tuple[int, ...]  # users[label] = the k of ID_k; the null label is len(users)
+    files: tuple[WindowFile, ...]
+    colormap: str  # of the files on disk; "none" for C = 3
+    root: str
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def num_users(self) -> int:
+        return len(self.users)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The folders above ID_k, by name; ("",) where there are none."""
+        return tuple(sorted({f.condition for f in self.files}))
+
+    def told(self, conditions: Sequence[str]) -> torch.Tensor:
+        """What a prior is told of each window, long (N,): label + (num_users + 1)·condition, by its place in
+        `conditions`."""
+        place = {name: k for k, name in enumerate(conditions)}
+        if unknown := sorted(set(self.conditions) - place.keys()):
+            raise DataError(f"no training window shows condition {', '.join(unknown)}: nothing can be told of it")
+        return self.labels + (self.num_users + 1) * torch.tensor([place[f.condition] for f in self.files])
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(f.path for f in self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over images, labels and paths."""
+        digest = hashlib.sha256(self.images.contiguous().numpy())
+        digest.update(self.labels.contiguous().numpy())
+        digest.update("\n".join(self.paths).encode())
+        return digest.hexdigest()
+
+    def float(self, index=None) -> torch.Tensor:
+        """Images, or those of `index` (slice, list, tensor), as float32 (B, C, H, W) in [-1, 1]."""
+        return to_float(self.images if index is None else self.images[index])
+
+    def select(self, index) -> "WindowSet":
+        """The windows of `index`: a slice, positions (list or tensor), or a boolean tensor (N,)."""
+        positions = torch.arange(len(self))[index]
+        return replace(
+            self,
+            images=self.images[positions],
+            labels=self.labels[positions],
+            files=tuple(self.files[i] for i in positions.tolist()),
+        )
+
+    def of_user(self, user: int) -> "WindowSet":
+        """The windows of ID_`user`."""
+        if user not in self.users:
+            raise DataError(f"{self.root}: no user ID_{user}; there are {', '.join(map(str, self.users))}")
+        return self.select(self.labels == self.users.index(user))
+
+
+def load_windows(
+    root: str | Path,
+    *,
+    size: int = 64,
+    channels: int = 1,
+    colormap: str = "auto",
+    extensions: Iterable[str] = IMAGE_EXTENSIONS,
+    users: Sequence[int] | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = False,
+) -> WindowSet:
+    """Read a data folder (layout: see `find_windows`) into one uint8 tensor.
+
+    Coloured images are taken back to intensity, then reduced to `size` x `size` by averaging; grey images are
+    intensity already. The result is cached, keyed by the files' contents and these options.
+
+    Args:
+        root: data folder.
+        size: side of the windows, pixels.
+        channels: 1 for intensity, 3 to keep RGB.
+        colormap: ``jet``, ``parula``, ``viridis`` or ``grey``; ``auto`` finds out. Unused with 3 channels.
+        extensions: file extensions to read.
+        users: label map to use, e.g. the real set's for generated images; default: the users found.
+        cache_dir: default ``$MDLIB_CACHE``, else ``~/.cache/mdlib``.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: see `find_windows`; also unreadable images, images of different sizes or colour maps, a
+            user who is not in `users`.
+    """
+    if channels not in (1, 3):
+        raise DataError(f"channels={channels}: choose 1 (intensity) or 3 (RGB)")
+    if channels == 1 and colormap not in ("auto", *COLORMAPS):
+        raise DataError(f"colormap={colormap!r}: choose auto, {', '.join(COLORMAPS)}")
+    root = Path(root)
+    files = find_windows(root, extensions, min_users=2 if users is None else 1)
+    users = tuple(sorted({f.user for f in files}) if users is None else users)
+    if unknown := {f.user for f in files} - set(users):
+        raise DataError(f"{root}: ID_{min(unknown)} is not among the users {', '.join(map(str, users))}")
+    colormap = colormap if channels == 1 else "none"
+
+    options = {"version": _CACHE_VERSION, "size": size, "colormap": colormap}
+    cache = _cache_folder(cache_dir) / f"{_content_key(root, files, options)}.safetensors"
+    cached = _read_cache(cache)
+    if cached is None:
+        check = colormap == "auto"
+        colormap = _common_colormap(root, files) if check else colormap
+        images = _read_images(root, files, size, colormap, check=check, progress=progress)
+        _write_cache(cache, images, colormap)
+    else:
+        images, colormap = cached
+    labels = torch.tensor([users.index(f.user) for f in files])
+    return WindowSet(images, labels, users, tuple(files), colormap, str(root))
+
+
+def _read_pixels(path: Path, *, keep_rgb: bool = False) -> tuple[np.ndarray, str]:
+    """Pixels of a file as uint8, and their mode: "L" (H, W); "RGB" or, of most JPEGs, "YCbCr" (H, W, 3)."""
+    try:
+        with Image.open(path) as image:
+            stores_rgb = image.info.get("adobe_transform") == 0
+            if image.format == "JPEG" and image.mode == "RGB" and not (keep_rgb or stores_rgb):
+                image.draft("YCbCr", image.size)  # the luma as stored; on the way to RGB it is clipped
+            if image.mode.startswith("I;16"):
+                return (np.asarray(image) >> 8).astype(np.uint8), "L"
+            if image.mode in ("1", "LA"):
+                image = image.convert("L")
+            elif image.mode not in ("L", "RGB", "YCbCr"):
+                image = image.convert("RGB")
+            return np.asarray(image), image.mode
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(str(path), "it").splitlines()[0]
+        raise DataError(f"{path}: cannot be read ({reason}); delete it or export it again") from error
+
+
+def _seen_colormap(pixels: np.ndarray, mode: str) -> tuple[str, float]:
+    # Every 8th pixel is enough for a mean.
+    return ("grey", 0.0) if mode == "L" else nearest_colormap(pixels[::8, ::8], mode=mode)
+
+
+def _common_colormap(root: Path, files: Sequence[WindowFile]) -> str:
+    """The colour map of the set, from eight files spread over it."""
+    some = [files[i].path for i in np.unique(np.linspace(0, len(files) - 1, 8).astype(int))]
+    names, distances = zip(*(_seen_colormap(*_read_pixels(root / path)) for path in some), strict=True)
+    if all(distance > COLORMAP_TOLERANCE[name] for name, distance in zip(names, distances, strict=True)):
+        raise DataError(
+            f"{root / some[0]}: drawn with none of the colour maps {', '.join(COLORMAPS)}; "
+            "give colormap=... to take the nearest colours, or channels=3 to keep RGB"
+        )
+    return max(names, key=names.count)
+
+
+@dataclass(frozen=True)
+class _Read:
+    image: np.ndarray  # uint8 (C, size, size)
+    disk_size: str  # width x height
+    distance: float  # to the colour map, levels
+
+
+def _read_window(path: Path, size: int, colormap: str, check: bool) -> _Read:
+    pixels, mode = _read_pixels(path, keep_rgb=colormap == "none")
+    seen, distance = _seen_colormap(pixels, mode) if check else (colormap, 0.0)
+    if seen != colormap:
+        raise DataError(f"{path}: drawn with {seen}, other images with {colormap}; use one map or channels=3")
+    if colormap == "none":
+        image = Image.fromarray(pixels).convert("RGB")
+    else:
+        image = Image.fromarray(pixels if mode == "L" else invert_colormap(pixels, colormap, mode=mode))
+    shrink = size <= min(image.size)
+    small = image.resize((size, size), Image.Resampling.BOX if shrink else Image.Resampling.BILINEAR)
+    array = np.moveaxis(np.asarray(small).reshape(size, size, -1), -1, 0)
+    return _Read(array, "{}x{}".format(*image.size), distance)
+
+
+def _read_images(
+    root: Path, files: Sequence[WindowFile], size: int, colormap: str, *, check: bool, progress: bool
+) -> torch.Tensor:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(_read_window, root / f.path, size, colormap, check) for f in files]
+        if progress:
+            with bar(len(jobs), "reading images", unit="image") as shown:
+                for _ in as_completed(jobs):
+                    shown.update()
+    errors = [error for job in jobs if isinstance(error := job.exception(), DataError)]
+    if errors:
+        more = f" (and {count(len(errors) - 1, 'more file')} with errors)" if len(errors) > 1 else ""
+        raise DataError(f"{errors[0]}{more}")
+    reads = [job.result() for job in jobs]
+    for file, read in zip(files, reads, strict=True):
+        if read.disk_size != reads[0].disk_size:
+            raise DataError(
+                f"{root}: images differ in size, {files[0].path} has {reads[0].disk_size} pixels and "
+                f"{file.path} {read.disk_size}; export them alike"
+            )
+    # Fine structure in a JPEG is off the map in every image; something drawn on top, in few.
+    usual = max(10, 1.5 * float(np.median([read.distance for read in reads])))
+    if odd := [file.path for file, read in zip(files, reads, strict=True) if read.distance > usual]:
+        message = f"{count(len(odd), 'image')} with colours that {colormap} lacks ({', '.join(odd[:3])})"
+        warnings.warn(f"{root}: {message}: axes, a tool bar or a caption in the picture?", stacklevel=3)
+    return torch.from_numpy(np.stack([read.image for read in reads])).contiguous()
+
+
+# ---- cache
+
+
+def _cache_folder(cache_dir: str | Path | None) -> Path:
+    return Path(cache_dir or os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib")
+
+
+def _content_key(root: Path, files: Sequence[WindowFile], options: dict) -> str:
+    def line(file: WindowFile) -> str:
+        try:
+            content = (root / file.path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{root / file.path}: cannot be read ({error.strerror}); check it") from error
+        return f"{file.path}\0{len(content)}\0{hashlib.sha256(content).hexdigest()}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        lines = [json.dumps(options, sort_keys=True), *pool.map(line, files)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _read_cache(path: Path) -> tuple[torch.Tensor, str] | None:
+    """Images and colour map, or None where the file is missing or damaged."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            images, about = file.get_tensor("images"), file.metadata()
+    except (OSError, safetensors.SafetensorError):
+        return None
+    return (images, about["colormap"]) if about["sha256"] == _digest(images) else None
+
+
+def _write_cache(path: Path, images: torch.Tensor, colormap: str) -> None:
+    about = {"colormap": colormap, "sha256": _digest(images)}
+    try:
+        with whole_file(path) as temporary:
+            safetensors.torch.save_file({"images": images}, temporary, about)
+    except (OSError, safetensors.SafetensorError) as error:
+        message = f"{path.parent}: cannot cache images there ({error}); point MDLIB_CACHE to another folder"
+        warnings.warn(message, stacklevel=3)
+
+
+def _digest(images: torch.Tensor) -> str:
+    return hashlib.sha256(images.numpy()).hexdigest()

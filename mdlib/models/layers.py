@@ -1,0 +1,153 @@
+"""The few pieces more than one model needs: latent statistics, label dropout, draws, batches, the device."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class LatentStats(nn.Module):
+    """Per-channel mean and standard deviation of a codec's latents, kept with its weights.
+
+    A diffusion schedule assumes unit variance, so every codec normalises what it hands out.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, channels, 1, 1))
+
+    def fit(self, latents: torch.Tensor) -> None:
+        """Take the statistics of `latents` (B, C, h, w)."""
+        self.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
+        self.std.copy_(latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents - self.mean) / self.std
+
+    def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents * self.std + self.mean
+
+
+class UserEmbedding(nn.Embedding):
+    """Vectors (B, size) of labels (B,), each user + (num_users + 1)·condition: the user's, plus the condition's.
+
+    User num_users is nobody in particular: the null label of classifier-free guidance. Conditions (carrying a bag …)
+    begin at zero and are common to all users, so what a condition does to one person's gait is known of another's.
+
+    Args:
+        num_users: people.
+        num_conditions: 1 needs no vectors, and labels are users.
+    """
+
+    def __init__(self, num_users: int, num_conditions: int, size: int):
+        super().__init__(num_users + 1, size)
+        self.num_conditions = num_conditions
+        if num_conditions > 1:
+            self.conditions = nn.Parameter(torch.zeros(num_conditions, size))
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        users = super().forward(labels % self.num_embeddings)
+        return users + self.conditions[labels // self.num_embeddings] if self.num_conditions > 1 else users
+
+    def nobody(self, labels: torch.Tensor) -> torch.Tensor:
+        """The null label (B,) of each label's condition."""
+        return nobody(labels, self.num_embeddings - 1)
+
+    def check(self, labels: torch.Tensor) -> None:
+        """ValueError where a label (B,) is of no user and not the null label."""
+        check_labels(labels, self.num_embeddings * self.num_conditions - 1)
+
+
+def nobody(labels: torch.Tensor, null_label: int) -> torch.Tensor:
+    """The null label (B,) of each label's condition."""
+    return labels - labels % (null_label + 1) + null_label
+
+
+def drop_labels(labels: torch.Tensor, null_label: int, probability: float) -> torch.Tensor:
+    """Replace each label by the null label with `probability`, sample by sample (classifier-free guidance); a
+    condition stays."""
+    if probability <= 0:
+        return labels
+    drop = torch.rand(labels.shape, device=labels.device) < probability
+    return torch.where(drop, nobody(labels, null_label), labels)
+
+
+def check_labels(labels: torch.Tensor, highest: int) -> None:
+    """ValueError where a label (B,) lies outside 0…highest."""
+    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= highest):
+        raise ValueError(f"labels must lie in 0…{highest}, got {int(labels.min())}…{int(labels.max())}")
+
+
+def uniform(batch: int, length: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+    """Uniform numbers (batch, length), row i from generator i where there is one for each row.
+
+    Raises:
+        ValueError: a list of generators that is not as long as the batch.
+    """
+    if isinstance(generator, list):
+        if len(generator) != batch:
+            raise ValueError(f"{batch} samples need {batch} generators, got {len(generator)}")
+        return torch.stack([torch.rand(length, generator=one) for one in generator])
+    return torch.rand(batch, length, generator=generator)
+
+
+def inverse_cdf(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Draws (…) from softmax(logits (…, K)), each by one uniform number of share (…); in float64, so that a zero stays
+    a zero."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    chosen = torch.searchsorted(cumulative, share.double().unsqueeze(-1) * cumulative[..., -1:], right=True)
+    return chosen.squeeze(-1).clamp_max(logits.shape[-1] - 1)
+
+
+def parts(device: torch.device, size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, ...]]:
+    """`size` rows at a time of the tensors that are given (None is left out), on `device`."""
+    for part in zip(*(tensor.split(size) for tensor in tensors if tensor is not None), strict=True):
+        yield tuple(tensor.to(device) for tensor in part)
+
+
+# Several processes that train together -----------------------------------------------------------------------
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of `tensor` over the processes; in each the same bits."""
+    if world() == 1:
+        return tensor
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+def all_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of `tensor` over the processes; in each the same bits."""
+    return all_sum(tensor) / world()
+
+
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """`rows` (N, …) of every process, one under the other in the order of ranks: (N·world, …)."""
+    if world() == 1:
+        return rows
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def broadcast_from_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite each tensor by the first process's."""
+    if world() == 1:
+        return
+    for tensor in tensors:
+        values = tensor.detach().contiguous()
+        dist.broadcast(values, src=0)
+        tensor.detach().copy_(values)

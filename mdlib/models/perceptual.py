@@ -1,0 +1,81 @@
+"""Published networks that compare images: LPIPS, and Inception's features. Their weights are no part of mdlib: they are
+looked up where torch keeps what it downloaded."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mdlib.models.pretrained import load_weights
+
+LPIPS_BACKBONES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+INCEPTION = "inception_v3_google-0cc3c7bd.pth"
+
+
+def lpips_weights(net: str) -> Path:
+    """Where the weights of an LPIPS backbone lie, or would."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
+
+
+def load_lpips(net: str = "squeeze") -> nn.Module:
+    """LPIPS distance (Zhang et al. 2018) by the `lpips` package, frozen; inputs (B, 1 or 3, H, W) in [-1, 1].
+
+    The backbone's weights are looked up on this machine first, so an offline run says what is missing at once.
+
+    Raises:
+        ValueError: unknown `net`.
+        FileNotFoundError: the package is absent, or the backbone is neither on disk nor to be downloaded.
+    """
+    if net not in LPIPS_BACKBONES:
+        raise ValueError(f"unknown LPIPS net {net!r}: choose one of {', '.join(LPIPS_BACKBONES)}")
+    try:
+        import lpips
+    except ImportError as error:
+        raise FileNotFoundError("LPIPS needs the package lpips: install it or set perceptual_weight=0") from error
+    weights = lpips_weights(net)
+    try:
+        if not weights.exists() and os.environ.get("HF_HUB_OFFLINE") == "1":
+            raise OSError("offline mode is on")
+        with torch.random.fork_rng():  # it draws weights before it loads them; a training's noise must not depend on it
+            model = lpips.LPIPS(net=net, verbose=False)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"LPIPS needs {weights.name}, which is not in {weights.parent} and could not be downloaded ({error}): "
+            "put the file there (on Kaggle: attach it as a dataset and copy it) or set perceptual_weight=0"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def load_inception() -> nn.Module:
+    """torchvision's Inception v3 (Szegedy et al. 2016) without its last layer, frozen: intensity or RGB images
+    (B, 1 or 3, H, W) in [-1, 1] to features (B, 2048). Not the network of published FIDs: compare with its own figures.
+
+    Raises:
+        FileNotFoundError: its weights are not on this machine; they are not downloaded.
+    """
+    from torchvision.models import inception_v3
+
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+    if not weights.exists():
+        raise FileNotFoundError(f"{weights.name} is not on this machine")
+    network = inception_v3(weights=None, init_weights=False, transform_input=False)
+    try:
+        network.load_state_dict(load_weights(weights))
+    except (ValueError, RuntimeError) as error:
+        raise FileNotFoundError(f"{weights} is not whole, or another network's: {error}") from error
+    network.fc = nn.Identity()
+    return nn.Sequential(_Rgb299(), network).eval().requires_grad_(False)
+
+
+class _Rgb299(nn.Module):
+    """Images in [-1, 1] as Inception takes them: three channels of 299 × 299, in the range it was trained on."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        sized = F.interpolate(images, size=(299, 299), mode="bilinear", antialias=True)
+        return sized.expand(-1, 3, -1, -1)

@@ -1,0 +1,209 @@
+"""What people carry: told to priors beside the user, generated where it was never recorded, judged apart."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import listed, small_set, write_set
+from torch import nn
+
+from mdlib.data.splits import make_split
+from mdlib.data.windows import DataError, find_windows, load_windows
+from mdlib.evaluation.augmentation_study import Arms
+from mdlib.evaluation.conditions import conditions
+from mdlib.evaluation.evidence import Evidence
+from mdlib.experiments.run import execute, open_run
+from mdlib.models.dit import LightningDiT
+from mdlib.models.layers import UserEmbedding, drop_labels
+from mdlib.models.transformer import TokenPrior
+from mdlib.models.unet import LatentDiffusion
+from mdlib.models.vqdiffusion import VQDiffusion
+from mdlib.models.vqvae import VQVAE
+from mdlib.pipeline import MicroDopplerPipeline
+from mdlib.systems.registry import start_prior
+
+USERS = 3
+
+
+def priors(num_conditions: int) -> dict[str, nn.Module]:
+    """Small ones whose output depends on their label."""
+    torch.manual_seed(0)
+    made = {
+        "transformer": TokenPrior(8, (4, 4), USERS, 16, 1, 2, num_conditions=num_conditions),
+        "unet": LatentDiffusion(
+            (2, 8, 8), USERS, (8, 16), norm_num_groups=4, head_dim=8, num_conditions=num_conditions
+        ),
+        "dit": LightningDiT((2, 8, 8), USERS, 2, 16, 1, 2, num_conditions=num_conditions),
+        "vqdiffusion": VQDiffusion(8, (4, 4), USERS, 16, 1, 2, num_conditions=num_conditions),
+    }
+    for prior in made.values():
+        for part in prior.parameters():
+            nn.init.normal_(part, std=0.3)
+        if num_conditions > 1:
+            nn.init.normal_(prior.users.conditions, std=3.0)
+    return {name: prior.eval() for name, prior in made.items()}
+
+
+def test_one_condition_is_a_plain_table_of_users():
+    table = UserEmbedding(USERS, 1, 4)
+    labels = torch.tensor([0, 3, 2])
+    assert torch.equal(table(labels), table.weight[labels]) and list(table.state_dict()) == ["weight"]
+    assert torch.equal(drop_labels(labels, USERS, 1.0), torch.full((3,), USERS))
+
+
+def test_a_condition_adds_the_same_to_everybody_and_outlives_guidance():
+    table = UserEmbedding(USERS, 2, 4)
+    told = torch.arange(USERS + 1)
+    assert torch.equal(table(told + 4), table(told)), "until training says otherwise"
+    nn.init.normal_(table.conditions)
+    change = table(told + 4) - table(told)
+    torch.testing.assert_close(change, (table.conditions[1] - table.conditions[0]).expand(4, 4))
+    assert table.nobody(torch.tensor([1, 6])).tolist() == [3, 7]
+    assert drop_labels(torch.tensor([1, 6]), USERS, 1.0).tolist() == [3, 7]
+    with pytest.raises(ValueError, match="0…7"):
+        table.check(torch.tensor([8]))
+
+
+@pytest.mark.parametrize("name", ["transformer", "unet", "dit", "vqdiffusion"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_every_prior_draws_a_user_in_a_condition(name, guidance):
+    prior = priors(2)[name]
+    draw = lambda label: prior.sample(
+        torch.tensor([label]), generator=[torch.Generator().manual_seed(0)], guidance_scale=guidance
+    )
+    assert not torch.equal(draw(1), draw(1 + USERS + 1))
+    if guidance == 1:
+        nn.init.zeros_(prior.users.conditions)
+        assert torch.equal(draw(1), draw(1 + USERS + 1)), "nothing but the condition's vector told them apart"
+    with pytest.raises(ValueError, match="0…7"):
+        draw(8)
+
+
+@pytest.mark.parametrize("name", ["transformer", "unet", "dit", "vqdiffusion"])
+def test_training_reaches_the_conditions(name):
+    prior = priors(2)[name].train()
+    grid = torch.zeros(8, 4, 4, dtype=torch.long) if prior.consumes == "tokens" else torch.randn(8, 2, 8, 8)
+    loss, _ = prior.loss(grid, torch.tensor([0, 1, 2, 3, 4, 5, 6, 7]))
+    loss.backward()
+    assert (prior.users.conditions.grad.abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize(("known", "wanted"), [(2, 2), (2, 1), (1, 2), (3, 2)])
+def test_a_prior_starts_from_other_people_with_other_conditions(known, wanted, tmp_path):
+    source, prior = priors(known)["dit"], priors(wanted)["dit"]
+    source.save_pretrained(tmp_path)
+    start_prior(prior, tmp_path, other_users=True)
+    if wanted > 1:
+        kept = source.users.conditions if known == wanted else torch.zeros(wanted, 16)
+        assert torch.equal(prior.users.conditions, kept)
+    torch.testing.assert_close(prior.users.weight[0], source.users.weight[:-1].mean(0))
+
+
+def pipeline(conditions=None) -> MicroDopplerPipeline:
+    torch.manual_seed(0)
+    codec = VQVAE(image_size=16, block_out_channels=(8, 8), norm_num_groups=4, num_codes=8, code_dim=4).eval()
+    prior = TokenPrior(8, codec.token_shape, 3, 16, 1, 2, num_conditions=len(conditions or [""])).eval()
+    if conditions:
+        nn.init.normal_(prior.users.conditions, std=3.0)
+    return MicroDopplerPipeline(codec, prior, users=(3, 7, 12), output_size=32, conditions=conditions)
+
+
+def test_a_pipeline_generates_what_was_carried(tmp_path):
+    both = pipeline(["bag", "normal"])
+    made = both([7], images_per_user=2, output_type="pt")
+    assert [(row["condition"], row["number"]) for row in made.manifest] == [
+        ("bag", 1),
+        ("bag", 2),
+        ("normal", 1),
+        ("normal", 2),
+    ]
+    assert not torch.equal(made.images[0], made.images[2])
+    again = both([7], images_per_user=2, conditions=["normal"], output_type="pt").images
+    torch.testing.assert_close(again, made.images[2:])
+    with pytest.raises(DataError, match="knows conditions bag, normal; it was not trained on skis"):
+        both([7], conditions=["skis"])
+    both.save_pretrained(tmp_path / "pipeline")
+    loaded = MicroDopplerPipeline.from_pretrained(tmp_path / "pipeline")
+    loaded.generate_folder(tmp_path / "out", per_user=1)
+    loaded.generate_folder(tmp_path / "out", per_user=2, conditions=["bag"])
+    written = load_windows(tmp_path / "out", size=16)
+    assert written.conditions == ("bag", "normal") and len(written) == 9
+    with open(tmp_path / "out" / "manifest.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9 and all(row["path"].startswith(row["condition"] + "/ID_") for row in rows)
+
+
+def test_the_label_map_of_conditions():
+    windows = small_set()
+    assert windows.conditions == ("",) and torch.equal(windows.told(("",)), windows.labels)
+    files = tuple(listed(range(3), 4, condition="bag") + listed(range(3), 7, condition="normal"))
+    several = type(windows)(windows.images, windows.labels, windows.users, files, "jet", "data")
+    assert several.told(("bag", "normal")).tolist() == [0, 0, 0, 4, 4, 4]
+    with pytest.raises(DataError, match="no training window shows condition bag"):
+        several.told(("normal",))
+
+
+def test_unrecorded_windows_all_go_to_the_test(tmp_path):
+    for condition in ("normal", "backpack"):
+        write_set(tmp_path / condition, users=(1, 2), numbers=range(30))
+    files = find_windows(tmp_path)
+    split = make_split(files, unrecorded={"backpack": [2]}, windows_per_user=4)
+    away = {f.path for f in files if f.user == 2 and f.condition == "backpack"}
+    assert away <= set(split["test"]) and len(away) == 30
+    assert not away & {*split["train"], *split["val"], *split["spare"], *split["dropped"]}
+    plain = make_split(files, windows_per_user=4)
+    assert [path for path in plain["val"] if "ID_1" in path] == [path for path in split["val"] if "ID_1" in path]
+    with pytest.raises(DataError, match="no windows of ID_3 in condition 'backpack'"):
+        make_split(files, unrecorded={"backpack": [3]})
+
+
+def test_the_table_of_conditions_tells_recorded_from_not():
+    windows = small_set(users=(4, 7), n=8)
+
+    def of(which):
+        files = tuple(listed(range(8), 4, condition="normal") + listed(range(8), 7, condition=which))
+        return type(windows)(windows.images, windows.labels, windows.users, files, "jet", "data")
+
+    train, test = of("normal"), of("bag")
+    case = Evidence(train=train, val=train, test=test, generated=train, gap=1)
+    real = np.array([[True] * 8 + [False] * 8] * 2)
+    arms = Arms([], {"real_only": real, "real_plus_generated": np.ones_like(real)}, 0.5)
+    found = conditions(case, arms)
+    assert set(found) == {"normal", "normal_gain", "bag_unrecorded", "bag_unrecorded_gain"}
+    assert found["bag_unrecorded"]["value"] == 1 and found["bag_unrecorded"]["real"] == 0
+    assert found["bag_unrecorded_gain"]["value"] == 1 and found["normal_gain"]["value"] == 0
+    alone = conditions(Evidence(train=train, val=train, test=train, generated=train, gap=1), arms)
+    assert "one condition" in alone["cross_condition"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"unrecorded": {"skis": [1]}}, "no windows of ID_1 in condition 'skis'"),
+        ({"unrecorded": {"backpack": 1}}, "names users by condition"),
+        ({"unrecorded": {"backpack": [1]}, "split": "mine.json"}, "leave it out with a split file"),
+        ({"unrecorded": {"backpack": [1], "normal": [1]}}, "ID_1 has 0 windows, too few"),
+    ],
+)
+def test_conditions_that_cannot_be_kept_away_are_one_line(settings, told, tmp_path):
+    for condition in ("normal", "backpack"):
+        write_set(tmp_path / "people" / condition, numbers=range(12))
+    with pytest.raises(DataError, match=told):
+        open_run(tmp_path / "run", data=str(tmp_path / "people"), preset="smoke", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_generates_a_condition_that_was_not_recorded(tmp_path):
+    for condition in ("normal", "backpack"):
+        write_set(tmp_path / "people" / condition, users=(1, 2, 3), numbers=range(40))
+    settings = {"unrecorded": {"backpack": [3]}, "windows_per_user": 8}
+    out = execute(
+        str(tmp_path / "run"), settings, data=str(tmp_path / "people"), system="vqvae-transformer", preset="smoke"
+    )
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["conditions"]["backpack_unrecorded"]["n"] == 40
+    assert {"backpack", "normal"} <= report["conditions"].keys() and "normal_unrecorded" not in report["conditions"]
+    assert len(list((tmp_path / "run" / "generated" / "backpack" / "ID_3").glob("*.png"))) == 3
+    assert "backpack unrecorded" in (tmp_path / "run" / "report.html").read_text() and out

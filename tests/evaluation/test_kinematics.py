@@ -1,0 +1,200 @@
+"""The ruler of gait physics: real windows pass it, another user's, noise and blank ones do not."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from mdlib.data.windows import WindowFile, WindowSet
+from mdlib.evaluation import gait_metrics
+from mdlib.evaluation.evidence import Evidence, concatenate, halves
+from mdlib.evaluation.gait_metrics import Gaits, compare, image_axis, measure
+from mdlib.evaluation.protocol import physics
+from mdlib.reports import plots
+from mdlib.reports.report import _cell
+from mdlib.simulation.dataset import simulate_recording
+from mdlib.simulation.radar import velocity_axis
+
+USERS = (1, 2, 3, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    """Walkers as 64 px windows, eighty in time order of each user, and the true trunk speed of each window."""
+    data = [simulate_recording(user, n_windows=80) for user in USERS]
+    native = torch.from_numpy(np.concatenate([images for images, _, _ in data])).unsqueeze(1).float()
+    images = interpolate(interpolate(native, (256, 256)), (64, 64), mode="area").round().to(torch.uint8)
+    files = tuple(
+        WindowFile(f"ID_{user}/w{number}.png", user, "", "w", int(number))
+        for user, (_, _, numbers) in zip(USERS, data, strict=True)
+        for number in numbers
+    )
+    labels = torch.arange(len(USERS)).repeat_interleave(80)
+    speeds = np.stack([truth["v_torso"] for _, truth, _ in data])
+    return WindowSet(images, labels, USERS, files, "jet", "simulated"), speeds
+
+
+@pytest.fixture(scope="module")
+def evidence(simulated):
+    """Held-out real windows stand for generated ones; the sets share no step."""
+    place = torch.arange(400) % 80
+    part = lambda first, end: simulated[0].select(torch.where((place >= first) & (place < end))[0])
+    return Evidence(train=part(24, 32), val=part(36, 48), test=part(48, 80), generated=part(0, 20), gap=4)
+
+
+@pytest.fixture(scope="module")
+def real(evidence):
+    """What was read off the real windows."""
+    unseen = measure(concatenate(evidence.val, evidence.test))
+    first, second = halves(concatenate(evidence.val, evidence.test), evidence.gap)
+    return {
+        "unseen": unseen,
+        "train": measure(evidence.train),
+        "first": unseen.select(first),
+        "second": unseen.select(second),
+    }
+
+
+@pytest.fixture(scope="module")
+def honest(evidence):
+    return physics(evidence)
+
+
+def changed(windows: WindowSet, rows, images) -> WindowSet:
+    """The windows with other images (uint8, or 0 for blank) in some rows."""
+    new = windows.images.clone()
+    new[rows] = images
+    return replace(windows, images=new)
+
+
+def gaits(values: list[list[float]], name="torso_speed") -> Gaits:
+    """One figure's values of each user, the others unread."""
+    flat = np.concatenate([np.array(own, float) for own in values])
+    every = {other: np.full(len(flat), np.nan) for other in gait_metrics.FIGURES} | {name: flat}
+    labels = np.repeat(np.arange(len(values)), [len(own) for own in values])
+    return Gaits(every, np.ones(len(flat), bool), labels)
+
+
+def test_the_rows_of_an_image_span_the_radars_velocities():
+    native = velocity_axis()
+    assert image_axis(len(native)) == pytest.approx(native)
+    assert image_axis(61) == pytest.approx(native.reshape(61, 2).mean(1))
+
+
+@pytest.mark.parametrize("size, tolerance", [(64, 0.04), (32, 0.08)])
+def test_trunk_speed_is_that_of_the_simulator(simulated, size, tolerance):
+    windows, speeds = simulated
+    some = windows.select(range(0, 400, 4))
+    small = replace(some, images=interpolate(some.images.float(), (size, size), mode="area").to(torch.uint8))
+    found = measure(small).values["torso_speed"]
+    assert np.abs(found / speeds.flatten()[::4] - 1).mean() < tolerance
+
+
+def test_distances_are_means_over_users_at_equal_counts():
+    rng = np.random.default_rng(0)
+    own = {name: rng.normal(size=(2, 6)) for name in ("generated", "unseen", "train", "first", "second")}
+    sets = {name: gaits(values.tolist()) for name, values in own.items()}
+    found = compare(sets, num_users=2)["torso_speed"]
+    apart = lambda one, other: np.abs(np.sort(own[one]) - np.sort(own[other])).mean()
+    assert found["value"] == pytest.approx(apart("generated", "unseen"))
+    assert found["real_vs_real"] == pytest.approx(apart("first", "second"))
+    assert found["train"] == pytest.approx(apart("train", "unseen"))
+    assert np.mean(found["per_user"]) == pytest.approx(found["value"]) and len(found["per_user"]) == 2
+    assert found["ratio"] == pytest.approx(found["value"] / found["real_vs_real"]) and found["n"] == 12
+    assert found["user_correlation"] is None and "ci95" not in found, "two users"
+    expected = np.percentile(sets["unseen"].of_user("torso_speed", 1), gait_metrics.SPREAD)
+    assert found["unseen_spread"][1] == pytest.approx(expected.tolist())
+    sets["first"] = gaits([own["first"][0, :2].tolist(), own["first"][1, :3].tolist()])
+    assert compare(sets, num_users=2)["torso_speed"]["n"] == 5
+
+
+def test_what_is_generated_leaves_the_yardstick_alone():
+    rng = np.random.default_rng(0)
+    sets = {name: gaits(rng.normal(size=(3, 9)).tolist()) for name in ("unseen", "train", "first", "second")}
+    few, many = (compare({"generated": gaits(rng.normal(size=(3, n)).tolist()), **sets}, 3) for n in (9, 40))
+    assert few["torso_speed"]["real_vs_real"] == many["torso_speed"]["real_vs_real"]
+
+
+def test_the_report_compares_held_out_windows_their_halves_and_the_training_windows(evidence, real, honest):
+    assert compare({"generated": measure(evidence.generated), **real}, len(USERS)) == honest
+    assert tuple(honest) == gait_metrics.NAMES
+
+
+def test_held_out_real_windows_are_as_near_as_real_ones(honest):
+    for name in ("torso_speed", "step_length", "upper_envelope", "bandwidth"):
+        assert 0.4 < honest[name]["ratio"] < 1.7, name
+    assert honest["torso_speed"]["user_correlation"] > 0.9
+    envelopes = [honest[name]["value"] for name in ("upper_envelope", "lower_envelope")]
+    assert honest["envelopes"]["value"] == pytest.approx(np.mean(envelopes))
+    assert abs(honest["plausible"]["value"] - honest["plausible"]["real"]) < 0.15
+    assert honest["plausible"]["real"] > 0.7
+    json.dumps(honest, allow_nan=False)
+
+
+def test_users_are_told_apart_by_their_speed(simulated, evidence, honest):
+    truth = simulated[1].mean(1)
+    speed = honest["torso_speed"]
+    assert np.corrcoef(truth, speed["generated_means"])[0, 1] > 0.95
+    order = lambda values: np.argsort(values)[[0, -1]].tolist()
+    assert order(speed["generated_means"]) == order(speed["unseen_means"]) == order(truth)
+
+
+def test_windows_of_another_user_are_far(evidence, real, honest):
+    shifted = changed(evidence.generated, slice(None), evidence.generated.images.roll(20, 0))
+    found = compare({**real, "generated": measure(shifted)}, len(USERS))
+    for name in ("torso_speed", "step_length", "envelopes"):
+        assert found[name]["value"] > 1.5 * honest[name]["value"], name
+        assert found[name]["train"] == pytest.approx(honest[name]["train"])
+    assert found["torso_speed"]["user_correlation"] < 0.5
+
+
+def test_noise_is_not_plausible(evidence, real, honest):
+    noise = np.random.default_rng(0).integers(0, 256, evidence.generated.images.shape).astype(np.uint8)
+    noisy = changed(evidence.generated, slice(None), torch.from_numpy(noise))
+    found = compare({**real, "generated": measure(noisy)}, len(USERS))
+    assert found["plausible"]["value"] < 0.05 and found["plausible"]["real"] == honest["plausible"]["real"]
+    assert found["bandwidth"]["ratio"] > 3
+    json.dumps(found, allow_nan=False)
+
+
+def test_blank_windows_and_a_user_without_any_do_not_spoil_the_others(evidence, real, honest):
+    blank = changed(evidence.generated, slice(0, 20, 2), 0)  # half of the first user's
+    some = blank.select(torch.where(blank.labels != 2)[0])
+    found = compare({**real, "generated": measure(some)}, len(USERS))
+    speed = found["torso_speed"]
+    of_first = measure(evidence.generated.select(range(1, 20, 2))).values["torso_speed"]
+    assert speed["generated_means"][0] == pytest.approx(of_first.mean())
+    assert speed["generated_means"][2] is None and speed["unseen_means"][2] is not None
+    assert speed["generated_means"][3:] == honest["torso_speed"]["generated_means"][3:]
+    assert speed["n"] == honest["torso_speed"]["n"] * 4 / 5 and speed["user_correlation"] > 0.9
+    assert found["plausible"]["value"] < honest["plausible"]["value"] and found["plausible"]["n"] == 80
+    json.dumps(found, allow_nan=False)
+    assert len(plots.to_png(plots.user_means(found))) > 1000
+
+
+def test_what_cannot_be_read_is_null_with_its_reason(evidence, real):
+    blank = changed(evidence.generated, slice(None), 0)
+    found = compare({**real, "generated": measure(blank)}, len(USERS))
+    assert found["plausible"]["value"] == 0
+    for name in set(gait_metrics.NAMES) - {"plausible"}:
+        assert found[name]["value"] is None and "off which it can be read" in found[name]["reason"], name
+    rgb = {name: getattr(evidence, name) for name in ("train", "val", "test", "generated")}
+    rgb = {name: replace(part, images=part.images.expand(-1, 3, -1, -1)) for name, part in rgb.items()}
+    found = physics(replace(evidence, **rgb))
+    assert found.keys() == set(gait_metrics.NAMES)
+    assert {figure["reason"] for figure in found.values()} == {"not read off RGB windows: take channels=1"}
+    with pytest.raises(ValueError, match="3 channels"):
+        measure(rgb["train"])
+
+
+def test_the_page_and_the_picture_show_a_figure_beside_its_yardstick(honest):
+    figure = {"value": 0.08, "unit": "m/s", "n": 80, "ci95": [0.06, 0.1], "real_vs_real": 0.05, "ratio": 1.6}
+    assert _cell(figure) == "0.08 m/s  [0.06, 0.1]  (real 0.05, ratio 1.6, n = 80)"
+    assert _cell({**figure, "ci95": None, "ratio": None, "unit": ""}) == "0.08  (real 0.05, n = 80)"
+    panels = [axis for axis in plots.user_means(honest).axes if axis.get_title()]
+    assert [axis.get_title().replace(" ", "_") for axis in panels] == list(gait_metrics.FIGURES)
+    _, dots = panels[0].get_lines()
+    assert dots.get_ydata() == pytest.approx(honest["torso_speed"]["generated_means"])

@@ -1,0 +1,433 @@
+"""From a folder of windows to a report, through the notebooks and the command line."""
+
+import csv
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import torch
+
+from mdlib.__main__ import app, main
+from mdlib.data.splits import read_split, seen_beyond, write_split
+from mdlib.data.windows import DataError
+from mdlib.evaluation.filters import select_folder
+from mdlib.experiments.run import NOTEBOOKS, execute, open_run
+from mdlib.models.vqvae import VQVAE
+from mdlib.pipeline import load_pipeline
+from mdlib.reports.report import load_rival, validate_folders
+from mdlib.systems.registry import SYSTEMS, load_codec, make_codec, make_prior
+from mdlib.training.latents import encode_all
+
+ROOT = NOTEBOOKS.parent
+
+
+@pytest.fixture
+def people(story):
+    """Three simulated users of 40 windows."""
+    return story.folder / "people"
+
+
+@pytest.fixture
+def finished(story):
+    """A whole run with the smoke preset, and what it printed."""
+    return story.folder / "runs" / "first", story.answers["run"]
+
+
+@pytest.fixture(scope="module")
+def denoised(story):
+    """Whole runs of the diffusion systems with the smoke preset, everything optional switched on; two of them are a
+    comparison's."""
+    people, out = story.folder / "people", story.folder / "runs"
+    common = ["--data", people, "--preset", "smoke"]
+    extra = [
+        "-p",
+        "joint_steps=2",
+        "-p",
+        "classifier_steps=2",
+        "-p",
+        'prior_options={"prediction": "epsilon", "schedule": "scaled_linear"}',
+    ]
+    rival = ["-p", f"rival={out / 'first' / 'codec'}"]
+    first = mdlib("run", *common, "--system", "vae-diffusion", "--out", out / "kl", *extra, *rival)
+    second = mdlib("run", *common, "--system", "vavae-dit", "--out", out / "va", "-p", "user_codec=true")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    compared = {name: out / "compared" / name for name in ("vqvae-ldm", "vq-diffusion")}
+    return {"vae-diffusion": out / "kl", "vavae-dit": out / "va", **compared}
+
+
+def mdlib(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mdlib", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """`mdlib` in this process: it saves the seconds that a new one takes to import torch."""
+
+    def call(*arguments) -> SimpleNamespace:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["mdlib", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return SimpleNamespace(returncode=end.value.code or 0, **capfd.readouterr()._asdict())
+
+    return call
+
+
+def test_one_command_leads_to_the_report(finished):
+    out, answer = finished
+    report = json.loads((out / "report.json").read_text())
+    assert answer.stdout.rstrip().endswith(report["verdict"]["sentence"])
+    assert "runs/first/report.html" in answer.stdout
+    products = (
+        "split.json codec/config.json codec/history.csv prior/history.csv pipeline/model_index.json "
+        "generated/manifest.csv samples/contact_sheet.png report.html run.json"
+    )
+    assert [name for name in products.split() if not (out / name).exists()] == []
+    assert len(list((out / "generated").glob("ID_*/*.png"))) == 9
+    assert report["reconstruction"]["psnr_db"]["value"] > 0 and report["codebook"]["usage"]["n"] > 0
+
+
+@pytest.mark.parametrize("system", ["vae-diffusion", "vqvae-ldm", "vavae-dit", "vq-diffusion"])
+def test_a_diffusion_system_leads_to_the_same_report(system, denoised, finished):
+    out = denoised[system]
+    report, other = (json.loads((folder / "report.json").read_text()) for folder in (out, finished[0]))
+    assert report["about"]["system"] == system and report.keys() == other.keys()
+    for section in ("reconstruction", "identity", "augmentation", "fidelity", "memorisation"):
+        assert report[section].keys() == other[section].keys()
+    products = "prior/history.csv pipeline/model_index.json generated/manifest.csv samples/denoising.png report.html"
+    assert [name for name in products.split() if not (out / name).exists()] == []
+    if system == "vavae-dit":
+        again = mdlib("run", "--out", out)
+        assert again.returncode == 0 and again.stdout.count("done already") == 5
+
+
+def test_joint_fine_tuning_changes_the_pipelines_codec_and_calibrates_it(denoised):
+    out = denoised["vae-diffusion"]
+    before, after = load_codec(out / "codec"), load_codec(out / "pipeline" / "codec")
+    assert not torch.equal(before.vae.encoder.conv_in.weight, after.vae.encoder.conv_in.weight)
+    latents = encode_all(after, open_run(out).parts["train"].images, "latents")
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(2), rtol=1e-3, atol=1e-3)
+    assert open_run(out).settings["joint_steps"] == 2 and (out / "pipeline" / "classifier").exists()
+
+
+def test_an_aligned_codec_is_trained_in_stages_and_told_its_users(denoised):
+    out = denoised["vavae-dit"]
+    codec, run = load_codec(out / "codec"), open_run(out)
+    assert codec.conditional and codec.config.num_users == 3 and codec.config.foundation_width > 0
+    assert codec.config.cosine_margin == 0.5, "the last stage's"
+    history = list(csv.DictReader((out / "codec" / "history.csv").open()))
+    assert [int(row["step"]) for row in history][-1] == sum(
+        max(1, round(share * run.preset.codec_training.steps)) for share, _ in run.preset.stages
+    )
+    assert all(float(row["align_cosine"]) > 0 and float(row["held_out_align_distance"]) >= 0 for row in history)
+    report = json.loads((out / "report.json").read_text())["reconstruction"]
+    assert report["psnr_db_other_label"]["value"] > 0 and report["taken_for_other_label"]["n"] > 0
+
+
+def test_settings_of_the_aligned_system_are_checked_before_anything_is_made(people, tmp_path):
+    options = dict(data=str(people), system="vavae-dit", preset="smoke")
+    with pytest.raises(OSError, match="absent.*could not be downloaded: attach it .*foundation=none"):
+        open_run(tmp_path / "one", **options, foundation=str(tmp_path / "absent"))
+    with pytest.raises(DataError, match="cannot start from .*weights.pt: no weights at .*weights.pt: download"):
+        open_run(tmp_path / "one", **options, codec_start=str(tmp_path / "weights.pt"))
+    VQVAE(image_size=32, block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vq")
+    with pytest.raises(DataError, match="cannot start from .*vq: .* does not fit this VAVAE"):
+        open_run(tmp_path / "one", **options, codec_start=str(tmp_path / "vq"))
+    assert not (tmp_path / "one").exists()
+
+
+def test_a_run_starts_from_one_on_other_people(finished, people, tmp_path):
+    for user in (7, 8):
+        shutil.copytree(people / "ID_1", tmp_path / "others" / f"ID_{user}")
+    source = finished[0] / "pipeline"
+    run = open_run(tmp_path / "run", data=str(tmp_path / "others"), preset="smoke", init=str(source))
+    codec = make_codec(run.preset)
+    prior = make_prior("vqvae-transformer", run.preset, codec, 2)
+    run.start_codec(codec)
+    run.start_prior(prior)
+    torch.testing.assert_close(codec.state_dict(), load_codec(source / "codec").state_dict())
+    known = load_pipeline(source).prior
+    assert torch.equal(prior.users.weight[2], known.users.weight[3])
+    options = dict(data=str(tmp_path / "others"), preset="smoke")
+    with pytest.raises(DataError, match="init: .*others holds no pipeline: give the pipeline/ folder of a run"):
+        open_run(tmp_path / "one", **options, init=str(tmp_path / "others"))
+    with pytest.raises(DataError, match="init starts both codec and prior: leave codec_start and prior_start empty"):
+        open_run(tmp_path / "one", **options, init=str(source), codec_start=str(source / "codec"))
+    for system in ("vae-diffusion", "vq-diffusion"):  # of other and of the same codec
+        with pytest.raises(DataError, match="init: .*prior holds a TokenPrior, this system's prior is a "):
+            open_run(tmp_path / "one", **options, system=system, init=str(source))
+    assert not (tmp_path / "one").exists()
+
+
+def test_codec_and_prior_that_start_from_other_people_train_together_too(denoised, people, tmp_path):
+    for user in (7, 8):
+        shutil.copytree(people / "ID_1", tmp_path / "others" / f"ID_{user}")
+    start = ["-p", f"init={denoised['vae-diffusion'] / 'pipeline'}", "-p", "joint_steps=2"]
+    common = ["--data", tmp_path / "others", "--preset", "smoke", "--out", tmp_path / "run", "--to", "04"]
+    answer = mdlib("run", "--system", "vae-diffusion", *common, *start)
+    assert answer.returncode == 0, answer.stderr
+    assert load_pipeline(tmp_path / "run" / "pipeline").prior.users.num_embeddings == 3  # two people and nobody
+
+
+def test_a_notebook_of_another_system_is_refused(denoised, finished):
+    with pytest.raises(DataError, match="04_train_diffusion is no notebook of system vqvae-transformer: 01_env"):
+        open_run(finished[0]).expect("04_train_diffusion")
+    open_run(denoised["vqvae-ldm"]).expect("04_train_diffusion")
+
+
+def test_a_rival_that_saw_the_test_windows_is_refused(denoised, tmp_path):
+    codec = shutil.copytree(denoised["vqvae-ldm"] / "codec", tmp_path / "codec")
+    split = read_split(denoised["vqvae-ldm"] / "split.json")
+    assert load_rival(codec, split).num_codes == 16
+    write_split({**split, "train": split["test"], "test": split["train"]}, tmp_path / "split.json")
+    with pytest.raises(DataError, match="was trained on 39 of the test windows: train it on the same split"):
+        load_rival(codec, split)
+
+
+def test_windows_of_a_generator_that_saw_the_test_are_refused(denoised, tmp_path):
+    """Judged by another split a copier would shine."""
+    run = denoised["vqvae-ldm"]
+    split, data = read_split(run / "split.json"), json.loads((run / "run.json").read_text())["settings"]["data"]
+    other = {**split, "train": split["test"], "test": split["train"]}
+    write_split(other, tmp_path / "split.json")
+    args = (data, run / "generated", tmp_path / "split.json", tmp_path / "out")
+    assert seen_beyond(run / "generated", split, data) == 0
+    assert seen_beyond(run / "generated", {**split, "train": split["train"][:-3]}, data) == 3
+    told = f"generated comes from training on {len(other['test'])} of the test windows: judge it by its own split"
+    with pytest.raises(DataError, match=told):
+        validate_folders(*args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_kept_windows_is_one_of_generated_ones(denoised, tmp_path):
+    run = denoised["vqvae-ldm"]
+    data = json.loads((run / "run.json").read_text())["settings"]["data"]
+    every = {path.relative_to(run / "generated") for path in (run / "generated").glob("*/*.png")}
+    words = ["select", "--real", data, "--generated", run / "generated", "--split", run / "split.json"]
+    words += ["--by", "diversity", "--keep", 0.4, "--size", 32, "--out"]
+    app([str(word) for word in [*words, tmp_path / "kept"]], standalone_mode=False)
+    kept = {path.relative_to(tmp_path / "kept") for path in (tmp_path / "kept").glob("*/*.png")}
+    assert kept < every and len(kept) == len({path.parent for path in every}), "one of three of each user"
+    assert all((tmp_path / "kept" / path).read_bytes() == (run / "generated" / path).read_bytes() for path in kept)
+    with open(tmp_path / "kept" / "manifest.csv", newline="") as file:
+        assert {row["path"] for row in csv.DictReader(file)} == {path.as_posix() for path in kept}
+    for wrong, says in (({"by": "beauty"}, "by must be one of confidence"), ({"share": 0}, "keep must be a share")):
+        with pytest.raises(DataError, match=says):
+            select_folder(data, run / "generated", run / "split.json", tmp_path / "none", **wrong)
+
+
+def test_the_two_kinds_of_codec_stand_side_by_side(denoised, finished):
+    out = denoised["vae-diffusion"]
+    report, other = (json.loads((folder / "report.json").read_text()) for folder in (out, finished[0]))
+    choice = report["reconstruction"]["codec_choice"]
+    assert choice["kl_psnr_db"] == pytest.approx(report["reconstruction"]["psnr_db"]["value"])
+    assert choice["vq_psnr_db"] == pytest.approx(other["reconstruction"]["psnr_db"]["value"])
+    assert choice["value"] in ("vq", "kl") and choice["sentence"] in html.unescape((out / "report.html").read_text())
+    assert other["reconstruction"]["codec_choice"]["reason"] == "no rival codec was given"
+
+
+def test_samplers_are_chosen_by_name_and_a_grid_is_drawn(denoised, here, tmp_path):
+    options = ["--per-user", 2, "-o", "scheduler=ddim", "-o", "num_inference_steps=5", "-o", "classifier_scale=1.5"]
+    answer = here(
+        "generate", "--pipeline", denoised["vae-diffusion"] / "pipeline", "--out", tmp_path, "--grid", *options
+    )
+    assert answer.returncode == 0, answer.err
+    assert (tmp_path / "grid.png").exists() and len(list(tmp_path.glob("ID_*/*.png"))) == 6
+    wrong = here(
+        "generate", "--pipeline", denoised["vqvae-ldm"] / "pipeline", "--out", tmp_path / "x", "-o", "scheduler=lms"
+    )
+    assert not (tmp_path / "x").exists()
+    assert wrong.returncode == 1 and "scheduler must be one of ddpm, ddim, pndm, dpm++, got 'lms'" in wrong.err
+
+
+def test_tokens_are_drawn_by_either_sampler(denoised, here, tmp_path):
+    pipeline = ["--pipeline", denoised["vq-diffusion"] / "pipeline", "--per-user", 2]
+    options = ["-o", "sampler=mask_predict", "-o", "num_inference_steps=4", "-o", "guidance_scale=2"]
+    answer = here("generate", *pipeline, "--out", tmp_path / "made", *options)
+    assert answer.returncode == 0, answer.err
+    assert len(list((tmp_path / "made").glob("ID_*/*.png"))) == 6
+    wrong = here("generate", *pipeline, "--out", tmp_path / "x", "-o", "scheduler=ddim")
+    assert wrong.returncode == 1 and "this prior has no sampling option scheduler; there are" in wrong.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_progress_is_visible_while_it_runs(finished):
+    printed = finished[1].stdout
+    for name in SYSTEMS["vqvae-transformer"].notebooks:
+        assert f"{name}: starts" in printed and re.search(rf"{name}: done in \d+ s", printed)
+    assert "codec:" in printed and "6/6" in printed, "the training bar"
+
+
+def test_run_json_tells_versions_settings_and_times(finished):
+    record = json.loads((finished[0] / "run.json").read_text())
+    assert record["settings"]["preset"] == "smoke" and record["versions"]["torch"]
+    assert list(record["steps"]) == list(SYSTEMS["vqvae-transformer"].notebooks)
+    assert all(step["seconds"] > 0 and step["peak_memory_gb"] > 0 for step in record["steps"].values())
+
+
+def test_the_generator_saw_training_windows_only(finished, people):
+    split = json.loads((finished[0] / "split.json").read_text())
+    number = lambda path: int(re.search(r"Doppler(\d+)", path).group(1))
+    for user in ("ID_1", "ID_2", "ID_3"):
+        mine = {k: [number(p) for p in split[k] if p.startswith(user + "/")] for k in ("train", "val", "test")}
+        assert min(mine["val"]) - max(mine["train"]) >= 4 and min(mine["test"]) - max(mine["val"]) >= 4
+
+
+def test_a_second_call_skips_what_is_done_and_from_runs_anew(finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    again = mdlib("run", "--out", out)  # a run knows its own data, system and preset
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done already") == 5
+    stamp = (out / "generated" / "manifest.csv").stat().st_mtime_ns
+    codec = (out / "codec" / "state.pt").stat().st_mtime_ns
+    anew = mdlib("run", "--out", out, "--from", "05", "--to", "05", "-p", "images_per_user=2", "-p", "temperature=0.8")
+    assert anew.returncode == 0, anew.stderr
+    assert (out / "generated" / "manifest.csv").stat().st_mtime_ns > stamp
+    assert len(list((out / "generated").glob("ID_*/*.png"))) == 6
+    assert (out / "codec" / "state.pt").stat().st_mtime_ns == codec
+    assert "06_validate" not in json.loads((out / "run.json").read_text())["steps"]
+    assert not (out / "report.json").exists() and "report" not in anew.stdout, "the old verdict is of other windows"
+
+
+def test_from_with_other_settings_is_refused_before_anything_is_removed(finished, people, here):
+    out, _ = finished
+    before = sorted(out.rglob("*"))
+    answer = here("run", "--data", people, "--out", out, "--preset", "demo", "--from", "03")
+    assert answer.returncode == 1 and "other settings (preset: 'smoke' is not 'demo')" in answer.err
+    assert sorted(out.rglob("*")) == before
+
+
+def test_the_seed_reaches_both_trainings(people, tmp_path):
+    run = open_run(tmp_path, data=people, preset="smoke", seed=5)
+    assert run.preset.codec_training.seed == 5 and run.preset.prior_training.seed == 5
+
+
+def test_a_first_attempt_that_failed_may_be_corrected(people, tmp_path):
+    open_run(tmp_path, data=people, preset="smoke", codec_steps=7)
+    assert open_run(tmp_path, data=people, preset="smoke").settings["codec_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(codec_steps="many"), "codec_steps must be of type int, got 'many'"),
+        (dict(codec_steps=-3), "steps must be at least 1"),
+        (dict(split="none.json"), "none.json"),
+        (dict(preset="t4x2"), "'t4x2': training in fp16 needs a GPU; demo"),
+        (dict(codec="kl"), "reads tokens, which a kl codec does not make"),
+        (dict(system="vae-diffusion", prior_options={"attention": "linear"}), "attention must be one of full, window"),
+        (dict(system="vae-diffusion", prior_options=3), "prior_options must be of type dict, got 3"),
+        (dict(system="vae-diffusion", prior_options={"block_out_channels": 64}), "codec_options or prior_options: "),
+        (dict(system="vae-diffusion", codec_options={"batch_size": "16"}), "codec_options or prior_options: "),
+        (dict(system="vqvae-ldm", joint_steps=5), "needs a codec of continuous latents"),
+        (dict(system="vq-diffusion", joint_steps=5), "needs a codec of continuous latents"),
+        (dict(system="vq-diffusion", classifier_steps=5), "guides a prior over latents, and this one is over tokens"),
+        (dict(system="vq-diffusion", prior_options={"num_heads": 3}), "16 over num_heads 3 must be a multiple of 4"),
+    ],
+)
+def test_settings_that_cannot_be_used_leave_no_run_folder(settings, message, people, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        open_run(tmp_path / "run", **{"data": people, "preset": "smoke", **settings})
+    assert not (tmp_path / "run").exists()
+
+
+def test_windows_per_user_of_minus_one_keeps_all(people, tmp_path):
+    run = open_run(tmp_path, data=people, preset="demo", windows_per_user=-1)
+    assert run.preset.windows_per_user == 0
+    assert open_run(tmp_path / "other", data=people, preset="demo").preset.windows_per_user == 10
+
+
+def test_split_from_the_command_line(people, here, tmp_path):
+    answer = here("split", "--data", people, "--out", tmp_path / "split.json", "--windows-per-user", 5)
+    assert answer.returncode == 0 and "3 users, 15 train" in answer.out
+    assert len(json.loads((tmp_path / "split.json").read_text())["train"]) == 15
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "--data", "{data}", "--out", "{out}", "--system", "vae"], "unknown system 'vae': choose one of"),
+        (["run", "--data", "{data}", "--out", "{out}", "--preset", "huge"], "unknown preset 'huge'"),
+        (
+            ["run", "--data", "{data}", "--out", "{out}", "-p", "codec_step=3"],
+            "no notebook has a parameter 'codec_step'; there are ",
+        ),
+        (["run", "--data", "{data}", "--out", "{out}", "--from", "04"], "no notebook '04'"),
+        (["run", "--data", "{out}/none", "--out", "{out}/run"], "no such folder; give the folder that holds ID_1"),
+        (["generate", "--pipeline", "{out}", "--out", "{out}/made"], "holds no pipeline"),
+        (["split", "--data", "{out}", "--out", "{out}/split.json"], "no user folders in it"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(arguments, message, people, here, tmp_path):
+    fill = lambda text: text.format(data=people, out=tmp_path)
+    answer = here(*map(fill, arguments))
+    assert answer.returncode == 1
+    lines = answer.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("mdlib: ") and fill(message) in lines[0], answer.err
+    assert "Traceback" not in answer.err
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_run_of_other_settings_is_refused(people, tmp_path):
+    open_run(tmp_path, data=people, preset="smoke")
+    (tmp_path / "codec").mkdir()  # from now on something is made
+    with pytest.raises(DataError, match="other settings .seed: 0 is not 1.: choose another --out"):
+        open_run(tmp_path, data=people, preset="smoke", seed=1)
+    assert open_run(tmp_path).settings["preset"] == "smoke"
+
+
+def test_a_split_of_ones_own_is_used(people, here, tmp_path):
+    answer = here("split", "--data", people, "--out", tmp_path / "mine.json", "--windows-per-user", 4)
+    assert answer.returncode == 0
+    run = open_run(tmp_path / "run", data=people, preset="smoke", split=tmp_path / "mine.json")
+    assert len(run.parts["train"]) == 12
+
+
+def test_a_notebook_that_stops_names_the_cause(people, tmp_path):
+    (tmp_path / "bad.json").write_text('{"train": ["ID_1/none.png"], "val": ["a"], "test": ["b"]}')
+    with pytest.raises(DataError, match="02_train_vqvae stopped: DataError: .*none.png"):
+        execute(
+            str(tmp_path / "run"), {"split": str(tmp_path / "bad.json")}, "02", "02", data=str(people), preset="smoke"
+        )
+
+
+def test_a_notebook_that_ran_out_of_time_is_not_taken_for_done(people, tmp_path, monkeypatch):
+    # A notebook that leaves with exit code 0 is no error to papermill, which then runs no further cell.
+    monkeypatch.setattr("papermill.execute_notebook", lambda *arguments, **options: None)
+    with pytest.raises(DataError, match="01_env_check stopped at the end of its time: give the command again"):
+        execute(str(tmp_path / "run"), {}, data=str(people), preset="smoke")
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_thin_and_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    for cell in code:
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert len(lines) <= 25 and not any(line.startswith("class ") for line in lines)
+        assert "backward(" not in cell.source, "training loops live in mdlib.training.fit"
+
+
+def test_every_notebook_of_a_system_exists():
+    here = {path.stem for path in NOTEBOOKS.glob("*.ipynb")}
+    for system in SYSTEMS.values():
+        assert set(system.notebooks) <= here
+
+
+def test_the_parameters_read_as_a_manual():
+    import papermill
+
+    told = papermill.inspect_notebook(NOTEBOOKS / "02_train_vqvae.ipynb")
+    assert told["codec_steps"]["inferred_type_name"] == "int" and "optimizer steps" in told["codec_steps"]["help"]

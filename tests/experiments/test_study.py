@@ -1,0 +1,188 @@
+"""How few windows are enough: one run for each number, on exactly those windows."""
+
+import json
+
+import pytest
+from helpers import write_set
+from test_validate import evidence, windows
+
+from mdlib import study as module
+from mdlib.__main__ import app
+from mdlib.data.splits import make_split, read_split, write_split
+from mdlib.data.windows import DataError, find_windows
+from mdlib.evaluation.evidence import Protocol
+from mdlib.evaluation.protocol import evaluate
+from mdlib.experiments.study import study
+
+
+@pytest.fixture
+def people(tmp_path):
+    return write_set(tmp_path / "people", numbers=range(60))
+
+
+@pytest.fixture(scope="module")
+def report():
+    return evaluate(evidence(windows(5, 7)), Protocol(evaluation_steps=1, seeds=2))
+
+
+@pytest.fixture
+def runs(monkeypatch, report):
+    """What `study` would have the notebooks do; each leaves a report."""
+    asked = []
+
+    def execute(out, parameters, first="", **said):
+        asked.append((out, parameters, said))
+        path = module.Path(out)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "run.json").write_text(json.dumps({"settings": {"split": parameters["split"]}}))
+        if not (path / "split.json").exists():
+            (path / "split.json").write_text(module.Path(parameters["split"]).read_text())
+        paths = [f"{path.name}/{name}" for name in report["outcomes"]["paths"]]  # every fold has windows of its own
+        (path / "report.json").write_text(json.dumps(report | {"outcomes": report["outcomes"] | {"paths": paths}}))
+
+    monkeypatch.setattr(module, "execute", execute)
+    return asked
+
+
+def test_each_number_has_its_run_and_all_share_the_test(people, tmp_path, runs):
+    out = tmp_path / "study"
+    result = study(people, out, "vqvae-ldm", "smoke", (8, 4), parameters={"seeds": 2})
+    assert [row["windows_per_user"] for row in result["rows"]] == [4, 8]
+    few, more = (read_split(parameters["split"]) for _, parameters, _ in runs)
+    users = len(few["users"])
+    assert (len(few["train"]), len(more["train"])) == (4 * users, 8 * users)
+    assert few["test"] == more["test"] and few["val"] == more["val"]
+    assert all(said == {"data": str(people), "system": "vqvae-ldm", "preset": "smoke"} for *_, said in runs)
+    assert runs[0][1]["classifiers"] == runs[1][1]["classifiers"] and runs[0][1]["seeds"] == 2
+    page = (out / "study.html").read_text()
+    assert json.loads((out / "study.json").read_text()) == result
+    assert page.count("data:image/png;base64,") == 1 and "http" not in page and "evenly spaced" in page
+    assert "equivalent real windows" in page and page.count(result["rows"][0]["verdict"]["sentence"][:40]) == 2
+
+
+def test_a_second_call_adds_numbers_and_other_terms_are_refused(people, tmp_path, runs):
+    out = tmp_path / "study"
+    study(people, out, "vqvae-ldm", "smoke", (4,))
+    assert [row["windows_per_user"] for row in study(people, out, "vqvae-ldm", "smoke", (6,))["rows"]] == [4, 6]
+    with pytest.raises(DataError, match=r"holds a study on other terms \(contiguous: False is not True\)"):
+        study(people, out, "vqvae-ldm", "smoke", (4,), contiguous=True)
+
+
+def test_a_study_goes_on_where_it_was_moved_but_not_with_other_windows(people, tmp_path, runs):
+    study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,))
+    (tmp_path / "study").rename(tmp_path / "moved")
+    study(people, tmp_path / "moved", "vqvae-ldm", "smoke", (4, 6))
+    assert runs[1][1]["split"] == runs[0][1]["split"], "the run knows it by that name"
+    write_set(people, numbers=range(60, 70))
+    with pytest.raises(DataError, match="windows-[46] was made from other windows than are in the data now"):
+        study(people, tmp_path / "moved", "vqvae-ldm", "smoke", (4, 8))
+
+
+def test_folds_are_one_measurement_on_other_test_windows_each(people, tmp_path, runs):
+    out = tmp_path / "study"
+    (row,) = study(people, out, "vqvae-ldm", "smoke", (4,), folds=3)["rows"]
+    splits = [read_split(parameters["split"]) for _, parameters, _ in runs]
+    assert [split["fold"] for split in splits] == [0, 1, 2]
+    assert len({tuple(split["test"]) for split in splits}) == 3
+    single = json.loads((out / "windows-4" / "report.json").read_text())
+    one, three = single["augmentation"], row["augmentation"]
+    assert row["folds"] == 3 and three["gain"]["n"] == 3 * one["gain"]["n"]
+    assert three["gain"]["value"] == pytest.approx(one["gain"]["value"]), "three times the same report"
+    assert three["gain_per_fold"] == [one["gain"]["value"]] * 3
+    distance, before = row["fidelity"]["kid"], single["fidelity"]["kid"]
+    assert distance["value"] == pytest.approx(before["value"]) and distance["n_per_fold"] == [before["n"]] * 3
+    assert distance["real_vs_real"] == pytest.approx(before["real_vs_real"]), "what real windows get stays beside it"
+    assert "of 3 folds" in row["verdict"]["sentence"] and "of 3 folds" in (out / "study.html").read_text()
+    (row,) = study(people, out, "vqvae-ldm", "smoke", (4,), folds=4)["rows"]
+    assert row["folds"] == 4, "a further fold joins"
+    (row,) = study(people, out, "vqvae-ldm", "smoke", (4,))["rows"]
+    assert row["folds"] == 4, "what is measured stays"
+
+
+def test_a_figure_that_one_fold_lacks_is_no_mean(people, tmp_path, runs):
+    out = tmp_path / "study"
+    study(people, out, "vqvae-ldm", "smoke", (4,))
+    path = out / "windows-4" / "report.json"
+    report = json.loads(path.read_text())
+    report["identity"]["accuracy"] = {"value": 0.25, "n": 5}
+    report["fidelity"]["fd_ratio"] = {"value": None, "reason": "too few windows"}
+    path.write_text(json.dumps(report))
+    (out / "windows-4-of-mine").mkdir()
+    (out / "windows-4-of-mine" / "report.json").write_text("{}")
+    after = study(people, out, "vqvae-ldm", "smoke", (6,))["rows"][0]
+    assert after["identity"]["accuracy"]["value"] == 0.25, "a folder of the user's own is left alone"
+    both = module._row([report, report | {"identity": {}}])
+    assert both["fidelity"]["fd_ratio"] == {"value": None, "reason": "too few windows"}
+    assert "accuracy" not in both["identity"]
+
+
+def test_a_fold_judged_by_an_older_version_is_judged_again(people, tmp_path, monkeypatch, runs):
+    out, told = tmp_path / "study", []
+    study(people, out, "vqvae-ldm", "smoke", (4,))
+    path = out / "windows-4" / "report.json"
+    report = json.loads(path.read_text())
+    del report["outcomes"]["users"]
+    path.write_text(json.dumps(report))
+    again = module.execute
+    monkeypatch.setattr(module, "execute", lambda *words, **said: (told.append(words[2]), again(*words, **said)))
+    (row,) = study(people, out, "vqvae-ldm", "smoke", (4,), folds=2)["rows"]
+    assert told == ["06", ""] and row["folds"] == 2
+
+
+def test_weights_that_saw_a_folds_test_windows_are_refused(people, tmp_path, runs):
+    other = tmp_path / "other"
+    other.mkdir()
+    write_split(make_split(find_windows(people)), other / "split.json")
+    start = {"codec_start": str(other / "codec")}
+    study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), parameters=start)
+    with pytest.raises(DataError, match="codec_start: .* was trained on .* of the windows that are the test here"):
+        study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), folds=2, parameters=start)
+    later = tmp_path / "later"  # a run on other people that began with that one
+    later.mkdir()
+    (later / "split.json").write_text((other / "split.json").read_text())
+    settings = {"data": "/somewhere/else", "init": str(other / "pipeline")}
+    (later / "run.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(DataError, match="codec_start: .* of the windows that are the test here"):
+        study(
+            people,
+            tmp_path / "chain",
+            "vqvae-ldm",
+            "smoke",
+            (4,),
+            folds=2,
+            parameters={"codec_start": str(later / "codec")},
+        )
+    (other / "run.json").write_text(json.dumps({"settings": {"data": "/somewhere/else"}}))
+    study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), folds=2, parameters=start)
+
+
+def test_the_command_line_tells_every_verdict(people, tmp_path, runs, capsys):
+    words = ["study", "--data", people, "--out", tmp_path / "study", "--preset", "smoke", "--windows", "4,6"]
+    app([*map(str, words), "--contiguous", "--folds", "1", "-p", "seeds=2"], standalone_mode=False)
+    told = capsys.readouterr().out.splitlines()
+    assert told[-3].endswith("study.html") and all("test windows" in line for line in told[-2:])
+    few = read_split(tmp_path / "study" / "split-4.json")
+    assert few["contiguous"] and runs[0][2]["system"] == "vae-diffusion" and runs[0][1]["seeds"] == 2
+    with pytest.raises(ValueError, match="windows: whole numbers with commas between, got '4,x'"):
+        app([*map(str, words[:-1]), "4,x"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (dict(counts=(4, 1000)), "windows_per_user=1000 cannot be kept"),
+        (dict(counts=()), "counts must be whole numbers of 1 or more"),
+        (dict(counts=(0,)), "counts must be whole numbers of 1 or more"),
+        (dict(folds=5), "folds must be a whole number from 1 to 4, got 5"),
+        (dict(folds=0), "folds must be a whole number from 1 to 4, got 0"),
+        (dict(folds=2, parameters={"rival": "other/codec"}), "rival is of one split"),
+        (dict(parameters={"split": "mine.json"}), "split is no parameter of a study"),
+        (dict(parameters={"windows": 3}), "no notebook has a parameter 'windows'"),
+        (dict(system="vae"), "unknown system 'vae'"),
+        (dict(preset="demos"), "unknown preset 'demos'"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_made(people, tmp_path, runs, options, told):
+    with pytest.raises(DataError, match=told) as error:
+        study(people, tmp_path / "study", **{"preset": "smoke", "counts": (4,), **options})
+    assert not runs and not (tmp_path / "study").exists() and "\n" not in str(error.value)

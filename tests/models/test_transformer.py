@@ -1,0 +1,157 @@
+"""The token prior: the right next token, the cache, guidance, and samples that stand on their own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import generators
+
+from mdlib.models.transformer import TokenPrior
+
+
+def small_prior(**changes) -> TokenPrior:
+    torch.manual_seed(0)
+    options = dict(
+        num_codes=11, token_shape=(3, 4), num_users=5, hidden_size=16, num_layers=2, num_heads=2, dropout=0.0
+    )
+    return TokenPrior(**{**options, **changes}).eval()
+
+
+def test_loss_is_the_cross_entropy_of_each_token_given_those_before_it():
+    prior = small_prior()
+    tokens, labels = torch.randint(11, (2, 3, 4)), torch.tensor([0, 4])
+    loss, _ = prior.loss(tokens, labels)
+    by_hand = []
+    for grid, label in zip(tokens, labels, strict=True):
+        sequence = [int(grid[row, column]) for column in range(4) for row in range(3)]  # column by column
+        for position, token in enumerate(sequence):
+            inputs = torch.tensor([[prior.start, *sequence[:position]]])
+            hidden = prior.gpt(inputs_embeds=prior.tokens(inputs) + prior.users(label)).last_hidden_state
+            by_hand.append(-F.log_softmax(prior.head(hidden[0, -1]), -1)[token])
+    torch.testing.assert_close(loss, torch.stack(by_hand).mean())
+
+
+def test_a_token_does_not_see_itself_nor_what_follows():
+    prior = small_prior()
+    sequence = torch.randint(11, (1, 12))
+    changed = sequence.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % 11
+    first, second = prior(sequence, torch.tensor([1])), prior(changed, torch.tensor([1]))
+    torch.testing.assert_close(first[0, :8], second[0, :8])
+    assert not torch.allclose(first[0, 8:], second[0, 8:])
+
+
+def test_the_user_reaches_every_position():
+    prior = small_prior()
+    sequence = torch.randint(11, (1, 12))
+    difference = (prior(sequence, torch.tensor([1])) - prior(sequence, torch.tensor([2]))).abs().amax(-1)[0]
+    assert (difference > 1e-5).all()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_the_cache_changes_nothing(guidance_scale):
+    prior, labels = small_prior(), torch.tensor([0, 3, 1])
+    options = dict(guidance_scale=guidance_scale, temperature=0.9, top_k=7, top_p=0.95)
+    cached = prior.sample(labels, generator=generators(1, 2, 3), **options)
+    plain = prior.sample(labels, generator=generators(1, 2, 3), use_cache=False, **options)
+    assert cached.shape == (3, 3, 4) and torch.equal(cached, plain)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    prior = small_prior()
+    together = prior.sample(torch.tensor([2, 0, 2, 4]), generator=generators(5, 6, 7, 8))
+    alone = prior.sample(torch.tensor([2]), generator=generators(7))
+    assert torch.equal(together[2], alone[0])
+    assert not torch.equal(together[0], together[2])
+
+
+def test_samples_follow_the_distribution():
+    """Two tokens, 20,000 draws: frequencies against the exact joint probabilities."""
+    prior = small_prior(num_codes=3, token_shape=(2, 1), num_users=2)
+    with torch.no_grad():
+        for table in (prior.tokens, prior.users, prior.head):  # far from uniform
+            table.weight.mul_(30)
+    pairs = torch.tensor([[a, b] for a in range(3) for b in range(3)])
+    logits = prior(pairs, torch.ones(9, dtype=torch.long)).log_softmax(-1)
+    exact = logits.gather(2, pairs.unsqueeze(-1)).sum((1, 2)).exp()
+    torch.testing.assert_close(exact.sum(), torch.tensor(1.0))
+    drawn = prior.sample(torch.ones(20_000, dtype=torch.long), generator=torch.Generator().manual_seed(0)).flatten(1)
+    frequency = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9) / 20_000
+    assert (frequency - exact).abs().max() < 0.012
+
+
+def test_top_k_of_one_is_greedy_and_top_p_cuts_the_tail():
+    prior = small_prior()
+    labels = torch.tensor([1, 1])
+    greedy = prior.sample(labels, generator=generators(1, 2), top_k=1)
+    assert torch.equal(greedy[0], greedy[1])
+    sequence = prior.to_sequence(greedy)
+    assert torch.equal(prior(sequence, labels).argmax(-1), sequence)
+    nearly = prior.sample(labels, generator=generators(3, 4), top_p=1e-6)
+    assert torch.equal(nearly, greedy)
+
+
+def test_it_overfits_ten_sequences_and_reproduces_them():
+    prior = small_prior(num_users=10, hidden_size=48, label_dropout=0.0).train()
+    torch.manual_seed(1)
+    tokens, labels = torch.randint(11, (10, 3, 4)), torch.arange(10)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=5e-3, weight_decay=0)
+    for _ in range(250):
+        loss, _ = prior.loss(tokens, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02
+    drawn = prior.eval().sample(labels, generator=torch.Generator().manual_seed(0))
+    assert (drawn == tokens).float().mean() > 0.98
+
+
+def test_the_null_label_is_nobodys_and_the_one_that_is_trained():
+    prior = small_prior(label_dropout=1.0)
+    assert prior.null_label == 5 and prior.users.num_embeddings == 6
+    prior.train()
+    prior.loss(torch.randint(11, (4, 3, 4)), torch.tensor([0, 1, 2, 3]))[0].backward()
+    moved = prior.users.weight.grad.abs().sum(1) > 0
+    assert moved.tolist() == [False] * 5 + [True]
+
+
+def test_guidance_of_zero_is_the_null_label():
+    prior = small_prior()
+    unguided = prior.sample(torch.tensor([5, 5]), generator=generators(1, 2))
+    at_zero = prior.sample(torch.tensor([0, 3]), generator=generators(1, 2), guidance_scale=0.0)
+    assert torch.equal(at_zero, unguided)
+
+
+def test_grid_and_sequence_are_inverse_and_a_wrong_grid_is_refused():
+    prior = small_prior()
+    grid = torch.arange(12).view(1, 3, 4)
+    assert prior.to_sequence(grid)[0, :4].tolist() == [0, 4, 8, 1]
+    assert torch.equal(prior.to_grid(prior.to_sequence(grid)), grid)
+    with pytest.raises(ValueError, match=r"token grids \(3, 4\), got \(4, 3\)"):
+        prior.loss(torch.zeros(1, 4, 3, dtype=torch.long), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(temperature=0.0), "temperature must be above 0"),
+        (dict(top_p=0.0), "top_p in"),
+        (dict(top_k=-1), "top_k must be 0"),
+        (dict(generator=generators(1)), "2 samples need 2 generators, got 1"),
+    ],
+)
+def test_bad_sampling_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_prior().sample(torch.tensor([0, 1]), **options)
+
+
+def test_a_label_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="0…5, got 6…6"):
+        small_prior().sample(torch.tensor([6]))
+
+
+def test_save_and_load(tmp_path):
+    prior = small_prior()
+    prior.save_pretrained(tmp_path)
+    again = TokenPrior.from_pretrained(tmp_path)
+    sequence = torch.randint(11, (2, 12))
+    torch.testing.assert_close(again(sequence, torch.tensor([0, 1])), prior(sequence, torch.tensor([0, 1])))

@@ -1,0 +1,232 @@
+"""Views are thin: every control draws what a pure function draws, errors are told, and a batch run gets pictures."""
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+import ipywidgets
+import pytest
+import torch
+from IPython.core.formatters import DisplayFormatter
+from matplotlib.figure import Figure
+
+from mdlib.data.windows import WindowFile, WindowSet, to_uint8
+from mdlib.evaluation.codebook import survey
+from mdlib.evaluation.neighbours import nearest_train
+from mdlib.models.transformer import TokenPrior
+from mdlib.models.unet import LatentDiffusion
+from mdlib.models.vqvae import VQVAE
+from mdlib.pipeline import MicroDopplerPipeline
+from mdlib.reports import plots, widgets
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+USERS = (3, 7, 12)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What was displayed."""
+    things: list = []
+    monkeypatch.setattr(widgets, "display", lambda thing, **_: things.append(thing))
+    return things
+
+
+@pytest.fixture(scope="module")
+def codec():
+    torch.manual_seed(0)
+    return VQVAE(image_size=16, block_out_channels=(8, 8), norm_num_groups=4, num_codes=40, code_dim=4).eval()
+
+
+@pytest.fixture(scope="module")
+def pipeline(codec):
+    prior = TokenPrior(40, codec.token_shape, num_users=3, hidden_size=16, num_layers=1, num_heads=2).eval()
+    return MicroDopplerPipeline(codec, prior, users=USERS, output_size=16, sampling=dict(temperature=0.9))
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Three windows of each user."""
+    images = torch.randint(0, 256, (9, 1, 16, 16), dtype=torch.uint8, generator=torch.manual_seed(0))
+    files = tuple(WindowFile(f"ID_{user}/w{n}.png", user, "", "w", n) for user in USERS for n in (1, 2, 3))
+    return WindowSet(images, torch.arange(3).repeat_interleave(3), USERS, files, "jet", "data")
+
+
+@pytest.fixture(scope="module")
+def train(real):
+    return replace(real, images=real.images.flip(0))
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline, tmp_path_factory):
+    """Two generated windows of users 3 and 7 on disk."""
+    out = tmp_path_factory.mktemp("generated")
+    pipeline.generate_folder(out, users=[3, 7], per_user=2)
+    return out
+
+
+@pytest.fixture
+def generated(pipeline, folder, real):
+    rows = [f"ID_{user}/ID{user}_generated_seed0_{n}.png" for user in (3, 7) for n in (1, 2)]
+    images = to_uint8(pipeline([3, 7], images_per_user=2, output_type="pt").images)
+    files = tuple(WindowFile(path, int(path[3]), "", "", n) for n, path in enumerate(rows))
+    return replace(real, images=images, labels=torch.tensor([0, 0, 1, 1]), files=files, root=str(folder))
+
+
+@pytest.fixture
+def users(real, generated, train, pipeline, tmp_path):
+    people = widgets._People(real, generated, train, pipeline, each=2)
+    return widgets._Users(people, tmp_path / "selected", seed=0, sampling={})
+
+
+@pytest.fixture
+def codes(codec, real):
+    return widgets._Codes(survey(codec, real, codec.encode_tokens(real.float())))
+
+
+def test_clicking_a_code_shows_that_code(codes):
+    code = codes.shown[3]
+    codes.tiles[3].click()
+    assert codes.code.value == code and codes.card.value == plots.to_png(plots.code_card(codes.book, code))
+    assert [tile.button_style for tile in codes.tiles].count("info") == 1 and codes.tiles[3].button_style == "info"
+    codes.code.value = codes.shown[5]
+    assert codes.card.value == plots.to_png(plots.code_card(codes.book, codes.shown[5])), "so does its number"
+
+
+def test_choosing_a_user_draws_that_users_codes_most_used_first(codes):
+    assert [name for name, _ in codes.whose.options] == ["all users", "ID_3", "ID_7", "ID_12"]
+    codes.page.value = 2
+    assert len(codes.shown) == 8 and codes.tiles[8].layout.visibility == "hidden"
+    codes.whose.value = 1
+    counts = codes.book.counts[1]
+    assert codes.page.value == 1 and codes.tiles[8].layout.visibility == "visible"
+    assert codes.usage.value == plots.to_png(plots.code_usage(counts.numpy()))
+    assert [int(tile.description) for tile in codes.tiles] == codes.shown
+    assert counts[codes.shown].tolist() == sorted(counts.tolist(), reverse=True)[:32]
+
+
+def test_moving_the_slider_shows_that_user_with_the_nearest_training_windows(users, real, generated, train):
+    users.user.value = 7
+    made = generated.select([2, 3])
+    distance, nearest = nearest_train(made, train)
+    ratios = (distance / nearest_train(real, train)[0].median()).tolist()
+    assert {file.user for file in train.select(nearest).files} == {7}
+    expected = plots.user_view(real.select([3, 5]), made, train.select(nearest), ratios)
+    assert users.view.value == plots.to_png(expected) and users.view.layout.visibility == "visible"
+
+
+def test_seed_and_temperature_draw_live(users, pipeline):
+    assert list(users.dials) == ["guidance_scale", "temperature"] and users.dials["temperature"].value == 0.9
+    users.seed.value = 5
+    assert users.source.value == widgets.LIVE, "who moves a control wants to see what it does"
+    expected = lambda **options: to_uint8(pipeline([3], 2, seed=5, output_type="pt", **options).images)
+    assert torch.equal(users.made.windows.images, expected())
+    users.dials["temperature"].value = 2.0
+    assert torch.equal(users.made.windows.images, expected(temperature=2.0))
+    assert not torch.equal(expected(), expected(temperature=2.0))
+
+
+def test_only_what_the_prior_knows_can_be_turned(real, generated, codec):
+    prior = LatentDiffusion(codec.latent_shape, num_users=3, block_out_channels=(8,), norm_num_groups=4, head_dim=8)
+    diffusion = MicroDopplerPipeline(codec, prior, users=USERS, sampling=dict(guidance_scale=12.0))
+    assert list(widgets._dials(diffusion.sampling_options())) == ["guidance_scale"]
+    assert widgets._dials(diffusion.sampling_options())["guidance_scale"].value == 12.0, "beyond the slider's usual end"
+    alone = widgets._Users(widgets._People(real, generated, real, None, each=2), "selected", 0, {})
+    assert not alone.dials and [value for _, value in alone.user.options] == [3, 7], "no pipeline: what is on disk"
+
+
+def test_kept_live_windows_are_saved_as_generate_writes_them(users, pipeline, tmp_path):
+    users.user.value, users.seed.value = 7, 4
+    users.keep[1].value = True
+    users.button.click()
+    assert "1 window of ID_7 saved in" in users.message.line.value
+    pipeline.generate_folder(tmp_path / "all", users=[7], per_user=2, seed=4)
+    name = "ID_7/ID7_generated_seed4_2.png"
+    assert [path.relative_to(tmp_path / "selected").as_posix() for path in tmp_path.glob("selected/*/*")] == [name]
+    assert (tmp_path / "selected" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
+    header, row = (tmp_path / "selected" / "manifest.csv").read_text().splitlines()
+    assert row == (tmp_path / "all" / "manifest.csv").read_text().splitlines()[2]
+
+
+def test_kept_windows_on_disk_are_copied_beside_live_ones_of_the_same_options(users, folder, tmp_path):
+    users.keep[0].value = True
+    users.button.click()
+    users.seed.value = 9
+    assert not users.keep[0].value, "other windows: none of them is kept yet"
+    users.keep[0].value = True
+    users.button.click()
+    names = ["ID3_generated_seed0_1.png", "ID3_generated_seed9_1.png"]
+    assert sorted(path.name for path in tmp_path.glob("selected/ID_3/*")) == names
+    assert (tmp_path / "selected/ID_3" / names[0]).read_bytes() == (folder / "ID_3" / names[0]).read_bytes()
+    assert len((tmp_path / "selected" / "manifest.csv").read_text().splitlines()) == 3
+
+
+def test_what_cannot_be_done_is_told_in_one_line(users, monkeypatch, tmp_path):
+    users.button.click()
+    assert "nothing is kept: choose windows" in users.message.line.value
+    users.user.value = 12
+    assert "holds no window of ID_12: generate some" in users.message.line.value
+    assert users.view.layout.visibility == "hidden", "no picture of somebody else stays"
+    monkeypatch.setattr(users.people.pipeline, "plan", lambda *_: 1 / 0)
+    users.source.value = widgets.LIVE
+    assert "ZeroDivisionError: division by zero" in users.message.line.value
+    monkeypatch.undo()
+    users.seed.value = 1
+    assert users.view.layout.visibility == "visible" and ">" in users.message.line.value
+    users.keep[0].value = True
+    users.button.click()
+    users.dials["temperature"].value = 0.5
+    users.keep[0].value = True
+    users.button.click()
+    assert "windows made otherwise (temperature differ)" in users.message.line.value
+
+
+def test_an_error_within_a_redrawn_page_is_not_lost(codes, monkeypatch):
+    codes.page.value = 2
+    monkeypatch.setattr(widgets.plot, "tile", lambda *_: 1 / 0)
+    codes.whose.value = 0
+    assert "ZeroDivisionError" in codes.message.line.value
+
+
+def test_people_with_conditions_are_shown_by_condition(real, generated):
+    half = lambda part: replace(
+        part, files=tuple(replace(file, condition=("bag", "normal")[n % 2]) for n, file in enumerate(part.files))
+    )
+    browser = widgets._Users(widgets._People(half(real), half(generated), real, None, each=4), "selected", 0, {})
+    assert (
+        list(browser.condition.options) == ["bag", "normal"] and browser.condition in browser.box.children[0].children
+    )
+    browser.condition.value = "normal"
+    assert torch.equal(browser.made.windows.images, generated.images[1:2]) and browser.keep[1].disabled
+
+
+def test_a_batch_run_shows_pictures_instead(shown, codec, real, generated, monkeypatch):
+    monkeypatch.setenv("MDLIB_BATCH", "1")
+    widgets.browse_codes(codec, real, codec.encode_tokens(real.float()))
+    widgets.browse_users(real, generated, real)
+    assert len(shown) == 4 and all(isinstance(figure, Figure) for figure in shown)
+
+
+def test_a_view_carries_its_picture_for_where_nothing_is_live(shown, real, generated, pipeline):
+    widgets.browse_users(real, generated, real, pipeline)
+    assert shown[0][VIEW]["model_id"] and shown[0]["image/png"].startswith("iVBOR")
+
+
+def test_notebooks_show_figures_as_pictures():
+    data, _ = DisplayFormatter().format(plots.code_usage([1, 0, 2]))
+    assert data["image/png"].startswith(b"\x89PNG") if isinstance(data["image/png"], bytes) else data["image/png"]
+
+
+def test_only_what_ipywidgets_7_and_8_share_is_used():
+    # From the traits of 7.7.1 and 8.1.9. `tooltip` is a button's in both.
+    one_of_them_only = {"description_tooltip", "description_allow_html", "tabbable", "behavior", "titles"}
+    one_of_them_only |= {"overflow_x", "overflow_y", "border_top", "border_right", "border_bottom", "border_left"}
+    both = "Box BoundedIntText Button Dropdown FloatSlider HBox HTML Image IntSlider Layout SelectionSlider Text"
+    both = {*both.split(), "ToggleButton", "ToggleButtons", "VBox"}
+    tree = ast.parse(Path(widgets.__file__).read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    calls = [node for node in calls if isinstance(node.func.value, ast.Name) and node.func.value.id == "ipywidgets"]
+    assert calls and {node.func.attr for node in calls} <= both
+    for node in calls:
+        names = {keyword.arg for keyword in node.keywords}
+        assert not names & one_of_them_only and ("tooltip" not in names or "Button" in node.func.attr)
+        assert names <= set(getattr(ipywidgets, node.func.attr).class_trait_names()), "a trait of the one installed"
