@@ -34,7 +34,7 @@ MOVED = {
     "Judge": "SmallCNN",
 }
 # Arguments of prior.sample that are no plain values: this file fills them in.
-_NO_OPTIONS = {"label", "generator", "classifier", "towards", "share", "on_step"}
+_NO_OPTIONS = {"users", "conditions", "generator", "classifier", "towards", "share", "on_step"}
 
 
 @dataclass
@@ -172,7 +172,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         """Batches (rows, images (B, C, H, W) in [−1, 1]) of a manifest, as they are made."""
         for start in range(0, len(manifest), batch_size):
             rows = manifest[start : start + batch_size]
-            yield rows, self._decode(self._draw(rows, **sampling), self._labels(rows))
+            yield rows, self._decode(self._draw(rows, **sampling), self._users(rows))
 
     def _draw(self, rows: list[dict], **sampling) -> torch.Tensor:
         """Tokens or latents of the manifest's rows."""
@@ -181,28 +181,24 @@ class MicroDopplerPipeline(DiffusionPipeline):
             if self.classifier is None:
                 raise DataError("classifier_scale needs a classifier, and this pipeline has none (classifier_steps)")
             options["classifier"] = self._log_probability
-        labels = self._labels(rows)
+        if len(self.config.conditions) > 1:
+            options["conditions"] = self._places(self.config.conditions, [row["condition"] for row in rows])
         generators = [torch.Generator().manual_seed(_window_seed(**row)) for row in rows]
-        return self.prior.sample(labels, generator=generators, **options)
+        return self.prior.sample(self._users(rows), generator=generators, **options)
 
-    def _labels(self, rows: list[dict]) -> torch.Tensor:
-        """Labels of the manifest's rows, as `WindowSet.told` numbers them."""
-        users = [self.config.users.index(row["user"]) for row in rows]
-        conditions = [self.config.conditions.index(row["condition"]) for row in rows]
-        told = torch.tensor(users, dtype=torch.long) + (len(self.config.users) + 1) * torch.tensor(conditions).long()
-        return told.to(self.device)
+    def _users(self, rows: list[dict]) -> torch.Tensor:
+        """Labels (B,) of the users of a manifest's rows."""
+        return self._places(self.config.users, [row["user"] for row in rows])
 
-    def _users(self, labels: torch.Tensor) -> torch.Tensor:
-        """The user alone of labels (B,): all that codecs and classifiers are told."""
-        return labels % (len(self.config.users) + 1)
+    def _places(self, known: list, wanted: list) -> torch.Tensor:
+        return torch.tensor([known.index(one) for one in wanted], dtype=torch.long, device=self.device)
 
-    def _decode(self, drawn: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _decode(self, drawn: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
         decode = self.codec.decode_tokens if self.prior.consumes == "tokens" else self.codec.decode
-        return decode(drawn, self._users(labels)).float().cpu()
+        return decode(drawn, users).float().cpu()
 
-    def _log_probability(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """log p(label | decoded latents) (B,) by the classifier."""
-        users = self._users(labels)
+    def _log_probability(self, latents: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+        """log p(user | decoded latents) (B,) by the classifier."""
         logits = self.classifier(self.codec.decode(latents, users))
         return logits.log_softmax(1).gather(1, users.unsqueeze(1)).squeeze(1)
 
@@ -220,9 +216,9 @@ class MicroDopplerPipeline(DiffusionPipeline):
         self._needs("towards", "interpolation")
         if {**self.config.sampling, **sampling}.get("classifier_scale"):
             raise DataError("between two users there is no class for a classifier: leave classifier_scale out")
-        towards = self._labels(self.plan([second], 1, seed)[:1] * images)
+        towards = self._users(self.plan([second], 1, seed)[:1] * images)
         share = torch.linspace(0, 1, images)
-        nearer = torch.where(share.to(self.device) < 0.5, self._labels(rows), towards)  # for a codec that is told users
+        nearer = torch.where(share.to(self.device) < 0.5, self._users(rows), towards)  # for a codec that is told users
         return self._decode(self._draw(rows, towards=towards, share=share, **sampling), nearer)
 
     @torch.no_grad()
@@ -241,7 +237,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         last = self._draw(plan, on_step=lambda _, estimate: seen.append(estimate), **sampling)
         seen[-1] = last
         chosen = torch.linspace(len(seen) - 1, 0, min(frames, len(seen))).round().long().flip(0).tolist()
-        return self._decode(torch.cat([seen[number] for number in chosen]), self._labels([plan[0]] * len(chosen)))
+        return self._decode(torch.cat([seen[number] for number in chosen]), self._users([plan[0]] * len(chosen)))
 
     def _needs(self, option: str, what: str) -> None:
         if option not in inspect.signature(self.prior.sample).parameters:

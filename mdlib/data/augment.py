@@ -5,12 +5,19 @@ import torch
 from mdlib.data.windows import to_float
 
 
-def enlarge(images: torch.Tensor, labels: torch.Tensor, variants: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 windows (N, C, H, W), each a stride later too, and `variants` stride-recombined copies of each, with their
-    labels: (N·(2 + variants), C, H, W)."""
+def enlarge(images: torch.Tensor, groups: torch.Tensor, variants: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows, the same shifted by a stride, and `variants` stride-recombined copies of each.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        groups: long (N,): steps are recombined within a group (a user in one condition).
+
+    Returns:
+        uint8 (N·(2 + variants), C, H, W), and for each the row (N·(2 + variants),) of the window it stands for.
+    """
     generator = torch.Generator().manual_seed(seed)
-    copies = [images, stride_shift(images, 2)] + [stride_recombine(images, labels, generator) for _ in range(variants)]
-    return torch.cat(copies), labels.repeat(variants + 2)
+    copies = [images, stride_shift(images, 2)] + [stride_recombine(images, groups, generator) for _ in range(variants)]
+    return torch.cat(copies), torch.arange(len(images)).repeat(variants + 2)
 
 
 def classical_augmentation(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator):
@@ -25,9 +32,10 @@ def classical_augmentation(images: torch.Tensor, labels: torch.Tensor, generator
     return ((images + 1) * gain - 1 + noise).clamp(-1, 1), labels
 
 
-def as_they_are(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator):
-    """A uint8 batch without augmentation, float in [−1, 1]."""
-    return to_float(images), labels
+def as_they_are(images: torch.Tensor, *labels_and_generator):
+    """A uint8 batch without augmentation, float in [−1, 1]; labels pass through."""
+    *labels, _ = labels_and_generator
+    return to_float(images), *labels
 
 
 def stride_shift(images: torch.Tensor, steps: int | torch.Tensor, steps_per_window: int = 4) -> torch.Tensor:

@@ -195,13 +195,16 @@ class WindowSet:
         """The folders above ID_k, by name; ("",) where there are none."""
         return tuple(sorted({f.condition for f in self.files}))
 
-    def told(self, conditions: Sequence[str]) -> torch.Tensor:
-        """What a prior is told of each window, long (N,): label + (num_users + 1)·condition, by its place in
-        `conditions`."""
+    def condition_labels(self, conditions: Sequence[str]) -> torch.Tensor:
+        """The condition of each window as its place in `conditions`, long (N,).
+
+        Raises:
+            DataError: a window in another condition.
+        """
         place = {name: k for k, name in enumerate(conditions)}
         if unknown := sorted(set(self.conditions) - place.keys()):
-            raise DataError(f"no training window shows condition {', '.join(unknown)}: nothing can be told of it")
-        return self.labels + (self.num_users + 1) * torch.tensor([place[f.condition] for f in self.files])
+            raise DataError(f"no training window shows condition {', '.join(unknown)}: add some, or leave it out")
+        return torch.tensor([place[f.condition] for f in self.files])
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -90,9 +90,11 @@ class Run:
         """What the training windows' people carry: the prior learns these, by this order."""
         return self.parts["train"].conditions
 
-    def told(self, windows: WindowSet) -> torch.Tensor:
-        """What a prior is told of each window: its user and, where there are several, its condition (N,)."""
-        return windows.told(self.conditions)
+    def labels(self, windows: WindowSet) -> tuple[torch.Tensor, ...]:
+        """What a prior is conditioned on: the user of each window (N,) and, where there are several, its condition."""
+        if len(self.conditions) == 1:
+            return (windows.labels,)
+        return windows.labels, windows.condition_labels(self.conditions)
 
     @property
     def output_size(self) -> int:

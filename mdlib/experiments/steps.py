@@ -89,10 +89,9 @@ def prior_stage(run: Run, max_minutes: float = 0.0) -> Stage:
     prior = seeded(run.settings["seed"], make_prior, run.settings["system"], run.preset, codec, *sizes)
     run.start_prior(prior)
     images, labels = prior_windows(run)
-    users = labels % (train.num_users + 1)  # codecs know no conditions
-    inputs = encode_all(codec, images, prior.consumes, run.path / "codec", labels=users)
+    inputs = encode_all(codec, images, prior.consumes, run.path / "codec", labels=labels[0])
     held_out = encode_all(codec, val.images, prior.consumes, run.path / "codec", labels=val.labels)
-    batches = Batches((inputs, labels)), Batches((held_out, run.told(val)))
+    batches = Batches((inputs, *labels)), Batches((held_out, *run.labels(val)))
     return Stage(run, "prior", prior, codec, images, *batches, config)
 
 
@@ -143,15 +142,21 @@ def train_teacher(
 
 def codec_windows(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Training windows and their stride recombinations as a codec sees them: uint8 (N, C, S, S), users (N,)."""
-    windows = run.parts["train"]
-    images, labels = enlarge(windows.images, run.told(windows), run.preset.variants, run.settings["seed"])
-    return images, labels % (windows.num_users + 1)  # recombined within a condition, but a codec is told users only
+    images, labels = _enlarged(run, run.settings["seed"])
+    return images, labels[0]
 
 
-def prior_windows(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training windows and other stride recombinations, uint8 (N, C, S, S), and what a prior is told of each (N,)."""
+def prior_windows(run: Run) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Training windows and other stride recombinations, uint8 (N, C, S, S), and what a prior is conditioned on, see
+    `Run.labels`."""
+    return _enlarged(run, run.settings["seed"] + 1)
+
+
+def _enlarged(run: Run, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     windows = run.parts["train"]
-    return enlarge(windows.images, run.told(windows), run.preset.variants, run.settings["seed"] + 1)
+    groups = windows.labels + windows.num_users * windows.condition_labels(run.conditions)
+    images, rows = enlarge(windows.images, groups, run.preset.variants, seed)
+    return images, tuple(labels[rows] for labels in run.labels(windows))
 
 
 def guides(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[FeatureDistance | None, object | None]:

@@ -39,7 +39,8 @@ class LatentPrior(ModelMixin, ConfigMixin):
     def _walk(
         self,
         sampler,
-        label: torch.Tensor,
+        users: torch.Tensor,
+        conditions: torch.Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
         guidance_scale: float,
         guidance_interval: tuple[float, float],
@@ -49,43 +50,48 @@ class LatentPrior(ModelMixin, ConfigMixin):
         share: float | torch.Tensor,
         on_step: Callable | None,
     ) -> torch.Tensor:
-        """Latents (B, D, h, w) for labels (B,) along the timesteps of a diffusers scheduler; see `sample`."""
-        users, nobody = self._embedded(label, towards, share), self.users(self.users.nobody(label))
+        """Latents (B, D, h, w) for users (B,) in conditions (B,) along the timesteps of a diffusers
+        scheduler; see `sample`."""
+        embedded = self._embedded(users, conditions, towards, share)
+        null = self.users(self.users.null(users), conditions)
         options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
-        shape = (len(label), *self.latent_shape)
-        noisy = randn_tensor(shape, generator=generator, device=label.device, dtype=users.dtype)
+        shape = (len(users), *self.latent_shape)
+        noisy = randn_tensor(shape, generator=generator, device=users.device, dtype=embedded.dtype)
         for number, timestep in enumerate(sampler.timesteps):
             inside = guidance_interval[0] <= float(timestep) / self.timesteps <= guidance_interval[1]
-            output = self._guided(noisy, timestep, users, nobody, guidance_scale if inside else 1.0)
+            output = self._guided(noisy, timestep, embedded, null, guidance_scale if inside else 1.0)
             estimate = self.estimate(noisy, output, timestep)
             if classifier_scale and inside:
-                gradient = class_gradient(estimate, classifier, label)
+                gradient = class_gradient(estimate, classifier, users)
                 output = output + classifier_scale * self._class_change(gradient, timestep)
             if on_step:
                 on_step(number, estimate)
             noisy = sampler.step(output, timestep, noisy, **options).prev_sample
         return noisy
 
-    def _guided(self, noisy, timestep, users: torch.Tensor, nobody: torch.Tensor, scale: float) -> torch.Tensor:
+    def _guided(self, noisy, timestep, users: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
         if scale == 1.0:
             return self._output(noisy, timestep, users)
-        user, null = self._output(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([users, nobody])).chunk(2)
-        return null + scale * (user - null)
+        given, without = self._output(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([users, null])).chunk(2)
+        return without + scale * (given - without)
 
-    def _embedded(self, label: torch.Tensor, towards: torch.Tensor | None, share: float | torch.Tensor) -> torch.Tensor:
-        users = self.users(label)
+    def _embedded(self, users, conditions, towards: torch.Tensor | None, share: float | torch.Tensor) -> torch.Tensor:
+        embedded = self.users(users, conditions)
         if towards is None:
-            return users
+            return embedded
         self.users.check(towards)
-        return users.lerp(self.users(towards), check_share(share, label).to(users.dtype).unsqueeze(1))
+        way = check_share(share, users).to(embedded.dtype).unsqueeze(1)
+        return embedded.lerp(self.users(towards, conditions), way)
 
     def _check_shape(self, latents: torch.Tensor) -> None:
         if tuple(latents.shape[1:]) != self.latent_shape:
             raise ValueError(f"this prior was made for latents {self.latent_shape}, got {tuple(latents.shape[1:])}")
 
-    def _check_request(self, label, generator, scale: float, interval, classifier, classifier_scale: float) -> None:
+    def _check_request(
+        self, users, conditions, generator, scale: float, interval, classifier, classifier_scale: float
+    ) -> None:
         """ValueError for an option of `sample` outside its range."""
-        self.users.check(label)
+        self.users.check(users, conditions)
         if not all(isinstance(s, int | float) and 0 <= s < float("inf") for s in (scale, classifier_scale)):
             raise ValueError(f"guidance scales must be 0 or more, got {scale} and {classifier_scale}")
         pair = isinstance(interval, (tuple, list)) and [isinstance(end, int | float) for end in interval] == [True] * 2
@@ -97,16 +103,16 @@ class LatentPrior(ModelMixin, ConfigMixin):
             raise ValueError(
                 "this prior was trained without label_dropout, so nothing can guide: guidance_scale must be 1"
             )
-        if isinstance(generator, list) and len(generator) != len(label):
-            raise ValueError(f"{len(label)} samples need {len(label)} generators, got {len(generator)}")
+        if isinstance(generator, list) and len(generator) != len(users):
+            raise ValueError(f"{len(users)} samples need {len(users)} generators, got {len(generator)}")
 
 
 @torch.enable_grad()
-def class_gradient(estimate: torch.Tensor, classifier: Callable, label: torch.Tensor) -> torch.Tensor:
-    """∇ log p(label | x_0) (B, D, h, w) at the estimate of x_0. Through the network it would be multiplied by the
+def class_gradient(estimate: torch.Tensor, classifier: Callable, users: torch.Tensor) -> torch.Tensor:
+    """∇ log p(user | x_0) (B, D, h, w) at the estimate of x_0. Through the network it would be multiplied by the
     network's errors, without bound."""
     estimate = estimate.detach().requires_grad_()
-    return torch.autograd.grad(classifier(estimate, label).sum(), estimate)[0]
+    return torch.autograd.grad(classifier(estimate, users).sum(), estimate)[0]
 
 
 def evenly_spread(count: int, device: torch.device) -> torch.Tensor:
@@ -121,9 +127,9 @@ def check_name(value: str, known: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def check_share(share: float | torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """The way from one user to another (B,) for labels (B,); ValueError where it leaves [0, 1]."""
-    share = torch.as_tensor(share, dtype=torch.float32, device=label.device)
-    if share.shape not in ((), (len(label),)) or not ((share >= 0) & (share <= 1)).all():
+def check_share(share: float | torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+    """The way from one user to another (B,) for users (B,); ValueError where it leaves [0, 1]."""
+    share = torch.as_tensor(share, dtype=torch.float32, device=users.device)
+    if share.shape not in ((), (len(users),)) or not ((share >= 0) & (share <= 1)).all():
         raise ValueError(f"share must lie in [0, 1], one number or one a sample, got {share.tolist()}")
-    return share.expand(len(label))
+    return share.expand(len(users))

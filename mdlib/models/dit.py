@@ -38,7 +38,7 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
     Args:
         latent_shape: (D, h, w) of the codec.
         num_users: n; label n is the null label of classifier-free guidance.
-        num_conditions: what people carry, see `mdlib.models.layers.UserEmbedding`; with 1 labels are users.
+        num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
         patch_size: side of the square of latent positions that is one token, 1 or 2 in the published sizes.
         hidden_size: d, a multiple of num_heads; d / num_heads is a multiple of 4.
         depth: number of blocks.
@@ -113,16 +113,18 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
         parts = tokens.unflatten(2, (side, side, -1)).unflatten(1, self.grid)  # (B, h/p, w/p, p, p, D)
         return parts.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-    def loss(self, latents: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean square error of the velocity + cosine_weight·(1 − cosine), at one t a sample, for latents (B, D, h, w)
-        and labels (B,)."""
+    def loss(
+        self, latents: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean square error of the velocity + cosine_weight·(1 − cosine), at one t a sample, for latents (B, D, h, w),
+        users (B,) and conditions (B,)."""
         self._check_shape(latents)
-        labels = drop_labels(labels, self.null_label, self.config.label_dropout if self.training else 0.0)
+        users = drop_labels(users, self.null_label, self.config.label_dropout if self.training else 0.0)
         noise = torch.randn_like(latents)
         t = self._times(len(latents), latents.device)
         along = t.view(-1, 1, 1, 1)
         velocity = latents - noise
-        made = self(noise + along * velocity, t, self.users(labels)).float()
+        made = self(noise + along * velocity, t, self.users(users, conditions)).float()
         mse = F.mse_loss(made, velocity)
         # A prior begins at a velocity of zero, where the cosine's slope is 1/eps: 1e8 as a rule, too much for float16.
         cosine = 1 - F.cosine_similarity(made, velocity, dim=1, eps=0.1).mean()
@@ -136,8 +138,9 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
     @torch.no_grad()
     def sample(
         self,
-        label: torch.Tensor,
+        users: torch.Tensor,
         *,
+        conditions: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -150,7 +153,7 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
         share: float | torch.Tensor = 0.0,
         on_step: Callable | None = None,
     ) -> torch.Tensor:
-        """Latents (B, D, h, w) for labels (B,).
+        """Latents (B, D, h, w) for users (B,) in conditions (B,).
 
         Args:
             generator: one for the batch, or one a sample: a sample then does not depend on its batch.
@@ -163,15 +166,17 @@ class LightningDiT(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers lo
                 called after every network call.
 
         Raises:
-            ValueError: an option outside its range, a label outside 0…num_users, too few generators.
+            ValueError: an option outside its range, a user outside 0…num_users, too few generators.
         """
-        self._check_request(label, generator, guidance_scale, guidance_interval, classifier, classifier_scale)
+        self._check_request(
+            users, conditions, generator, guidance_scale, guidance_interval, classifier, classifier_scale
+        )
         _check_steps(scheduler, num_inference_steps, timestep_shift)
-        if not len(label):
-            return torch.empty(0, *self.latent_shape, device=label.device)
-        sampler = make_sampler(scheduler, num_inference_steps, timestep_shift, label.device)
+        if not len(users):
+            return torch.empty(0, *self.latent_shape, device=users.device)
+        sampler = make_sampler(scheduler, num_inference_steps, timestep_shift, users.device)
         guidance = (guidance_scale, guidance_interval, classifier, classifier_scale)
-        return self._walk(sampler, label, generator, *guidance, towards, share, on_step)
+        return self._walk(sampler, users, conditions, generator, *guidance, towards, share, on_step)
 
     def _output(self, noisy: torch.Tensor, timestep: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
         """diffusers walks towards σ = 1 − t = 0, so its velocity is the other way round."""

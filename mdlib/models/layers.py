@@ -31,14 +31,14 @@ class LatentStats(nn.Module):
 
 
 class UserEmbedding(nn.Embedding):
-    """Vectors (B, size) of labels (B,), each user + (num_users + 1)·condition: the user's, plus the condition's.
+    """Vectors (B, size) of users (B,) and conditions (B,): the user's vector, plus the condition's.
 
-    User num_users is nobody in particular: the null label of classifier-free guidance. Conditions (carrying a bag …)
-    begin at zero and are common to all users, so what a condition does to one person's gait is known of another's.
+    User num_users is the null label of classifier-free guidance. The vectors of conditions (carrying a bag …) start at
+    zero and are shared by all users, so what a condition does to one person's gait is known of another's.
 
     Args:
         num_users: people.
-        num_conditions: 1 needs no vectors, and labels are users.
+        num_conditions: carrying conditions; with 1 they have no vectors.
     """
 
     def __init__(self, num_users: int, num_conditions: int, size: int):
@@ -47,37 +47,36 @@ class UserEmbedding(nn.Embedding):
         if num_conditions > 1:
             self.conditions = nn.Parameter(torch.zeros(num_conditions, size))
 
-    def forward(self, labels: torch.Tensor) -> torch.Tensor:
-        users = super().forward(labels % self.num_embeddings)
-        return users + self.conditions[labels // self.num_embeddings] if self.num_conditions > 1 else users
+    def forward(self, users: torch.Tensor, conditions: torch.Tensor | None = None) -> torch.Tensor:
+        """No conditions: the first one for all."""
+        vectors = super().forward(users)
+        if self.num_conditions == 1:
+            return vectors
+        return vectors + self.conditions[torch.zeros_like(users) if conditions is None else conditions]
 
-    def nobody(self, labels: torch.Tensor) -> torch.Tensor:
-        """The null label (B,) of each label's condition."""
-        return nobody(labels, self.num_embeddings - 1)
+    def null(self, users: torch.Tensor) -> torch.Tensor:
+        """The null label (B,), as many times as there are users."""
+        return torch.full_like(users, self.num_embeddings - 1)
 
-    def check(self, labels: torch.Tensor) -> None:
-        """ValueError where a label (B,) is of no user and not the null label."""
-        check_labels(labels, self.num_embeddings * self.num_conditions - 1)
-
-
-def nobody(labels: torch.Tensor, null_label: int) -> torch.Tensor:
-    """The null label (B,) of each label's condition."""
-    return labels - labels % (null_label + 1) + null_label
+    def check(self, users: torch.Tensor, conditions: torch.Tensor | None = None) -> None:
+        """ValueError where one of users (B,) is neither a user nor the null label, or a condition is unknown."""
+        check_labels(users, self.num_embeddings - 1)
+        if conditions is not None:
+            check_labels(conditions, self.num_conditions - 1, "conditions")
 
 
-def drop_labels(labels: torch.Tensor, null_label: int, probability: float) -> torch.Tensor:
-    """Replace each label by the null label with `probability`, sample by sample (classifier-free guidance); a
-    condition stays."""
+def drop_labels(users: torch.Tensor, null_label: int, probability: float) -> torch.Tensor:
+    """Replace each of users (B,) by the null label with `probability`, sample by sample (classifier-free guidance)."""
     if probability <= 0:
-        return labels
-    drop = torch.rand(labels.shape, device=labels.device) < probability
-    return torch.where(drop, nobody(labels, null_label), labels)
+        return users
+    drop = torch.rand(users.shape, device=users.device) < probability
+    return torch.where(drop, null_label, users)
 
 
-def check_labels(labels: torch.Tensor, highest: int) -> None:
+def check_labels(labels: torch.Tensor, highest: int, name: str = "labels") -> None:
     """ValueError where a label (B,) lies outside 0…highest."""
     if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= highest):
-        raise ValueError(f"labels must lie in 0…{highest}, got {int(labels.min())}…{int(labels.max())}")
+        raise ValueError(f"{name} must lie in 0…{highest}, got {int(labels.min())}…{int(labels.max())}")
 
 
 def uniform(batch: int, length: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:

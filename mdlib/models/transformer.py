@@ -29,7 +29,7 @@ class TokenPrior(ModelMixin, ConfigMixin):
         num_codes: K of the codec.
         token_shape: (h, w) of the codec's token grid.
         num_users: n; label n is the null label of classifier-free guidance.
-        num_conditions: what people carry, see `mdlib.models.layers.UserEmbedding`; with 1 labels are users.
+        num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
         hidden_size, num_layers, num_heads, dropout: GPT-2's.
         label_dropout: share of training samples whose label is the null label.
     """
@@ -74,30 +74,36 @@ class TokenPrior(ModelMixin, ConfigMixin):
         for table in (self.tokens, self.users, self.head):
             nn.init.normal_(table.weight, std=0.02)
 
-    def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean cross-entropy (nats a token) of tokens (B, h, w) given labels (B,)."""
-        labels = drop_labels(labels, self.null_label, self.config.label_dropout if self.training else 0.0)
+    def loss(
+        self, tokens: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean cross-entropy (nats a token) of tokens (B, h, w) given users (B,) and conditions (B,)."""
+        users = drop_labels(users, self.null_label, self.config.label_dropout if self.training else 0.0)
         sequence = self.to_sequence(tokens)
-        logits = self(sequence, labels)
+        logits = self(sequence, users, conditions)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), sequence.flatten())
         return loss, {"nats_per_token": loss.detach()}
 
-    def forward(self, sequence: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, K) of every token of sequence (B, T) given the tokens before it and labels (B,)."""
+    def forward(
+        self, sequence: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (B, T, K) of every token of sequence (B, T) given the tokens before it, users and conditions (B,)."""
         start = sequence.new_full((len(sequence), 1), self.start)
-        hidden, _ = self._step(torch.cat([start, sequence[:, :-1]], 1), labels)
+        hidden, _ = self._step(torch.cat([start, sequence[:, :-1]], 1), self.users(users, conditions))
         return self.head(hidden)
 
-    def _step(self, inputs: torch.Tensor, labels: torch.Tensor, cache: DynamicCache | None = None):
-        embeddings = self.tokens(inputs) + self.users(labels).unsqueeze(1)  # (B, t, hidden)
+    def _step(self, inputs: torch.Tensor, users: torch.Tensor, cache: DynamicCache | None = None):
+        """users: their embeddings (B, hidden)."""
+        embeddings = self.tokens(inputs) + users.unsqueeze(1)  # (B, t, hidden)
         output = self.gpt(inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None)
         return output.last_hidden_state, output.past_key_values
 
     @torch.no_grad()
     def sample(
         self,
-        label: torch.Tensor,
+        users: torch.Tensor,
         *,
+        conditions: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
@@ -105,7 +111,7 @@ class TokenPrior(ModelMixin, ConfigMixin):
         top_p: float = 1.0,
         use_cache: bool = True,
     ) -> torch.Tensor:
-        """Tokens (B, h, w) for labels (B,).
+        """Tokens (B, h, w) for users (B,) in conditions (B,).
 
         Args:
             generator: one for the batch, or one a sample: a sample then does not depend on its batch.
@@ -117,17 +123,19 @@ class TokenPrior(ModelMixin, ConfigMixin):
             ValueError: a sampling option outside its range, a label outside 0…num_users, too few generators.
         """
         warpers = _warpers(temperature, top_k, top_p)
-        self.users.check(label)
-        if not len(label):
-            return label.new_empty(0, *self.token_shape)
-        shares = uniform(len(label), self.num_tokens, generator).to(label.device)  # (B, T)
+        self.users.check(users, conditions)
+        if not len(users):
+            return users.new_empty(0, *self.token_shape)
+        shares = uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, T)
         guided = guidance_scale != 1.0
-        labels = torch.cat([label, self.users.nobody(label)]) if guided else label
+        embedded = self.users(users, conditions)
+        if guided:
+            embedded = torch.cat([embedded, self.users(self.users.null(users), conditions)])
         cache = DynamicCache() if use_cache else None
-        sequence = label.new_full((len(label), 1), self.start)
+        sequence = users.new_full((len(users), 1), self.start)
         for position in range(self.num_tokens):
             inputs = sequence[:, -1:] if use_cache else sequence
-            hidden, cache = self._step(inputs.repeat(2, 1) if guided else inputs, labels, cache)
+            hidden, cache = self._step(inputs.repeat(2, 1) if guided else inputs, embedded, cache)
             logits = self.head(hidden[:, -1]).float()  # (B or 2B, K)
             if guided:
                 user, null = logits.chunk(2)

@@ -41,7 +41,7 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
     Args:
         latent_shape: (D, h, w) of the codec.
         num_users: n; label n is the null label of classifier-free guidance.
-        num_conditions: what people carry, see `mdlib.models.layers.UserEmbedding`; with 1 labels are users.
+        num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
         block_out_channels: widths of the levels; n levels down-sample n − 1 times.
         layers_per_block: residual blocks a level.
         norm_num_groups: groups of the group norms.
@@ -127,16 +127,21 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
         """ε or v (B, D, h, w) at noisy latents (B, D, h, w), timesteps (B,) and user embeddings (B, E)."""
         return self.unet(noisy, timesteps, class_labels=users).sample
 
-    def loss(self, latents: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Min-SNR weighted mean square error at one timestep a sample, for latents (B, D, h, w) and labels (B,)."""
+    def loss(
+        self, latents: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Min-SNR weighted mean square error at one timestep a sample, for latents (B, D, h, w), users (B,)
+        and conditions (B,)."""
         self._check_shape(latents)
-        labels = drop_labels(labels, self.null_label, self.config.label_dropout if self.training else 0.0)
+        users = drop_labels(users, self.null_label, self.config.label_dropout if self.training else 0.0)
         noise = torch.randn_like(latents)
         timesteps = self._timesteps(len(latents), latents.device)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         velocity = self.config.prediction == "v_prediction"
         target = self.schedule.get_velocity(latents, noise, timesteps) if velocity else noise
-        error = (self(noisy, timesteps, self.users(labels)).float() - target).square().mean((1, 2, 3))  # (B,)
+        error = (
+            (self(noisy, timesteps, self.users(users, conditions)).float() - target).square().mean((1, 2, 3))
+        )  # (B,)
         loss = (self._weights(timesteps) * error).mean()
         return loss, {"denoising_mse": error.mean().detach()}
 
@@ -155,8 +160,9 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
     @torch.no_grad()
     def sample(
         self,
-        label: torch.Tensor,
+        users: torch.Tensor,
         *,
+        conditions: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -168,7 +174,7 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
         share: float | torch.Tensor = 0.0,
         on_step: Callable | None = None,
     ) -> torch.Tensor:
-        """Latents (B, D, h, w) for labels (B,).
+        """Latents (B, D, h, w) for users (B,) in conditions (B,).
 
         Args:
             generator: one for the batch, or one a sample: a sample then does not depend on its batch.
@@ -176,27 +182,29 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
             guidance_interval: guide only where t/T lies in it (Kynkäänniemi et al. 2024); 1 is pure noise.
             num_inference_steps: denoising steps.
             scheduler: "ddpm", "ddim", "pndm" or "dpm++" (DPM-Solver++, Lu et al. 2022).
-            classifier: log p(label | latents) as a function (latents (B, D, h, w), labels (B,)) → (B,), asked at the
+            classifier: log p(user | latents) as a function (latents (B, D, h, w), users (B,)) → (B,), asked at the
                 estimate of x_0; needed where classifier_scale is not 0.
             classifier_scale: of the classifier's gradient (Dhariwal and Nichol 2021, there with a classifier of noisy
                 latents); 0 leaves it out.
-            towards, share: second labels (B,), and how far (0 to 1, a number or (B,)) the user's embedding lies
+            towards, share: second users (B,), and how far (0 to 1, a number or (B,)) the user's embedding lies
                 towards theirs.
             on_step: called as on_step(number, x_0 estimate (B, D, h, w)) after every denoising step.
 
         Raises:
-            ValueError: an option outside its range, a label outside 0…num_users, too few generators.
+            ValueError: an option outside its range, a user outside 0…num_users, too few generators.
         """
-        self._check_request(label, generator, guidance_scale, guidance_interval, classifier, classifier_scale)
+        self._check_request(
+            users, conditions, generator, guidance_scale, guidance_interval, classifier, classifier_scale
+        )
         self._check_steps(scheduler, num_inference_steps)
-        if not len(label):
-            return torch.empty(0, *self.latent_shape, device=label.device)
+        if not len(users):
+            return torch.empty(0, *self.latent_shape, device=users.device)
         sampler = make_sampler(scheduler, self.schedule)
-        sampler.set_timesteps(num_inference_steps, device=label.device)
+        sampler.set_timesteps(num_inference_steps, device=users.device)
         if sampler.timesteps[-1] < 0:
             raise ValueError(f"{scheduler} cannot take {num_inference_steps} steps: choose another number")
         guidance = (guidance_scale, guidance_interval, classifier, classifier_scale)
-        return self._walk(sampler, label, generator, *guidance, towards, share, on_step)
+        return self._walk(sampler, users, conditions, generator, *guidance, towards, share, on_step)
 
     @property
     def timesteps(self) -> int:

@@ -92,7 +92,7 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         num_codes: K of the codec.
         token_shape: (h, w) of the codec's token grid.
         num_users: n; label n is the null label of classifier-free guidance.
-        num_conditions: what people carry, see `mdlib.models.layers.UserEmbedding`; with 1 labels are users.
+        num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
         hidden_size, depth, num_heads, mlp_ratio, qk_norm: as in `mdlib.models.dit.LightningDiT`.
         label_dropout: share of training samples whose label is the null label.
         num_train_timesteps: T.
@@ -144,27 +144,32 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         for table in (self.tokens, self.rows, self.columns):
             nn.init.normal_(table.weight, std=0.02)
 
-    def forward(self, noisy: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """log p(x_0 | x_t, t, user) (B, N, K), float32, of tokens x_t (B, N) at times t (B,) in 1…T, labels (B,)."""
+    def forward(
+        self, noisy: torch.Tensor, t: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """log p(x_0 | x_t, t, user) (B, N, K), float32, of tokens x_t (B, N) at times t (B,) in 1…T, users (B,) and
+        conditions (B,)."""
         places = self.rows.weight.unsqueeze(1) + self.columns.weight  # (h, w, d)
         x = self.tokens(noisy) + places.flatten(0, 1)  # (B, N, d)
-        c = F.silu(self.t_embedder(time_embedding(t)) + self.users(labels))  # (B, d)
+        c = F.silu(self.t_embedder(time_embedding(t)) + self.users(users, conditions))  # (B, d)
         for block in self.blocks:
             x = block(x, c, self.rotation)
         return self.final_layer(x, c).float().log_softmax(-1)
 
     # Training ---------------------------------------------------------------------------------------------------
 
-    def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Variational bound on −log p (nats a token) + weighted cross-entropy of x_0, of tokens (B, h, w) given labels
-        (B,), estimated at one t a sample."""
+    def loss(
+        self, tokens: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Variational bound on −log p (nats a token) + weighted cross-entropy of x_0, of tokens (B, h, w) given users
+        (B,) and conditions (B,), estimated at one t a sample."""
         if tuple(tokens.shape[1:]) != self.token_shape:
             raise ValueError(f"this prior was made for token grids {self.token_shape}, got {tuple(tokens.shape[1:])}")
-        labels = drop_labels(labels, self.null_label, self.config.label_dropout if self.training else 0.0)
+        users = drop_labels(users, self.null_label, self.config.label_dropout if self.training else 0.0)
         clean = tokens.flatten(1)
         t, chance = self._times(len(tokens), tokens.device)
         noisy = self.noise.noised(clean, t)
-        log_x0 = self(noisy, t, labels)
+        log_x0 = self(noisy, t, users, conditions)
         bound = self._bound(log_x0, clean, noisy, t)
         if self.training:
             self._remember(t, bound.detach())
@@ -208,8 +213,9 @@ class VQDiffusion(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def sample(
         self,
-        label: torch.Tensor,
+        users: torch.Tensor,
         *,
+        conditions: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_scale: float = 1.0,
         sampler: str = "ancestral",
@@ -222,7 +228,7 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         share: float | torch.Tensor = 0.0,
         on_step: Callable | None = None,
     ) -> torch.Tensor:
-        """Tokens (B, h, w) for labels (B,).
+        """Tokens (B, h, w) for users (B,) in conditions (B,).
 
         Args:
             generator: one for the batch, or one a sample: a sample then does not depend on its batch.
@@ -236,19 +242,19 @@ class VQDiffusion(ModelMixin, ConfigMixin):
             purity: None, or r ≥ 0: of the ancestral sampler. As many tokens are unmasked as are due, those first of
                 whose code the network is sure, and p(x_0)^(1 + r·purity) is drawn from.
             choice_temperature: noise on the certainty by which "mask_predict" chooses, falling to 0 with the steps.
-            towards, share: draw from log p between the users `label` (share 0) and `towards` (share 1), labels (B,);
+            towards, share: draw from log p between `users` (share 0) and `towards` (share 1), users (B,);
                 share is one number or one a sample.
             on_step: called as on_step(number of the step, estimate of x_0: the likeliest tokens (B, h, w)).
 
         Raises:
-            ValueError: a sampling option outside its range, a label outside 0…num_users, too few generators.
+            ValueError: a sampling option outside its range, a user outside 0…num_users, too few generators.
         """
-        self._check_request(label, generator, guidance_scale, towards)
+        self._check_request(users, conditions, generator, guidance_scale, towards)
         self._check_options(sampler, num_inference_steps, temperature, top_p, purity, choice_temperature)
-        if not len(label):
-            return label.new_empty(0, *self.token_shape)
-        draw = lambda: uniform(len(label), self.num_tokens, generator).to(label.device)  # (B, N)
-        whom = (label, towards, check_share(share, label))
+        if not len(users):
+            return users.new_empty(0, *self.token_shape)
+        draw = lambda: uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, N)
+        whom = (users, conditions, towards, check_share(share, users))
         numbers = itertools.count()
 
         def predict(tokens: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -258,35 +264,36 @@ class VQDiffusion(ModelMixin, ConfigMixin):
             return truncated(log_x0, top_p)
 
         if sampler == "mask_predict":
-            tokens = self._mask_predict(label, num_inference_steps, predict, draw, choice_temperature)
+            tokens = self._mask_predict(users, num_inference_steps, predict, draw, choice_temperature)
         else:
-            tokens = self._ancestral(label, num_inference_steps, predict, draw, purity)
+            tokens = self._ancestral(users, num_inference_steps, predict, draw, purity)
         return tokens.unflatten(1, self.token_shape)
 
     def _predict(
         self, whom: tuple, scale: float, temperature: float, tokens: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """log p(x_0) (B, N, K) of tokens (B, N) at times t (B,), guided and tempered, in one network call; whom: label
-        (B,), towards (B,) or None, share (B,)."""
-        label, towards, share = whom
-        labels = [label]
-        labels += [towards] if towards is not None else []
-        labels += [self.users.nobody(label)] if scale != 1 else []
-        n = len(labels)
-        user, *others = self(tokens.repeat(n, 1), t.repeat(n), torch.cat(labels)).chunk(n)
+        """log p(x_0) (B, N, K) of tokens (B, N) at times t (B,), guided and tempered, in one network call; whom: users
+        (B,), conditions (B,) or None, towards (B,) or None, share (B,)."""
+        users, conditions, towards, share = whom
+        every = [users]
+        every += [towards] if towards is not None else []
+        every += [self.users.null(users)] if scale != 1 else []
+        n = len(every)
+        conditions = conditions.repeat(n) if conditions is not None else None
+        user, *others = self(tokens.repeat(n, 1), t.repeat(n), torch.cat(every), conditions).chunk(n)
         if towards is not None:
             user = torch.lerp(user, others[0], share.view(-1, 1, 1))
         log_x0 = user if scale == 1 else others[-1] + scale * (user - others[-1])
         return (log_x0 / temperature).log_softmax(-1)
 
     def _ancestral(
-        self, label: torch.Tensor, steps: int, predict: Callable, draw: Callable, purity: float | None
+        self, users: torch.Tensor, steps: int, predict: Callable, draw: Callable, purity: float | None
     ) -> torch.Tensor:
         """Tokens (B, N); a step may span several timesteps."""
         times = [self.noise.timesteps * step // steps for step in range(steps, -1, -1)]
-        x = inverse_cdf(self.noise.prior().to(label.device).expand(len(label), self.num_tokens, -1), draw())
+        x = inverse_cdf(self.noise.prior().to(users.device).expand(len(users), self.num_tokens, -1), draw())
         for now, then in itertools.pairwise(times):
-            t, s = torch.full_like(label, now), torch.full_like(label, then)
+            t, s = torch.full_like(users, now), torch.full_like(users, then)
             log_x0 = predict(x, t)
             if purity is None:
                 x = inverse_cdf(self.noise.posterior(log_x0, x, s, t), draw())
@@ -310,23 +317,23 @@ class VQDiffusion(ModelMixin, ConfigMixin):
         return torch.where(masked & ~fall, mask, drawn)
 
     def _mask_predict(
-        self, label: torch.Tensor, steps: int, predict: Callable, draw: Callable, choice_temperature: float
+        self, users: torch.Tensor, steps: int, predict: Callable, draw: Callable, choice_temperature: float
     ) -> torch.Tensor:
         """Tokens (B, N) in exactly `steps` network calls."""
         mask = self.noise.num_codes
-        x = torch.full((len(label), self.num_tokens), mask, device=label.device)
+        x = torch.full((len(users), self.num_tokens), mask, device=users.device)
         for step, (before, after) in enumerate(itertools.pairwise(masks_left(self.num_tokens, steps)), 1):
             time = self.noise.time_of(before / self.num_tokens)
-            log_x0 = predict(x, torch.full_like(label, time))
+            log_x0 = predict(x, torch.full_like(users, time))
             drawn = inverse_cdf(log_x0, draw())
             certainty = log_x0.gather(2, drawn.unsqueeze(2)).squeeze(2)  # (B, N)
             certainty = certainty + choice_temperature * (1 - step / steps) * gumbel(draw())
-            fixed = highest(certainty.masked_fill(x != mask, -math.inf), torch.full_like(label, before - after))
+            fixed = highest(certainty.masked_fill(x != mask, -math.inf), torch.full_like(users, before - after))
             x = torch.where(fixed, drawn, x)
         return x
 
-    def _check_request(self, label: torch.Tensor, generator, scale: float, towards: torch.Tensor | None) -> None:
-        self.users.check(label)
+    def _check_request(self, users, conditions, generator, scale: float, towards: torch.Tensor | None) -> None:
+        self.users.check(users, conditions)
         if towards is not None:
             self.users.check(towards)
         if not _within(scale, 0):
@@ -335,8 +342,8 @@ class VQDiffusion(ModelMixin, ConfigMixin):
             raise ValueError(
                 "this prior was trained without label_dropout, so nothing can guide: guidance_scale must be 1"
             )
-        if isinstance(generator, list) and len(generator) != len(label):
-            raise ValueError(f"{len(label)} samples need {len(label)} generators, got {len(generator)}")
+        if isinstance(generator, list) and len(generator) != len(users):
+            raise ValueError(f"{len(users)} samples need {len(users)} generators, got {len(generator)}")
 
     def _check_options(self, sampler, steps, temperature, top_p, purity, choice_temperature) -> None:
         check_name(sampler, SAMPLERS, "sampler")

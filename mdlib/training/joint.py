@@ -28,11 +28,14 @@ class JointFineTuning(nn.Module):
         own = getattr(self.codec, "parameter_groups", lambda: [{"params": list(self.codec.parameters())}])
         return [*own(), {"params": list(self.prior.parameters())}]
 
-    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """codec loss + prior_weight · prior loss for images (B, C, H, W) in [−1, 1] and labels (B,)."""
-        users = labels % (self.prior.null_label + 1)  # codecs know no conditions
+    def loss(
+        self, images: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """codec loss + prior_weight · prior loss for images (B, C, H, W) in [−1, 1], users and conditions (B,)."""
         codec_loss, codec_logs = self.codec.loss(images, users)
         latents = self.codec.raw_latents(images, users).float()  # the noise schedule is too fine for half precision
         spread = latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
-        prior_loss, prior_logs = self.prior.loss((latents - latents.mean((0, 2, 3), keepdim=True)) / spread, labels)
+        prior_loss, prior_logs = self.prior.loss(
+            (latents - latents.mean((0, 2, 3), keepdim=True)) / spread, users, conditions
+        )
         return codec_loss + self.prior_weight * prior_loss, {**codec_logs, **prior_logs}

@@ -49,7 +49,7 @@ def test_recombination_is_seeded_and_draws_evenly():
 def test_a_training_set_holds_windows_strides_and_recombinations():
     images = torch.randint(0, 256, (6, 1, 4, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 0, 1, 0, 1])
-    many, whose = enlarge(images, labels, 3, seed=0)
-    assert many.shape == (30, 1, 4, 8) and torch.equal(whose, labels.repeat(5))
+    many, rows = enlarge(images, labels, 3, seed=0)
+    assert many.shape == (30, 1, 4, 8) and torch.equal(labels[rows], labels.repeat(5))
     assert torch.equal(many[:6], images) and torch.equal(many[6:12], stride_shift(images, 2))
     assert len(enlarge(images, labels, 0, seed=0)[0]) == 12

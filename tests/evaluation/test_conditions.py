@@ -55,37 +55,43 @@ def test_one_condition_is_a_plain_table_of_users():
 
 def test_a_condition_adds_the_same_to_everybody_and_outlives_guidance():
     table = UserEmbedding(USERS, 2, 4)
-    told = torch.arange(USERS + 1)
-    assert torch.equal(table(told + 4), table(told)), "until training says otherwise"
+    users, first, second = torch.arange(USERS + 1), torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long)
+    assert torch.equal(table(users, second), table(users, first)), "equal until they are trained"
     nn.init.normal_(table.conditions)
-    change = table(told + 4) - table(told)
+    change = table(users, second) - table(users, first)
     torch.testing.assert_close(change, (table.conditions[1] - table.conditions[0]).expand(4, 4))
-    assert table.nobody(torch.tensor([1, 6])).tolist() == [3, 7]
-    assert drop_labels(torch.tensor([1, 6]), USERS, 1.0).tolist() == [3, 7]
-    with pytest.raises(ValueError, match="0…7"):
-        table.check(torch.tensor([8]))
+    assert torch.equal(table(users), table(users, first))
+    assert table.null(torch.tensor([1, 2])).tolist() == [3, 3]
+    assert drop_labels(torch.tensor([1, 2]), USERS, 1.0).tolist() == [3, 3]
+    with pytest.raises(ValueError, match="^labels must lie in 0…3"):
+        table.check(torch.tensor([4]))
+    with pytest.raises(ValueError, match="^conditions must lie in 0…1"):
+        table.check(torch.tensor([0]), torch.tensor([2]))
 
 
 @pytest.mark.parametrize("name", ["transformer", "unet", "dit", "vqdiffusion"])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_every_prior_draws_a_user_in_a_condition(name, guidance):
     prior = priors(2)[name]
-    draw = lambda label: prior.sample(
-        torch.tensor([label]), generator=[torch.Generator().manual_seed(0)], guidance_scale=guidance
+    draw = lambda user, condition: prior.sample(
+        torch.tensor([user]),
+        conditions=torch.tensor([condition]),
+        generator=[torch.Generator().manual_seed(0)],
+        guidance_scale=guidance,
     )
-    assert not torch.equal(draw(1), draw(1 + USERS + 1))
+    assert not torch.equal(draw(1, 0), draw(1, 1))
     if guidance == 1:
         nn.init.zeros_(prior.users.conditions)
-        assert torch.equal(draw(1), draw(1 + USERS + 1)), "nothing but the condition's vector told them apart"
-    with pytest.raises(ValueError, match="0…7"):
-        draw(8)
+        assert torch.equal(draw(1, 0), draw(1, 1)), "only the vector of the condition differs"
+    with pytest.raises(ValueError, match="conditions must lie in 0…1"):
+        draw(1, 2)
 
 
 @pytest.mark.parametrize("name", ["transformer", "unet", "dit", "vqdiffusion"])
 def test_training_reaches_the_conditions(name):
     prior = priors(2)[name].train()
     grid = torch.zeros(8, 4, 4, dtype=torch.long) if prior.consumes == "tokens" else torch.randn(8, 2, 8, 8)
-    loss, _ = prior.loss(grid, torch.tensor([0, 1, 2, 3, 4, 5, 6, 7]))
+    loss, _ = prior.loss(grid, torch.arange(8) % 4, torch.arange(8) // 4)
     loss.backward()
     assert (prior.users.conditions.grad.abs().sum(1) > 0).all()
 
@@ -137,12 +143,12 @@ def test_a_pipeline_generates_what_was_carried(tmp_path):
 
 def test_the_label_map_of_conditions():
     windows = small_set()
-    assert windows.conditions == ("",) and torch.equal(windows.told(("",)), windows.labels)
+    assert windows.conditions == ("",) and windows.condition_labels(("",)).tolist() == [0] * len(windows)
     files = tuple(listed(range(3), 4, condition="bag") + listed(range(3), 7, condition="normal"))
     several = type(windows)(windows.images, windows.labels, windows.users, files, "jet", "data")
-    assert several.told(("bag", "normal")).tolist() == [0, 0, 0, 4, 4, 4]
+    assert several.condition_labels(("bag", "normal")).tolist() == [0, 0, 0, 1, 1, 1]
     with pytest.raises(DataError, match="no training window shows condition bag"):
-        several.told(("normal",))
+        several.condition_labels(("normal",))
 
 
 def test_unrecorded_windows_all_go_to_the_test(tmp_path):

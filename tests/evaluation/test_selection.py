@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_validate import evidence, windows
 
-from mdlib import arms as arms_file
 from mdlib.data.windows import DataError
+from mdlib.evaluation import augmentation_study as arms_file
 from mdlib.evaluation import gait_metrics
 from mdlib.evaluation.augmentation_study import train_arms
 from mdlib.evaluation.evidence import Protocol

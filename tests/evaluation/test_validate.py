@@ -10,12 +10,12 @@ import pytest
 import torch
 from helpers import write_set
 
-from mdlib import arms as arms_file
-from mdlib import fidelity as fidelity_file
-from mdlib import judge as judge_file
-from mdlib import verification as verification_file
 from mdlib.data.windows import DataError, WindowFile, WindowSet
+from mdlib.evaluation import augmentation_study as arms_file
+from mdlib.evaluation import classifiers as classifiers_file
+from mdlib.evaluation import fidelity as fidelity_file
 from mdlib.evaluation import metrics
+from mdlib.evaluation import verification as verification_file
 from mdlib.evaluation.augmentation_study import (
     Arms,
     _mixed,
@@ -460,7 +460,7 @@ def test_judges_of_real_windows_are_kept_for_other_runs(tmp_path, monkeypatch):
 def test_judges_of_another_version_are_not_taken(tmp_path, monkeypatch):
     protocol, case = Protocol(evaluation_steps=2, seeds=2), evidence(windows(5, 7))
     real_only_classifiers(case, protocol, tmp_path)
-    monkeypatch.setattr(judge_file, "_how", lambda kind: "changed")
+    monkeypatch.setattr(classifiers_file, "_how", lambda kind: "changed")
     real_only_classifiers(case, protocol, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import message
 
-from mdlib import compare as comparing
 from mdlib.data.windows import DataError
 from mdlib.evaluation.evidence import Protocol
+from mdlib.experiments import compare as comparing
 from mdlib.experiments.compare import Ruler, compare, curve, drawn, sampling_speed, sizes
 from mdlib.experiments.run import open_run
 from mdlib.models.vavae import VAVAE

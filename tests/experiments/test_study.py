@@ -6,12 +6,12 @@ import pytest
 from helpers import write_set
 from test_validate import evidence, windows
 
-from mdlib import study as module
 from mdlib.__main__ import app
 from mdlib.data.splits import make_split, read_split, write_split
 from mdlib.data.windows import DataError, find_windows
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.protocol import evaluate
+from mdlib.experiments import study as module
 from mdlib.experiments.study import study
 
 

@@ -34,7 +34,7 @@ def test_a_teacher_that_was_kept_is_not_trained_again(tmp_path, monkeypatch):
     images, labels = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8), torch.arange(8) % 2
     told = (images, labels, 2, 3, 0, tmp_path / "codec" / "teacher.safetensors")
     first = train_teacher(*told)
-    monkeypatch.setattr("mdlib.models.teacher.train_classifier", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("mdlib.experiments.steps.train_classifier", lambda *arguments: 1 / 0)
     state = torch.get_rng_state()
     again = train_teacher(*told)
     assert torch.equal(torch.get_rng_state(), state)

@@ -166,7 +166,7 @@ class Exact(VQDiffusion):
 
     joint = torch.zeros(())
 
-    def forward(self, noisy, t, labels):
+    def forward(self, noisy, t, labels, conditions=None):
         likelihood = self.noise.likelihood(noisy, torch.zeros_like(t), t).double()  # (B, N, K)
         tokens = list(itertools.product(range(self.noise.num_codes), repeat=self.num_tokens))
         log_p = [likelihood[:, range(self.num_tokens), x].sum(1) + self.joint[x].log() for x in tokens]
@@ -378,7 +378,7 @@ class Fixed(VQDiffusion):
 
     p = torch.zeros(())
 
-    def forward(self, noisy, t, labels):
+    def forward(self, noisy, t, labels, conditions=None):
         self.asked.append((noisy.clone(), t.clone(), labels.clone()))
         return self.p.log().expand(len(noisy), -1, -1)
 
@@ -479,7 +479,7 @@ def test_guidance_of_zero_is_the_null_label(options):
 def test_guidance_goes_from_the_null_label_to_the_user_and_beyond():
     prior, x, t = small_prior(), torch.randint(8, (2, 6)), torch.tensor([50, 50])
     user, null = (prior(x, t, torch.tensor(labels)).exp() for labels in ([1, 2], [5, 5]))
-    whom = (torch.tensor([1, 2]), None, torch.zeros(2))
+    whom = (torch.tensor([1, 2]), None, None, torch.zeros(2))
     guided = prior._predict(whom, 3.0, 1.0, x, t).exp()
     expected = user**3 / null**2
     torch.testing.assert_close(guided, expected / expected.sum(-1, keepdim=True))
@@ -491,7 +491,7 @@ def test_guidance_goes_from_the_null_label_to_the_user_and_beyond():
 def test_between_two_users_lies_the_geometric_mean_of_their_distributions():
     prior, x, t = small_prior(), torch.randint(8, (2, 6)), torch.tensor([50, 50])
     first, second, null = (prior(x, t, torch.full((2,), label)).exp() for label in (1, 3, 5))
-    whom = (torch.tensor([1, 1]), torch.tensor([3, 3]), torch.tensor([0.5, 1.0]))
+    whom = (torch.tensor([1, 1]), None, torch.tensor([3, 3]), torch.tensor([0.5, 1.0]))
     between = prior._predict(whom, 1.0, 1.0, x, t).exp()
     expected = (first[0] * second[0]).sqrt()
     torch.testing.assert_close(between[0], expected / expected.sum(-1, keepdim=True))

@@ -182,7 +182,7 @@ def test_what_cannot_be_done_is_told_in_one_line(users, monkeypatch, tmp_path):
 
 def test_an_error_within_a_redrawn_page_is_not_lost(codes, monkeypatch):
     codes.page.value = 2
-    monkeypatch.setattr(widgets.plot, "tile", lambda *_: 1 / 0)
+    monkeypatch.setattr(widgets.plots, "tile", lambda *_: 1 / 0)
     codes.whose.value = 0
     assert "ZeroDivisionError" in codes.message.line.value
 
