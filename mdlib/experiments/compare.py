@@ -22,12 +22,13 @@ from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers, uns
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.fidelity import distances
 from mdlib.evaluation.protocol import identity
-from mdlib.experiments.run import Run, check_parameters, execute, open_run, versions
+from mdlib.experiments.execute import check_parameters, execute
+from mdlib.experiments.run import Run, open_run, versions
 from mdlib.experiments.terms import claim
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.reports import comparison
 from mdlib.reports.report import gather, load_generated
-from mdlib.systems.registry import SYSTEMS, get_system
+from mdlib.systems import SYSTEMS, get_system
 from mdlib.training.fit import read_history
 from mdlib.utils import bar, whole_file
 

@@ -11,15 +11,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from mdlib.data.windows import DataError, holds_users
+from mdlib.systems.machines import Gpu, gpus, preset_for
 from mdlib.utils import DEADLINE, batch_run, require_room, room, size, whole_file
 
 INPUT = Path("/kaggle/input")
+ROOT = Path(__file__).resolve().parents[2]  # of the repository, where relative paths of notebooks start
 ASKED_FOR = "MDLIB_ACCELERATOR"  # environment variable: what the session was to have; a run without any GPU then stops
 HOURS = 12  # Kaggle ends a session of a CPU or GPU then, and keeps nothing of it
 MARGIN = 30 * 60  # seconds before that end in which training stops and files are written
@@ -30,13 +29,6 @@ NO_GPU = (
 )
 
 
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    capability: tuple[int, int]
-    memory: int  # bytes
-
-
 def on_kaggle() -> bool:
     return bool(os.environ.get("KAGGLE_KERNEL_RUN_TYPE"))
 
@@ -44,7 +36,8 @@ def on_kaggle() -> bool:
 def begin(out: str | Path = "", data: str = "") -> str:
     """On Kaggle: tell what this session has, let training stop before its end, and bring in what is attached.
 
-    A run among the inputs goes on in `out` where that holds none. Elsewhere nothing is done.
+    A run among the inputs goes on in `out` where that holds none. Elsewhere the repository becomes the
+    working folder of a notebook that was opened in it.
 
     Returns:
         The data folder: `data`, or else the one among the inputs; "" where the run in `out` goes on.
@@ -53,6 +46,8 @@ def begin(out: str | Path = "", data: str = "") -> str:
         DataError: a GPU was asked for and not given; several data folders, or runs of different settings, are attached.
     """
     if not on_kaggle():
+        if Path.cwd().is_relative_to(ROOT) and not batch_run():
+            os.chdir(ROOT)  # Jupyter starts a kernel in notebooks/
         return data
     found = gpus()
     end = float(os.environ.get(DEADLINE) or session_end())
@@ -69,26 +64,7 @@ def begin(out: str | Path = "", data: str = "") -> str:
     return str(find_data(INPUT) or "")
 
 
-# ---- the machine
-
-
-def gpus() -> list[Gpu]:
-    """The GPUs that torch sees."""
-    if not torch.cuda.is_available():
-        return []
-    seen = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [Gpu(one.name, (one.major, one.minor), one.total_memory) for one in seen]
-
-
-def preset_for(found: Sequence[Gpu]) -> str:
-    """The preset for these GPUs, which names the precision too: fp16 from compute capability 7 on, else float32."""
-    if not found:
-        return "demo"
-    if found[0].capability[0] < 7:
-        return "p100"
-    if found[0].memory >= 14e9:
-        return "t4x2" if len(found) > 1 else "gpu-16gb"
-    return "gpu-8gb" if found[0].memory >= 7.5e9 else "gpu-6gb"
+# ---- the session
 
 
 def told(found: Sequence[Gpu], end: float, left: int) -> str:

@@ -12,11 +12,12 @@ from mdlib.data.splits import folds as number_of_folds
 from mdlib.data.windows import DataError, find_windows
 from mdlib.evaluation.outcomes import Outcomes, compared, joined
 from mdlib.evaluation.protocol import verdict
-from mdlib.experiments.run import check_parameters, check_starts, execute
+from mdlib.experiments.execute import check_parameters, execute
+from mdlib.experiments.run import check_starts
 from mdlib.experiments.terms import claim
 from mdlib.reports import plots
 from mdlib.reports.report import embedded, page, table
-from mdlib.systems.registry import get_preset
+from mdlib.systems import get_preset
 from mdlib.utils import whole_file
 
 FOLDS = number_of_folds()
