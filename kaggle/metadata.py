@@ -6,8 +6,6 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mdlib.experiments.settings import RunSettings
-
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 # The notebook whose output each goes on from.
@@ -109,6 +107,8 @@ def write_kernel(kernel: Kernel, folder: Path, parameters: dict) -> Path:
 
 def _check_parameters(kernel: Kernel, parameters: dict, known: set[str]) -> None:
     """Refuse what would be ignored. Notebook 02 settles the run; those after it take the run's settings."""
+    from mdlib.experiments.settings import RunSettings
+
     settled = sorted(parameters.keys() & {one.name for one in fields(RunSettings)})
     if settled and kernel.notebook[:2] in ("03", "04"):
         raise Stop(f"notebook 02 settles the run: give {', '.join(settled)} there")

@@ -171,9 +171,9 @@ def _execute_one(name: str, out: Path, values: dict) -> None:
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
             )
+        except KeyboardInterrupt:
+            raise DataError(f"{name} was interrupted: give the same command again, and it continues") from None
         except papermill.PapermillExecutionError as error:
-            if error.ename == "KeyboardInterrupt":
-                raise KeyboardInterrupt from None
             cause = " ".join(str(error.evalue).split())
             raise DataError(f"{name} stopped: {error.ename}: {cause} (see {target})") from error
         except RuntimeError as error:  # nbclient's DeadKernelError is one
