@@ -438,6 +438,7 @@ def snapshot(folder):
         (["--from", "05", "-p", "scheduler=ddim"], "this prior has no sampling option scheduler; there are "),
         (["--from", "05", "-p", "top_p=7"], "top_p"),
         (["--from", "05", "-p", "users=[9]"], "it was not trained on 9"),
+        (["-p", "temperature=0.9"], "05_generate is done and would ignore temperature: add --from 05 to run it again"),
         (["--from", "07"], "this system has no notebook '07'"),
         (["-p", "prior_steps=9"], "prior_steps: 0 is not 9): to train it further, python -m mdlib run --out "),
         (["-p", "prior_steps=6", "--extend"], "prior_steps=6: the prior has trained for 6 steps already, give more"),
