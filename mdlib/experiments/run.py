@@ -7,7 +7,7 @@ import time
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 
@@ -273,13 +273,8 @@ def write_record(out: Path, record: dict) -> None:
 
 def versions() -> dict[str, str]:
     """Python, platform and the packages that decide a result."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in RECORDED_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    packages = {package: version(package) for package in RECORDED_PACKAGES}
+    return {"python": platform.python_version(), "platform": platform.platform(), **packages}
 
 
 def device_name() -> str:

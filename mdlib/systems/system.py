@@ -10,7 +10,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from mdlib.systems.machines import MACHINES, gpus, preset_for
+from mdlib.systems.machines import EFFORTS, MACHINES, gpus, preset_for
 from mdlib.utils import DataError
 
 if TYPE_CHECKING:
@@ -23,68 +23,9 @@ CODECS = {
     "kl": "mdlib.models.kl:KLVAE",
     "va": "mdlib.models.vavae:VAVAE",
 }
-# What all systems have in common at a size, so that they can be compared; sizes not named here are of "base".
-EFFORTS = {
-    "smoke": dict(  # seconds: for tests
-        codec=dict(image_size=32),
-        codec_training=dict(steps=6, batch_size=8, warmup_steps=1, evaluate_every=3, save_every=3),
-        prior_training=dict(steps=6, batch_size=8, warmup_steps=1, evaluate_every=3, save_every=3),
-        teacher_steps=2,
-        variants=1,
-        images_per_user=3,
-        validation=dict(evaluation_steps=4, seeds=2),
-    ),
-    "demo": dict(  # minutes on two CPU cores
-        codec=dict(image_size=64),
-        codec_training=dict(
-            steps=1000, batch_size=8, learning_rate=2e-3, warmup_steps=20, evaluate_every=500, save_every=250
-        ),
-        prior_training=dict(batch_size=32, weight_decay=0.01, keep_best=False, evaluate_every=100, save_every=100),
-        teacher_steps=300,
-        images_per_user=10,
-        windows_per_user=10,
-        validation=dict(evaluation_steps=300),
-    ),
-    "demo-long": dict(  # the same sizes, half an hour
-        codec=dict(image_size=64),
-        codec_training=dict(
-            steps=4000, batch_size=8, learning_rate=2e-3, warmup_steps=20, evaluate_every=500, save_every=500
-        ),
-        prior_training=dict(batch_size=32, weight_decay=0.01, keep_best=False, evaluate_every=250, save_every=250),
-        teacher_steps=600,
-        images_per_user=20,
-        windows_per_user=10,
-        validation=dict(evaluation_steps=1000),
-    ),
-    "base": dict(  # a GPU
-        codec=dict(image_size=128),
-        # No averaged weights: they would not fit a codebook.
-        codec_training=dict(
-            steps=6000,
-            batch_size=64,
-            learning_rate=5e-4,
-            warmup_steps=200,
-            evaluate_every=250,
-            save_every=250,
-            mixed_precision="auto",
-        ),
-        prior_training=dict(
-            steps=20_000,
-            batch_size=64,
-            learning_rate=2e-4,
-            warmup_steps=500,
-            weight_decay=0.01,
-            ema_decay=0.9995,
-            keep_best=False,
-            evaluate_every=1000,
-            save_every=250,
-            mixed_precision="auto",
-        ),
-        teacher_steps=1500,
-        images_per_user=50,
-        validation=dict(evaluation_steps=2000, seeds=5, multiples=(2, 4), keep=(0.75, 0.5, 0.25)),
-    ),
-}
+
+# Arguments of prior.sample that are no plain values.
+NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "share", "fraction", "on_step"}
 
 
 @dataclass(frozen=True)
@@ -117,8 +58,8 @@ class System:
 
     def sampling_options(self) -> dict:
         """What `prior.sample` can be given as plain values, with its defaults."""
-        known = inspect.signature(self.prior.sample).parameters.values()
-        return {one.name: one.default for one in known if isinstance(one.default, int | float | str) or not one.default}
+        known = inspect.signature(self.prior.sample).parameters.items()
+        return {name: one.default for name, one in known if name not in NO_OPTIONS}
 
     @property
     def preset_names(self) -> tuple[str, ...]:

@@ -441,7 +441,7 @@ def snapshot(folder):
         (["-p", "temperature=0.9"], "05_generate is done and would ignore temperature: add --from 05 to run it again"),
         (["--from", "07"], "this system has no notebook '07'"),
         (["-p", "prior_steps=9"], "prior_steps: 0 is not 9): to train it further, python -m mdlib run --out "),
-        (["-p", "prior_steps=6", "--extend"], "prior_steps=6: the prior has trained for 6 steps already, give more"),
+        (["-p", "prior_steps=6", "--extend"], "prior_steps=6: the prior has 6 steps already, give more"),
         (["-p", "seed=3", "--extend"], "--extend takes more codec_steps or prior_steps and no other change, got seed"),
         (["--extend"], "no other change, got nothing"),
     ],
