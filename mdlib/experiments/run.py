@@ -30,7 +30,15 @@ from mdlib.experiments.kaggle_session import gpus, preset_for
 from mdlib.models.foundation import load_foundation
 from mdlib.models.perceptual import load_lpips
 from mdlib.systems.presets import Preset
-from mdlib.systems.registry import get_preset, get_system, make_codec, make_prior, start_codec, start_prior
+from mdlib.systems.registry import (
+    attach_losses,
+    get_preset,
+    get_system,
+    make_codec,
+    make_prior,
+    start_codec,
+    start_prior,
+)
 from mdlib.training.fit import precision
 from mdlib.training.joint import JointFineTuning
 from mdlib.training.launch import check_batch, processes, python_path
@@ -256,8 +264,8 @@ def _check(run: Run) -> None:
             ) from error
     if preset.foundation not in ("none", "classifier"):
         load_foundation(preset.foundation)
-    if preset.codec.get("perceptual_weight"):
-        load_lpips(preset.codec.get("perceptual_net", "squeeze"))
+    if preset.losses.get("perceptual_weight"):
+        load_lpips(preset.losses.get("perceptual_net", "squeeze"))
     split = read_split(run.settings["split"]) if run.settings["split"] else None
     if any(run.settings[key] for key in STARTS):
         check_starts(run.settings, split or make_split(files, unrecorded=unrecorded))
@@ -286,7 +294,8 @@ def _preset(run: Run, users: int, conditions: int) -> Preset:
     try:
         preset = run.preset
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # weights meet no memory here
-            codec = make_codec(preset, run.settings["channels"], users, foundation_width=8)
+            codec = make_codec(preset, run.settings["channels"], users)
+            attach_losses(codec, preset)
             prior = make_prior(run.settings["system"], preset, codec, users, conditions)
             run.start_codec(codec)
             run.start_prior(prior)

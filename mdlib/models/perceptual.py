@@ -1,5 +1,5 @@
-"""Published networks that compare images: LPIPS, and Inception's features. Their weights are no part of mdlib: they are
-looked up where torch keeps what it downloaded."""
+"""Published networks that compare images: LPIPS, and Inception's features. Their weights are looked up where torch
+stores its downloads."""
 
 import os
 from pathlib import Path
@@ -19,18 +19,16 @@ INCEPTION = "inception_v3_google-0cc3c7bd.pth"
 
 
 def lpips_weights(net: str) -> Path:
-    """Where the weights of an LPIPS backbone lie, or would."""
+    """Path of the weights of an LPIPS backbone, whether they are there or not."""
     return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
 
 
 def load_lpips(net: str = "squeeze") -> nn.Module:
-    """LPIPS distance (Zhang et al. 2018) by the `lpips` package, frozen; inputs (B, 1 or 3, H, W) in [-1, 1].
-
-    The backbone's weights are looked up on this machine first, so an offline run says what is missing at once.
+    """LPIPS distance (Zhang et al. 2018) of the `lpips` package, frozen; inputs (B, 1 or 3, H, W) in [−1, 1].
 
     Raises:
         ValueError: unknown `net`.
-        FileNotFoundError: the package is absent, or the backbone is neither on disk nor to be downloaded.
+        FileNotFoundError: the package is missing, or the backbone is not on disk and cannot be downloaded.
     """
     if net not in LPIPS_BACKBONES:
         raise ValueError(f"unknown LPIPS net {net!r}: choose one of {', '.join(LPIPS_BACKBONES)}")
@@ -42,7 +40,7 @@ def load_lpips(net: str = "squeeze") -> nn.Module:
     try:
         if not weights.exists() and os.environ.get("HF_HUB_OFFLINE") == "1":
             raise OSError("offline mode is on")
-        with torch.random.fork_rng():  # it draws weights before it loads them; a training's noise must not depend on it
+        with torch.random.fork_rng():  # its initial weights are random; the caller's random numbers stay as they are
             model = lpips.LPIPS(net=net, verbose=False)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
@@ -53,8 +51,8 @@ def load_lpips(net: str = "squeeze") -> nn.Module:
 
 
 def load_inception() -> nn.Module:
-    """torchvision's Inception v3 (Szegedy et al. 2016) without its last layer, frozen: intensity or RGB images
-    (B, 1 or 3, H, W) in [-1, 1] to features (B, 2048). Not the network of published FIDs: compare with its own figures.
+    """torchvision's Inception v3 (Szegedy et al. 2016) without its last layer, frozen: images (B, 1 or 3, H, W) in
+    [−1, 1] → features (B, 2048). It is not the network of published FIDs: compare its figures with its own only.
 
     Raises:
         FileNotFoundError: its weights are not on this machine; they are not downloaded.
@@ -68,13 +66,13 @@ def load_inception() -> nn.Module:
     try:
         network.load_state_dict(load_weights(weights))
     except (ValueError, RuntimeError) as error:
-        raise FileNotFoundError(f"{weights} is not whole, or another network's: {error}") from error
+        raise FileNotFoundError(f"{weights} is incomplete, or of another network: {error}") from error
     network.fc = nn.Identity()
     return nn.Sequential(_Rgb299(), network).eval().requires_grad_(False)
 
 
 class _Rgb299(nn.Module):
-    """Images in [-1, 1] as Inception takes them: three channels of 299 × 299, in the range it was trained on."""
+    """Resize images (B, 1 or 3, H, W) to Inception's input (B, 3, 299, 299)."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         sized = F.interpolate(images, size=(299, 299), mode="bilinear", antialias=True)

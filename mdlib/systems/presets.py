@@ -7,8 +7,6 @@ same sizes, half an hour), and the GPU ones.
 from dataclasses import dataclass, field, replace
 
 from mdlib.models.dit import SIZES
-from mdlib.models.ldm import F16D32
-from mdlib.models.vavae import RECIPE
 from mdlib.training.fit import TrainConfig
 
 
@@ -22,10 +20,11 @@ class Preset:
     prior_training: TrainConfig
     codec_class: type = None  # filled in by get_preset: the system's, or another kind of codec of the same sizes
     sampling: dict = field(default_factory=dict)  # keyword arguments of prior.sample
-    teacher_steps: int = 0  # optimizer steps of the codec's teacher (mdlib.models.teacher); 0 does without
-    teacher_weight: float = 0.2  # of its distance in the codec's loss
+    losses: dict = field(default_factory=dict)  # options of LPIPS, alignment and adversary, see `attach_losses`
+    teacher_steps: int = 0  # optimizer steps of the user classifier whose features the codec's loss compares; 0: none
+    teacher_weight: float = 0.2  # of that distance
     foundation: str = "none"  # what latents are aligned with: none, classifier, or a transformers vision model
-    stages: tuple = ()  # of the codec's training: pairs of a share of its steps and options of `VAVAE.configure`
+    stages: tuple = ()  # of the codec's training: pairs of a fraction of its steps and options of losses
     user_codec: bool = False  # the codec is told whose window it sees (VAVAE)
     variants: int = 15  # stride-recombined copies of each training window, for codec and prior
     images_per_user: int = 20  # windows generated
@@ -221,7 +220,8 @@ _MEMORY_OPTIMISED = replace(
 )
 _HIGH_QUALITY = replace(
     _STANDARD,
-    codec=_STANDARD.codec | dict(block_out_channels=(128, 256, 512), perceptual_weight=0.1, perceptual_net="vgg"),
+    codec=_STANDARD.codec | dict(block_out_channels=(128, 256, 512)),
+    losses=dict(perceptual_weight=0.1, perceptual_net="vgg"),
     prior=_STANDARD.prior | dict(block_out_channels=(192, 384, 512)),
     prior_training=replace(_STANDARD.prior_training, steps=60_000, ema_decay=0.9999),
     sampling=dict(guidance_scale=1.5, num_inference_steps=50),
@@ -250,9 +250,13 @@ LDM["gpu-6gb"] = replace(LDM["gpu-6gb"], codec=LDM["gpu-6gb"].codec | dict(num_c
 # Flow matching over aligned latents ---------------------------------------------------------------------------------
 
 # On a GPU the authors' three stages, with an adversary; on a CPU the first one, without.
-_STAGES = tuple((share, options | dict(adversarial_start=0)) for share, options in RECIPE)
+_STAGES = tuple(
+    (epochs / 130, dict(alignment_weight=weight, distance_margin=distance, cosine_margin=cosine, adversarial_start=0))
+    for epochs, weight, distance, cosine in ((100, 0.5, 0.0, 0.0), (15, 0.1, 0.0, 0.0), (15, 0.1, 0.25, 0.5))
+)
 _VA_SMALL = dict(image_size=64, patch_size=(4, 4), block_out_channels=(64, 128), latent_channels=16)
-_VA_GPU = _GPU_CODEC | dict(latent_channels=16, reconstruction="l1", adversarial_weight=0.5)
+_VA_GPU = _GPU_CODEC | dict(latent_channels=16, reconstruction="l1")
+_ADVERSARY = dict(adversarial_weight=0.5)
 
 
 def _flow(base: Preset, codec: dict, prior: dict, sampling: dict, **changes) -> Preset:
@@ -279,12 +283,10 @@ DIT["smoke"] = _flow(
         block_out_channels=(8, 16),
         norm_num_groups=4,
         latent_channels=4,
-        adversarial_weight=0.5,
-        discriminator_width=8,
-        discriminator_layers=2,
     ),
     dict(patch_size=2, hidden_size=16, depth=2, num_heads=2),
     dict(num_inference_steps=3),
+    losses=_ADVERSARY | dict(discriminator_width=8, discriminator_layers=2),
     foundation="classifier",
     stages=tuple((1 / 3, options) for _, options in _STAGES),
 )
@@ -297,6 +299,7 @@ for _card in _CARDS:
         SIZES["S" if _small else "B"] | dict(patch_size=1, qk_norm=True, gradient_checkpointing=_tight),
         dict(num_inference_steps=25),
         foundation="facebook/dinov2-large",
+        losses=_ADVERSARY,
         stages=_STAGES,
         prior_training=replace(KL[_card].prior_training, learning_rate=1e-4, beta2=0.95),
     )
@@ -304,7 +307,16 @@ for _card in _CARDS:
 # The sizes of the published VA-VAE, for `codec_start`.
 DIT["f16d32"] = replace(
     DIT["gpu-16gb"],
-    codec=F16D32 | dict(reconstruction="l1", adversarial_weight=0.5, gradient_checkpointing=True),
+    codec=dict(
+        image_size=256,
+        block_out_channels=(128, 128, 256, 256, 512),
+        layers_per_block=2,
+        norm_num_groups=32,
+        latent_channels=32,
+        level_attention=True,
+        reconstruction="l1",
+        gradient_checkpointing=True,
+    ),
     codec_training=replace(DIT["gpu-16gb"].codec_training, learning_rate=1e-4, batch_size=4, accumulation=4),
     prior=DIT["gpu-16gb"].prior | dict(gradient_checkpointing=True, qk_norm=False),  # as published
 )

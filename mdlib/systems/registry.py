@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from mdlib.data.windows import DataError
+from mdlib.models.codec_losses import Adversary, Alignment, Distance
 from mdlib.models.dit import LightningDiT
 from mdlib.models.kl import KLVAE
-from mdlib.models.ldm import load_ldm
-from mdlib.models.pretrained import load_completely
+from mdlib.models.pretrained import load_completely, load_ldm
 from mdlib.models.transformer import TokenPrior
 from mdlib.models.unet import LatentDiffusion
 from mdlib.models.vavae import VAVAE
@@ -22,6 +22,7 @@ from mdlib.systems.presets import Preset
 from mdlib.training.fit import TrainConfig
 
 CODECS = {"vq": VQVAE, "kl": KLVAE, "va": VAVAE}
+PERCEPTUAL = {"perceptual_weight", "perceptual_net"}  # loss options of every codec; an aligned one has more
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def get_preset(
     Args:
         codec: "vq", "kl" or "va": that kind of codec, of the system's sizes, instead of the system's own.
         codec_steps, prior_steps: optimizer steps of the two trainings.
-        codec_options, prior_options: arguments of the model's class or fields of its TrainConfig, by name.
+        codec_options, prior_options: arguments of the model's class, options of the codec's losses, or fields of the
+            TrainConfig, by name.
         perceptual_weight: of LPIPS in the codec's loss.
         foundation: what a VA-VAE is aligned with, see `Preset.foundation`.
         user_codec: tell a VA-VAE whose window it sees.
@@ -106,7 +108,7 @@ def get_preset(
     kept = max(0, windows_per_user) if windows_per_user else preset.windows_per_user
     preset = replace(
         preset,
-        codec={**preset.codec, "perceptual_weight": perceptual_weight} if perceptual_weight else preset.codec,
+        losses={**preset.losses, "perceptual_weight": perceptual_weight} if perceptual_weight else preset.losses,
         codec_training=replace(preset.codec_training, seed=seed, steps=codec_steps or preset.codec_training.steps),
         prior_training=replace(preset.prior_training, seed=seed, steps=prior_steps or preset.prior_training.steps),
         windows_per_user=kept,
@@ -119,7 +121,7 @@ def get_preset(
             for share, options in preset.stages
         ),
     )
-    if preset.codec_class is not VAVAE and (foundation not in ("", "none") or user_codec):
+    if not preset.codec_class.aligned and (foundation not in ("", "none") or user_codec):
         raise DataError("foundation and user_codec are of a VA-VAE: take system vavae-dit, or codec va")
     preset = _with_options(preset, "codec", preset.codec_class, codec_options or {})
     if preset.codec_training.ema_decay and hasattr(preset.codec_class, "encode_tokens"):
@@ -136,11 +138,12 @@ def _with_codec(preset: Preset, system: System, kind: str) -> Preset:
         raise DataError(f"this system's prior reads tokens, which a {kind} codec does not make: leave codec empty")
     known = _arguments(chosen)
     sizes = {key: value for key, value in preset.codec.items() if key in known}
-    aligned = chosen is VAVAE
+    aligned = chosen.aligned
     return replace(
         preset,
         codec_class=chosen,
         codec=sizes,
+        losses={key: value for key, value in preset.losses.items() if key in _loss_options(chosen)},
         foundation=("classifier" if aligned and kind and system.codec is not VAVAE else preset.foundation)
         if aligned
         else "none",
@@ -154,32 +157,54 @@ def _with_options(preset: Preset, part: str, model: type, options: dict) -> Pres
     fixed = {
         "in_channels",
         "num_users",
-        "foundation_width",
         "latent_shape",
         "num_codes" if part == "prior" else "",
         "token_shape",
     }
     sizes = _arguments(model) - fixed
     effort = {entry.name for entry in fields(TrainConfig)} - {"steps", "seed"}
-    for key in options.keys() - sizes - effort:
-        raise DataError(f"{part}_options has no {key!r}; there are {', '.join(sorted(sizes | effort))}")
+    losses = _loss_options(model) if part == "codec" else set()
+    for key in options.keys() - sizes - effort - losses:
+        raise DataError(f"{part}_options has no {key!r}; there are {', '.join(sorted(sizes | effort | losses))}")
     training = {key: value for key, value in options.items() if key in effort}
     changed = {key: value for key, value in options.items() if key in sizes}
     return replace(
         preset,
+        losses=preset.losses | {key: value for key, value in options.items() if key in losses},
         **{part: {**getattr(preset, part), **changed}},
         **{f"{part}_training": replace(getattr(preset, f"{part}_training"), **training)},
     )
+
+
+def _loss_options(codec: type) -> set[str]:
+    """Names in `Preset.losses` that apply to a codec of that class."""
+    aligned = (_arguments(Alignment) | _arguments(Adversary)) if codec.aligned else set()
+    return PERCEPTUAL | aligned - {"foundation", "latent_channels", "channels", "image_size"}
 
 
 def _arguments(model: type) -> set[str]:
     return set(inspect.signature(model.__init__).parameters) - {"self"}
 
 
-def make_codec(preset: Preset, channels: int = 1, num_users: int = 0, foundation_width: int = 0):
-    """A new codec of the preset's size for images of `channels`; num_users and foundation_width are a VA-VAE's."""
-    told = dict(num_users=num_users if preset.user_codec else 0, foundation_width=foundation_width)
-    return preset.codec_class(in_channels=channels, **preset.codec, **(told if preset.codec_class is VAVAE else {}))
+def make_codec(preset: Preset, channels: int = 1, num_users: int = 0):
+    """A new codec of the preset's size for images of `channels`, conditioned on num_users if the preset says so."""
+    users = dict(num_users=num_users) if preset.user_codec else {}
+    return preset.codec_class(in_channels=channels, **preset.codec, **users)
+
+
+def attach_losses(codec, preset: Preset, teacher=None, lpips=None, foundation=None) -> None:
+    """Attach the preset's losses to a codec: the distances of the frozen networks `teacher` and `lpips`, and the
+    alignment with the features of `foundation`, where these are given; and the adversary, where it has a weight."""
+    options = preset.losses
+    own = lambda kind: {key: value for key, value in options.items() if key in _arguments(kind)}
+    if teacher:
+        codec.attach(Distance("teacher", teacher, preset.teacher_weight))
+    if lpips:
+        codec.attach(Distance("lpips", lpips, options["perceptual_weight"]))
+    if foundation:
+        codec.attach(Alignment(foundation, codec.latent_shape[0], **own(Alignment)))
+    if options.get("adversarial_weight"):
+        codec.attach(Adversary(codec.config.in_channels, codec.config.image_size, **own(Adversary)))
 
 
 def start_codec(codec, source: str | Path, other_users: bool = False) -> None:
@@ -231,8 +256,8 @@ def _start(model, source: str | Path, from_folder, from_file, change=lambda foun
     """change: of the weights read from a folder."""
     try:
         if Path(source).is_dir():
-            beside = getattr(model, "beside", ())
-            load_completely(model, change(from_folder(source).state_dict()), source, beside)
+            optional = getattr(model, "optional", ())
+            load_completely(model, change(from_folder(source).state_dict()), source, optional)
         elif from_file is None:
             raise DataError(f"there are no published weights of a {type(model).__name__}: give a folder")
         else:
