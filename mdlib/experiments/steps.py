@@ -23,7 +23,7 @@ from mdlib.evaluation.metrics import code_counts, codebook_figures
 from mdlib.experiments.run import Run, open_run
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.codec_losses import FeatureDistance
-from mdlib.models.foundation import make_foundation
+from mdlib.models.foundation import ClassifierFeatures, load_foundation
 from mdlib.models.layers import world
 from mdlib.models.perceptual import load_lpips
 from mdlib.systems.registry import attach_losses, load_codec, make_codec, make_prior, seeded
@@ -169,16 +169,17 @@ def _enlarged(run: Run, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ..
 def frozen_networks(run: Run, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.nn.Module]:
     """The networks of the codec's losses, as arguments of `attach_losses`: the teacher, trained once on images
     (N, C, S, S) and labels (N,) and stored next to the codec, LPIPS, and the foundation."""
-    networks = {}
+    networks, foundation = {}, run.preset.foundation
     if steps := run.preset.teacher_steps:
         file = run.path / "codec" / "teacher.safetensors"
         users, seed = run.parts["train"].num_users, run.settings["seed"] + 1000  # not the seed of a classifier's
         networks["teacher"] = train_teacher(images, labels, users, steps, seed, file)
     if run.preset.losses.get("perceptual_weight"):
         networks["lpips"] = load_lpips(run.preset.losses.get("perceptual_net", "squeeze"))
-    teacher = networks.get("teacher")
-    if foundation := make_foundation(run.preset.foundation, teacher and teacher.classifier, images):
-        networks["foundation"] = foundation
+    if foundation == "classifier":
+        networks["foundation"] = ClassifierFeatures(networks["teacher"].classifier, images)
+    elif foundation != "none":
+        networks["foundation"] = load_foundation(foundation)
     return networks
 
 

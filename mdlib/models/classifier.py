@@ -5,12 +5,13 @@ Legend: B batch, N windows, C image channels, S height and width.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from torch import nn
+from torch import Tensor, nn
 
 from mdlib.data.windows import to_float
 
@@ -18,13 +19,12 @@ from mdlib.data.windows import to_float
 class Classifier(ModelMixin, ConfigMixin):
     """Base class: forward maps windows (B, C, S, S) in [−1, 1] to logits (B, num_users)."""
 
-    def loss(self, images: torch.Tensor, users: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Cross-entropy () and accuracy for windows (B, C, S, S) of users (B,)."""
+    def loss(self, images: Tensor, users: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self(images)
         accuracy = (logits.argmax(1) == users).float().mean()
         return F.cross_entropy(logits, users), {"accuracy": accuracy}
 
-    def probabilities(self, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+    def probabilities(self, images: Tensor, batch_size: int = 256) -> Tensor:
         """P(user) (N, num_users) of uint8 images (N, C, S, S)."""
         return _in_batches(self, lambda windows: self(windows).softmax(1), images, batch_size)
 
@@ -42,30 +42,29 @@ class SmallCNN(Classifier):
         super().__init__()
         row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
         self.register_buffer("binomial", (row[:, None] * row).expand(channels, 1, 5, 5).clone())
-        first, *others = widths
-        layers = [_stage(channels, first, stride=2, pool=(1, 2))]
-        layers += [_stage(before, width) for before, width in zip(widths, others, strict=False)]
-        self.blocks = nn.Sequential(*layers)
+        stages = [_stage(channels, widths[0], stride=2, pool=(1, 2))]
+        stages += [_stage(before, width) for before, width in pairwise(widths)]
+        self.blocks = nn.Sequential(*stages)
         self.pool = nn.AdaptiveAvgPool2d((8, 2))
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(widths[-1] * 16, num_users)
 
-    def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def stages(self, images: Tensor) -> list[Tensor]:
         """Output of each convolutional stage, a list of (B, width, rows, columns)."""
         found = [self._without_speckle(images)]
         for block in self.blocks:
             found.append(block(found[-1]))
         return found[1:]
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """Features (B, 16·width) before the last layer."""
         return self.pool(self.blocks(self._without_speckle(images))).flatten(1)
 
-    def _without_speckle(self, images: torch.Tensor) -> torch.Tensor:
+    def _without_speckle(self, images: Tensor) -> Tensor:
         smooth = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), self.binomial, groups=images.shape[1])
         return smooth.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.head(self.drop(self.features(images)))
 
 
@@ -87,7 +86,7 @@ class ResNet18(Classifier):
         self.network = resnet18(weights=None, num_classes=num_users)
         self.network.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
 
@@ -100,27 +99,27 @@ class Embedder(ModelMixin, ConfigMixin):
         super().__init__()
         self.network = SmallCNN(size, channels, widths)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return F.normalize(self.network(images), dim=1)
 
-    def loss(self, images: torch.Tensor, users: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    def loss(self, images: Tensor, users: Tensor) -> tuple[Tensor, dict]:
         """Supervised contrastive loss (Khosla et al. 2020): all windows of a user in the batch attract one another."""
         from pytorch_metric_learning.losses import SupConLoss
 
         return SupConLoss(temperature=0.1)(self(images), users), {}
 
-    def embeddings(self, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+    def embeddings(self, images: Tensor, batch_size: int = 256) -> Tensor:
         """(N, size) of uint8 images (N, C, S, S)."""
         return _in_batches(self, self, images, batch_size)
 
 
-def features(classifier: SmallCNN, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+def features(classifier: SmallCNN, images: Tensor, batch_size: int = 256) -> Tensor:
     """A classifier's features (N, D) of uint8 images (N, C, S, S)."""
     return _in_batches(classifier, classifier.features, images, batch_size)
 
 
 @torch.no_grad()
-def _in_batches(model: nn.Module, function: Callable, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+def _in_batches(model: nn.Module, function: Callable, images: Tensor, batch_size: int) -> Tensor:
     """function of uint8 images (N, C, S, S) as floats in [−1, 1], batch by batch, with `model` in eval mode."""
     model.eval()
     return torch.cat([function(to_float(part.to(model.device))).cpu() for part in images.split(batch_size)])

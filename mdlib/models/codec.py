@@ -18,6 +18,15 @@ class Codec(ModelMixin, ConfigMixin):
     A subclass defines `raw_latents` (not normalised), `decode` and `loss`. Methods take users (B,) as an optional
     second argument, which only a `conditional` codec uses. The attached `losses` (`mdlib.models.codec_losses`) are
     trained and checkpointed with the codec; `save_pretrained` leaves them out.
+
+    Args of the networks of all subclasses:
+        image_size: H = W.
+        in_channels: C, 1 for intensity or 3 for RGB.
+        patch_size: rows and columns folded into channels before the first convolution (space to depth): (2, 2)
+            quarters its cost, and unequal sides give Doppler and time different resolutions.
+        block_out_channels: widths of the levels; n levels down-sample n − 1 times.
+        layers_per_block, norm_num_groups: residual blocks a level, and groups of their norms.
+        mid_attention: self-attention at the coarsest level.
     """
 
     conditional = False

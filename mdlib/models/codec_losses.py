@@ -5,6 +5,7 @@ Legend: B batch, C image channels, H W pixels, h w latent grid, D latent channel
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class FeatureDistance(nn.Module):
 
 
 class Alignment(CodecLoss):
-    """Latents, projected by a 1×1 convolution, are drawn towards the features of a frozen foundation.
+    """Latents, projected by a 1×1 convolution, imitate the features of a frozen foundation.
 
     Held-out losses only log it: a weight that follows gradients would make two evaluations incomparable.
 
@@ -160,7 +161,7 @@ class PatchGAN(nn.Sequential):
     def __init__(self, channels: int, width: int = 64, layers: int = 3):
         sizes = [width * min(2**level, 8) for level in range(layers + 1)]
         steps = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for level, (before, size) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+        for level, (before, size) in enumerate(pairwise(sizes), start=1):
             convolution = nn.Conv2d(before, size, 4, stride=2 if level < layers else 1, padding=1, bias=False)
             steps += [convolution, nn.GroupNorm(math.gcd(size, 8), size), nn.LeakyReLU(0.2)]
         super().__init__(*steps, nn.Conv2d(sizes[-1], 1, 4, padding=1))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -21,14 +21,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class VisionFeatures(nn.Module):
-    """Patch tokens of a vision transformer of the package transformers.
-
-    Pixels are normalised by `mean` and `std` of RGB in [0, 1], as when the model was trained; the authors of VA-VAE
-    leave that out.
-
-    Raises:
-        ValueError: a model without square patches of one size.
-    """
+    """Patch tokens of a vision transformer of the package transformers. Pixels are normalised by `mean` and `std` of
+    RGB in [0, 1], as when the model was trained; the authors of VA-VAE leave that out."""
 
     def __init__(self, model: nn.Module, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
@@ -43,7 +37,7 @@ class VisionFeatures(nn.Module):
         self.options = {"interpolate_pos_encoding": True} if optional else {}
 
     @torch.no_grad()
-    def features(self, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features (B, F, h, w) of images (B, 1 or 3, H, W) in [−1, 1], resized to one patch a cell of `grid`."""
         size = [cells * self.model.config.patch_size for cells in grid]
         resized = F.interpolate(images.expand(-1, 3, -1, -1), size, mode="bicubic", antialias=True)  # (B, 3, h·p, w·p)
@@ -56,12 +50,10 @@ class VisionFeatures(nn.Module):
 
 
 class ClassifierFeatures(nn.Module):
-    """Features of all stages of a user classifier, concatenated and standardised.
+    """Features of all stages of a user classifier, concatenated, and standardised on (at most 512 of) uint8 images
+    (N, C, S, S)."""
 
-    images: uint8 (N, C, S, S), windows for each feature's mean and standard deviation (at most 512 are used).
-    """
-
-    def __init__(self, classifier: SmallCNN, images: torch.Tensor):
+    def __init__(self, classifier: SmallCNN, images: Tensor):
         super().__init__()
         self.classifier = classifier.eval().requires_grad_(False)
         some = images[torch.linspace(0, len(images) - 1, min(len(images), 512)).long()]
@@ -74,7 +66,7 @@ class ClassifierFeatures(nn.Module):
         self.width: int = len(self.mean)
 
     @torch.no_grad()
-    def features(self, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features (B, F, h, w) of images (B, C, H, W) in [−1, 1], each stage averaged or interpolated to `grid`."""
         stages = self.classifier.stages(images)
         same = [F.interpolate(stage.float(), grid, mode="bilinear", antialias=True) for stage in stages]
@@ -82,12 +74,8 @@ class ClassifierFeatures(nn.Module):
 
 
 def load_foundation(name_or_path: str | Path) -> VisionFeatures:
-    """The vision transformer of a folder, or of a name on the Hugging Face hub; safetensors only.
-
-    Raises:
-        FileNotFoundError: it is not on disk and cannot be downloaded (never is with HF_HUB_OFFLINE=1).
-        ValueError: it is no vision transformer.
-    """
+    """The vision transformer of a folder, or of a name on the Hugging Face hub; safetensors only. FileNotFoundError if
+    it is not on disk and cannot be downloaded, ValueError if it is no vision transformer."""
     name = str(name_or_path)
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     try:
@@ -104,11 +92,3 @@ def load_foundation(name_or_path: str | Path) -> VisionFeatures:
     except OSError:  # a folder without preprocessor_config.json
         found = {}
     return VisionFeatures(model, found.get("image_mean", IMAGENET_MEAN), found.get("image_std", IMAGENET_STD))
-
-
-def make_foundation(kind: str, classifier: SmallCNN | None, images: torch.Tensor) -> nn.Module | None:
-    """Features to align with: None for kind "none"; those of `classifier`, standardised on uint8 images (N, C, S, S),
-    for "classifier"; else `load_foundation(kind)`."""
-    if kind == "none":
-        return None
-    return ClassifierFeatures(classifier, images) if kind == "classifier" else load_foundation(kind)

@@ -19,17 +19,10 @@ from mdlib.models.layers import check_labels, drop_labels
 class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module when it loads
     """Codec: image (B, C, H, W) in [−1, 1] ↔ normalised latents (B, D, h, w).
 
-    Args:
-        image_size: H = W.
-        in_channels: C, 1 for intensity or 3 for RGB.
-        patch_size: rows and columns folded into channels before the first convolution, see `VQVAE`.
-        block_out_channels: widths of the levels; n levels down-sample n − 1 times.
-        layers_per_block: residual blocks a level.
-        norm_num_groups: groups of the group norms.
+    Args beyond those of `Codec`:
         latent_channels: D.
         kl_weight: weight of the KL divergence from N(0, 1), per latent value.
         reconstruction: "mse" or "l1".
-        mid_attention: self-attention at the coarsest level.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         level_attention: self-attention after every residual block of the coarsest level as well.
         num_users: users that encoder and decoder are conditioned on; 0 for none. The null label is `num_users`.

@@ -1,12 +1,11 @@
-"""Published networks that compare images: LPIPS, and Inception's features. Their weights are looked up where torch
-stores its downloads."""
+"""LPIPS and Inception. Their published weights are looked up where torch stores its downloads."""
 
 import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from mdlib.models.pretrained import load_weights
 
@@ -25,11 +24,7 @@ def lpips_weights(net: str) -> Path:
 
 def load_lpips(net: str = "squeeze") -> nn.Module:
     """LPIPS distance (Zhang et al. 2018) of the `lpips` package, frozen; inputs (B, 1 or 3, H, W) in [−1, 1].
-
-    Raises:
-        ValueError: unknown `net`.
-        FileNotFoundError: the package is missing, or the backbone is not on disk and cannot be downloaded.
-    """
+    FileNotFoundError if the package is missing, or the backbone is not on disk and cannot be downloaded."""
     if net not in LPIPS_BACKBONES:
         raise ValueError(f"unknown LPIPS net {net!r}: choose one of {', '.join(LPIPS_BACKBONES)}")
     try:
@@ -53,10 +48,7 @@ def load_lpips(net: str = "squeeze") -> nn.Module:
 def load_inception() -> nn.Module:
     """torchvision's Inception v3 (Szegedy et al. 2016) without its last layer, frozen: images (B, 1 or 3, H, W) in
     [−1, 1] → features (B, 2048). It is not the network of published FIDs: compare its figures with its own only.
-
-    Raises:
-        FileNotFoundError: its weights are not on this machine; they are not downloaded.
-    """
+    FileNotFoundError if its weights are not on this machine; they are not downloaded."""
     from torchvision.models import inception_v3
 
     weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
@@ -68,12 +60,10 @@ def load_inception() -> nn.Module:
     except (ValueError, RuntimeError) as error:
         raise FileNotFoundError(f"{weights} is incomplete, or of another network: {error}") from error
     network.fc = nn.Identity()
-    return nn.Sequential(_Rgb299(), network).eval().requires_grad_(False)
+    network.register_forward_pre_hook(lambda _, inputs: _resized(*inputs))
+    return network.eval().requires_grad_(False)
 
 
-class _Rgb299(nn.Module):
-    """Resize images (B, 1 or 3, H, W) to Inception's input (B, 3, 299, 299)."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        sized = F.interpolate(images, size=(299, 299), mode="bilinear", antialias=True)
-        return sized.expand(-1, 3, -1, -1)
+def _resized(images: Tensor) -> Tensor:
+    """Images (B, 1 or 3, H, W) at the size of Inception's input (B, 3, 299, 299)."""
+    return F.interpolate(images, size=(299, 299), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)

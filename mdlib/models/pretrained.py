@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 INSIDE = ("ema", "model", "state_dict")  # entries of a training's checkpoint that hold weights, best first
-NOT_OF_THE_CODEC = ("loss.", "foundation_model.")  # of a published VA-VAE
 PROJECTION = "losses.alignment.projection.weight"
 RENAMES = (
     (r"\.down\.(\d+)\.", r".down_blocks.\1."),
@@ -31,13 +31,9 @@ RENAMES = (
 )
 
 
-def load_weights(source: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file, or of a .pt, .pth or .ckpt file, by name.
-
-    Raises:
-        FileNotFoundError: no file at `source`.
-        ValueError: a file that holds something else.
-    """
+def load_weights(source: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pt, .pth or .ckpt file by name; FileNotFoundError, or ValueError for a file that
+    holds something else."""
     source = Path(source)
     if not source.is_file():
         raise FileNotFoundError(f"no weights at {source}: download the published file, or attach it, and give its path")
@@ -55,46 +51,36 @@ def load_weights(source: str | Path) -> dict[str, torch.Tensor]:
         ) from error
     if isinstance(found, dict):
         found = next((found[name] for name in INSIDE if isinstance(found.get(name), dict)), found)
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{source} holds no weights by name")
     return found
 
 
-def load_completely(
-    model: torch.nn.Module, found: dict[str, torch.Tensor], source: str | Path, optional: tuple[str, ...] = ()
-) -> None:
-    """Load weights that fit `model` name by name and shape by shape.
-
-    optional: prefixes of names that may be missing on either side or differ; such weights are loaded if they fit.
-
-    Raises:
-        ValueError: an unknown name, a missing name or another shape; the model is then unchanged.
-    """
+def load_completely(model, found: dict[str, Tensor], source: str | Path, optional: tuple[str, ...] = ()) -> None:
+    """Load weights that fit `model` name by name and shape by shape; else ValueError, and the model is unchanged.
+    Names that begin with one of `optional` may be missing on either side or differ; they are loaded if they fit."""
     own = model.state_dict()
-    fits = lambda name: name in own and own[name].shape == found[name].shape
-    left = sorted(name for name in found if name not in own and not name.startswith(optional))
-    missing = sorted(name for name in own if name not in found and not name.startswith(optional))
-    other = sorted(name for name in found if name in own and not fits(name) and not name.startswith(optional))
-    problems = [
-        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in (("it does not know", left), ("it misses", missing), ("of another shape are", other))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(problems)}")
-    model.load_state_dict(own | {name: tensor for name, tensor in found.items() if fits(name)})
+    fitting = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
+    problems = {
+        "it does not know": found.keys() - own.keys(),
+        "it misses": own.keys() - found.keys(),
+        "of another shape are": (found.keys() & own.keys()) - fitting.keys(),
+    }
+    lines = []
+    for problem, names in problems.items():
+        if names := sorted(name for name in names if not name.startswith(optional)):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"{problem} {', '.join(names[:3])}{more}")
+    if lines:
+        raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(lines)}")
+    model.load_state_dict(own | fitting)
 
 
-def load_ldm(codec: torch.nn.Module, weights: str | Path, statistics: str | Path | None = None) -> None:
-    """Load published VA-VAE weights, and their latent statistics, into a `VAVAE` of the same sizes (`vavae.F16D32`),
-    and their projection into an attached `Alignment` of the same width.
+def load_ldm(codec, weights: str | Path, statistics: str | Path | None = None) -> None:
+    """Load published VA-VAE weights into a `VAVAE` of the same sizes (preset f16d32), and their projection into an
+    attached `Alignment` of the same width; errors as in `load_weights` and `load_completely`.
 
-    Args:
-        weights: .safetensors, or a torch file of tensors: a state dict, or a Lightning checkpoint with one.
-        statistics: the published `latents_stats.pt`, mean and std of (1, D, 1, 1); without it call `calibrate`.
-
-    Raises:
-        FileNotFoundError, ValueError: a file that cannot be read or does not fit the codec completely.
+    statistics: the published `latents_stats.pt`, mean and std of (1, D, 1, 1); without it call `codec.calibrate`.
     """
     found = convert_ldm(load_weights(weights), codec)
     optional = codec.optional
@@ -107,12 +93,11 @@ def load_ldm(codec: torch.nn.Module, weights: str | Path, statistics: str | Path
     load_completely(codec, found, weights, optional)
 
 
-def convert_ldm(state: dict[str, torch.Tensor], codec: torch.nn.Module) -> dict[str, torch.Tensor]:
+def convert_ldm(state: dict[str, Tensor], codec) -> dict[str, Tensor]:
     """Weights in latent diffusion's layout under the names and in the shapes of `codec`."""
-    levels = len(codec.config.block_out_channels)
-    found = {}
+    levels, grey, found = len(codec.config.block_out_channels), codec.config.in_channels == 1, {}
     for name, tensor in state.items():
-        if name.startswith(NOT_OF_THE_CODEC):
+        if name.startswith(("loss.", "foundation_model.")):  # not part of the codec
             continue
         if name.startswith(("linear_proj.", "reverse_proj.")):
             found[PROJECTION] = tensor
@@ -123,9 +108,9 @@ def convert_ldm(state: dict[str, torch.Tensor], codec: torch.nn.Module) -> dict[
             name = re.sub(old, new, name)
         if ".attentions." in name and tensor.ndim == 4:
             tensor = tensor.flatten(1)  # a 1×1 convolution (C, C, 1, 1) is a linear layer (C, C)
-        elif codec.config.in_channels == 1 and name == "encoder.conv_in.weight":
+        elif grey and name == "encoder.conv_in.weight":
             tensor = tensor.sum(1, keepdim=True)
-        elif codec.config.in_channels == 1 and name.startswith("decoder.conv_out."):
+        elif grey and name.startswith("decoder.conv_out."):
             tensor = tensor.mean(0, keepdim=True)
         found[f"vae.{name}"] = tensor
     return found

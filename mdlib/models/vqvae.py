@@ -32,20 +32,16 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, num_codes: int, dim: int, decay: float = 0.95, cosine: bool = False, revive_below: float = 0.1):
         super().__init__()
-        self.decay, self.cosine, self.revive_below = decay, cosine, revive_below
+        self.num_codes, self.decay, self.cosine, self.revive_below = num_codes, decay, cosine, revive_below
         self.register_buffer("codebook", torch.randn(num_codes, dim))
         self.register_buffer("counts", torch.ones(num_codes))
         self.register_buffer("sums", self.codebook.clone())
         self.register_buffer("initialised", torch.tensor(False))
-        self._started = False  # `initialised` as last seen: it is read once, not every step, because a GPU must wait
+        self._started = False  # copy of `initialised`, which takes a wait for the GPU to read
 
     def _load_from_state_dict(self, *arguments) -> None:
         super()._load_from_state_dict(*arguments)
         self._started = False
-
-    @property
-    def num_codes(self) -> int:
-        return self.codebook.shape[0]
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise z (B, D, h, w): straight-through codes (B, D, h, w), indices (B, h, w), commitment loss ()."""
@@ -130,18 +126,10 @@ class VectorQuantizer(nn.Module):
 class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module when it loads
     """Codec: image (B, C, H, W) in [−1, 1] ↔ tokens (B, h, w) ↔ normalised latents (B, D, h, w).
 
-    Args:
-        image_size: H = W.
-        in_channels: C, 1 for intensity or 3 for RGB.
-        patch_size: rows and columns folded into channels before the first convolution (space to depth): (2, 2)
-            quarters its cost, and unequal sides give Doppler and time different resolutions.
-        block_out_channels: widths of the levels; n levels down-sample n − 1 times.
-        layers_per_block: residual blocks a level.
-        norm_num_groups: groups of the group norms.
+    Args beyond those of `Codec`:
         num_codes, code_dim: K and D.
         decay, cosine, revive_below: see `VectorQuantizer`.
         commitment_weight: β of the commitment loss.
-        mid_attention: self-attention at the coarsest level.
     """
 
     @register_to_config
@@ -163,6 +151,7 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
     ):
         widths = tuple(block_out_channels)
         super().__init__(image_size, patch_size, len(widths), code_dim)
+        self.num_codes, self.token_shape = num_codes, self.latent_shape[1:]  # rows Doppler, columns time
         shared = dict(
             block_out_channels=widths,
             layers_per_block=layers_per_block,
@@ -174,15 +163,6 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         self.encoder = Encoder(channels, code_dim, down_block_types=down, double_z=False, **shared)
         self.quantizer = VectorQuantizer(num_codes, code_dim, decay, cosine, revive_below)
         self.decoder = Decoder(code_dim, channels, up_block_types=up, **shared)
-
-    @property
-    def token_shape(self) -> tuple[int, int]:
-        """(h, w) of the token grid: rows Doppler, columns time."""
-        return self.latent_shape[1:]
-
-    @property
-    def num_codes(self) -> int:
-        return self.quantizer.num_codes
 
     def loss(self, images: Tensor, users: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean square error + commitment_weight·commitment + attached losses of images (B, C, H, W), and logs."""
