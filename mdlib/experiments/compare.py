@@ -236,10 +236,9 @@ def resources(run: Run) -> dict:
 
 
 def sizes(pipeline: MicroDopplerPipeline) -> dict:
-    """Parameters of codec and prior, without those that only train the codec."""
-    aids = ("discriminator.", "projection.")
-    codec = [weight.numel() for name, weight in pipeline.codec.named_parameters() if not name.startswith(aids)]
-    return {"codec": sum(codec), "prior": sum(weight.numel() for weight in pipeline.prior.parameters())}
+    """Parameters of codec and prior."""
+    models = {"codec": pipeline.codec, "prior": pipeline.prior}
+    return {name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()}
 
 
 def sampling_speed(pipeline: MicroDopplerPipeline, rounds: int = 3) -> dict:

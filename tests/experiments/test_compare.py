@@ -12,9 +12,8 @@ from helpers import message
 from mdlib.data.windows import DataError
 from mdlib.evaluation.evidence import Protocol
 from mdlib.experiments import compare as comparing
-from mdlib.experiments.compare import Ruler, compare, curve, drawn, sampling_speed, sizes
+from mdlib.experiments.compare import Ruler, compare, curve, drawn, sampling_speed
 from mdlib.experiments.run import open_run
-from mdlib.models.vavae import VAVAE
 from mdlib.pipeline import load_pipeline
 from mdlib.reports.comparison import conclusions
 
@@ -175,14 +174,6 @@ def test_network_calls_are_counted(made):
     pipeline.register_to_config(sampling=dict(sampler="mask_predict", num_inference_steps=5, guidance_scale=2.0))
     found = sampling_speed(pipeline, rounds=1)
     assert found["network_calls"] == 5 and found["seconds_per_window"] > 0
-
-
-def test_what_only_trains_a_codec_is_not_counted():
-    common = dict(image_size=16, block_out_channels=(8,), norm_num_groups=4, discriminator_layers=1)
-    codec, plain = VAVAE(**common, foundation_width=8, adversarial_weight=0.5), VAVAE(**common)
-    prior = torch.nn.Linear(3, 2)
-    one, other = (sizes(SimpleNamespace(codec=some, prior=prior)) for some in (codec, plain))
-    assert one == other == {"codec": sum(weight.numel() for weight in plain.parameters()), "prior": 8}
 
 
 def test_a_snapshot_of_a_step_that_was_lost_is_left_out(made, tmp_path):
