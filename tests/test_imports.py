@@ -76,3 +76,9 @@ def test_import_mdlib_brings_in_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True
     )
     assert answer.stdout.strip() == "[]"
+
+
+def test_mdlib_offers_the_names_a_user_needs():
+    for name in mdlib.__all__:
+        assert getattr(mdlib, name).__name__ == name if name != "SYSTEMS" else mdlib.SYSTEMS
+    assert "load_windows" in dir(mdlib) and not hasattr(mdlib, "nothing_of_that_name")

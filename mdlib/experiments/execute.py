@@ -132,10 +132,11 @@ def extended(out: Path, wanted: RunSettings) -> None:
         raise DataError(f"{out} holds no run to extend: leave out --extend")
     record = read_record(out)
     kept, earlier = {**defaults(), **record["settings"]}, {"codec": [], "prior": [], **record.get("earlier", {})}
-    changed = {key: value for key, value in wanted.to_dict().items() if value != kept[key]}
+    given = {key: value for key, value in wanted.to_dict().items() if key != "data" and value != "auto"}
+    changed = {key: value for key, value in given.items() if value != kept[key]}
     if not changed or changed.keys() - {"codec_steps", "prior_steps"}:
-        given = ", ".join(changed) or "nothing"
-        raise DataError(f"--extend takes more codec_steps or prior_steps and no other change, got {given}")
+        names = ", ".join(changed) or "nothing"
+        raise DataError(f"--extend takes more codec_steps or prior_steps and no other change, got {names}")
     if kept["joint_steps"]:
         raise DataError(f"{out} ends with joint_steps, after which codec and prior cannot train alone: start a new run")
     part = "codec" if "codec_steps" in changed else "prior"

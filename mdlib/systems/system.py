@@ -158,7 +158,7 @@ def get_preset(
     from mdlib.training.fit import TrainConfig
 
     known = get_system(system)
-    table = _joined({"prior": {}}, known.table(name))
+    table = known.table(name)
     for part in ("codec_training", "prior_training"):
         table[part] = TrainConfig(**table[part])
     preset = fine_tuning(Preset(**table)) if init else Preset(**table)
@@ -206,13 +206,9 @@ def fine_tuning(preset: Preset) -> Preset:
 
 
 def _joined(table: dict, changes: dict) -> dict:
-    """A new nested dictionary: `table` with `changes`, to two levels."""
-    return {
-        key: table.get(key, {}) | changes.get(key, {})
-        if isinstance(table.get(key, changes.get(key)), dict) and key != "sampling"
-        else changes.get(key, table.get(key))
-        for key in {**table, **changes}
-    }
+    """`table` with `changes`; the arguments of models and trainings are joined name by name."""
+    parts = ("codec", "prior", "codec_training", "prior_training")
+    return {**table, **changes, **{part: {**table.get(part, {}), **changes.get(part, {})} for part in parts}}
 
 
 def _with_codec(preset: Preset, system: System, kind: str) -> Preset:

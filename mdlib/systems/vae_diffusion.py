@@ -6,6 +6,13 @@ SMALL = dict(block_out_channels=(48, 96), norm_num_groups=8, head_dim=16, label_
 CODEC = dict(patch_size=(2, 2), layers_per_block=2, norm_num_groups=32, latent_channels=4)
 UNET = dict(layers_per_block=2, norm_num_groups=32, head_dim=64, dropout=0.1, attention="full")
 
+DEMO = dict(
+    codec=dict(patch_size=(2, 4), block_out_channels=(32, 64), latent_channels=6),
+    prior=SMALL,
+    sampling=dict(guidance_scale=1.5, num_inference_steps=20),
+    images_per_user=30,  # 20 denoising steps are quick
+)
+
 SYSTEM = System(
     name="vae-diffusion",
     codec_class="mdlib.models.kl:KLVAE",
@@ -19,20 +26,8 @@ SYSTEM = System(
             prior_training=dict(ema_decay=0.5),
             sampling=dict(num_inference_steps=3),
         ),
-        "demo": dict(
-            codec=dict(patch_size=(2, 4), block_out_channels=(32, 64), latent_channels=6),
-            prior=SMALL,
-            prior_training=dict(steps=1500, ema_decay=0.99),
-            sampling=dict(guidance_scale=1.5, num_inference_steps=20),
-            images_per_user=30,  # 20 denoising steps are quick
-        ),
-        "demo-long": dict(
-            codec=dict(patch_size=(2, 4), block_out_channels=(32, 64), latent_channels=6),
-            prior=SMALL,
-            prior_training=dict(steps=6000, ema_decay=0.998),
-            sampling=dict(guidance_scale=1.5, num_inference_steps=20),
-            images_per_user=30,
-        ),
+        "demo": DEMO | dict(prior_training=dict(steps=1500, ema_decay=0.99)),
+        "demo-long": DEMO | dict(prior_training=dict(steps=6000, ema_decay=0.998)),
         "base": dict(
             codec=CODEC | dict(block_out_channels=(64, 128, 256)),
             prior=UNET | dict(block_out_channels=(128, 256, 384)),

@@ -10,6 +10,14 @@ STAGES = (
 )
 DIT_B = dict(hidden_size=768, depth=12, num_heads=12, patch_size=1)
 
+DEMO = dict(
+    codec=dict(patch_size=(4, 4), block_out_channels=(64, 128), latent_channels=16),
+    prior=dict(patch_size=1, hidden_size=128, depth=6, num_heads=4, label_dropout=0.15),
+    sampling=dict(guidance_scale=1.5, scheduler="euler", num_inference_steps=20),
+    foundation="classifier",
+    images_per_user=30,
+)
+
 SYSTEM = System(
     name="vavae-dit",
     codec_class="mdlib.models.vavae:VAVAE",
@@ -27,22 +35,8 @@ SYSTEM = System(
             stages=tuple((1 / 3, options) for _, options in STAGES),
         ),
         # On a CPU the first stage alone, without an adversary.
-        "demo": dict(
-            codec=dict(patch_size=(4, 4), block_out_channels=(64, 128), latent_channels=16),
-            prior=dict(patch_size=1, hidden_size=128, depth=6, num_heads=4, label_dropout=0.15),
-            prior_training=dict(steps=800, learning_rate=2e-3, ema_decay=0.99),
-            sampling=dict(guidance_scale=1.5, scheduler="euler", num_inference_steps=20),
-            foundation="classifier",
-            images_per_user=30,
-        ),
-        "demo-long": dict(
-            codec=dict(patch_size=(4, 4), block_out_channels=(64, 128), latent_channels=16),
-            prior=dict(patch_size=1, hidden_size=128, depth=6, num_heads=4, label_dropout=0.15),
-            prior_training=dict(steps=4000, learning_rate=2e-3, ema_decay=0.998),
-            sampling=dict(guidance_scale=1.5, scheduler="euler", num_inference_steps=20),
-            foundation="classifier",
-            images_per_user=30,
-        ),
+        "demo": DEMO | dict(prior_training=dict(steps=800, learning_rate=2e-3, ema_decay=0.99)),
+        "demo-long": DEMO | dict(prior_training=dict(steps=4000, learning_rate=2e-3, ema_decay=0.998)),
         "base": dict(
             codec=dict(
                 patch_size=(2, 2),

@@ -6,6 +6,13 @@ from mdlib.systems.system import System
 # and better than 25 of the ancestral sampler.
 SAMPLING = dict(sampler="mask_predict", num_inference_steps=8)
 
+DEMO = dict(
+    codec=dict(patch_size=(2, 4), block_out_channels=(32, 64), num_codes=256, code_dim=16),
+    # The authors' weight is 5e-4; the bound gives most weight to states of few masks, which decide little.
+    prior=dict(hidden_size=128, depth=4, num_heads=4, auxiliary_weight=0.1),
+    sampling=SAMPLING,
+)
+
 SYSTEM = System(
     name="vq-diffusion",
     codec_class="mdlib.models.vqvae:VQVAE",
@@ -19,19 +26,14 @@ SYSTEM = System(
             prior_training=dict(ema_decay=0.5),
             sampling=dict(num_inference_steps=3),
         ),
-        "demo": dict(
-            codec=dict(patch_size=(2, 4), block_out_channels=(32, 64), num_codes=256, code_dim=16),
-            # The authors' weight is 5e-4; the bound gives most weight to states of few masks, which decide little.
-            prior=dict(hidden_size=128, depth=4, num_heads=4, auxiliary_weight=0.1),
+        "demo": DEMO
+        | dict(
             prior_training=dict(steps=600, batch_size=16, learning_rate=2e-3, ema_decay=0.99, evaluate_every=200),
-            sampling=SAMPLING,
             images_per_user=20,
         ),
-        "demo-long": dict(
-            codec=dict(patch_size=(2, 4), block_out_channels=(32, 64), num_codes=256, code_dim=16),
-            prior=dict(hidden_size=128, depth=4, num_heads=4, auxiliary_weight=0.1),
+        "demo-long": DEMO
+        | dict(
             prior_training=dict(steps=4000, batch_size=16, learning_rate=2e-3, ema_decay=0.998, evaluate_every=200),
-            sampling=SAMPLING,
             images_per_user=30,
         ),
         "base": dict(

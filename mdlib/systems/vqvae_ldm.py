@@ -6,6 +6,13 @@ SMALL = dict(
     block_out_channels=(48, 96), norm_num_groups=8, head_dim=16, label_dropout=0.15, attention="window_axial", window=4
 )
 
+DEMO = dict(
+    codec=dict(patch_size=(4, 4), block_out_channels=(64, 128), num_codes=256, code_dim=8),
+    prior=SMALL,
+    sampling=dict(guidance_scale=1.5, num_inference_steps=20),
+    images_per_user=30,
+)
+
 SYSTEM = System(
     name="vqvae-ldm",
     codec_class="mdlib.models.vqvae:VQVAE",
@@ -19,20 +26,8 @@ SYSTEM = System(
             prior_training=dict(ema_decay=0.5),
             sampling=dict(num_inference_steps=3),
         ),
-        "demo": dict(
-            codec=dict(patch_size=(4, 4), block_out_channels=(64, 128), num_codes=256, code_dim=8),
-            prior=SMALL,
-            prior_training=dict(steps=1500, ema_decay=0.99),
-            sampling=dict(guidance_scale=1.5, num_inference_steps=20),
-            images_per_user=30,
-        ),
-        "demo-long": dict(
-            codec=dict(patch_size=(4, 4), block_out_channels=(64, 128), num_codes=256, code_dim=8),
-            prior=SMALL,
-            prior_training=dict(steps=6000, ema_decay=0.998),
-            sampling=dict(guidance_scale=1.5, num_inference_steps=20),
-            images_per_user=30,
-        ),
+        "demo": DEMO | dict(prior_training=dict(steps=1500, ema_decay=0.99)),
+        "demo-long": DEMO | dict(prior_training=dict(steps=6000, ema_decay=0.998)),
         "base": dict(
             codec=dict(
                 patch_size=(2, 2),

@@ -2,6 +2,14 @@
 
 from mdlib.systems.system import System
 
+DEMO = dict(
+    # Half as wide again gains 0.2 dB in equal steps and loses identity in equal time.
+    codec=dict(patch_size=(2, 4), block_out_channels=(32, 64), num_codes=256, code_dim=16),
+    prior=dict(hidden_size=128, num_layers=4, num_heads=4),
+    # Without the tail of the distribution: guidance turns rare tokens into blobs.
+    sampling=dict(guidance_scale=1.5, top_p=0.95),
+)
+
 SYSTEM = System(
     name="vqvae-transformer",
     codec_class="mdlib.models.vqvae:VQVAE",
@@ -13,22 +21,13 @@ SYSTEM = System(
             codec=dict(patch_size=(2, 2), block_out_channels=(8, 16), norm_num_groups=4, num_codes=16, code_dim=4),
             prior=dict(hidden_size=16, num_layers=1, num_heads=2),
         ),
-        "demo": dict(
-            # Half as wide again gains 0.2 dB in equal steps and loses identity in equal time.
-            codec=dict(patch_size=(2, 4), block_out_channels=(32, 64), num_codes=256, code_dim=16),
-            prior=dict(hidden_size=128, num_layers=4, num_heads=4),
+        "demo": DEMO
+        | dict(
             # The held-out likelihood turns early on so few windows, while samples still gain identity: the last
             # weights are used, and the report looks for copies.
-            prior_training=dict(steps=500, learning_rate=2e-3, weight_decay=0.05),
-            # Without the tail of the distribution: guidance turns rare tokens into blobs.
-            sampling=dict(guidance_scale=1.5, top_p=0.95),
+            prior_training=dict(steps=500, learning_rate=2e-3, weight_decay=0.05)
         ),
-        "demo-long": dict(
-            codec=dict(patch_size=(2, 4), block_out_channels=(32, 64), num_codes=256, code_dim=16),
-            prior=dict(hidden_size=128, num_layers=4, num_heads=4),
-            prior_training=dict(steps=2000, learning_rate=2e-3, weight_decay=0.05),
-            sampling=dict(guidance_scale=1.5, top_p=0.95),
-        ),
+        "demo-long": DEMO | dict(prior_training=dict(steps=2000, learning_rate=2e-3, weight_decay=0.05)),
         "base": dict(
             codec=dict(
                 patch_size=(2, 2),
