@@ -154,11 +154,7 @@ class Run:
         """Note in run.json that `notebook`, started at time.monotonic() `started`, is done."""
         record = read_record(self.path)
         seconds = round(time.monotonic() - started, 1)
-        record["steps"][notebook] = {
-            "seconds": seconds,
-            "device": device_name(),
-            "peak_memory_gb": peak_memory_gb(),
-        }
+        record["steps"][notebook] = dict(seconds=seconds, device=device_name(), peak_memory_gb=peak_memory_gb())
         write_record(self.path, record)
 
 
@@ -178,6 +174,7 @@ def open_run(out: str | Path, **given) -> Run:
     Raises:
         DataError: `out` holds a run with other settings, there is no run and no data, or a setting cannot be used.
     """
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     out, wanted = Path(out).absolute(), RunSettings(**given).to_dict()
     for key in ("data", "split", "foundation", *STARTS):
         if wanted[key] and (key != "foundation" or Path(wanted[key]).exists()):
