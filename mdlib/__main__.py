@@ -109,7 +109,6 @@ def study(
     system: Annotated[str, typer.Option(help="which system")] = "vae-diffusion",
     preset: Annotated[str, typer.Option(help="its sizes")] = "demo",
     windows: Annotated[str, typer.Option(help="training windows a user, with commas between")] = "5,10,20,50",
-    contiguous: Annotated[bool, typer.Option("--contiguous", help="in a row, not evenly spaced")] = False,
     folds: Annotated[int, typer.Option(help="how many of the 4 folds of cross-validation")] = 1,
     parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of any notebook")] = [],  # noqa: B006
 ):
@@ -117,7 +116,7 @@ def study(
     from mdlib.experiments.study import study as run_study
 
     given = dict(pair(text) for text in parameter)
-    result = run_study(data, out, system, preset, _numbers("windows", windows, int), contiguous, folds, given)
+    result = run_study(data, out, system, preset, _numbers("windows", windows, int), folds, given)
     print("\n".join([str(out / "study.html"), *(row["verdict"]["sentence"] for row in result["rows"])]))
 
 

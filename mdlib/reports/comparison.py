@@ -173,7 +173,7 @@ def _measured(what: str, figures: dict, budget_minutes: float) -> str:
     return f"{1 / figures['sampling']['seconds_per_window']:.1f} windows/s"
 
 
-def write(result: dict, windows: dict[str, WindowSet], out: Path) -> None:
+def write_comparison(result: dict, windows: dict[str, WindowSet], out: Path) -> None:
     """Write comparison.json and comparison.html; windows: "real" and those of each measured system."""
     with whole_file(out / "comparison.json") as path:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -189,7 +189,7 @@ def _page(result: dict, windows: dict[str, WindowSet]) -> str:
     parts = [
         "<h1>mdlib comparison</h1>",
         f"<p class=verdict>{'<br>'.join(map(html.escape, sentences))}</p>",
-        table([[key, str(value)] for key, value in result["terms"].items()]),
+        table([[key, str(value)] for key, value in result["settings"].items()]),
         *(f"<p>{html.escape(f'{name} failed: {why}')}</p>" for name, why in failed.items()),
         f"<h2>Figures</h2><p class=note>As defined in each system's report; all on the same split, by the same judges. "
         f"{_effort(result['terms']['budget_minutes'])} Wall time and memory are those of the sitting that finished "
