@@ -3,8 +3,10 @@
 import json
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+from mdlib.experiments.settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -107,15 +109,14 @@ def write_kernel(kernel: Kernel, folder: Path, parameters: dict) -> Path:
 
 def _check_parameters(kernel: Kernel, parameters: dict, known: set[str]) -> None:
     """Refuse what would be ignored. Notebook 02 settles the run; those after it take the run's settings."""
+    settled = sorted(parameters.keys() & {one.name for one in fields(RunSettings)})
+    if settled and kernel.notebook[:2] in ("03", "04"):
+        raise Stop(f"notebook 02 settles the run: give {', '.join(settled)} there")
     for key in parameters:
         if key not in known:
             raise Stop(f"{kernel.notebook} has no parameter {key!r}; there are {', '.join(sorted(known))}")
-    trains = kernel.notebook[:2] in ("02", "03", "04")
-    settled = sorted(parameters.keys() - {"out", "max_minutes"}) if trains else []
-    if settled and kernel.resume:
+    if settled and kernel.resume and kernel.notebook[:2] == "02":
         raise Stop(f"a run that goes on keeps its settings: leave out {', '.join(settled)}, or --resume")
-    if settled and kernel.notebook[:2] != "02":
-        raise Stop(f"notebook 02 settles the run: give {', '.join(settled)} there")
 
 
 def dataset_metadata(owner: str, name: str) -> dict:

@@ -31,7 +31,7 @@ from metadata import (
     write_kernel,
 )
 
-from mdlib.__main__ import pair
+from mdlib.cli import pair
 
 app = typer.Typer(
     help="Kaggle, by its official client.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False

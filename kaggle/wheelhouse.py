@@ -18,7 +18,7 @@ from pathlib import Path
 from metadata import ROOT, Stop, pins
 
 LACKING = ("lpips", "pytorch-metric-learning")  # on Kaggle; everything else that mdlib needs is there
-CHECKS = ("check_environment.py", "setup_environment.py", "pyproject.toml")
+CHECKS = ("check_environment.py", "setup_environment.py", "pyproject.toml", "kaggle/install_mdlib.py")
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "mdlib")
 
 

@@ -6,10 +6,10 @@ import pytest
 from helpers import ROOT, readme_blocks, told_commands, write_set
 from typer.testing import CliRunner
 
-from mdlib.__main__ import app
+from mdlib.cli import app
 from mdlib.experiments.run import open_run
 from mdlib.simulation.walker import CONDITIONS
-from mdlib.systems.registry import SYSTEMS, get_preset, make_codec, make_prior
+from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
 
 PAGES = ("README.md", "README.zh-CN.md", "kaggle/README.md", "kaggle/README.zh-CN.md")
 

@@ -342,6 +342,16 @@ def chosen(split: dict) -> str:
     return f"{split['windows_per_user']} a user, {'in a row' if split.get('contiguous') else 'evenly spaced'}"
 
 
+def split_summary(split: dict) -> str:
+    """One line that accounts for all windows of a split."""
+    sizes = {part: len(split.get(part, ())) for part in (*PARTS, "spare", "dropped")}
+    parts = ", ".join(f"{sizes[part]} {part}" for part in PARTS)
+    return (
+        f"{sum(sizes.values())} windows: {parts}, {sizes['spare']} spare (beyond windows_per_user), "
+        f"{sizes['dropped']} dropped (in the gaps between parts)"
+    )
+
+
 # ---- leak
 
 

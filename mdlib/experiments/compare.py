@@ -4,9 +4,9 @@ Every system has a run folder in `out`; a second call continues where the first 
 report of a run lacks: quality against training time, sampling speed, and sizes.
 """
 
-import inspect
 import json
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,19 +16,21 @@ from accelerate.utils import release_memory
 from safetensors.torch import load_file
 
 from mdlib.data.splits import PARTS, read_split
-from mdlib.data.windows import DataError, WindowSet, find_windows, to_uint8
+from mdlib.data.windows import WindowSet, find_windows, to_uint8
 from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers, unseen_classifiers
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.fidelity import distances
 from mdlib.evaluation.protocol import identity
-from mdlib.experiments.run import Run, check_parameters, execute, open_run, versions
+from mdlib.experiments.execute import check_parameters, execute
+from mdlib.experiments.run import Run, open_run, versions
 from mdlib.experiments.series import claim_folder, resolve_preset, run_series
+from mdlib.experiments.settings import read_record
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.reports.comparison import conclusions, write_comparison
 from mdlib.reports.report import gather, load_generated
-from mdlib.systems.registry import SYSTEMS, get_system
+from mdlib.systems import SYSTEMS, get_preset
 from mdlib.training.fit import read_history
-from mdlib.utils import bar, whole_file
+from mdlib.utils import DataError, bar, whole_file
 
 UNLIMITED = 1_000_000  # optimizer steps that only the time limit ends
 TIMED = 32  # windows of the batch whose sampling is timed
@@ -75,31 +77,25 @@ def compare(
     preset = resolve_preset(out, preset)
     _check(names, preset, budget_minutes, images_per_user, given)
     find_windows(data)
-    # Of every system, so that another one may join later.
-    most = max(system.presets[preset].images_per_user for system in SYSTEMS.values() if preset in system.presets)
     settings = {
         "data": str(Path(data).resolve()),
         "preset": preset,
         "budget_minutes": budget_minutes,
-        "images_per_user": images_per_user or most,
+        "images_per_user": images_per_user or _images_per_user(preset),
         "parameters": given,
     }
     claim_folder(out, settings, "a comparison")
     found = {name: measure(open_run(out / name), settings) for name in SYSTEMS if _is_measured(out / name)}
-    wanted, quality = _parameters(settings, out), None
+    wanted = _parameters(settings, out)
 
     def run_system(name: str) -> None:
-        nonlocal quality
         try:
             execute(str(out / name), wanted, data=str(data), system=name, preset=preset)
             run = open_run(out / name)
             for other in (out / one / "split.json" for one in found.keys() - {name}):
                 if other.exists() and any(read_split(other)[part] != run.split[part] for part in PARTS):
                     raise DataError(f"{out / name / 'split.json'} and {other} differ: delete the outdated run folder")
-            quality = quality or QualityMeter(
-                run, out / "classifiers", **_chosen(settings, ("evaluation_steps", "seeds"))
-            )
-            found[name] = measure(run, settings, quality)
+            found[name] = measure(run, settings)
         except Exception as error:  # one system's failure must not lose the others
             found[name] = {"error": " ".join(str(error).split()) or type(error).__name__}
             print(f"{name}: {found[name]['error']}", flush=True)
@@ -115,18 +111,25 @@ def compare(
 def _check(names: list[str], preset: str, minutes: float, images: int, parameters: dict) -> None:
     if not names:
         raise DataError("give systems separated by commas, or all")
-    common = [key for key in get_system(names[0]).presets if all(key in get_system(name).presets for name in names)]
     if minutes < 0 or images < 0:
         raise DataError(f"budget_minutes and images_per_user must be 0 or more, got {minutes} and {images}")
-    if preset not in common:
-        raise DataError(f"{preset!r} is no preset of all these systems: choose one of {', '.join(common)}")
     for key, instead in (EXCLUDED | (EXCLUDED_BY_BUDGET if minutes else {})).items():
         if key in parameters:
             raise DataError(f"{key} is no parameter of a comparison: {instead}")
     if not isinstance(parameters.get("prior_options", {}), dict):
         raise DataError(f"prior_options must be a dictionary, got {parameters['prior_options']!r}")
     for name in names:
+        get_preset(name, preset)
         check_parameters(name, parameters)
+
+
+def _images_per_user(preset: str) -> int:
+    """The most windows per user that any system generates with the preset, so that another system may join later."""
+    found = []
+    for name in SYSTEMS:
+        with suppress(DataError):  # a size of some systems only
+            found.append(get_preset(name, preset).images_per_user)
+    return max(found)
 
 
 def _parameters(settings: dict, out: Path) -> dict:
@@ -164,80 +167,47 @@ def _windows(out: Path, result: dict) -> dict[str, WindowSet]:
 # ---- measured here
 
 
-class QualityMeter:
-    """Measures the quality of generated windows with classifiers that are trained once, at first use, for a split.
-
-    run: any run on the split; folder: where the classifiers are cached, see `protocol.evaluate`; changes: of the
-    preset's `Protocol`.
-    """
-
-    def __init__(self, run: Run, folder: str | Path | None = None, **changes):
-        self.windows, self.split, self.folder = run.windows, run.split, folder
-        self.protocol = Protocol(**{**run.preset.validation, **changes})
-        self.classifiers: list | None = None
-
-    def __call__(self, generated: WindowSet) -> dict:
-        """identity (fraction of the windows that are classified as their user) and fd_ratio."""
-        evidence = gather(self.windows, self.split, generated)
-        if self.classifiers is None:
-            with bar(self.protocol.seeds, "classifiers of the curves", unit="classifier") as progress:
-                self.classifiers = unseen_classifiers(evidence, self.protocol, progress, self.folder)
-            self.arms = Arms(real_only_classifiers(evidence, self.protocol, self.folder), {}, 0.0)
-        return {
-            "identity": identity(evidence, self.classifiers)["accuracy"]["value"],
-            "fd_ratio": distances(evidence, self.arms)["fd_ratio"]["value"],
-        }
-
-
 def _is_measured(folder: Path) -> bool:
     """Whether measured.json is there and not older than the run's report."""
     report, measured = folder / "report.json", folder / "measured.json"
     return report.exists() and measured.exists() and measured.stat().st_mtime >= report.stat().st_mtime
 
 
-def measure(run: Run, settings: dict, quality: QualityMeter | None = None) -> dict:
-    """What the comparison holds of a finished run; quality: needed where it is not measured yet."""
+def measure(run: Run, settings: dict) -> dict:
+    """What the comparison holds of a finished run; measured.json keeps what is measured here."""
     file = run.path / "measured.json"
     if not _is_measured(run.path):
         pipeline = load_pipeline(run.path / "pipeline")
-        sampling = _chosen(settings, inspect.signature(pipeline.prior.sample).parameters)  # as in notebook 05
+        sampling = _chosen(settings, run.system.sampling_options())  # as in notebook 05
         pipeline.register_to_config(sampling={**pipeline.config.sampling, **sampling})
-        found = {"sampling": sampling_speed(pipeline), "parameters": sizes(pipeline)}
-        found["curve"] = curve(run, pipeline, quality)
+        found = {
+            "sampling": sampling_speed(pipeline),
+            "parameters": {part: getattr(pipeline, part).num_parameters() for part in ("codec", "prior")},
+            "curve": curve(run, pipeline, _chosen(settings, ("evaluation_steps", "seeds"))),
+        }
         release_memory(pipeline)  # the next system trains in another process, on the same GPU
         with whole_file(file) as path:
             path.write_text(json.dumps(found, indent=1) + "\n")
     report = json.loads((run.path / "report.json").read_text())
-    sections = {section: report[section] for section in SECTIONS}
-    return {**sections, **json.loads(file.read_text()), "training": training(run), "resources": resources(run)}
+    return {**{section: report[section] for section in SECTIONS}, **json.loads(file.read_text()), **costs(run)}
 
 
-def training(run: Run) -> dict:
-    """Minutes and optimizer steps of codec and prior."""
-    found = {}
-    for part in ("codec", "prior"):
-        last = read_history(run.path / part)[-1]
-        found |= {f"{part}_minutes": last["seconds"] / 60, f"{part}_steps": int(last["step"])}
-    return found
-
-
-def resources(run: Run) -> dict:
-    """Wall time of all notebooks, peak memory of training and of generation in GB (None: unknown), and the device. A
-    notebook that was interrupted counts from its last start."""
-    steps = json.loads((run.path / "run.json").read_text())["steps"]
+def costs(run: Run) -> dict:
+    """`training`: minutes and optimizer steps of codec and prior; `resources`: wall time of all notebooks, peak memory
+    in GB (None: unknown) and device. A notebook that was interrupted counts from its last start."""
+    steps = read_record(run.path)["steps"]
     peaks = [step["peak_memory_gb"] for name, step in steps.items() if name[:2] in ("02", "03", "04")]
-    return {
+    resources = {
         "wall_minutes": sum(step["seconds"] for step in steps.values()) / 60,
         "training_memory_gb": None if None in peaks else max(peaks),
         "generation_memory_gb": steps["05_generate"]["peak_memory_gb"],
         "device": steps["05_generate"]["device"],
     }
-
-
-def sizes(pipeline: MicroDopplerPipeline) -> dict:
-    """Parameters of codec and prior."""
-    models = {"codec": pipeline.codec, "prior": pipeline.prior}
-    return {name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()}
+    training = {}
+    for part in ("codec", "prior"):
+        last = read_history(run.path / part)[-1]
+        training |= {f"{part}_minutes": last["seconds"] / 60, f"{part}_steps": int(last["step"])}
+    return {"training": training, "resources": resources}
 
 
 def sampling_speed(pipeline: MicroDopplerPipeline, rounds: int = 3) -> dict:
@@ -255,9 +225,9 @@ def sampling_speed(pipeline: MicroDopplerPipeline, rounds: int = 3) -> dict:
     return {"seconds_per_window": min(seconds) / TIMED, "network_calls": len(calls) // rounds, "batch": TIMED}
 
 
-def curve(run: Run, pipeline: MicroDopplerPipeline, quality: QualityMeter) -> list[dict]:
+def curve(run: Run, pipeline: MicroDopplerPipeline, changes: dict) -> list[dict]:
     """Quality of windows sampled from the prior's snapshots, and last from the pipeline's prior, against the training
-    time, that of the codec included."""
+    time in minutes, that of the codec included. changes: of the preset's `Protocol`."""
     codec_seconds = read_history(run.path / "codec")[-1]["seconds"]
     history = {int(row["step"]): row["seconds"] for row in read_history(run.path / "prior")}
     final = {name: tensor.clone() for name, tensor in pipeline.prior.state_dict().items()}
@@ -265,8 +235,8 @@ def curve(run: Run, pipeline: MicroDopplerPipeline, quality: QualityMeter) -> li
     last, points = max(history), []
     for step in sorted({last, *(snapshots.keys() & history.keys())}):
         pipeline.prior.load_state_dict(final if step == last else load_file(snapshots[step]))
-        minutes = (codec_seconds + history[step]) / 60
-        points.append({"step": step, "minutes": minutes, **quality(sample_windows(pipeline, quality.windows))})
+        found = quality(run, sample_windows(pipeline, run.windows), run.path.parent / "classifiers", **changes)
+        points.append({"step": step, "minutes": (codec_seconds + history[step]) / 60, **found})
     pipeline.prior.load_state_dict(final)
     return points
 
@@ -279,3 +249,19 @@ def sample_windows(
     labels = torch.tensor([real.users.index(user) for user in generated.users])
     files = tuple(replace(real.files[0], user=user) for user in generated.users)
     return replace(real, images=to_uint8(generated.images), labels=labels, files=files)
+
+
+def quality(run: Run, generated: WindowSet, folder: Path, **changes) -> dict:
+    """identity (fraction of generated windows that are classified as their user) and fd_ratio.
+
+    folder: caches the classifiers, so that they are trained once for a split; changes: of the preset's `Protocol`.
+    """
+    protocol = Protocol(**{**run.preset.validation, **changes})
+    evidence = gather(run.windows, run.split, generated)
+    with bar(protocol.seeds, "classifiers of the curve", unit="classifier") as progress:
+        classifiers = unseen_classifiers(evidence, protocol, progress, folder)
+    arms = Arms(real_only_classifiers(evidence, protocol, folder), {}, 0.0)
+    return {
+        "identity": identity(evidence, classifiers)["accuracy"]["value"],
+        "fd_ratio": distances(evidence, arms)["fd_ratio"]["value"],
+    }

@@ -10,15 +10,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-from mdlib.data.windows import DataError, holds_users
-from mdlib.utils import DEADLINE, batch_run, require_room, room, size, whole_file
+from mdlib.data.windows import holds_users
+from mdlib.experiments.settings import read_record
+from mdlib.systems.machines import Gpu, gpus, preset_for
+from mdlib.utils import DEADLINE, DataError, batch_run, require_room, room, size, whole_file
 
 INPUT = Path("/kaggle/input")
+ROOT = Path(__file__).resolve().parents[2]  # of the repository, where relative paths of notebooks start
 REQUESTED = "MDLIB_ACCELERATOR"  # environment variable: the accelerator requested; a session without a GPU then stops
 HOURS = 12  # after which Kaggle ends a session and discards its files
 MARGIN = 30 * 60  # seconds before that end in which training stops and files are written
@@ -29,40 +30,11 @@ NO_GPU = (
 )
 
 
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    capability: tuple[int, int]
-    memory: int  # bytes
-
-
-def gpus() -> list[Gpu]:
-    """The GPUs that torch sees."""
-    if not torch.cuda.is_available():
-        return []
-    seen = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [Gpu(one.name, (one.major, one.minor), one.total_memory) for one in seen]
-
-
-def preset_for(found: Sequence[Gpu]) -> str:
-    """The preset for these GPUs, which names the precision too: fp16 from compute capability 7 on, else float32."""
-    if not found:
-        return "demo"
-    if found[0].capability[0] < 7:
-        return "p100"
-    if found[0].memory >= 14e9:
-        return "t4x2" if len(found) > 1 else "gpu-16gb"
-    return "gpu-8gb" if found[0].memory >= 7.5e9 else "gpu-6gb"
-
-
-def on_kaggle() -> bool:
-    return bool(os.environ.get("KAGGLE_KERNEL_RUN_TYPE"))
-
-
 def begin(out: str | Path = "", data: str = "") -> str:
     """On Kaggle: print what the session offers, set the time at which training stops, and find the inputs.
 
-    An attached run is copied to `out` where that holds none. Outside Kaggle nothing is done.
+    An attached run is copied to `out` where that holds none. Elsewhere a notebook that was opened in the repository
+    gets its root as working folder.
 
     Returns:
         The data folder: `data`, or the one among the inputs; "" where the run in `out` continues.
@@ -71,7 +43,9 @@ def begin(out: str | Path = "", data: str = "") -> str:
         DataError: a GPU was requested and is missing; several data folders, or runs with different settings, are
             attached.
     """
-    if not on_kaggle():
+    if not os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
+        if Path.cwd().is_relative_to(ROOT) and not batch_run():
+            os.chdir(ROOT)  # Jupyter starts a kernel in notebooks/
         return data
     found = gpus()
     end = float(os.environ.get(DEADLINE) or session_end())
@@ -104,20 +78,17 @@ def summary(found: Sequence[Gpu], end: float, free: int) -> str:
 def session_end() -> float:
     """When training has to stop, in seconds since 1970: MARGIN before the session is HOURS old.
 
-    The session starts with its first process. Where that is older than a session can be (the machine's own), this
-    process counts, or else the present.
+    A session starts with its first process or, where that is older than a session can be, with this one.
     """
     import psutil
 
-    now, start = time.time(), None
-    for process in (1, os.getpid()):
-        try:
-            created = psutil.Process(process).create_time()
-        except psutil.Error:
-            continue
-        if start is None and 0 <= now - created < HOURS * 3600:
-            start = created
-    return (now if start is None else start) + HOURS * 3600 - MARGIN
+    now = time.time()
+    starts = [now]
+    for process in (os.getpid(), 1):
+        with suppress(psutil.Error):
+            starts.append(psutil.Process(process).create_time())
+    start = next(start for start in reversed(starts) if 0 <= now - start < HOURS * 3600)
+    return start + HOURS * 3600 - MARGIN
 
 
 # ---- inputs
@@ -133,7 +104,9 @@ def find_data(root: Path) -> Path | None:
     siblings = {f.parent for f in holding if sum(g.parent == f.parent for g in holding) > 1}
     found = {f.parent if f.parent in siblings and _within_one_input(f.parent, root) else f for f in holding}
     if len(found) > 1:
-        raise DataError(f"several folders of windows are attached ({_joined(found)}): give one of them as data")
+        raise DataError(
+            f"several folders of windows are attached ({', '.join(map(str, sorted(found)))}): give one of them as data"
+        )
     return next(iter(found), None)
 
 
@@ -148,10 +121,12 @@ def find_run(root: Path) -> Path | None:
     Raises:
         DataError: there are runs with different settings.
     """
-    found = {folder: _record(folder) for folder in _folders(root) if (folder / "run.json").exists()}
+    found = {folder: read_record(folder) for folder in _folders(root) if (folder / "run.json").exists()}
     kinds = {json.dumps({**record["settings"], "data": ""}, sort_keys=True) for record in found.values()}
     if len(kinds) > 1:
-        raise DataError(f"runs with different settings are attached ({_joined(found)}): attach only one of them")
+        raise DataError(
+            f"runs with different settings are attached ({', '.join(map(str, sorted(found)))}): attach only one of them"
+        )
     # A later stage has all files of an earlier one, and more.
     return max(found, key=lambda f: (len(found[f]["steps"]), sum(1 for _ in f.rglob("*"))), default=None)
 
@@ -163,7 +138,7 @@ def copy_run(attached: Path, out: Path, root: Path) -> None:
         DataError: its windows are not attached.
         OSError: there is not enough room.
     """
-    record = _record(attached)
+    record = read_record(attached)
     if not Path(record["settings"]["data"]).is_dir():
         if not (data := find_data(root)):
             raise DataError(f"the run in {attached} read {record['settings']['data']}: attach its windows too")
@@ -184,21 +159,12 @@ def home() -> Path:
     Raises:
         DataError: it is in neither.
     """
-    here = Path(__file__).resolve().parents[2]
-    if (here / "check_environment.py").exists():
-        return here
+    if (ROOT / "check_environment.py").exists():
+        return ROOT
     if not (wheels := find_wheels(INPUT)):
-        raise DataError(f"check_environment.py is neither in {here} nor next to mdlib's wheels below {INPUT}")
+        raise DataError(f"check_environment.py is neither in {ROOT} nor next to mdlib's wheels below {INPUT}")
     ignored = shutil.ignore_patterns("*.whl")
     return Path(shutil.copytree(wheels, tempfile.mkdtemp(), ignore=ignored, dirs_exist_ok=True))
-
-
-def _record(run: Path) -> dict:
-    return json.loads((run / "run.json").read_text())
-
-
-def _joined(folders) -> str:
-    return ", ".join(map(str, sorted(folders)))
 
 
 def _folders(root: Path) -> Iterator[Path]:

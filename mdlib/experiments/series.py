@@ -6,9 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mdlib import __version__
-from mdlib.data.windows import DataError
-from mdlib.experiments.kaggle_session import gpus, preset_for
-from mdlib.utils import whole_file
+from mdlib.systems.machines import gpus, preset_for
+from mdlib.utils import DataError, whole_file
 
 
 def run_series(jobs: dict[str, Callable], settings: dict, collect: Callable, write: Callable) -> dict:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from mdlib.data.splits import PARTS, make_split, read_split, write_split
 from mdlib.data.splits import folds as number_of_folds
-from mdlib.data.windows import DataError, find_windows
+from mdlib.data.windows import find_windows
 from mdlib.evaluation.outcomes import Outcomes, compared, joined
 from mdlib.evaluation.protocol import verdict
-from mdlib.experiments.run import check_parameters, check_starts, execute
+from mdlib.experiments.execute import check_parameters, execute
+from mdlib.experiments.run import check_starts
 from mdlib.experiments.series import claim_folder, resolve_preset, run_series
 from mdlib.reports.study import write_study
-from mdlib.systems.registry import get_preset
+from mdlib.systems import get_preset
+from mdlib.utils import DataError
 
 FOLDS = number_of_folds()
 EXCLUDED = ("split", "windows_per_user", "classifiers")  # parameters that a study sets

@@ -10,7 +10,7 @@ from mdlib.data.windows import DataError, WindowSet, load_windows
 from mdlib.evaluation.evidence import Evidence, Protocol, concatenate, missing
 from mdlib.evaluation.protocol import evaluate, through_codec
 from mdlib.reports import plots
-from mdlib.systems.registry import load_codec
+from mdlib.systems import load_codec
 from mdlib.training.fit import read_history
 from mdlib.utils import whole_file
 

@@ -22,7 +22,7 @@ from mdlib.models.unet import LatentDiffusion
 from mdlib.models.vqdiffusion import VQDiffusion
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import MicroDopplerPipeline
-from mdlib.systems.registry import start_prior
+from mdlib.systems import start_prior
 
 USERS = 3
 

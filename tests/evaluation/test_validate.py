@@ -556,7 +556,7 @@ def test_codecs_of_different_sizes_are_not_compared(changes):
 
 
 def test_the_command_line_takes_a_rival(tmp_path, monkeypatch):
-    from mdlib.__main__ import app
+    from mdlib.cli import app
 
     codec = VQVAE(**CODEC, num_codes=8, code_dim=4).eval()
     monkeypatch.setattr("mdlib.pipeline.load_pipeline", lambda path: SimpleNamespace(codec=codec))

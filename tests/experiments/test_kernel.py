@@ -19,7 +19,7 @@ from mdlib import utils
 from mdlib.experiments import kaggle_session
 from mdlib.experiments.kaggle_session import Gpu, find_data, find_run, find_wheels, preset_for
 from mdlib.experiments.run import open_run
-from mdlib.systems.registry import SYSTEMS
+from mdlib.systems import SYSTEMS
 from mdlib.training.fit import fit, precision
 from mdlib.utils import bar
 

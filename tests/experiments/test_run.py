@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import torch
 
-from mdlib.__main__ import app, main
+from mdlib.cli import app, main
 from mdlib.data.splits import read_split, seen_beyond, write_split
 from mdlib.data.windows import DataError
 from mdlib.evaluation.filters import select_folder
@@ -21,7 +21,7 @@ from mdlib.experiments.run import NOTEBOOKS, execute, open_run
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import load_pipeline
 from mdlib.reports.report import load_rival, validate_folders
-from mdlib.systems.registry import SYSTEMS, load_codec, make_codec, make_prior
+from mdlib.systems import SYSTEMS, load_codec, make_codec, make_prior
 from mdlib.training.latents import encode_all
 
 ROOT = NOTEBOOKS.parent

@@ -6,7 +6,7 @@ import pytest
 from helpers import write_set
 from test_validate import evidence, windows
 
-from mdlib.__main__ import app
+from mdlib.cli import app
 from mdlib.data.splits import make_split, read_split, write_split
 from mdlib.data.windows import DataError, find_windows
 from mdlib.evaluation.evidence import Protocol

@@ -5,7 +5,7 @@ import torch
 
 from mdlib.data.windows import DataError
 from mdlib.evaluation.evidence import Protocol
-from mdlib.systems.registry import (
+from mdlib.systems import (
     SYSTEMS,
     get_preset,
     get_system,
