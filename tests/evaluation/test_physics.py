@@ -5,6 +5,7 @@ import pytest
 
 from mdlib.evaluation import gait_physics
 from mdlib.simulation import dataset
+from mdlib.simulation.radar import velocity_axis
 
 VELOCITY = np.linspace(-1.0, 4.0, 126)  # 4 cm/s
 DT = 0.05
@@ -24,10 +25,10 @@ def walker(torso=1.0, swing=0.10, step_s=0.6, peaks=(3.0, 3.0), columns=60):
 
 @pytest.fixture(scope="module")
 def simulated():
-    data = [dataset.simulate_recording(u, n_windows=40, preset="ti77_clock") for u in range(1, 32)]
+    data = [dataset.simulate_recording(u, n_windows=40, clock=True) for u in range(1, 32)]
     truth = {k: np.concatenate([d[1][k][::2] for d in data]) for k in data[0][1]}
     images = np.concatenate([d[0][::2] for d in data]) / 255
-    return images, truth, gait_physics.measure(images, dataset.velocity_axis("ti77_clock"), truth["dt"])
+    return images, truth, gait_physics.measure(images, velocity_axis(), truth["dt"])
 
 
 def test_a_drawn_walker_is_measured():
@@ -137,7 +138,7 @@ def test_walkers_are_plausible_and_noise_is_not(simulated):
     images, truth, metrics = simulated
     assert gait_physics.plausible(metrics).mean() > 0.8
     shuffled = np.random.default_rng(0).permuted(images, axis=2)
-    noise = gait_physics.measure(shuffled, dataset.velocity_axis("ti77_clock"), truth["dt"])
+    noise = gait_physics.measure(shuffled, velocity_axis(), truth["dt"])
     assert gait_physics.plausible(noise).mean() < 0.05
 
 
