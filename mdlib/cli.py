@@ -124,7 +124,7 @@ def study(
     numbers, given = _numbers("windows", windows, int), _checked(data, [system], preset, parameter)
     from mdlib.experiments.study import study as run_study
 
-    result = run_study(data, out, system, preset, numbers, folds=folds, parameters=given)
+    result = run_study(data, out, system, preset, numbers, folds, given)
     print("\n".join([str(out / "study.html"), *(row["verdict"]["sentence"] for row in result["rows"])]))
 
 
