@@ -127,13 +127,12 @@ def simulate_dataset(out, users=31, windows=150, size=256, seed=0, condition="no
     return out
 
 
-def colour(images, size=256):
-    """Intensities uint8 (N, rows, columns) → jet RGB (N, size, size, 3), each cell enlarged to a block."""
-    from mdlib.data.colormaps import colormap_table  # imports torch, which `simulate_recording` does without
+def colour(image, size):
+    """Intensities uint8 (rows, columns) → jet RGB (size, size, 3), each cell enlarged to a block."""
+    from mdlib.data.colormaps import colormap_table  # imports torch, which takes a second
 
-    _, rows, columns = images.shape
-    y, x = np.arange(size) * rows // size, np.arange(size) * columns // size
-    return colormap_table("jet")[images[:, y][:, :, x]]
+    y, x = (np.arange(size) * cells // size for cells in image.shape)
+    return colormap_table("jet")[image[y][:, x]]
 
 
 def _check(conditions, **numbers):
@@ -167,7 +166,7 @@ def _write(root, folder, user, recording, condition, size, images, truth, number
     rows = []
     for i, number in enumerate(numbers):
         path = folder / f"ID{user}_case{CONDITIONS.index(condition) + 1}_{recording}_Doppler{number}.png"
-        Image.fromarray(colour(images[i : i + 1], size)[0]).save(path, compress_level=1)
+        Image.fromarray(colour(images[i], size)).save(path, compress_level=1)
         where = path.relative_to(root).as_posix()
         row = dict(path=where, user=user, recording=recording, condition=condition, window=number)
         rows.append(row | {name: f"{values[i]:.6g}" for name, values in truth.items()})
@@ -186,8 +185,7 @@ def _simulate_run(rng, walker, height, condition, windows, away, clock):
     n = int(np.ceil((windows - 1) * hop)) + columns + 2 * MARGIN
     position = (np.arange(n) + 0.5) / hop
     knots = np.arange(int(position[-1]) + 2)
-    drift = gait.draw_window(rng, len(knots))
-    values = gait.combine(walker, drift)
+    values = gait.combine(walker, gait.draw_window(rng, len(knots)))
     values["speed"] = values["speed"] * np.interp(knots, position, _slow_down(rng, n, hop))
     g = gait.blend(gait.make_gait(values, height, condition), position)
     now = {k: np.interp(position, knots, v) for k, v in values.items() if v.ndim == 1}
@@ -205,8 +203,7 @@ def _simulate_run(rng, walker, height, condition, windows, away, clock):
     heading = np.radians(now["aspect"]) + (0 if away else np.pi)
     moments = np.array([-HALF_STEP, 0.0, HALF_STEP])
     joints = gait.skeleton(g, phase[:, None] + rate[:, None] * moments)
-    floor = _path(rng, g["speed"], dt, heading, away)
-    _seen_from_radar(joints, floor, heading, g["speed"], moments)
+    _seen_from_radar(rng, joints, g["speed"], dt, heading, moments, away)
 
     distance, amplitude = echoes(joints, rcs, now["girth"], "bag" in condition)
     trunk = distance[:, 1, CHEST]
@@ -237,18 +234,16 @@ def _slow_down(rng, columns, hop):
     return factor
 
 
-def _path(rng, speed, dt, heading, away):
-    """Floor positions (F, 2), radar at the origin, of a walk that stays about 3 m away or more."""
-    step = (speed * dt)[:, None] * np.stack([np.cos(heading), np.sin(heading)], 1)
-    walk = np.cumsum(step, 0)
+def _seen_from_radar(rng, joints, speed, dt, heading, moments, away):
+    """Move joints from the body frame into the radar's, in place, along a walk that stays about 3 m away or more.
+
+    speed, dt, heading: (F,); `moments` in s about the columns' centres.
+    """
+    direction = np.stack([np.cos(heading), np.sin(heading)], 1)
+    walk = np.cumsum((speed * dt)[:, None] * direction, 0)
     walk -= walk[len(walk) // 2]
     near = 3.0 + rng.uniform(0, 0.8)
-    return walk + (near + np.abs(walk[0 if away else -1, 0]), 0.0)
-
-
-def _seen_from_radar(joints, floor, heading, speed, moments):
-    """Move joints from the body frame into the radar's, in place; `moments` in s about the columns' centres."""
-    direction = np.stack([np.cos(heading), np.sin(heading)], 1)
+    floor = walk + (near + np.abs(walk[0 if away else -1, 0]), 0.0)
     origin = floor[:, None] + (speed[:, None] * moments)[..., None] * direction[:, None]
     cos, sin = direction[:, None, :1], direction[:, None, 1:]
     for name, q in joints.items():

@@ -1,5 +1,4 @@
-"""The folder kaggle/: metadata that pass the official client's checks, and the client against a local server in place of
-Kaggle."""
+"""The folder kaggle/: metadata that pass the official client's checks, and the client against a local server."""
 
 import importlib.util
 import json
@@ -291,8 +290,11 @@ def test_the_wheelhouse_installs_without_a_network(tmp_path, monkeypatch):
     target = tmp_path / "installed"
     house = [str(tmp_path / "house" / name) for name in wheels]
     wheelhouse.pip("install", "--no-index", "--no-deps", "--target", target, *house)
-    modules = {path.name for path in (ROOT / "mdlib").glob("*.py")}
-    assert {path.name for path in (target / "mdlib").glob("*.py")} == modules
+    sources, installed = (
+        {path.relative_to(root) for kind in ("*.py", "*.html") for path in root.rglob(kind)}
+        for root in (ROOT / "mdlib", target / "mdlib")
+    )
+    assert installed == sources, "rooms and templates, too"
     assert not (ROOT / "build").exists() or "mdlib" not in [path.name for path in (ROOT / "build").iterdir()]
 
 
