@@ -6,8 +6,6 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mdlib.experiments.settings import RunSettings
-
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 # The notebook whose output each continues from.
@@ -113,6 +111,8 @@ def write_kernel(kernel: Kernel, folder: Path, parameters: dict) -> Path:
 
 def _check_parameters(kernel: Kernel, parameters: dict, known: set[str]) -> None:
     """Refuse parameters that would be ignored: settings of a run are given to notebook 02, when the run starts."""
+    from mdlib.experiments.settings import RunSettings
+
     settings = ", ".join(sorted(parameters.keys() & {one.name for one in fields(RunSettings)}))
     if settings and kernel.notebook[:2] in ("03", "04"):
         raise Stop(f"{settings}: settings of a run are given to notebook 02")

@@ -56,7 +56,7 @@ def test_every_command_told_is_one_that_is_taken(page, tmp_path, monkeypatch):
             preset = open_run(run).preset
             codec = make_codec(preset, 1, 2)
             codec.save_pretrained(run / "pipeline" / "codec")
-            make_prior(parameters["system"], preset, codec, 2).save_pretrained(run / "pipeline" / "prior")
+            make_prior(open_run(run).settings["system"], preset, codec, 2).save_pretrained(run / "pipeline" / "prior")
             (run / "pipeline" / "model_index.json").touch()
 
     def prepared(data, out, systems, preset, *rest):
@@ -64,12 +64,12 @@ def test_every_command_told_is_one_that_is_taken(page, tmp_path, monkeypatch):
             get_preset(system, preset)
         return {"conclusions": {}, "systems": {}}
 
-    def studied(data, out, system, preset, *rest):
+    def studied(data, out, system, preset, *rest, **options):
         get_preset(system, preset)
         return {"rows": []}
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mdlib.experiments.run._execute_one", executed)
+    monkeypatch.setattr("mdlib.experiments.execute._execute_one", executed)
     monkeypatch.setattr("mdlib.simulation.dataset.simulate_dataset", simulated)
     monkeypatch.setattr("mdlib.experiments.compare.compare", prepared)
     monkeypatch.setattr("mdlib.experiments.study.study", studied)

@@ -23,7 +23,7 @@ from mdlib.experiments.settings import (
     read_record,
 )
 from mdlib.pipeline import load_pipeline
-from mdlib.systems import get_system
+from mdlib.systems import System, get_system
 from mdlib.training.fit import read_history
 from mdlib.training.launch import python_path
 from mdlib.utils import DataError
@@ -51,10 +51,12 @@ def execute(
     """
     out = Path(out).absolute()
     wanted, names = check_request(out, parameters, first, last, **given)
+    _check_sampling(out, get_system(wanted.system), parameters)
+    if not first:
+        _check_done(out, names, parameters)
     if extend:
         extended(out, wanted)
     run = open_run(out, **wanted.to_dict())
-    _check_sampling(run, parameters)
     if first:
         _forget(run.path, [name for name in run.system.notebooks if name[:2] >= first])
     common = {**parameters, **run.settings, "out": str(run.path)}
@@ -88,18 +90,31 @@ def check_parameters(system: str, parameters: dict) -> None:
     check_names(parameters, get_system(system).notebooks)
 
 
-def _check_sampling(run: Run, parameters: dict) -> None:
-    """DataError where the run's prior does not take one of notebook 05's options among the parameters."""
+def _check_sampling(out: Path, system: System, parameters: dict) -> None:
+    """DataError where the prior does not take one of notebook 05's options among the parameters."""
     own = notebook_parameters("05_generate").keys() - NO_SAMPLING
     options = {key: value for key, value in parameters.items() if key in own and value}
-    known = run.system.sampling_options()
+    known = system.sampling_options()
     if unknown := ", ".join(sorted(options.keys() - known)):
         raise DataError(f"this prior has no sampling option {unknown}; there are {', '.join(sorted(known))}")
     asked = {key: parameters[key] for key in ("users", "conditions") if parameters.get(key)}
-    if (options or asked) and (run.path / "pipeline" / "model_index.json").exists():
-        pipeline = load_pipeline(run.path / "pipeline")
+    if (options or asked) and (out / "pipeline" / "model_index.json").exists():
+        pipeline = load_pipeline(out / "pipeline")
         pipeline.check_options(options)
         pipeline.plan(asked.get("users", []), 1, 0, asked.get("conditions"))
+
+
+def _check_done(out: Path, names: tuple[str, ...], parameters: dict) -> None:
+    """DataError where a notebook that is done ran with other values than the parameters."""
+    done = read_record(out)["steps"] if (out / "run.json").exists() else {}
+    for name in names:
+        page = out / "notebooks" / f"{name}.ipynb"
+        if name not in done or not page.exists():
+            continue
+        ran = json.loads(page.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
+        own = parameters.keys() & notebook_parameters(name).keys() - defaults().keys()
+        if ignored := ", ".join(sorted(key for key in own if ran.get(key) != parameters[key])):
+            raise DataError(f"{name} is done and would ignore {ignored}: add --from {name[:2]} to run it again")
 
 
 def extended(out: Path, wanted: RunSettings) -> None:
@@ -171,9 +186,9 @@ def _execute_one(name: str, out: Path, values: dict) -> None:
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
             )
+        except KeyboardInterrupt:
+            raise DataError(f"{name} was interrupted: give the same command again, and it continues") from None
         except papermill.PapermillExecutionError as error:
-            if error.ename == "KeyboardInterrupt":
-                raise KeyboardInterrupt from None
             cause = " ".join(str(error.evalue).split())
             raise DataError(f"{name} stopped: {error.ename}: {cause} (see {target})") from error
         except RuntimeError as error:  # nbclient's DeadKernelError is one

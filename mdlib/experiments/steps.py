@@ -1,8 +1,8 @@
 """The two stages of a run: its codec, and its prior over the codec's latents or tokens.
 
 Notebooks build them here, and so does each of the processes that train together on several GPUs
-(`python -m mdlib.experiments.steps RUN codec`, started by `train_stage`). The codec's teacher and the prior's inputs
-are computed once, by the notebook, and saved in the run folder.
+(`python -m mdlib.experiments.steps RUN codec`, started by `train_stage`). The notebook computes the codec's teacher and
+the prior's inputs once and saves them in the run folder.
 """
 
 import argparse

@@ -123,7 +123,7 @@ class System:
     @property
     def preset_names(self) -> tuple[str, ...]:
         """Sizes and machines; besides them there are "auto" and "size@machine"."""
-        return (*self.sizes, *MACHINES)
+        return (*self.sizes, *(MACHINES if "base" in self.sizes else ()))
 
     @property
     def presets(self) -> dict[str, "Preset"]:
