@@ -53,14 +53,13 @@ def split(
     test: float = 0.25,
     gap: Annotated[int, typer.Option(help="windows between the parts")] = 4,
     windows_per_user: Annotated[int, typer.Option(help="training windows of each user; 0 takes all")] = 0,
-    extensions: str = "png,jpg,jpeg",
 ):
     """Split by recording and time, so that no windows of different parts overlap."""
     check_data(data)
     from mdlib.data.splits import make_split, split_summary, write_split
     from mdlib.data.windows import find_windows
 
-    files = find_windows(data, extensions=[part.strip(" .") for part in extensions.split(",")])
+    files = find_windows(data)
     parts = make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
     write_split(parts, out)
     print(f"{out}: {_count(len(parts['users']), 'user')}, {split_summary(parts)}")

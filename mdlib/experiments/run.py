@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from mdlib import __version__
-from mdlib.data.splits import STARTS, apply_split, chosen, make_split, read_split, seen_of_test, write_split
+from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, seen_of_test, write_split
 from mdlib.data.windows import WindowSet, find_windows, load_windows
 from mdlib.experiments.settings import RunSettings, defaults, read_record
 from mdlib.models.foundation import load_foundation
@@ -108,7 +108,7 @@ class Run:
         return {
             **{key: self.settings[key] for key in ("system", "preset", "seed")},
             "data": Path(self.settings["data"]).name,
-            "training windows are": chosen(self.split),
+            "training windows are": describe_training(self.split),
             "device": device_name(),
             "time": ", ".join(f"{name} {step['seconds']:.0f} s" for name, step in steps.items()),
         }
