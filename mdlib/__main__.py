@@ -173,7 +173,6 @@ def validate(
     out: Annotated[Path, typer.Option(help="folder for report.json and report.html")],
     size: Annotated[int, typer.Option(help="pixels a side at which windows are compared")] = 64,
     pipeline: Annotated[Path | None, typer.Option(help="RUN/pipeline, for codec and codebook")] = None,
-    rival: Annotated[Path | None, typer.Option(help="RUN/codec of the other kind, VQ or KL")] = None,
     channels: Annotated[int, typer.Option(help="1: intensity, 3: RGB as it is")] = 1,
     colormap: Annotated[str, typer.Option(help="of the real images")] = "auto",
     evaluation_steps: Annotated[int, typer.Option(help="optimizer steps of each judge")] = 400,
@@ -189,7 +188,7 @@ def validate(
         evaluation_steps=evaluation_steps, seeds=seeds, reference=reference, keep=_numbers("keep", keep, float)
     )
     protocol["counts"] = _numbers("counts", counts, int) or None
-    report = validate_folders(real, generated, split, out, size, pipeline, channels, colormap, rival, **protocol)
+    report = validate_folders(real, generated, split, out, size, pipeline, channels, colormap, **protocol)
     print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
 
 

@@ -48,12 +48,11 @@ class Evidence:
 
     train: what the generator was trained on; val chose its checkpoints; test was kept for the end.
     generated: windows of the same users; codec: the pipeline's, or None when only folders are at hand.
-    rival: a codec of the other kind (KL beside VQ), trained on the same windows at the same latent grid.
     spare: more real windows from the time of the training windows, which the generator was not trained on; they may
     share steps with training windows. The arms real_x2 … alone are trained on them.
 
     Raises:
-        DataError: a rival of another size or latent grid.
+        DataError: a conditional codec of another number of users.
     """
 
     train: WindowSet
@@ -62,20 +61,12 @@ class Evidence:
     generated: WindowSet
     gap: int
     codec: torch.nn.Module | None = None
-    rival: torch.nn.Module | None = None
     spare: WindowSet | None = None
 
     def __post_init__(self):
-        for codec in (self.codec, self.rival):
-            if codec is not None and codec.conditional and codec.config.num_users != self.train.num_users:
-                raise DataError(
-                    f"the codec was told {codec.config.num_users} users, these windows are of {self.train.num_users}"
-                )
-        if self.codec is None or self.rival is None:
-            return
-        codec, rival = (_sizes(one) for one in (self.codec, self.rival))
-        if codec != rival:
-            raise DataError(f"codec ({codec}) and rival ({rival}) differ: train both at one size and one latent grid")
+        codec, users = self.codec, self.train.num_users
+        if codec is not None and codec.conditional and codec.config.num_users != users:
+            raise DataError(f"the codec was trained with {codec.config.num_users} users, these windows have {users}")
 
 
 def time_blocks(windows: WindowSet, gap: int) -> np.ndarray:
@@ -186,8 +177,3 @@ def scored(correct: np.ndarray, blocks: np.ndarray) -> dict:
 def bootstrapped(values: np.ndarray, blocks: np.ndarray) -> dict:
     """Mean of a per-window value, with its block-bootstrap interval."""
     return figure(float(values.mean()), len(values), metrics.interval(metrics.block_bootstrap(values, blocks)))
-
-
-def _sizes(codec: torch.nn.Module) -> str:
-    size, (rows, columns) = codec.config.image_size, codec.latent_shape[1:]
-    return f"{size}×{size} pixels, channels {codec.config.in_channels}, latent grid {rows}×{columns}"

@@ -5,7 +5,6 @@ a 95 % interval; those of whole sets (Fréchet distance, precision, silhouette, 
 none, because redrawing windows would bias them. What was not measured is null with its reason.
 """
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from mdlib.evaluation.augmentation_study import (
     train_arms,
     unseen_classifiers,
 )
-from mdlib.evaluation.codec_quality import choose_codec
 from mdlib.evaluation.conditions import conditions
 from mdlib.evaluation.evidence import (
     Evidence,
@@ -110,17 +108,15 @@ def reconstruction(evidence: Evidence, arms: Arms) -> dict:
     the codec was trained on and no others, before and after the codec's round trip."""
     names = ("psnr_db", "ssim", "identity_accuracy", "identity_accuracy_before")
     if evidence.codec is None:
-        return missing(*names, "rival_psnr_db", "codec_choice", *OTHER_LABEL, reason="no codec was given")
+        return missing(*names, *OTHER_LABEL, reason="no codec was given")
     test, blocks = evidence.test, chance_blocks(evidence.test, evidence.gap)
     outputs = through_codec(evidence.codec, test.images, test.labels)
     after = correctness(arms.real_only, to_uint8(outputs), test.labels)
-    psnr = bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks)
     return {
-        "psnr_db": psnr,
+        "psnr_db": bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks),
         "ssim": bootstrapped(metrics.ssim(outputs, test.float()).numpy(), blocks),
         "identity_accuracy": scored(after, blocks),
         "identity_accuracy_before": scored(arms.correct["real_only"], blocks),
-        **codec_choice(evidence, psnr["value"]),
         **other_label(evidence, arms),
     }
 
@@ -136,23 +132,6 @@ def other_label(evidence: Evidence, arms: Arms) -> dict:
     taken = correctness(arms.real_only, to_uint8(outputs), other).mean(0)
     found = (metrics.psnr(outputs, test.float()).numpy(), taken)
     return {name: bootstrapped(values, blocks) for name, values in zip(OTHER_LABEL, found, strict=True)}
-
-
-def codec_choice(evidence: Evidence, psnr_db: float) -> dict:
-    """The rival's PSNR on test windows, and VQ or KL by the rule of `quality.choose_codec`; psnr_db: of
-    evidence.codec on the same windows."""
-    codec, rival, test = evidence.codec, evidence.rival, evidence.test
-    if rival is None:
-        return missing("rival_psnr_db", "codec_choice", reason="no rival codec was given")
-    made = through_codec(rival, test.images, test.labels)
-    found = bootstrapped(metrics.psnr(made, test.float()).numpy(), chance_blocks(test, evidence.gap))
-    if _has_tokens(codec) == _has_tokens(rival):
-        return {"rival_psnr_db": found, **missing("codec_choice", reason="both codecs are of one kind")}
-    vq, vq_psnr, kl_psnr = (codec, psnr_db, found["value"]) if _has_tokens(codec) else (rival, found["value"], psnr_db)
-    usage = codebook(replace(evidence, codec=vq))["usage"]
-    choice = choose_codec({"psnr_db": vq_psnr, "usage": usage["value"]}, {"psnr_db": kl_psnr})
-    counted = {"n": len(test), "usage_n": usage["n"], "rival_psnr_db": found}
-    return {"rival_psnr_db": found, "codec_choice": {"value": choice["choice"], **choice, **counted}}
 
 
 @torch.no_grad()

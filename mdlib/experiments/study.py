@@ -65,8 +65,6 @@ def study(
         raise DataError(f"counts must be whole numbers of 1 or more, got {list(counts)}")
     if not isinstance(folds, int) or not 1 <= folds <= FOLDS:
         raise DataError(f"folds must be a whole number from 1 to {FOLDS}, got {folds}")
-    if folds > 1 and given.get("rival"):
-        raise DataError("rival is of one split, and folds have several: leave one of them out")
     files = find_windows(data)
     splits = {
         (k, fold): make_split(files, windows_per_user=k, contiguous=contiguous, fold=fold)

@@ -10,7 +10,6 @@ from mdlib.data.windows import DataError, WindowSet, load_windows
 from mdlib.evaluation.evidence import Evidence, Protocol, concatenate, missing
 from mdlib.evaluation.protocol import evaluate, through_codec
 from mdlib.reports import plots
-from mdlib.systems.registry import load_codec
 from mdlib.training.fit import read_history
 from mdlib.utils import whole_file
 
@@ -61,7 +60,6 @@ _SECTIONS = {
         "What does the codec keep?",
         "On test windows, intensity in [0, 1]. identity_accuracy: the real-only classifiers after "
         "the codec's round trip, beside before. "
-        "rival_psnr_db: of a codec given beside this one; codec_choice: VQ or KL, where it is of the other kind. "
         "other_label: of a codec that is told users when it is told a wrong one; taken: how often its output then "
         "passes for that other user.",
     ),
@@ -166,24 +164,19 @@ def validate_folders(
     pipeline: str | Path | None = None,
     channels: int = 1,
     colormap: str = "auto",
-    rival: str | Path | None = None,
     **protocol,
 ) -> dict:
     """The protocol over folders of images: load, evaluate, write the report into `out`; returns the report.
 
     Args:
         pipeline: where given, its codec adds the reconstruction and codebook figures, at its own size and channels.
-        rival: codec/ folder of a run with the other kind of codec (VQ, KL); adds which of the two to take.
         channels, colormap: how the real images are read, see `mdlib.data.windows.load_windows`.
         protocol: fields of `evidence.Protocol`.
 
     Raises:
-        DataError: users of the two folders differ, the split does not fit, the generator has seen its test windows, or
-            the rival's size does not fit.
+        DataError: users of the two folders differ, the split does not fit, or the generator has seen its test windows.
     """
     codec = None
-    if rival and not pipeline:
-        raise DataError("a rival codec stands beside the pipeline's own: give --pipeline too")
     if pipeline:
         from mdlib.pipeline import load_pipeline
 
@@ -197,35 +190,17 @@ def validate_folders(
         if others := seen_beyond(weights, terms, real):
             about["not by the split's training windows alone"] = f"{weights} comes from {others} others too"
     windows = load_windows(real, size=size, channels=channels, colormap=colormap)
-    evidence = gather(windows, terms, load_generated(generated, windows), codec, rival)
+    evidence = gather(windows, terms, load_generated(generated, windows), codec)
     report = evaluate(evidence, Protocol(**protocol), about)
     write_report(report, evidence, out)
     return report
 
 
-def gather(
-    windows: WindowSet, split: dict, generated: WindowSet, codec=None, rival: str | Path | None = None
-) -> Evidence:
-    """What the protocol needs, from a set, its split and the generated windows.
-
-    rival: codec/ folder of a run with the other kind of codec than `codec`, see `Evidence`.
-    """
+def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None) -> Evidence:
+    """What the protocol needs, from a set, its split and the generated windows."""
     gap = max(OVERLAP, split.get("gap", OVERLAP))  # a split may ignore the overlap; an interval may not
-    other = load_rival(rival, split).to(codec.device) if rival else None
     parts, spare = apply_split(windows, split), spare_windows(windows, split)
-    return Evidence(**parts, generated=generated, gap=gap, codec=codec, rival=other, spare=spare)
-
-
-def load_rival(path: str | Path, split: dict):
-    """The codec of folder `path`, which lies in the folder of the run that trained it.
-
-    Raises:
-        DataError: no codec there, or its run trained it on windows that `split` keeps for the test.
-    """
-    codec = load_codec(path)
-    if seen := seen_of_test(path, split):
-        raise DataError(f"{path} was trained on {seen} of the test windows: train it on the same split")
-    return codec
+    return Evidence(**parts, generated=generated, gap=gap, codec=codec, spare=spare)
 
 
 def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:

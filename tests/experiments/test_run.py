@@ -1,7 +1,6 @@
 """From a folder of windows to a report, through the notebooks and the command line."""
 
 import csv
-import html
 import json
 import re
 import shutil
@@ -20,7 +19,7 @@ from mdlib.evaluation.filters import select_folder
 from mdlib.experiments.run import NOTEBOOKS, execute, open_run
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import load_pipeline
-from mdlib.reports.report import load_rival, validate_folders
+from mdlib.reports.report import validate_folders
 from mdlib.systems.registry import SYSTEMS, load_codec, make_codec, make_prior
 from mdlib.training.latents import encode_all
 
@@ -53,8 +52,7 @@ def denoised(story):
         "-p",
         'prior_options={"prediction": "epsilon", "schedule": "scaled_linear"}',
     ]
-    rival = ["-p", f"rival={out / 'first' / 'codec'}"]
-    first = mdlib("run", *common, "--system", "vae-diffusion", "--out", out / "kl", *extra, *rival)
+    first = mdlib("run", *common, "--system", "vae-diffusion", "--out", out / "kl", *extra)
     second = mdlib("run", *common, "--system", "vavae-dit", "--out", out / "va", "-p", "user_codec=true")
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     compared = {name: out / "compared" / name for name in ("vqvae-ldm", "vq-diffusion")}
@@ -183,15 +181,6 @@ def test_a_notebook_of_another_system_is_refused(denoised, finished):
     open_run(denoised["vqvae-ldm"]).expect("04_train_diffusion")
 
 
-def test_a_rival_that_saw_the_test_windows_is_refused(denoised, tmp_path):
-    codec = shutil.copytree(denoised["vqvae-ldm"] / "codec", tmp_path / "codec")
-    split = read_split(denoised["vqvae-ldm"] / "split.json")
-    assert load_rival(codec, split).num_codes == 16
-    write_split({**split, "train": split["test"], "test": split["train"]}, tmp_path / "split.json")
-    with pytest.raises(DataError, match="was trained on 39 of the test windows: train it on the same split"):
-        load_rival(codec, split)
-
-
 def test_windows_of_a_generator_that_saw_the_test_are_refused(denoised, tmp_path):
     """Judged by another split a copier would shine."""
     run = denoised["vqvae-ldm"]
@@ -222,16 +211,6 @@ def test_a_folder_of_kept_windows_is_one_of_generated_ones(denoised, tmp_path):
     for wrong, says in (({"by": "beauty"}, "by must be one of confidence"), ({"share": 0}, "keep must be a share")):
         with pytest.raises(DataError, match=says):
             select_folder(data, run / "generated", run / "split.json", tmp_path / "none", **wrong)
-
-
-def test_the_two_kinds_of_codec_stand_side_by_side(denoised, finished):
-    out = denoised["vae-diffusion"]
-    report, other = (json.loads((folder / "report.json").read_text()) for folder in (out, finished[0]))
-    choice = report["reconstruction"]["codec_choice"]
-    assert choice["kl_psnr_db"] == pytest.approx(report["reconstruction"]["psnr_db"]["value"])
-    assert choice["vq_psnr_db"] == pytest.approx(other["reconstruction"]["psnr_db"]["value"])
-    assert choice["value"] in ("vq", "kl") and choice["sentence"] in html.unescape((out / "report.html").read_text())
-    assert other["reconstruction"]["codec_choice"]["reason"] == "no rival codec was given"
 
 
 def test_samplers_are_chosen_by_name_and_a_grid_is_drawn(denoised, here, tmp_path):

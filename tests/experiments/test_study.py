@@ -175,7 +175,6 @@ def test_the_command_line_tells_every_verdict(people, tmp_path, runs, capsys):
         (dict(counts=(0,)), "counts must be whole numbers of 1 or more"),
         (dict(folds=5), "folds must be a whole number from 1 to 4, got 5"),
         (dict(folds=0), "folds must be a whole number from 1 to 4, got 0"),
-        (dict(folds=2, parameters={"rival": "other/codec"}), "rival is of one split"),
         (dict(parameters={"split": "mine.json"}), "split is no parameter of a study"),
         (dict(parameters={"windows": 3}), "no notebook has a parameter 'windows'"),
         (dict(system="vae"), "unknown system 'vae'"),
