@@ -46,6 +46,7 @@ from mdlib.training.latents import encode_all
 from mdlib.utils import bar
 
 PAIRS_SHOWN = 6  # generated windows shown beside their nearest training window
+NEAR_CHANCE = 0.1  # accuracy of real only, corrected for chance, below which the verdict says that it is near chance
 COPIED = 0.1  # share of copies from which the verdict warns; one in a hundred is expected by chance
 OTHER_LABEL = ("psnr_db_other_label", "taken_for_other_label")
 
@@ -216,7 +217,8 @@ def physics(evidence: Evidence) -> dict:
 def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     """helps / no evidence / hurts, from the interval of the gain, and one sentence a person can read.
 
-    The sentence also says where other people might not gain, and what the reference classifier found.
+    The sentence also names chance where real windows alone come near it, explains an interval for other people that
+    disagrees with the verdict, and gives the gain by the reference classifier.
     leak: share of test windows that overlap a training window; copied: share of generated windows that are copies of
     training windows, where one in a hundred is chance. The sentence warns of either.
     """
@@ -237,9 +239,21 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
         f"(gain {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
         f"{seeds}, {real['n']} test windows{of_folds})."
     )
+    users = max(2, len(augmentation["per_user"]))
+    if (real["value"] - 1 / users) / (1 - 1 / users) < NEAR_CHANCE:
+        sentence = (
+            f"Too early to say: real windows alone reach {100 * real['value']:.1f} %, where chance is "
+            f"{100 / users:.1f} % ({users} users); train the classifiers longer or give more real windows. {sentence}"
+        )
     others, reference = (augmentation.get(name, {}) for name in ("gain_other_users", "resnet18_gain"))
-    if word == "helps" and others.get("ci95") and others["ci95"][0] <= 0:
+    excludes_zero = others.get("ci95") and not others["ci95"][0] <= 0 <= others["ci95"][1]
+    if word == "helps" and others.get("ci95") and not excludes_zero:
         sentence += f" Whether other people than these would gain is open ({_points(others)})."
+    if word == "no evidence" and excludes_zero:
+        sentence += (
+            f" The gain for other people ({_points(others)}) excludes 0 all the same, because its interval resamples "
+            "users, whose gains are alike here, and the verdict's resamples test windows and classifier seeds."
+        )
     if reference.get("value") is not None:
         sentence += f" By ResNet-18 the gain is {_points(reference)}."
     if leak:
