@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mdlib.data.splits import apply_split, chosen, read_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.data.windows import DataError, WindowSet, load_windows
-from mdlib.evaluation.evidence import Evidence, Protocol, concatenate, missing
+from mdlib.evaluation.evidence import Evidence, Protocol
+from mdlib.evaluation.intervals import missing
 from mdlib.evaluation.protocol import evaluate, through_codec
 from mdlib.reports import plots
 from mdlib.training.fit import read_history
@@ -219,7 +220,7 @@ def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:
 
 
 def _pictures(report: dict, evidence: Evidence) -> dict[str, list[bytes]]:
-    real = concatenate(evidence.val, evidence.test)
+    real = evidence.unseen
     shown = [user for user in real.users if user in {file.user for file in evidence.generated.files}][:6]
     pictures = {
         "augmentation": [plots.arms(report["augmentation"]), *_curves(report["augmentation"])],

@@ -14,8 +14,8 @@ import torch
 from IPython.display import display
 
 from mdlib.data.windows import DataError, WindowFile, WindowSet, count, to_uint8
-from mdlib.evaluation.codebook import Codebook, survey
-from mdlib.evaluation.neighbours import nearest_train
+from mdlib.evaluation.codec_quality import Codebook, survey
+from mdlib.evaluation.metrics import nearest_train
 from mdlib.pipeline import MicroDopplerPipeline, copy_windows
 from mdlib.reports import plots
 from mdlib.utils import batch_run
