@@ -300,7 +300,7 @@ def code_tiles(book, codes: list[int], columns: int = 16) -> Figure:
 def code_card(book, code: int) -> Figure:
     """One code: what it decodes to and stands for, its cells in the grid, who uses it, and windows with it marked.
 
-    book: of `mdlib.evaluation.codebook.survey`.
+    book: of `mdlib.evaluation.codec_quality.survey`.
     """
     windows, times, users = book.windows, int(book.times[code]), book.windows.users
     figure = Picture(figsize=(9.0, 3.7), layout="constrained")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from mdlib.data.splits import apply_split, chosen, read_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.data.windows import DataError, WindowSet, load_windows, to_float
-from mdlib.evaluation.evidence import Evidence, Protocol, absent, concatenate
+from mdlib.evaluation.evidence import Evidence, Protocol
+from mdlib.evaluation.intervals import absent
 from mdlib.evaluation.protocol import evaluate, through_codec
 from mdlib.reports import pages, plots
 from mdlib.training.fit import read_history
@@ -111,7 +112,7 @@ def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:
 
 def _charts(report: dict, evidence: Evidence) -> dict[str, plots.Figure]:
     augmentation, physics = report["augmentation"], report["physics"]
-    real, generated = concatenate(evidence.val, evidence.test), evidence.generated
+    real, generated = evidence.unseen, evidence.generated
     shown = [user for user in real.users if len(generated.of_user(user))][:6]
     charts = {
         "headline": plots.accuracies(augmentation, plots.HEADLINE),

@@ -1,4 +1,4 @@
-"""Interactive views: thin layers over functions of `codebook`, `pipeline` and `plots`.
+"""Interactive views: thin layers over functions of `codec_quality`, `pipeline` and `plots`.
 
 A view is shown together with a picture of it: where nothing is live (HTML, GitHub) the picture stands; a batch run
 shows the picture alone. Only what ipywidgets 7 and 8 share is used.
@@ -14,8 +14,8 @@ import torch
 from IPython.display import display
 
 from mdlib.data.windows import DataError, WindowFile, WindowSet, count, to_uint8
-from mdlib.evaluation.codebook import Codebook, survey
-from mdlib.evaluation.neighbours import nearest_train
+from mdlib.evaluation.codec_quality import Codebook, survey
+from mdlib.evaluation.metrics import nearest_train
 from mdlib.pipeline import MicroDopplerPipeline, copy_windows
 from mdlib.reports import plots
 from mdlib.utils import batch_run

@@ -11,8 +11,8 @@ from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 
 from mdlib.data.windows import WindowFile, WindowSet, to_uint8
-from mdlib.evaluation.codebook import survey
-from mdlib.evaluation.neighbours import nearest_train
+from mdlib.evaluation.codec_quality import survey
+from mdlib.evaluation.metrics import nearest_train
 from mdlib.models.transformer import TokenPrior
 from mdlib.models.unet import LatentDiffusion
 from mdlib.models.vqvae import VQVAE
