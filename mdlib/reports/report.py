@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mdlib.data.splits import apply_split, chosen, read_split, seen_beyond, seen_of_test, spare_windows
+from mdlib.data.splits import apply_split, describe_training, read_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.data.windows import DataError, WindowSet, load_windows, to_float
 from mdlib.evaluation.evidence import Evidence, Protocol
 from mdlib.evaluation.intervals import absent
@@ -80,7 +80,8 @@ def validate_folders(
         codec = load_pipeline(pipeline).codec
         size, channels = codec.config.image_size, codec.config.in_channels
     parts = read_split(split)
-    about = {"real": str(real), "generated": str(generated), "split": str(split), "training windows are": chosen(parts)}
+    about = {"real": str(real), "generated": str(generated), "split": str(split)}
+    about["training windows are"] = describe_training(parts)
     for weights in filter(None, (generated, pipeline)):
         if seen := seen_of_test(weights, parts, real):
             raise DataError(f"{weights} was trained on {seen} of the test windows: evaluate it with its own split")
