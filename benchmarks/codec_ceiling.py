@@ -14,12 +14,13 @@ from types import SimpleNamespace
 
 import torch
 
-from mdlib.data.splits import make_split, seen_beyond, spare_windows
+from mdlib.data.splits import make_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.data.windows import DataError, WindowSet, find_windows, load_windows, to_uint8
 from mdlib.evaluation.augmentation_study import augmentation, evenly_spaced, train_arms
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.protocol import through_codec
-from mdlib.reports.report import gather, load_rival
+from mdlib.reports.report import gather
+from mdlib.systems import load_codec
 
 
 def main() -> None:
@@ -32,7 +33,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     args = parser.parse_args()
     split = make_split(find_windows(args.data), windows_per_user=args.windows)
-    network = load_rival(args.codec, split).eval()
+    network = load_codec(args.codec).eval()
+    if seen := seen_of_test(args.codec, split):
+        raise DataError(f"{args.codec} was trained on {seen} of the test windows: train it on the same split")
     if seen := seen_beyond(args.codec, split, args.data):
         raise DataError(
             f"{args.codec} has seen {seen} of the further windows: take that of windows_per_user={args.windows}"

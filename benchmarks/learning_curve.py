@@ -12,7 +12,8 @@ from mdlib.data.splits import apply_split, make_split
 from mdlib.data.windows import load_windows
 from mdlib.evaluation.augmentation_study import correctness
 from mdlib.evaluation.classifiers import train_classifier, train_each
-from mdlib.evaluation.evidence import chance_blocks, scored
+from mdlib.evaluation.evidence import chance_blocks
+from mdlib.evaluation.intervals import scored
 from mdlib.models.classifier import SmallCNN
 
 

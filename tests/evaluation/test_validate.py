@@ -1,6 +1,5 @@
 """The ruler itself: what is fed in decides what it says."""
 
-import html
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,13 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import write_set
 
 from mdlib.data.windows import DataError, WindowFile, WindowSet
 from mdlib.evaluation import augmentation_study as arms_file
 from mdlib.evaluation import classifiers as classifiers_file
 from mdlib.evaluation import fidelity as fidelity_file
-from mdlib.evaluation import metrics
 from mdlib.evaluation import verification as verification_file
 from mdlib.evaluation.augmentation_study import (
     Arms,
@@ -38,10 +35,9 @@ from mdlib.evaluation.evidence import (
     halves,
 )
 from mdlib.evaluation.fidelity import fidelity, pairs_apart
-from mdlib.evaluation.protocol import codec_choice, evaluate, memorisation, other_label, through_codec, verdict
+from mdlib.evaluation.protocol import evaluate, memorisation, other_label, verdict
 from mdlib.evaluation.verification import Trials, folds, verification
 from mdlib.models.classifier import Embedder, ResNet18, SmallCNN, features
-from mdlib.models.kl import KLVAE
 from mdlib.models.perceptual import INCEPTION, LPIPS_BACKBONES
 from mdlib.models.vavae import VAVAE
 from mdlib.models.vqvae import VQVAE
@@ -494,30 +490,6 @@ def test_features_come_in_batches():
 CODEC = dict(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4)
 
 
-def test_two_codecs_of_different_kinds_are_compared():
-    torch.manual_seed(0)
-    vq, kl = VQVAE(**CODEC, num_codes=8, code_dim=4).eval(), KLVAE(**CODEC).eval()
-    made = windows(5, 7)
-    choice = codec_choice(evidence(made, codec=vq, rival=kl), psnr_db=40.0)["codec_choice"]
-    assert choice["vq_psnr_db"] == 40 and choice["kl_psnr_db"] == choice["rival_psnr_db"]["value"] < 30
-    assert choice["choice"] == ("vq" if choice["usage"] > 0.8 else "kl")
-    assert choice["n"] == 100 and choice["usage_n"] == 4 * 37
-    swapped = codec_choice(evidence(made, codec=kl, rival=vq), psnr_db=40.0)["codec_choice"]
-    assert swapped["kl_psnr_db"] == 40 and swapped["choice"] == "kl" and swapped["usage"] == choice["usage"]
-    assert codec_choice(evidence(made, codec=vq), 40.0)["codec_choice"]["reason"] == "no rival codec was given"
-    alone = codec_choice(evidence(made, codec=kl, rival=kl), 40.0)["codec_choice"]
-    assert alone["reason"] == "both codecs are of one kind"
-
-
-def test_two_codecs_of_one_kind_are_compared_by_their_psnr():
-    torch.manual_seed(0)
-    own, rival, made = VAVAE(**CODEC).eval(), KLVAE(**CODEC).eval(), windows(5, 7)
-    found = codec_choice(evidence(made, codec=own, rival=rival), psnr_db=40.0)["rival_psnr_db"]
-    test = evidence(made).test
-    expected = metrics.psnr(through_codec(rival, test.images), test.float()).mean()
-    assert found["value"] == pytest.approx(float(expected)) and found["n"] == len(test)
-
-
 class Stamp(VAVAE):
     """Told a user, it draws that user's brightness over whatever it is shown."""
 
@@ -541,38 +513,10 @@ def test_a_codec_that_draws_the_user_it_is_told_is_found_out():
     arms = Arms([Brightness(len(USERS))], {}, 0.5)
     found = other_label(evidence(made, codec=codec), arms)
     assert found["taken_for_other_label"]["value"] == 1 and found["psnr_db_other_label"]["value"] < 30
-    with pytest.raises(DataError, match="the codec was told 3 users, these windows are of 4"):
+    with pytest.raises(DataError, match="the codec was trained with 3 users, these windows have 4"):
         evidence(made, codec=Stamp(**CODEC, num_users=3))
     plain = other_label(evidence(made, codec=VAVAE(**CODEC)), arms)
     assert {figure["reason"] for figure in plain.values()} == {"this codec is told no users"}
-
-
-@pytest.mark.parametrize("changes", [dict(image_size=64), dict(patch_size=(1, 1)), dict(in_channels=3)])
-def test_codecs_of_different_sizes_are_not_compared(changes):
-    vq = VQVAE(**CODEC, num_codes=8, code_dim=4)
-    with pytest.raises(DataError, match="one size and one latent grid") as error:
-        evidence(windows(5, 7), codec=vq, rival=KLVAE(**{**CODEC, **changes}))
-    assert "\n" not in str(error.value)
-
-
-def test_the_command_line_takes_a_rival(tmp_path, monkeypatch):
-    from mdlib.cli import app
-
-    codec = VQVAE(**CODEC, num_codes=8, code_dim=4).eval()
-    monkeypatch.setattr("mdlib.pipeline.load_pipeline", lambda path: SimpleNamespace(codec=codec))
-    KLVAE(**CODEC).save_pretrained(tmp_path / "two")
-    files = [path.as_posix() for path in write_set(tmp_path / "real", numbers=range(24)).glob("*/*.png")]
-    write_set(tmp_path / "made", numbers=range(2))
-    parts = {"train": range(4), "val": range(8, 12), "test": range(16, 24)}
-    name = lambda path: path.split("/real/")[1]
-    number = lambda path: int(path.split("Doppler")[1][:-4])
-    split = {part: [name(path) for path in files if number(path) in some] for part, some in parts.items()}
-    (tmp_path / "split.json").write_text(json.dumps({**split, "gap": 4}))
-    options = dict(real="real", generated="made", split="split.json", out="out", pipeline="one", rival="two")
-    words = [word for key, value in options.items() for word in (f"--{key}", str(tmp_path / value))]
-    app(["validate", *words, "--evaluation-steps", "1", "--seeds", "2"], standalone_mode=False)
-    choice = json.loads((tmp_path / "out" / "report.json").read_text())["reconstruction"]["codec_choice"]
-    assert choice["sentence"] in html.unescape((tmp_path / "out" / "report.html").read_text())
 
 
 @pytest.mark.parametrize(
