@@ -1,4 +1,4 @@
-"""The comparison: equal settings, nothing lost, and conclusions that follow from the figures."""
+"""The comparison: equal settings for all systems, and nothing lost."""
 
 import json
 import shutil
@@ -13,7 +13,6 @@ from mdlib.experiments import compare as module
 from mdlib.experiments.compare import compare, curve, quality, sample_windows, sampling_speed
 from mdlib.experiments.run import open_run
 from mdlib.pipeline import load_pipeline
-from mdlib.reports.comparison import conclusions
 from mdlib.utils import DataError
 
 
@@ -64,10 +63,9 @@ def test_the_gain_is_measured_for_fewer_windows_too(result):
         assert all(row["ci95"][0] <= row["value"] <= row["ci95"][1] for row in rows)
 
 
-def test_the_page_opens_offline_and_names_every_system(compared):
+def test_the_page_names_every_system(compared, result):
     page = (compared / "comparison.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and 'src="http' not in page
-    assert "vqvae-ldm" in page and "vq-diffusion" in page and "Fréchet distance" in page
+    assert all(name in page for name in result["systems"]) and "Fréchet distance" in page
 
 
 def test_a_second_call_repeats_nothing(compared, people, monkeypatch, tmp_path):
@@ -193,42 +191,3 @@ def test_a_snapshot_of_a_step_that_was_lost_is_left_out(finished, tmp_path, monk
 @pytest.mark.parametrize("counts", [(0,), (3, 3), (2.5,)])
 def test_counts_that_cannot_be_used_are_refused(counts):
     assert "counts must be different whole numbers of 1 or more" in message(Protocol, counts=counts)
-
-
-def figures(psnr: float, usage: float | None, gain: tuple, fd: float, identity: float) -> dict:
-    value, low, high = gain
-    return {
-        "reconstruction": {"psnr_db": {"value": psnr}},
-        "codebook": {"usage": {"value": usage}},
-        "augmentation": {"gain": {"value": value, "ci95": [low, high]}},
-        "fidelity": {"fd_ratio": {"value": fd}},
-        "identity": {"accuracy": {"value": identity}},
-        "resources": {"training_memory_gb": 3.0, "device": "CPU"},
-        "training": {"codec_minutes": 1.5, "prior_minutes": 2.0},
-        "sampling": {"seconds_per_window": 0.25},
-    }
-
-
-def test_conclusions_follow_from_the_figures():
-    systems = {
-        "vqvae-transformer": figures(27.6, 0.9, (0.01, -0.01, 0.02), 1.2, 0.7),
-        "vae-diffusion": figures(25.0, None, (0.05, 0.03, 0.07), 1.5, 0.9),
-    }
-    found = conclusions(systems)
-    assert found["codec"]["choice"] == "vq" and "27.6 dB is 1.10 times" in found["codec"]["sentence"]
-    assert found["gain"]["value"] == "vae-diffusion"
-    assert "lies above that of vqvae-transformer" in found["gain"]["sentence"]
-    assert found["fidelity"]["value"] == "vqvae-transformer" and found["identity"]["value"] == "vae-diffusion"
-
-
-def test_without_enough_usage_or_without_both_kinds_no_vq_codec_is_chosen():
-    systems = {
-        "vqvae-transformer": figures(27.6, 0.7, (0.01, -0.01, 0.04), 1.2, 0.7),
-        "vae-diffusion": figures(25.0, None, (0.05, 0.03, 0.07), 1.5, 0.9),
-    }
-    found = conclusions(systems)
-    assert found["codec"]["choice"] == "kl" and "lies above" not in found["gain"]["sentence"]
-    systems["vae-diffusion"]["codebook"]["usage"]["value"] = 0.9
-    assert conclusions(systems)["codec"]["value"] is None
-    alone = conclusions({"vq-diffusion": systems["vqvae-transformer"], "vavae-dit": {"error": "x"}})
-    assert alone["codec"]["value"] is None and alone["gain"]["value"] == "vq-diffusion"
