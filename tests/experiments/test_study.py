@@ -4,7 +4,7 @@ import json
 
 import pytest
 from helpers import write_set
-from test_validate import evidence, windows
+from toys import evidence, windows
 
 from mdlib.cli import app
 from mdlib.data.splits import make_split, read_split, write_split
