@@ -23,7 +23,7 @@ from mdlib.evaluation.fidelity import distances
 from mdlib.evaluation.protocol import identity
 from mdlib.experiments.execute import check_parameters, execute
 from mdlib.experiments.run import Run, open_run, versions
-from mdlib.experiments.series import claim_folder, resolve_preset, run_series
+from mdlib.experiments.series import claim_folder, resolve_preset, run_series, shared_classifiers
 from mdlib.experiments.settings import read_record
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.reports.comparison import conclusions, write_comparison
@@ -85,12 +85,14 @@ def compare(
         "parameters": given,
     }
     claim_folder(out, settings, "a comparison")
+    parameters = _parameters(settings)
     found = {name: measure(open_run(out / name), settings) for name in SYSTEMS if _is_measured(out / name)}
-    wanted = _parameters(settings, out)
 
     def run_system(name: str) -> None:
         try:
-            execute(str(out / name), wanted, data=str(data), system=name, preset=preset)
+            execute(
+                str(out / name), parameters | shared_classifiers(out / name), data=str(data), system=name, preset=preset
+            )
             run = open_run(out / name)
             for other in (out / one / "split.json" for one in found.keys() - {name}):
                 if other.exists() and any(read_split(other)[part] != run.split[part] for part in PARTS):
@@ -132,13 +134,12 @@ def _images_per_user(preset: str) -> int:
     return max(found)
 
 
-def _parameters(settings: dict, out: Path) -> dict:
+def _parameters(settings: dict) -> dict:
     """The notebooks' parameters for a run with these settings."""
     images, given = settings["images_per_user"], settings["parameters"]
     wanted = {
         "images_per_user": images,
         "counts": [n for n in (images // 9, images // 3) if n],
-        "classifiers": str((out / "classifiers").resolve()),
         **given,
         "prior_options": {"snapshots": True, **given.get("prior_options", {})},
     }

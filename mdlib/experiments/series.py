@@ -29,6 +29,11 @@ def run_series(jobs: dict[str, Callable], settings: dict, collect: Callable, wri
     return result
 
 
+def shared_classifiers(run: Path) -> dict:
+    """The parameter of notebook 06 by which the runs of a series share classifiers; {} where it is done already."""
+    return {} if (run / "report.json").exists() else {"classifiers": str((run.parent / "classifiers").resolve())}
+
+
 def saved_settings(out: Path) -> dict:
     """The settings of the runs in `out`; {} where there are none."""
     files = [out / "settings.json", out / "terms.json"]  # the second one: of mdlib 0.1

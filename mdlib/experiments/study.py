@@ -12,7 +12,7 @@ from mdlib.evaluation.outcomes import Outcomes, compared, joined
 from mdlib.evaluation.protocol import verdict
 from mdlib.experiments.execute import check_parameters, execute
 from mdlib.experiments.run import check_starts
-from mdlib.experiments.series import claim_folder, resolve_preset, run_series
+from mdlib.experiments.series import claim_folder, resolve_preset, run_series, shared_classifiers
 from mdlib.reports.study import write_study
 from mdlib.systems import get_preset
 from mdlib.utils import DataError
@@ -71,8 +71,7 @@ def study(
     _check_splits(out, splits)
 
     def run_one(run: Path, split: dict) -> None:
-        classifiers = str((out / "classifiers").resolve())
-        wanted = {**given, "split": _split_file(run, split), "classifiers": classifiers}
+        wanted = {**given, "split": _split_file(run, split), **shared_classifiers(run)}
         first = "06" if folds > 1 and _lacks_outcomes(run) else ""
         execute(str(run), wanted, first, data=str(data), system=system, preset=preset)
 
