@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 from helpers import ROOT
-from test_validate import evidence, windows
+from toys import evidence, windows
 
 from mdlib.data.windows import DataError
 from mdlib.evaluation.evidence import Protocol
