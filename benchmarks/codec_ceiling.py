@@ -4,8 +4,8 @@ python -m mdlib run --data REAL_WINDOWS --out runs/ten --system vae-diffusion --
     -p windows_per_user=10
 python benchmarks/codec_ceiling.py --data REAL_WINDOWS --codec runs/ten/codec --windows 10
 
-The codec has learned from WINDOWS training windows a user. Beside these stand MORE others, which it has not seen, as
-they are and after its round trip: what lies between the two is the codec's part in what generated windows lack.
+The codec has learned from WINDOWS training windows a user. MORE others, which it has not seen, are added to these
+as they are and after its round trip; the difference is the codec's part in what generated windows lack.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     others = spread(spare_windows(real, split), args.more)
     decoded = replace(others, images=to_uint8(through_codec(network, others.images, others.labels)))
     protocol = Protocol(evaluation_steps=args.steps, seeds=args.seeds, counts=(), reference="none")
-    print(f"{args.windows} real windows a user, beside them {len(others) / others.num_users:.1f} others")
+    print(f"{args.windows} real windows a user and {len(others) / others.num_users:.1f} others")
     for name, made in (("as they are", others), ("after the codec", decoded)):
         evidence = gather(real, split, made)
         found = augmentation(evidence, protocol, train_arms(evidence, protocol, SimpleNamespace(update=lambda: None)))

@@ -7,8 +7,8 @@ import torch
 
 from mdlib.data.windows import DataError, WindowSet
 
-# Sets that are compared: generated windows with unseen real ones; the halves of the unseen ones with each other; and the
-# generator's training windows with the unseen ones, as a perfect copier would be.
+# Sets that are compared: generated windows with unseen real ones; the halves of the unseen ones with each other; the
+# generator's training windows with the unseen ones, which is what a perfect copier would get.
 COMPARED = {"value": ("generated", "unseen"), "real_vs_real": ("first", "second"), "train": ("train", "unseen")}
 
 REFERENCES = ("auto", "resnet18", "none")

@@ -103,8 +103,8 @@ def _kolmogorov(sets: dict[str, WindowSet], found: dict[str, np.ndarray], rows: 
 
 
 def _mahalanobis(sets: dict[str, WindowSet], found: dict[str, np.ndarray]) -> dict:
-    """Distance to the mean of the user's first half with the covariance within users; real: of the second half. typical:
-    fraction of generated windows between the 5 and 95 % quantiles of the real distances."""
+    """Distance to the mean of the user's first half with the covariance within users; real: of the second half.
+    typical: fraction of generated windows between the 5 and 95 % quantiles of the real distances."""
     labels = {name: part.labels.numpy() for name, part in sets.items()}
     users = np.unique(labels["first"])
     centre = {user: found["first"][labels["first"] == user].mean(0) for user in users}
