@@ -8,10 +8,10 @@ from mdlib.reports import charts, pages, plots
 
 
 def conclusions(systems: dict[str, dict]) -> dict:
-    """The answers, each a dictionary with value and sentence: which kind of codec by the rule of
-    `codec_quality.choose_codec`, and which system by gain, by Fréchet distance and by identity."""
+    """The answers, each a dictionary with value and sentence: which system by gain, by Fréchet distance and by identity,
+    and which kind of codec by the rule of `codec_quality.choose_codec`."""
     measured = {name: figures for name, figures in systems.items() if "error" not in figures}
-    return {"codec": _codec(measured), **_best(measured)}
+    return {**_best(measured), "codec": _codec(measured)}
 
 
 def _codec(systems: dict[str, dict]) -> dict:

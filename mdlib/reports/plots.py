@@ -182,9 +182,9 @@ def history(rows: list[dict], keys: list[tuple[str, ...]]) -> Figure:
     figure, axes = new_figure(3.4 * len(keys), 2.5, 1, len(keys))
     for axis, names in zip(axes, keys, strict=True):
         for name, colour in zip(names, (ACCENT, SECOND, THIRD), strict=False):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            style = {"marker": "o", "markersize": 3} if len(points) < 20 else {}  # one point alone shows, too
-            axis.plot(*zip(*points, strict=True), color=colour, label=name.replace("_", " "), **style)
+            steps, values = zip(*((row["step"], row[name]) for row in rows if name in row), strict=True)
+            marker = "o" if len(steps) < 20 else ""  # one point alone shows, too
+            axis.plot(steps, values, f"{marker}-", markersize=3, color=colour, label=name.replace("_", " "))
         style(axis, "optimizer step", legend=True)
     return figure
 

@@ -24,6 +24,7 @@ class Page(HTMLParser):
         self.text, self.rows, self.images, self.inside = "", [], [], []
         self.texts = {"h2": [], "summary": [], "style": []}
         self.feed(html)
+        self.text = " ".join(self.text.split())
 
     def handle_starttag(self, tag, attributes):
         if tag == "tr":
