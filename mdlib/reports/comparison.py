@@ -8,7 +8,7 @@ from mdlib.reports import charts, pages, plots
 
 
 def conclusions(systems: dict[str, dict]) -> dict:
-    """The answers, each a dictionary with value and sentence: which system by gain, by Fréchet distance and by identity,
+    """Answers, each a dictionary with value and sentence: which system by gain, by Fréchet distance and by identity,
     and which kind of codec by the rule of `codec_quality.choose_codec`."""
     measured = {name: figures for name, figures in systems.items() if "error" not in figures}
     return {**_best(measured), "codec": _codec(measured)}
