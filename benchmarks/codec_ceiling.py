@@ -20,7 +20,7 @@ from mdlib.evaluation.augmentation_study import augmentation, evenly_spaced, tra
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.protocol import through_codec
 from mdlib.reports.report import gather
-from mdlib.systems.registry import load_codec
+from mdlib.systems import load_codec
 
 
 def main() -> None:

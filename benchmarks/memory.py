@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.teacher import FeatureDistance
-from mdlib.systems.registry import SYSTEMS, get_preset, make_codec, make_prior
+from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
 from mdlib.training.fit import Batches, fit
 
 USERS = 8

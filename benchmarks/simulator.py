@@ -14,6 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from mdlib.evaluation import gait_metrics
 from mdlib.simulation import dataset
+from mdlib.simulation.radar import velocity_axis
 
 # Mean, SD between and SD within persons of 1,595 published windows of ten walkers, same metrics.
 REAL = {
@@ -46,7 +47,7 @@ def read(images, velocity, column_s):
 
 def _more(images, velocity, column_s):
     """v_osc: amplitude of the trunk's speed oscillation at the step rate, m/s; v_min: 5th percentile of the lower
-    envelope, m/s; fill: fraction of cells above the threshold; e_low, e_torso, e_hump, e_spike: fraction of the intensity
+    envelope, m/s; fill: fraction of cells above the threshold; e_low, e_torso, e_hump, e_spike: fraction of intensity
     from 0 to .2 m/s below the trunk, within .2 m/s of it, from there to 2.2 trunk speeds, above. `velocity` rises."""
     t, torso = np.arange(images.shape[2]), gait_metrics.ridge(images, velocity)
     period, _ = gait_metrics.step_period(images, column_s)
@@ -79,7 +80,7 @@ def calibration(recordings):
     images = np.concatenate([r[0][::4] for r in recordings])
     dt = np.concatenate([r[1]["dt"][::4] for r in recordings])
     user = np.repeat(np.arange(users), [len(r[0][::4]) for r in recordings])
-    metrics = read(images / 255, dataset.velocity_axis(), dt)
+    metrics = read(images / 255, velocity_axis(), dt)
     for name, (mean, between, within) in REAL.items():
         m = np.array([np.nanmean(metrics[name][user == u]) for u in range(users)])
         s = np.array([np.nanstd(metrics[name][user == u], ddof=1) for u in range(users)])
@@ -136,11 +137,11 @@ def continuity(recordings):
 
 
 def recovery(users, windows):
-    data = [dataset.simulate_recording(u, r, n_windows=windows, preset="ti77_clock") for u in users for r in (1, 2)]
+    data = [dataset.simulate_recording(u, r, n_windows=windows, clock=True) for u in users for r in (1, 2)]
     truth = {k: np.concatenate([d[1][k][::4] for d in data]) for k in data[0][1]}
     user = np.repeat(np.repeat(list(users), 2), [len(d[0][::4]) for d in data])
     images = np.concatenate([d[0][::4] for d in data]) / 255
-    got = read(images, dataset.velocity_axis("ti77_clock"), truth["dt"])
+    got = read(images, velocity_axis(), truth["dt"])
     for metric, name, image_bound, user_bound in (
         ("v_torso", "v_torso", 0.99, 0.99),
         ("f_step", "step_hz", 0.88, 0.98),

@@ -1,3 +1,34 @@
 """Generative models for micro-Doppler spectrograms of walking people, user by user."""
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "MicroDopplerPipeline": "pipeline",
+    "Protocol": "evaluation.evidence",
+    "RunSettings": "experiments.settings",
+    "SYSTEMS": "systems",
+    "TrainConfig": "training.fit",
+    "evaluate": "evaluation.protocol",
+    "execute": "experiments.execute",
+    "fit": "training.fit",
+    "get_preset": "systems",
+    "load_pipeline": "pipeline",
+    "load_windows": "data.windows",
+    "make_split": "data.splits",
+    "open_run": "experiments.run",
+    "simulate_dataset": "simulation.dataset",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    """Import a public name at first use, so that `import mdlib` is quick."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'mdlib' has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -305,7 +305,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
     def _made_by(self, sampling: dict) -> dict:
         """What decides how a window looks beside its row of the manifest, checked: weights and sampling options."""
         options = {**self.config.sampling, **sampling}
-        self._check_options(options)
+        self.check_options(options)
         models = [self.codec, self.prior] + ([self.classifier] if options.get("classifier_scale") else [])
         return {"weights": "".join(map(fingerprint, models)), **options}
 
@@ -318,7 +318,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         known = inspect.signature(self.prior.sample).parameters
         return {name: one.default for name, one in known.items() if name not in _NO_OPTIONS}
 
-    def _check_options(self, options: dict) -> None:
+    def check_options(self, options: dict) -> None:
         """Refuse what `prior.sample` does not know, before anything is written."""
         known = self._defaults().keys()
         if unknown := sorted(options.keys() - known):

@@ -15,6 +15,10 @@ KEPT = Path("/kaggle/working")  # what Kaggle keeps of a session, up to KEPT_BYT
 KEPT_BYTES = 20 * 10**9
 
 
+class DataError(ValueError):
+    """The user's data or request cannot be used; the message is one line that says what to do."""
+
+
 @contextmanager
 def whole_file(path: str | Path):
     """A temporary name to write to; once written and flushed to disk it takes the place of `path`, or goes away."""

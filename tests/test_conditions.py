@@ -14,7 +14,8 @@ from mdlib.data.splits import make_split
 from mdlib.data.windows import DataError, find_windows, load_windows
 from mdlib.evaluation.augmentation_study import Arms
 from mdlib.evaluation.evidence import Evidence
-from mdlib.experiments.run import execute, open_run
+from mdlib.experiments.execute import execute
+from mdlib.experiments.run import open_run
 from mdlib.models.dit import LightningDiT
 from mdlib.models.layers import UserEmbedding, drop_labels
 from mdlib.models.transformer import TokenPrior
@@ -22,7 +23,7 @@ from mdlib.models.unet import LatentDiffusion
 from mdlib.models.vqdiffusion import VQDiffusion
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import MicroDopplerPipeline
-from mdlib.systems.registry import start_prior
+from mdlib.systems import start_prior
 
 USERS = 3
 

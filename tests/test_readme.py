@@ -6,12 +6,12 @@ import pytest
 from helpers import ROOT, readme_blocks, told_commands, write_set
 from typer.testing import CliRunner
 
-from mdlib.__main__ import app
+from mdlib.cli import app
 from mdlib.experiments.run import open_run
 from mdlib.simulation.walker import CONDITIONS
-from mdlib.systems.registry import SYSTEMS, get_preset, make_codec, make_prior
+from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
 
-PAGES = ("README.md", "README.zh-CN.md", "kaggle/README.md", "kaggle/README.zh-CN.md")
+PAGES = ("README.md", "README.zh-CN.md", "docs/kaggle.md", "kaggle/README.md", "kaggle/README.zh-CN.md")
 
 
 def test_the_commands_run_in_the_order_they_are_told(story):
@@ -56,7 +56,7 @@ def test_every_command_told_is_one_that_is_taken(page, tmp_path, monkeypatch):
             preset = open_run(run).preset
             codec = make_codec(preset, 1, 2)
             codec.save_pretrained(run / "pipeline" / "codec")
-            make_prior(parameters["system"], preset, codec, 2).save_pretrained(run / "pipeline" / "prior")
+            make_prior(open_run(run).settings["system"], preset, codec, 2).save_pretrained(run / "pipeline" / "prior")
             (run / "pipeline" / "model_index.json").touch()
 
     def prepared(data, out, systems, preset, *rest):
@@ -64,12 +64,12 @@ def test_every_command_told_is_one_that_is_taken(page, tmp_path, monkeypatch):
             get_preset(system, preset)
         return {"conclusions": {}, "systems": {}}
 
-    def studied(data, out, system, preset, *rest):
+    def studied(data, out, system, preset, *rest, **options):
         get_preset(system, preset)
         return {"rows": []}
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mdlib.experiments.run._execute_one", executed)
+    monkeypatch.setattr("mdlib.experiments.execute._execute_one", executed)
     monkeypatch.setattr("mdlib.simulation.dataset.simulate_dataset", simulated)
     monkeypatch.setattr("mdlib.experiments.compare.compare", prepared)
     monkeypatch.setattr("mdlib.experiments.study.study", studied)

@@ -266,6 +266,16 @@ def describe_training(split: dict) -> str:
     return f"{split['windows_per_user']} per user, evenly spaced"
 
 
+def split_summary(split: dict) -> str:
+    """One line that accounts for all windows of a split."""
+    sizes = {part: len(split.get(part, ())) for part in (*PARTS, "spare", "dropped")}
+    parts = ", ".join(f"{sizes[part]} {part}" for part in PARTS)
+    return (
+        f"{sum(sizes.values())} windows: {parts}, {sizes['spare']} spare (beyond windows_per_user), "
+        f"{sizes['dropped']} dropped (in the gaps between parts)"
+    )
+
+
 # Leaks ---------------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from mdlib.data.colormaps import COLORMAP_TOLERANCE, COLORMAPS, invert_colormap, nearest_colormap
-from mdlib.utils import whole_file
+from mdlib.utils import DataError, whole_file
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg")
 
@@ -26,10 +26,6 @@ _CACHE_VERSION = 1  # raise it when the same files would be read differently
 _USER_FOLDER = re.compile(r"ID[_-]?(\d+)", re.IGNORECASE)
 # A prefix that names the user (its number is never the window's), text, the last number, text.
 _FILE_STEM = re.compile(r"(?>((?:ID[_-]?\d+)?))(.*?)(\d+)(\D*)", re.IGNORECASE)
-
-
-class DataError(ValueError):
-    """The user's data or request cannot be used; the message is one line that says what to do."""
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

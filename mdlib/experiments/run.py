@@ -1,44 +1,34 @@
-"""The run folder, and papermill over the notebooks.
+"""The run folder. It holds its settings (run.json), so a notebook needs only its path."""
 
-A run folder remembers what it is (run.json), so a notebook needs only its path, and a second call goes on where the
-first one stopped.
-"""
-
-import inspect
 import json
-import os
 import platform
-import shutil
 import sys
-import tempfile
 import time
 import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from pathlib import Path
 
 import torch
 from PIL import Image
-from traitlets.config import Config
 
 from mdlib import __version__
 from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, seen_of_test, write_split
-from mdlib.data.windows import DataError, WindowSet, find_windows, load_windows
-from mdlib.experiments.kaggle_session import gpus, preset_for
+from mdlib.data.windows import WindowSet, find_windows, load_windows
+from mdlib.experiments.settings import RunSettings, defaults, read_record
 from mdlib.models.foundation import load_foundation
 from mdlib.models.perceptual import load_lpips
-from mdlib.systems.presets import Preset
-from mdlib.systems.registry import get_preset, get_system, make_codec, make_prior, start_codec, start_prior
+from mdlib.systems import Preset, System, get_preset, get_system, make_codec, make_prior, start_codec, start_prior
+from mdlib.systems.machines import gpus, preset_for
 from mdlib.training.fit import precision
 from mdlib.training.joint import JointFineTuning
-from mdlib.training.launch import check_batch, processes, python_path
-from mdlib.utils import whole_file
+from mdlib.training.launch import check_batch, processes
+from mdlib.utils import DataError, whole_file
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
-# What a notebook makes; running it anew starts by removing this.
+# What a notebook writes; it is removed before the notebook runs again.
 PRODUCTS = {
     "01": (),
     "02": ("codec", "split.json"),
@@ -51,16 +41,26 @@ PRODUCTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `settings`: what `open_run` was given."""
+    """One run folder. `settings`: the fields of RunSettings; `earlier`: optimizer steps of the trainings of codec and
+    prior that the present ones extend, oldest first."""
 
     path: Path
     settings: dict
+    earlier: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def system(self) -> System:
+        return get_system(self.settings["system"])
 
     @cached_property
     def preset(self) -> Preset:
         """The preset with this run's changes."""
-        changes = inspect.signature(get_preset).parameters.keys() & self.settings.keys() - {"system"}
-        return get_preset(self.settings["system"], self.settings["preset"], **{k: self.settings[k] for k in changes})
+        changes = signature(get_preset).parameters.keys() & self.settings.keys() - {"system"}
+        preset = get_preset(self.settings["system"], self.settings["preset"], **{k: self.settings[k] for k in changes})
+        for part, steps in self.earlier.items():
+            training = getattr(preset, f"{part}_training")
+            preset = replace(preset, **{f"{part}_training": replace(training, steps=training.steps - sum(steps))})
+        return replace(preset, stages=preset.stages[-1:]) if self.earlier.get("codec") else preset
 
     @cached_property
     def windows(self) -> WindowSet:
@@ -70,13 +70,13 @@ class Run:
 
     @cached_property
     def split(self) -> dict:
-        """The run's split: read from split.json, which is made (or copied from the user's file) at first use."""
+        """The content of split.json, which is written at first use: the user's split file, or a new split."""
         path = self.path / "split.json"
         if not path.exists():
             given, per_user = self.settings["split"], self.preset.windows_per_user
             options = dict(windows_per_user=per_user or None, unrecorded=self.settings["unrecorded"])
             split = read_split(given) if given else make_split(self.windows, **options)
-            apply_split(self.windows, split)  # a split that does not fit is refused before it is kept
+            apply_split(self.windows, split)  # a split that does not fit raises before it is written
             write_split(split, path)
         return read_split(path)
 
@@ -87,7 +87,7 @@ class Run:
 
     @cached_property
     def conditions(self) -> tuple[str, ...]:
-        """What the training windows' people carry: the prior learns these, by this order."""
+        """The conditions of the training windows, in the order of the prior's condition labels."""
         return self.parts["train"].conditions
 
     def labels(self, windows: WindowSet) -> tuple[torch.Tensor, ...]:
@@ -103,144 +103,119 @@ class Run:
             return max(image.size)
 
     def about(self) -> dict:
-        """What a reader of the report should know of this run."""
-        record = _read(self.path)
-        times = {name: f"{step['seconds']:.0f} s" for name, step in record["steps"].items()}
-        told = ("system", "preset", "seed")
+        """What a report says of its run."""
+        steps = read_record(self.path)["steps"]
         return {
-            **{key: self.settings[key] for key in told},
+            **{key: self.settings[key] for key in ("system", "preset", "seed")},
             "data": Path(self.settings["data"]).name,
             "training windows are": describe_training(self.split),
             "device": device_name(),
-            "time": ", ".join(f"{name} {seconds}" for name, seconds in times.items()),
+            "time": ", ".join(f"{name} {step['seconds']:.0f} s" for name, step in steps.items()),
         }
 
     def start_codec(self, codec: torch.nn.Module) -> None:
-        """Give a new codec the weights to start from, where the settings name any."""
-        if self.settings["init"]:
+        """Initialise a new codec from an earlier training of this run, or from what the settings name."""
+        if earlier := self.earlier.get("codec"):
+            start_codec(codec, self.path / f"codec-{len(earlier)}")
+        elif self.settings["init"]:
             start_codec(codec, Path(self.settings["init"]) / "codec", other_users=True)
         elif self.settings["codec_start"]:
             start_codec(codec, self.settings["codec_start"])
 
     def start_prior(self, prior: torch.nn.Module) -> None:
-        """Give a new prior the weights to start from, where the settings name any."""
-        if self.settings["init"]:
+        """The same for a new prior."""
+        if earlier := self.earlier.get("prior"):
+            start_prior(prior, self.path / f"prior-{len(earlier)}" / "weights")
+        elif self.settings["init"]:
             start_prior(prior, Path(self.settings["init"]) / "prior", other_users=True)
         elif self.settings["prior_start"]:
             start_prior(prior, self.settings["prior_start"])
 
     def expect(self, notebook: str) -> None:
         """DataError where `notebook` is none of this run's system."""
-        system = self.settings["system"]
-        if notebook not in get_system(system).notebooks:
-            raise DataError(f"{notebook} is no notebook of system {system}: {', '.join(get_system(system).notebooks)}")
+        if notebook not in self.system.notebooks:
+            known = ", ".join(self.system.notebooks)
+            raise DataError(f"{self.path}: {notebook} is no notebook of system {self.system.name}: {known}")
 
     def done(self, notebook: str, started: float) -> None:
-        """Note in run.json that `notebook`, begun at time.monotonic() `started`, is done."""
-        record = _read(self.path)
+        """Note in run.json that `notebook`, started at time.monotonic() `started`, is done."""
+        record = read_record(self.path)
         seconds = round(time.monotonic() - started, 1)
         record["steps"][notebook] = {
             "seconds": seconds,
             "device": device_name(),
             "peak_memory_gb": peak_memory_gb(),
         }
-        _write(self.path, record)
+        write_record(self.path, record)
 
 
 def settings(parameters: dict) -> dict:
-    """Those of a notebook's parameters (its `globals()`) that shape a run: keyword arguments of `open_run`."""
-    return {key: parameters[key] for key in open_run.__kwdefaults__ if key in parameters}
+    """Those of a notebook's parameters (its `globals()`) that are settings of a run."""
+    return {key: parameters[key] for key in defaults() if key in parameters}
 
 
-def open_run(
-    out: str | Path,
-    *,
-    data: str = "",
-    system: str = "vqvae-transformer",
-    preset: str = "demo",
-    split: str = "",
-    windows_per_user: int = 0,
-    unrecorded: dict = {},  # noqa: B006
-    variants: int = -1,
-    codec: str = "",
-    codec_steps: int = 0,
-    prior_steps: int = 0,
-    codec_options: dict = {},  # noqa: B006
-    prior_options: dict = {},  # noqa: B006
-    perceptual_weight: float = 0.0,
-    foundation: str = "",
-    user_codec: bool = False,
-    codec_start: str = "",
-    prior_start: str = "",
-    init: str = "",
-    joint_steps: int = 0,
-    classifier_steps: int = 0,
-    channels: int = 1,
-    colormap: str = "auto",
-    seed: int = 0,
-) -> Run:
-    """Start a run folder, or go on with one.
+def open_run(out: str | Path, **given) -> Run:
+    """Start a run folder, or continue the run in it.
 
     Args:
-        out: the folder; where it holds a run and `data` is empty, that run's settings stand.
-        data: folder of ID_k/ folders.
-        system, preset: names of `mdlib.systems.registry`; preset "auto" is the one for the GPUs here, or demo.
-        split: a split file of your own; "" makes one by recording and time.
-        windows_per_user: training windows kept a user; 0 keeps what the preset says, -1 keeps all.
-        unrecorded: condition → users whose windows in it go to the test, as if never recorded, see `make_split`.
-        variants, codec, codec_steps, prior_steps, codec_options, prior_options, perceptual_weight, foundation,
-            user_codec: changes of the preset, see `systems.get_preset`; -1, "", 0, {} and False keep the preset's.
-        codec_start, prior_start: weights to start from, see `systems.start_codec` and `systems.start_prior`.
-        init: pipeline/ folder of a run of this system on other people (simulated ones, say) to start codec and prior
-            from; users get new embeddings.
-        joint_steps: optimizer steps of codec and prior together at the end; 0 does without.
-        classifier_steps: optimizer steps of a user classifier for classifier guidance; 0 does without.
-        channels, colormap: how images are read, see `mdlib.data.windows.load_windows`.
-        seed: of weights, data order and noise.
+        out: the folder.
+        given: fields of `RunSettings`. For an existing run `data` may be left out: its settings then apply, and a
+            setting that is given all the same has to agree with them.
 
     Raises:
-        DataError: `out` holds a run of other settings, there is no run and no data, or a setting cannot be used.
+        DataError: `out` holds a run with other settings, there is no run and no data, or a setting cannot be used.
     """
-    settings = {key: value for key, value in locals().items() if key != "out"}
-    out = Path(out)
-    for key in ("data", "split", "codec_start", "prior_start", "init"):
-        settings[key] = str(Path(settings[key]).resolve()) if settings[key] else ""
-    if settings["foundation"] and Path(settings["foundation"]).exists():
-        settings["foundation"] = str(Path(settings["foundation"]).resolve())
-    settings = json.loads(json.dumps(settings))  # as they read back: a tuple is a list
-    kept = {**open_run.__kwdefaults__, **_read(out)["settings"]} if (out / "run.json").exists() else {}
-    if settings["preset"] == "auto":
-        settings["preset"] = kept.get("preset") or preset_for(gpus())
+    out, wanted = Path(out).absolute(), RunSettings(**given).to_dict()
+    for key in ("data", "split", "foundation", *STARTS):
+        if wanted[key] and (key != "foundation" or Path(wanted[key]).exists()):
+            wanted[key] = str(Path(wanted[key]).resolve())
+    record = read_record(out) if (out / "run.json").exists() else {}
+    kept = {**defaults(), **record["settings"]} if record else {}
+    if wanted["preset"] == "auto":
+        wanted["preset"] = kept.get("preset") or preset_for(gpus())
     if kept:
-        changed = [key for key in settings if kept[key] != settings[key]] if data else []
+        relevant = wanted if wanted["data"] else {k: v for k, v in wanted.items() if v != defaults()[k]}
+        changed = [key for key in relevant if kept[key] != wanted[key]]
         if not changed:
-            return Run(out, kept)
-        if _anything_made(out):
-            told = ", ".join(f"{key}: {kept[key]!r} is not {settings[key]!r}" for key in changed)
-            raise DataError(f"{out} holds a run with other settings ({told}): choose another --out or those settings")
-    if not data:
+            return Run(out, kept, record.get("earlier", {}))
+        if any((out / product).exists() for products in PRODUCTS.values() for product in products):
+            _refuse(out, kept, wanted, changed)
+        wanted = {**kept, **relevant}
+    if not wanted["data"]:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
-    run = Run(out, settings)
-    _check(run)  # what cannot be used is told before anything is written
+    run = Run(out, wanted)
+    _check(run)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    _write(out, {"mdlib": __version__, "settings": settings, "versions": versions(), "steps": {}})
+    write_record(out, {"mdlib": __version__, "settings": wanted, "versions": versions(), "steps": {}})
     return run
 
 
+def _refuse(out: Path, kept: dict, wanted: dict, changed: list[str]) -> None:
+    differences = ", ".join(f"{key}: {kept[key]!r} is not {wanted[key]!r}" for key in changed)
+    if set(changed) <= {"codec_steps", "prior_steps"}:
+        options = " ".join(f"-p {key}={wanted[key]}" for key in changed)
+        raise DataError(
+            f"{out} holds a run with other settings ({differences}): to train it further, "
+            f"python -m mdlib run --out {out} {options} --extend; else choose another --out"
+        )
+    raise DataError(f"{out} holds a run with other settings ({differences}): choose another --out or those settings")
+
+
 def _check(run: Run) -> None:
-    for key, default in open_run.__kwdefaults__.items():
-        wanted = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(run.settings[key], wanted):
-            raise DataError(f"{key} must be of type {type(default).__name__}, got {run.settings[key]!r}")
-    if run.settings["init"]:
+    """DataError where a setting cannot be used."""
+    init, unrecorded = run.settings["init"], run.settings["unrecorded"]
+    if init:
         if run.settings["codec_start"] or run.settings["prior_start"]:
             raise DataError("init starts both codec and prior: leave codec_start and prior_start empty")
-        if not (Path(run.settings["init"]) / "model_index.json").exists():
-            raise DataError(f"init: {run.settings['init']} holds no pipeline: give the pipeline/ folder of a run")
-        _check_kind(Path(run.settings["init"]) / "prior", get_system(run.settings["system"]).prior)
+        if not (Path(init) / "model_index.json").exists():
+            raise DataError(f"init: {init} holds no pipeline: give the pipeline/ folder of a run")
+        # The weights' names and shapes of another class may fit all the same.
+        name = json.loads((Path(init) / "prior" / "config.json").read_text()).get("_class_name")
+        if name != (wanted := run.system.prior.__name__):
+            raise DataError(f"init: {init}/prior holds a {name}, this system's prior is a {wanted}: take its own run")
     files = find_windows(run.settings["data"])
-    preset = _preset(run, len({file.user for file in files}), len({file.condition for file in files}))
-    if unrecorded := run.settings["unrecorded"]:
+    preset = _buildable(run, len({file.user for file in files}), len({file.condition for file in files}))
+    if unrecorded:
         if run.settings["split"]:
             raise DataError("unrecorded shapes the split that is made: leave it out with a split file of your own")
         if not all(isinstance(users, list) for users in unrecorded.values()):
@@ -251,9 +226,8 @@ def _check(run: Run) -> None:
         try:
             precision(training.mixed_precision)
         except ValueError as error:
-            raise DataError(
-                f"preset {run.settings['preset']!r}: {error}; demo and demo-long train in float32"
-            ) from error
+            message = f"preset {run.settings['preset']!r}: {error}; demo and demo-long train in float32"
+            raise DataError(message) from error
     if preset.foundation not in ("none", "classifier"):
         load_foundation(preset.foundation)
     if preset.codec.get("perceptual_weight"):
@@ -264,7 +238,7 @@ def _check(run: Run) -> None:
 
 
 def check_starts(settings: dict, split: dict) -> None:
-    """DataError where weights that a run is to start from have seen test windows of its split."""
+    """DataError where initial weights have seen test windows of the split."""
     for key in STARTS:
         if settings.get(key) and (seen := seen_of_test(settings[key], split, settings["data"])):
             raise DataError(
@@ -273,19 +247,12 @@ def check_starts(settings: dict, split: dict) -> None:
             )
 
 
-def _check_kind(folder: Path, wanted: type) -> None:
-    """DataError where the model in `folder` is of another class: its weights' names and shapes may fit all the same."""
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    if name != wanted.__name__:
-        raise DataError(f"init: {folder} holds a {name}, this system's prior is a {wanted.__name__}: take its own run")
-
-
-def _preset(run: Run, users: int, conditions: int) -> Preset:
-    """The run's preset, after its models were built without memory: sizes that do not fit each other, and weights that
-    do not fit them, are told now, not after an hour of training."""
+def _buildable(run: Run, users: int, conditions: int) -> Preset:
+    """The run's preset, after its models were built and initialised on the meta device: sizes and weights that do not
+    fit raise now, not after an hour of training."""
     try:
         preset = run.preset
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # weights meet no memory here
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             codec = make_codec(preset, run.settings["channels"], users, foundation_width=8)
             prior = make_prior(run.settings["system"], preset, codec, users, conditions)
             run.start_codec(codec)
@@ -299,139 +266,7 @@ def _preset(run: Run, users: int, conditions: int) -> Preset:
     return preset
 
 
-def _anything_made(out: Path) -> bool:
-    return any((out / product).exists() for products in PRODUCTS.values() for product in products)
-
-
-def execute(out: str, parameters: dict, first: str = "", last: str = "", **said: str) -> Path:
-    """Run the system's notebooks with papermill, output relayed as it comes; returns the path of the run folder.
-
-    Notebooks that are done are skipped. `first` and `last` are notebook numbers ("03"); naming `first` runs anew from
-    there on: what the later notebooks made is removed, because it came from what is made anew.
-
-    Args:
-        parameters: of any notebook.
-        said: data, system and preset; what is not said is the run's, or else `open_run`'s default.
-
-    Raises:
-        DataError: an unknown system, preset, notebook number or parameter, or what a notebook stopped with.
-    """
-    before = _read(Path(out))["settings"] if (Path(out) / "run.json").exists() else {}
-    said = {key: value for key, value in said.items() if value}
-    system = get_system({**open_run.__kwdefaults__, **before, **said}["system"])
-    known = {name: _parameters(name) for name in system.notebooks}
-    _check_parameters(parameters, known)
-    names = _chosen(system.notebooks, first, last)
-    typed = {key: value for key, value in {**parameters, **said}.items() if key in open_run.__kwdefaults__}
-    run = open_run(out, **{**before, **typed})
-    if first:
-        _forget(run.path, [name for name in system.notebooks if name[:2] >= first])
-    common = {**parameters, **run.settings, "out": str(run.path.resolve())}
-    for name in names:
-        if name in _read(run.path)["steps"]:
-            print(f"{name}: done already (--from {name[:2]} runs it anew)", flush=True)
-            continue
-        _execute_one(name, run.path, {key: value for key, value in common.items() if key in known[name]})
-    return run.path
-
-
-def check_parameters(system: str, parameters: dict) -> None:
-    """DataError where no notebook of `system` has one of the parameters."""
-    _check_parameters(parameters, {name: _parameters(name) for name in get_system(system).notebooks})
-
-
-def _check_parameters(parameters: dict, known: dict[str, dict]) -> None:
-    allowed = set().union(*known.values()) - {"system", "preset", "data", "out"}
-    for key in parameters:
-        if key not in allowed:
-            raise DataError(f"no notebook has a parameter {key!r}; there are {', '.join(sorted(allowed))}")
-
-
-def _execute_one(name: str, out: Path, values: dict) -> None:
-    import papermill
-
-    print(f"{name}: starts", flush=True)
-    started = time.monotonic()
-    target = out / "notebooks" / f"{name}.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _environment(MDLIB_BATCH="1", PYTHONPATH=python_path()), _private_sockets() as config:
-        try:
-            papermill.execute_notebook(
-                NOTEBOOKS / f"{name}.ipynb",
-                target,
-                parameters=values,
-                kernel_name="python3",
-                progress_bar=False,
-                config=config,
-                stdout_file=sys.stdout,
-                stderr_file=sys.stderr,
-            )
-        except papermill.PapermillExecutionError as error:
-            cause = " ".join(str(error.evalue).split())
-            raise DataError(f"{name} stopped: {error.ename}: {cause} (see {target})") from error
-        except RuntimeError as error:  # nbclient's DeadKernelError is one
-            raise DataError(
-                f"{name} stopped: {error}: most likely memory ran out; take a smaller preset, or give the command again"
-            ) from error
-    if name not in _read(out)["steps"]:
-        raise DataError(f"{name} stopped at the end of its time: give the command again and it goes on (see {target})")
-    print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
-
-
-@contextmanager
-def _private_sockets():
-    """Kernel sockets in a folder of our own where the system has such: nobody on the network can listen, and two runs
-    started in one folder do not meet."""
-    if os.name != "posix":
-        yield Config()
-        return
-    with tempfile.TemporaryDirectory(prefix="mdlib-") as folder:
-        yield Config(KernelManager={"transport": "ipc", "ip": str(Path(folder) / "kernel")})
-
-
-def _chosen(names: tuple[str, ...], first: str, last: str) -> list[str]:
-    """Notebooks from number `first` to `last`, both included."""
-    numbers = [name[:2] for name in names]
-    for number in (first, last):
-        if number and number not in numbers:
-            raise DataError(f"this system has no notebook {number!r}: choose among {', '.join(numbers)}")
-    return [name for name in names if (first or "00") <= name[:2] <= (last or "99")]
-
-
-def _parameters(name: str) -> dict:
-    import papermill
-
-    return papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")
-
-
-def _forget(out: Path, names: list[str]) -> None:
-    """Remove the note that the named notebooks are done, and what they made."""
-    record = _read(out)
-    for name in names:
-        record["steps"].pop(name, None)
-    _write(out, record)
-    for name in names:
-        for product in PRODUCTS[name[:2]]:
-            path = out / product
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _environment(**variables: str):
-    before = {key: os.environ.get(key) for key in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
-
-
-def _read(out: Path) -> dict:
-    return json.loads((out / "run.json").read_text())
-
-
-def _write(out: Path, record: dict) -> None:
+def write_record(out: Path, record: dict) -> None:
     with whole_file(out / "run.json") as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
 

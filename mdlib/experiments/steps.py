@@ -1,8 +1,8 @@
-"""The two stages of a run: its codec, and its prior over what the codec makes of windows.
+"""The two stages of a run: its codec, and its prior over the codec's latents or tokens.
 
-The notebooks build them here, and so does each of the processes that train one together on several GPUs
-(`python -m mdlib.experiments.steps RUN codec`, started by `train_stage`): they are the same objects. What takes long,
-a codec's teacher and a prior's inputs, is made once, by the notebook, and kept in the run folder.
+Notebooks build them here, and so does each of the processes that train together on several GPUs
+(`python -m mdlib.experiments.steps RUN codec`, started by `train_stage`). The notebook computes the codec's teacher and
+the prior's inputs once and saves them in the run folder.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from mdlib.models.classifier import SmallCNN
 from mdlib.models.foundation import make_foundation
 from mdlib.models.layers import world
 from mdlib.models.teacher import FeatureDistance
-from mdlib.systems.registry import load_codec, make_codec, make_prior, seeded
+from mdlib.systems import load_codec, make_codec, make_prior, seeded
 from mdlib.training.fit import Batches, TrainConfig, fit_stages
 from mdlib.training.latents import encode_all
 from mdlib.training.launch import ERROR, check_batch, launch, processes
@@ -34,21 +34,21 @@ from mdlib.utils import best_device, whole_file
 
 @dataclass(frozen=True)
 class Stage:
-    """A model of a run, and what it is trained on and how."""
+    """A model of a run with its data and its training."""
 
     run: Run
     name: str  # codec | prior; its folder in the run too
     model: torch.nn.Module
-    codec: torch.nn.Module  # the run's; of the first stage the model itself
+    codec: torch.nn.Module  # the run's; in the first stage the model itself
     images: torch.Tensor  # uint8 (N, C, S, S): training windows and their stride recombinations
-    data: Batches  # what is made of them, and the labels (N,) that the model is told
+    data: Batches  # images, latents or tokens, and the labels (N,) that the model is conditioned on
     held_out: Batches
     config: TrainConfig
     options: dict = field(default_factory=dict)  # further arguments of `fit_stages`
 
 
 def codec_stage(run: Run, max_minutes: float = 0.0) -> Stage:
-    """The run's codec with the weights it starts from, its teacher and what it is aligned with.
+    """The run's codec with its initial weights, its teacher and its foundation.
 
     Raises:
         ValueError: the GPUs here cannot share the batch.
@@ -75,8 +75,7 @@ def codec_stage(run: Run, max_minutes: float = 0.0) -> Stage:
 
 
 def prior_stage(run: Run, max_minutes: float = 0.0) -> Stage:
-    """The run's prior with the weights it starts from; its inputs are what the trained codec makes of windows, kept
-    beside the codec.
+    """The run's prior with its initial weights; its inputs, encoded by the trained codec, are cached in codec/.
 
     Raises:
         DataError: the run has no trained codec yet.
@@ -96,10 +95,10 @@ def prior_stage(run: Run, max_minutes: float = 0.0) -> Stage:
 
 
 def train_stage(stage: Stage) -> list[dict]:
-    """Train a stage's model on all GPUs, or go on with it; returns the history, see `mdlib.training.fit.fit_stages`.
+    """Train a stage's model on all GPUs, or continue; returns the history, see `mdlib.training.fit.fit_stages`.
 
-    With several GPUs a process for each trains it, on its part of every batch. The one that called waits, and then has
-    the trained weights in its model as if it had trained by itself.
+    With several GPUs a process for each trains on its part of every batch; the caller waits and then has the trained
+    weights in its model.
 
     Raises:
         RuntimeError: one of the processes failed.
@@ -118,7 +117,7 @@ def train_stage(stage: Stage) -> list[dict]:
     )
 
 
-# ---- what they are made of
+# ---- their parts
 
 
 def train_teacher(
@@ -179,13 +178,13 @@ def guide(run: Run, codec, teacher: FeatureDistance | None, foundation: torch.nn
 
 
 def _config(config: TrainConfig, max_minutes: float) -> TrainConfig:
-    """This process's part: a preset's batch is that of all GPUs together, so their number changes no training."""
+    """The configuration of this process: the batch of a preset is that of all GPUs together."""
     check_batch(config.batch_size)
     return replace(config, batch_size=config.batch_size // world(), max_minutes=max_minutes)
 
 
 def _held_out_codes(windows: WindowSet) -> Callable[[torch.nn.Module], dict[str, float]]:
-    """Measures how a codec's codes are used in windows; nothing where it has none."""
+    """Returns a function that measures codebook use on windows, for a codec with a codebook."""
     counts = windows.labels.bincount(minlength=windows.num_users)
 
     def measure(codec) -> dict[str, float]:
@@ -204,15 +203,15 @@ def _held_out_codes(windows: WindowSet) -> Callable[[torch.nn.Module], dict[str,
 def main() -> None:
     """Train a stage of a run as one of the processes that `train_stage` starts."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("run", help="run folder, where split, teacher and inputs are made already")
+    parser.add_argument("run", help="run folder with split, teacher and inputs")
     parser.add_argument("stage", choices=("codec", "prior"))
     parser.add_argument("--max-minutes", type=float, default=0.0)
-    told = parser.parse_args()
-    PartialState(cpu=not torch.cuda.is_available())  # from now on the processes know each other and their GPUs
-    make = {"codec": codec_stage, "prior": prior_stage}[told.stage]
+    given = parser.parse_args()
+    PartialState(cpu=not torch.cuda.is_available())  # joins the processes
+    make = {"codec": codec_stage, "prior": prior_stage}[given.stage]
     try:
-        with suppress(SystemExit):  # the session's time is up, and that is no failure
-            train_stage(make(open_run(told.run), told.max_minutes))
+        with suppress(SystemExit):  # the session's time is up: no failure
+            train_stage(make(open_run(given.run), given.max_minutes))
     except Exception as error:
         print(f"{ERROR}{type(error).__name__}: {' '.join(str(error).split())}", flush=True)
         raise

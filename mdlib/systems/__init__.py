@@ -1,0 +1,26 @@
+"""The systems. A new one is a file here and its name in MODULES; removing one is deleting both."""
+
+from importlib import import_module
+
+from mdlib.systems.system import (
+    SYSTEMS,
+    Preset,
+    System,
+    get_preset,
+    get_system,
+    load_codec,
+    make_codec,
+    make_prior,
+    seeded,
+    start_codec,
+    start_prior,
+)
+
+MODULES = (
+    "vqvae_transformer",
+    "vae_diffusion",
+    "vqvae_ldm",
+    "vavae_dit",
+    "vq_diffusion",
+)
+SYSTEMS |= {system.name: system for system in (import_module(f"{__name__}.{name}").SYSTEM for name in MODULES)}

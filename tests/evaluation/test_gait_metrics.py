@@ -37,10 +37,10 @@ def walker(torso=1.0, swing=0.10, step_s=0.6, peaks=(3.0, 3.0), columns=60):
 
 @pytest.fixture(scope="module")
 def recordings():
-    data = [dataset.simulate_recording(u, n_windows=40, preset="ti77_clock") for u in range(1, 32)]
+    data = [dataset.simulate_recording(u, n_windows=40, clock=True) for u in range(1, 32)]
     truth = {k: np.concatenate([d[1][k][::2] for d in data]) for k in data[0][1]}
     images = np.concatenate([d[0][::2] for d in data]) / 255
-    return images, truth, read(images, dataset.velocity_axis("ti77_clock"), truth["dt"])
+    return images, truth, read(images, velocity_axis(), truth["dt"])
 
 
 def test_a_drawn_walker_is_measured():
@@ -138,7 +138,7 @@ def test_walkers_are_plausible_and_noise_is_not(recordings):
     images, truth, metrics = recordings
     assert plausible(metrics).mean() > 0.8
     shuffled = np.random.default_rng(0).permuted(images, axis=2)
-    noise = read(shuffled, dataset.velocity_axis("ti77_clock"), truth["dt"])
+    noise = read(shuffled, velocity_axis(), truth["dt"])
     assert plausible(noise).mean() < 0.05
 
 

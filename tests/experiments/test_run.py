@@ -6,21 +6,24 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
 
-from mdlib.__main__ import app, main
+from mdlib.cli import app, main
 from mdlib.data.splits import read_split, seen_beyond, write_split
 from mdlib.data.windows import DataError
 from mdlib.evaluation.filters import select_folder
-from mdlib.experiments.run import NOTEBOOKS, execute, open_run
+from mdlib.experiments.execute import execute
+from mdlib.experiments.run import open_run
+from mdlib.experiments.settings import NOTEBOOKS
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import load_pipeline
 from mdlib.reports.report import validate_folders
-from mdlib.systems.registry import SYSTEMS, load_codec, make_codec, make_prior
+from mdlib.systems import SYSTEMS, load_codec, make_codec, make_prior
 from mdlib.training.latents import encode_all
 
 ROOT = NOTEBOOKS.parent
@@ -263,20 +266,20 @@ def test_the_generator_saw_training_windows_only(finished, people):
         assert min(mine["val"]) - max(mine["train"]) >= 4 and min(mine["test"]) - max(mine["val"]) >= 4
 
 
-def test_a_second_call_skips_what_is_done_and_from_runs_anew(finished, tmp_path):
+def test_a_second_call_skips_what_is_done_and_from_runs_it_again(finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "run")
     again = mdlib("run", "--out", out)  # a run knows its own data, system and preset
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done already") == 5
     stamp = (out / "generated" / "manifest.csv").stat().st_mtime_ns
     codec = (out / "codec" / "state.pt").stat().st_mtime_ns
-    anew = mdlib("run", "--out", out, "--from", "05", "--to", "05", "-p", "images_per_user=2", "-p", "temperature=0.8")
-    assert anew.returncode == 0, anew.stderr
+    other = mdlib("run", "--out", out, "--from", "05", "--to", "05", "-p", "images_per_user=2", "-p", "temperature=0.8")
+    assert other.returncode == 0, other.stderr
     assert (out / "generated" / "manifest.csv").stat().st_mtime_ns > stamp
     assert len(list((out / "generated").glob("ID_*/*.png"))) == 6
     assert (out / "codec" / "state.pt").stat().st_mtime_ns == codec
     assert "06_validate" not in json.loads((out / "run.json").read_text())["steps"]
-    assert not (out / "report.json").exists() and "report" not in anew.stdout, "the old verdict is of other windows"
+    assert not (out / "report.json").exists() and "report" not in other.stdout, "the old verdict is of other windows"
 
 
 def test_from_with_other_settings_is_refused_before_anything_is_removed(finished, people, here):
@@ -330,7 +333,9 @@ def test_windows_per_user_of_minus_one_keeps_all(people, tmp_path):
 
 def test_split_from_the_command_line(people, here, tmp_path):
     answer = here("split", "--data", people, "--out", tmp_path / "split.json", "--windows-per-user", 5)
-    assert answer.returncode == 0 and "3 users, 15 train" in answer.out
+    assert answer.returncode == 0 and "3 users, 120 windows: 15 train, " in answer.out
+    sizes = [int(number) for number in re.findall(r"(\d+) (?:train|val|test|spare|dropped)", answer.out)]
+    assert len(sizes) == 5 and sum(sizes) == 120, "every window is accounted for"
     assert len(json.loads((tmp_path / "split.json").read_text())["train"]) == 15
 
 
@@ -347,6 +352,12 @@ def test_split_from_the_command_line(people, here, tmp_path):
         (["run", "--data", "{out}/none", "--out", "{out}/run"], "no such folder; give the folder that holds ID_1"),
         (["generate", "--pipeline", "{out}", "--out", "{out}/made"], "holds no pipeline"),
         (["split", "--data", "{out}", "--out", "{out}/split.json"], "no user folders in it"),
+        (["compare", "--data", "{data}", "--out", "{out}", "--systems", "gan"], "unknown system 'gan'"),
+        (["study", "--data", "{data}", "--out", "{out}", "--preset", "demo@a100"], "unknown preset 'demo@a100'"),
+        (
+            ["select", "--real", "{out}/none", "--generated", "x", "--split", "y", "--out", "{out}/x"],
+            "no such file or folder",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(arguments, message, people, here, tmp_path):
@@ -411,5 +422,113 @@ def test_every_notebook_of_a_system_exists():
 def test_the_parameters_read_as_a_manual():
     import papermill
 
-    told = papermill.inspect_notebook(NOTEBOOKS / "02_train_vqvae.ipynb")
-    assert told["codec_steps"]["inferred_type_name"] == "int" and "optimizer steps" in told["codec_steps"]["help"]
+    inferred = papermill.inspect_notebook(NOTEBOOKS / "02_train_vqvae.ipynb")
+    assert (
+        inferred["codec_steps"]["inferred_type_name"] == "int" and "optimizer steps" in inferred["codec_steps"]["help"]
+    )
+
+
+# ---- what a run refuses before it removes anything, and its further training
+
+
+def snapshot(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--from", "05", "-p", "scheduler=ddim"], "this prior has no sampling option scheduler; there are "),
+        (["--from", "05", "-p", "top_p=7"], "top_p"),
+        (["--from", "05", "-p", "users=[9]"], "it was not trained on 9"),
+        (["-p", "temperature=0.9"], "05_generate is done and would ignore temperature: add --from 05 to run it again"),
+        (["--from", "07"], "this system has no notebook '07'"),
+        (["-p", "prior_steps=9"], "prior_steps: 0 is not 9): to train it further, python -m mdlib run --out "),
+        (["-p", "prior_steps=6", "--extend"], "prior_steps=6: the prior has trained for 6 steps already, give more"),
+        (["-p", "seed=3", "--extend"], "--extend takes more codec_steps or prior_steps and no other change, got seed"),
+        (["--extend"], "no other change, got nothing"),
+    ],
+)
+def test_a_finished_run_loses_nothing_by_a_wrong_option(words, message, finished, here):
+    before = snapshot(finished[0])
+    answer = here("run", "--out", finished[0], *words)
+    assert answer.returncode == 1 and message in answer.err and answer.err.count("\n") == 1, answer.err
+    assert snapshot(finished[0]) == before
+
+
+def test_a_setting_that_would_be_ignored_is_an_error(finished):
+    """As in a notebook whose parameters were edited: `data` is empty, and everything else a default but one."""
+    with pytest.raises(DataError, match="prior_steps: 0 is not 60.: to train it further, python -m mdlib run --out /"):
+        open_run(finished[0], prior_steps=60)
+    with pytest.raises(DataError, match="other settings .windows_per_user: 0 is not 3.: choose another --out"):
+        open_run(finished[0], windows_per_user=3)
+    assert open_run(finished[0], preset="smoke", prior_steps=0).settings["preset"] == "smoke"
+
+
+def test_a_prior_trains_further_in_its_own_run(finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    weights = load_pipeline(out / "pipeline").prior.state_dict()
+    ran = []
+    monkeypatch.setattr("mdlib.experiments.execute._execute_one", lambda name, *_: ran.append(name))
+    execute(out, {"prior_steps": 10}, extend=True)
+    assert ran == ["03_train_prior", "05_generate", "06_validate"], "what depends on the prior, and nothing else"
+    assert not (out / "prior").exists() and not (out / "generated").exists() and not (out / "report.json").exists()
+    assert (out / "prior-1" / "history.csv").exists() and (out / "codec" / "config.json").exists()
+    run = open_run(out)
+    assert run.settings["prior_steps"] == 10 and run.preset.prior_training.steps == 4 and run.earlier["prior"] == [6]
+    prior = make_prior("vqvae-transformer", run.preset, make_codec(run.preset), 3)
+    run.start_prior(prior)
+    torch.testing.assert_close(prior.state_dict(), weights)
+    with pytest.raises(DataError, match="has no trained prior yet: give the command without prior_steps and --extend"):
+        execute(out, {"prior_steps": 12}, extend=True)
+
+
+def test_a_codec_trains_further_and_the_prior_again(finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    split = (out / "split.json").read_bytes()
+    ran = []
+    monkeypatch.setattr("mdlib.experiments.execute._execute_one", lambda name, *_: ran.append(name))
+    execute(out, {"codec_steps": 8}, extend=True)
+    assert ran == ["02_train_vqvae", "03_train_prior", "05_generate", "06_validate"]
+    run = open_run(out)
+    assert run.preset.codec_training.steps == 2 and run.preset.prior_training.steps == 6
+    assert (out / "split.json").read_bytes() == split and (out / "codec" / "teacher.safetensors").exists()
+    codec = make_codec(run.preset)
+    run.start_codec(codec)
+    torch.testing.assert_close(codec.state_dict(), load_codec(out / "codec-1").state_dict())
+
+
+def test_the_machine_is_checked_once(people, tmp_path, monkeypatch, capsys):
+    def executed(name, out, values):
+        ran.append(name)
+        open_run(out).done(name, 0)
+
+    ran = []
+    monkeypatch.setattr("mdlib.experiments.execute._execute_one", executed)
+    for name in ("one", "two", "two"):
+        execute(tmp_path / name, {}, last="01", data=str(people), preset="smoke")
+    assert ran == ["01_env_check"] and "01_env_check: passed here before" in capsys.readouterr().out
+    assert "01_env_check" in json.loads((tmp_path / "two" / "run.json").read_text())["steps"]
+    execute(tmp_path / "two", {}, "01", "01")
+    assert len(ran) == 2, "--from 01 asks for it"
+
+
+def test_an_interrupt_is_one_line(here, people, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("papermill.execute_notebook", interrupted)
+    answer = here("run", "--data", people, "--out", tmp_path, "--preset", "smoke")
+    assert answer.returncode == 1 and answer.err.count("\n") == 1
+    assert "01_env_check was interrupted: give the same command again" in answer.err
+
+
+def test_a_notebook_opened_in_jupyter_finds_the_run(monkeypatch):
+    from mdlib.experiments import kaggle_session
+
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    monkeypatch.delenv("MDLIB_BATCH", raising=False)
+    monkeypatch.chdir(NOTEBOOKS)
+    kaggle_session.begin("runs/demo")
+    assert Path.cwd() == ROOT
+    monkeypatch.chdir(ROOT)  # so that it goes back at the end

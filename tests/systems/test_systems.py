@@ -1,11 +1,18 @@
 """Systems and presets: every one can be built, and overrides mean what they say."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
+from helpers import ROOT, write_set
 
 from mdlib.data.windows import DataError
 from mdlib.evaluation.evidence import Protocol
-from mdlib.systems.registry import (
+from mdlib.systems import (
     SYSTEMS,
     get_preset,
     get_system,
@@ -16,6 +23,7 @@ from mdlib.systems.registry import (
     start_codec,
     start_prior,
 )
+from mdlib.systems.machines import gpus, preset_for
 
 
 @pytest.mark.parametrize("system, preset", [(s, p) for s in SYSTEMS for p in SYSTEMS[s].presets])
@@ -195,8 +203,77 @@ def test_pascal_trains_in_float32_and_turing_in_half():
 def test_unknown_names_are_one_line():
     with pytest.raises(DataError, match="unknown system 'gan': choose one of vqvae-transformer"):
         get_system("gan")
-    with pytest.raises(DataError, match="unknown preset 'a100': choose one of demo"):
-        get_preset("vqvae-transformer", "a100")
+    for name in ("a100", "demo@a100", "tiny@p100"):
+        with pytest.raises(
+            DataError, match=f"unknown preset '{name}' of system vqvae-transformer: choose one of auto, "
+        ):
+            get_preset("vqvae-transformer", name)
+
+
+def test_a_preset_is_a_size_on_a_machine():
+    assert get_preset("vavae-dit", "p100") == get_preset("vavae-dit", "base@p100")
+    small = get_preset("vae-diffusion", "demo@t4x2")
+    assert small.prior == get_preset("vae-diffusion", "demo").prior and small.prior_training.mixed_precision == "fp16"
+    assert (small.codec_training.batch_size, small.prior_training.batch_size) == (8, 32), "smaller batches stay"
+    assert get_preset("vae-diffusion", "base").codec_training.mixed_precision == "auto"
+    assert get_preset("vae-diffusion", "base@gpu-6gb").codec_training.batch_size == 16
+    assert get_preset("vqvae-ldm", "auto") == get_preset("vqvae-ldm", preset_for(gpus()))
+
+
+SIXTH = """
+from mdlib.systems.system import System
+
+SYSTEM = System(
+    name="sixth",
+    codec_class="mdlib.models.vqvae:VQVAE",
+    prior_class="mdlib.models.transformer:TokenPrior",
+    notebooks=("01_env_check", "02_train_vqvae", "03_train_prior", "05_generate", "06_validate"),
+    curves=("mse", "nats_per_token"),
+    sizes={
+        "smoke": dict(
+            codec=dict(patch_size=(4, 4), block_out_channels=(8,), norm_num_groups=4, num_codes=8, code_dim=4),
+            prior=dict(hidden_size=16, num_layers=1, num_heads=2),
+            teacher_steps=0,
+            images_per_user=2,
+        )
+    },
+)
+"""
+
+
+def test_a_system_is_one_file_and_one_line(tmp_path):
+    """In a copy of the sources a sixth system is added and another one removed; the sixth then runs to its report."""
+    for name in ("mdlib", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("check_environment.py", "setup_environment.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    systems = tmp_path / "mdlib" / "systems"
+    (systems / "sixth.py").write_text(SIXTH)
+    (systems / "vavae_dit.py").unlink()
+    listed = (systems / "__init__.py").read_text()
+    (systems / "__init__.py").write_text(listed.replace('    "vavae_dit",\n', '    "sixth",\n'))
+    data = write_set(tmp_path / "people", users=(1, 2, 3), numbers=range(1, 33))
+
+    def python(*words):
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, *map(str, words)]
+        answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-2000:]
+        return answer.stdout
+
+    program = "from mdlib.systems import SYSTEMS; print(*SYSTEMS, [len(one.presets) for one in SYSTEMS.values()][-2:])"
+    assert python("-c", program).split()[:5] == [
+        "vqvae-transformer",
+        "vae-diffusion",
+        "vqvae-ldm",
+        "sixth",
+        "vq-diffusion",
+    ]
+    python(
+        "-m", "mdlib", "run", "--data", data, "--out", "run", "--system", "sixth", "--preset", "smoke", "--from", "02"
+    )
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["about"]["system"] == "sixth" and report["verdict"]["sentence"]
 
 
 def test_weights_come_from_the_seed_alone():

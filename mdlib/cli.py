@@ -1,0 +1,255 @@
+"""The command line. Names and paths are checked before anything slow is imported, and before anything is removed."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mdlib.experiments.settings import check_data, check_names, check_request, options_page
+from mdlib.systems import SYSTEMS, get_system
+
+app = typer.Typer(
+    help="Generative models for micro-Doppler spectrograms, user by user.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[Path, typer.Option(help="folder of ID_k/ folders")]
+Real = Annotated[Path, typer.Option(help="folder of real windows")]
+Generated = Annotated[Path, typer.Option(help="folder of generated windows")]
+Split = Annotated[Path, typer.Option(help="the split the generator was trained with")]
+Size = Annotated[int, typer.Option(help="pixels a side at which windows are compared")]
+PresetName = Annotated[str, typer.Option(help="auto (by the GPU), a size, a machine or size@machine")]
+Parameters = Annotated[list[str], typer.Option("--parameter", "-p", help="NAME=VALUE, see docs/options.md")]
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    users: Annotated[int, typer.Option(min=2)] = 31,
+    windows: Annotated[int, typer.Option(min=1, help="windows of each user in each condition")] = 150,
+    size: Annotated[int, typer.Option(min=16, help="pixels a side")] = 256,
+    seed: int = 0,
+    condition: Annotated[str, typer.Option(help="normal, backpack, bag, bag_phone or all")] = "normal",
+    recordings: Annotated[int, typer.Option(min=1, help="recordings (days) of each user")] = 1,
+):
+    """Simulate walking people as a 77 GHz radar records them, with every gait parameter in parameters.csv."""
+    from mdlib.simulation.dataset import simulate_dataset
+
+    sizes = dict(users=users, windows=windows, size=size, seed=seed, condition=condition, recordings=recordings)
+    simulate_dataset(out, **sizes)
+    print(f"{out}: {users} users with {_count(windows, 'window')} each, condition {condition}")
+
+
+@app.command()
+def split(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="file to write")],
+    val: float = 0.15,
+    test: float = 0.25,
+    gap: Annotated[int, typer.Option(help="windows between the parts")] = 4,
+    windows_per_user: Annotated[int, typer.Option(help="training windows of each user; 0 takes all")] = 0,
+):
+    """Split by recording and time, so that no windows of different parts overlap."""
+    check_data(data)
+    from mdlib.data.splits import make_split, split_summary, write_split
+    from mdlib.data.windows import find_windows
+
+    files = find_windows(data)
+    parts = make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
+    write_split(parts, out)
+    print(f"{out}: {_count(len(parts['users']), 'user')}, {split_summary(parts)}")
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="run folder")],
+    data: Annotated[Path | None, typer.Option(help="folder of ID_k/ folders; an existing run has its own")] = None,
+    system: Annotated[str, typer.Option(help="; ".join(SYSTEMS) + "; the first, or the run's, when left out")] = "",
+    preset: Annotated[str, typer.Option(help="auto (by the GPU), a size, a machine or size@machine")] = "",
+    parameter: Parameters = [],  # noqa: B006
+    first: Annotated[str, typer.Option("--from", help="first notebook (03); runs again from there")] = "",
+    last: Annotated[str, typer.Option("--to", help="last notebook (06)")] = "",
+    extend: Annotated[bool, typer.Option("--extend", help="train on to more codec_steps or prior_steps")] = False,
+):
+    """Run the notebooks of a system on a data folder, up to report.html; a second call continues."""
+    given, parameters = dict(data=str(data or ""), system=system, preset=preset), dict(map(pair, parameter))
+    check_request(out, parameters, first, last, **given)
+    from mdlib.experiments.execute import execute
+
+    execute(out, parameters, first, last, extend, **given)
+    report = out / "report.json"
+    if report.exists():
+        print(f"{out / 'report.html'}\n{json.loads(report.read_text())['verdict']['sentence']}")
+
+
+@app.command()
+def compare(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="folder of the comparison, with a run for each system")],
+    systems: Annotated[str, typer.Option(help="names separated by commas, or all")] = "all",
+    preset: PresetName = "auto",
+    budget_minutes: Annotated[float, typer.Option(help="training time of each system; 0: the preset's steps")] = 0.0,
+    images_per_user: Annotated[int, typer.Option(help="windows each generates; 0: the most of any preset")] = 0,
+    parameter: Parameters = [],  # noqa: B006
+):
+    """Train and evaluate systems on one split with one budget, up to comparison.html; a second call continues."""
+    chosen = _checked(data, systems.split(",") if systems != "all" else list(SYSTEMS), preset, parameter)
+    from mdlib.experiments.compare import compare as run_comparison
+
+    result = run_comparison(data, out, systems, preset, budget_minutes, images_per_user, chosen)
+    sentences = [answer["sentence"] for answer in result["conclusions"].values() if isinstance(answer, dict)]
+    print("\n".join([str(out / "comparison.html"), *sentences]))
+    failed = [name for name, figures in result["systems"].items() if "error" in figures]
+    if failed:
+        raise ValueError(f"not compared: {', '.join(failed)}; the reasons are in {out / 'comparison.html'}")
+
+
+@app.command()
+def study(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="folder of the study, with a run for each number")],
+    system: Annotated[str, typer.Option(help="; ".join(SYSTEMS))] = "vae-diffusion",
+    preset: PresetName = "auto",
+    windows: Annotated[str, typer.Option(help="training windows of each user, separated by commas")] = "5,10,20,50",
+    folds: Annotated[int, typer.Option(help="how many of the 4 folds of cross-validation")] = 1,
+    parameter: Parameters = [],  # noqa: B006
+):
+    """Train and evaluate a system on few and more windows of each user, up to study.html; a second call continues."""
+    numbers, given = _numbers("windows", windows, int), _checked(data, [system], preset, parameter)
+    from mdlib.experiments.study import study as run_study
+
+    result = run_study(data, out, system, preset, numbers, folds, given)
+    print("\n".join([str(out / "study.html"), *(row["verdict"]["sentence"] for row in result["rows"])]))
+
+
+@app.command()
+def generate(
+    pipeline: Annotated[Path, typer.Option(help="RUN/pipeline")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    users: Annotated[str, typer.Option(help="1,2,5-8; all users when left out")] = "",
+    per_user: Annotated[int, typer.Option(min=1)] = 10,
+    seed: int = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    conditions: Annotated[str, typer.Option(help="separated by commas; all it knows when left out")] = "",
+    option: Annotated[list[str], typer.Option("--option", "-o", help="NAME=VALUE of the prior's sampling")] = [],  # noqa: B006
+    grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, a row for each user")] = False,
+):
+    """Generate windows of given users into ID_k/ folders with a manifest."""
+    options = dict(map(pair, option))
+    if not (pipeline / "model_index.json").exists():
+        raise ValueError(f"{pipeline} holds no pipeline (no model_index.json): give the pipeline/ folder of a run")
+    from mdlib.data.windows import parse_users
+    from mdlib.pipeline import load_pipeline
+
+    chosen, carried = parse_users(users) if users else None, conditions.split(",") if conditions else None
+    rows = load_pipeline(pipeline).generate_folder(out, chosen, per_user, seed, batch_size, carried, **options)
+    if grid:
+        from mdlib.reports import plots
+
+        plots.save(plots.sheet(out, rows), out / "grid.png")
+    print(f"{out}: {_count(len(rows), 'window')} of {_count(len({row['user'] for row in rows}), 'user')}")
+
+
+@app.command()
+def select(
+    real: Real,
+    generated: Generated,
+    split: Split,
+    out: Annotated[Path, typer.Option(help="folder for the selected windows")],
+    by: Annotated[str, typer.Option(help="kinematics, confidence, margin, specificity or diversity")] = "kinematics",
+    keep: Annotated[float, typer.Option(help="fraction to select, best first; kinematics decides by itself")] = 0.5,
+    size: Size = 64,
+):
+    """Select generated windows by a filter that knows only the generator's training windows."""
+    _exist(real, generated, split)
+    from mdlib.evaluation.filters import select_folder
+
+    selected, every = select_folder(real, generated, split, out, by, keep, size)
+    print(f"{out}: {selected} of {_count(every, 'window')}")
+
+
+@app.command()
+def validate(
+    real: Real,
+    generated: Generated,
+    split: Split,
+    out: Annotated[Path, typer.Option(help="folder for report.json and report.html")],
+    size: Size = 64,
+    pipeline: Annotated[Path | None, typer.Option(help="RUN/pipeline, for codec and codebook")] = None,
+    channels: Annotated[int, typer.Option(help="1: intensity, 3: RGB as it is")] = 1,
+    colormap: Annotated[str, typer.Option(help="of the real images")] = "auto",
+    evaluation_steps: Annotated[int, typer.Option(help="optimizer steps of each classifier")] = 400,
+    seeds: Annotated[int, typer.Option(min=2, help="classifiers for each set of training windows")] = 3,
+    reference: Annotated[str, typer.Option(help="resnet18 | none; auto: ResNet-18 where there is a GPU")] = "auto",
+    counts: Annotated[str, typer.Option(help="generated windows of each user: the gain with 5,10,25 too")] = "",
+    keep: Annotated[str, typer.Option(help="fractions of them: the gain with 0.5,0.25 by each filter")] = "",
+):
+    """Evaluate generated windows against real ones the generator was not trained on."""
+    _exist(real, generated, split, *([pipeline] if pipeline else []))
+    protocol = dict(evaluation_steps=evaluation_steps, seeds=seeds, reference=reference)
+    protocol |= dict(keep=_numbers("keep", keep, float), counts=_numbers("counts", counts, int) or None)
+    from mdlib.reports.report import validate_folders
+
+    report = validate_folders(real, generated, split, out, size, pipeline, channels, colormap, **protocol)
+    print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
+
+
+@app.command(hidden=True)
+def options():
+    """Print docs/options.md."""
+    print(options_page(), end="")
+
+
+def pair(text: str) -> tuple[str, object]:
+    """NAME=VALUE with the value as JSON where it is JSON (3, 0.5, true), else as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{text!r} is not NAME=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _checked(data: Path, systems: list[str], preset: str, parameters: list[str]) -> dict:
+    """The parameters of a comparison or study, after its names and its folder were checked."""
+    check_data(data)
+    given = dict(map(pair, parameters))
+    for system in map(get_system, map(str.strip, systems)):
+        check_names(given, system.notebooks)
+        if preset != "auto":
+            system.table(preset)
+    return given
+
+
+def _exist(*paths: Path) -> None:
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+
+
+def _numbers(name: str, text: str, kind: type) -> tuple:
+    try:
+        return tuple(kind(number) for number in text.split(",") if number)
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{name}: {what} separated by commas, got {text!r}") from error
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one line and exit code 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"mdlib: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,234 @@
+"""Papermill over the notebooks of a system: `execute`, and `extended` for a further training."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from traitlets.config import Config
+
+from mdlib.experiments.run import PRODUCTS, Run, device_name, open_run, versions, write_record
+from mdlib.experiments.settings import (
+    NOTEBOOKS,
+    RunSettings,
+    check_names,
+    check_request,
+    defaults,
+    notebook_parameters,
+    read_record,
+)
+from mdlib.pipeline import load_pipeline
+from mdlib.systems import System, get_system
+from mdlib.training.fit import read_history
+from mdlib.training.launch import python_path
+from mdlib.utils import DataError
+
+# Parameters of notebook 05 that are no options of `prior.sample`.
+NO_SAMPLING = {"out", "users", "images_per_user", "conditions", "generation_seed", "batch_size"}
+
+
+def execute(
+    out: str | Path, parameters: dict, first: str = "", last: str = "", extend: bool = False, **given: str
+) -> Path:
+    """Run the system's notebooks with papermill, their output relayed; returns the path of the run folder.
+
+    Notebooks that are done are skipped.
+
+    Args:
+        parameters: of any notebook.
+        first, last: numbers of notebooks ("03"). Naming `first` runs them again from there on; what the later ones
+            wrote is removed, because it depends on what is replaced.
+        extend: train codec or prior on to the `codec_steps` or `prior_steps` among the parameters, see `extended`.
+        given: data, system and preset; what is left out is the run's, or else the default.
+
+    Raises:
+        DataError: an unknown name, or the reason for which a notebook stopped.
+    """
+    out = Path(out).absolute()
+    wanted, names = check_request(out, parameters, first, last, **given)
+    _check_sampling(out, get_system(wanted.system), parameters)
+    if not first:
+        _check_done(out, names, parameters)
+    if extend:
+        extended(out, wanted)
+    run = open_run(out, **wanted.to_dict())
+    if first:
+        _forget(run.path, [name for name in run.system.notebooks if name[:2] >= first])
+    common = {**parameters, **run.settings, "out": str(run.path)}
+    for name in names:
+        if name in read_record(run.path)["steps"]:
+            print(f"{name}: done already (--from {name[:2]} runs it again)", flush=True)
+            continue
+        values = {key: value for key, value in common.items() if key in notebook_parameters(name)}
+        check = name[:2] == "01" and not first and not parameters.get("expect")
+        if check and _passed(run).exists():
+            run.done(name, time.monotonic())
+            print(f"{name}: passed here before (--from 01 runs it again)", flush=True)
+            continue
+        _execute_one(name, run.path, values)
+        if check:
+            with suppress(OSError):  # a cache: without it the next run checks again
+                _passed(run).parent.mkdir(parents=True, exist_ok=True)
+                _passed(run).touch()
+    return run.path
+
+
+def _passed(run: Run) -> Path:
+    """The file that notes that notebook 01 passed with these versions, on this device, in this precision."""
+    state = [versions(), device_name(), sys.executable, run.preset.codec_training.mixed_precision]
+    cache = Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib")
+    return cache / f"passed-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
+
+
+def check_parameters(system: str, parameters: dict) -> None:
+    """DataError where no notebook of `system` has one of the parameters."""
+    check_names(parameters, get_system(system).notebooks)
+
+
+def _check_sampling(out: Path, system: System, parameters: dict) -> None:
+    """DataError where the prior does not take one of notebook 05's options among the parameters."""
+    own = notebook_parameters("05_generate").keys() - NO_SAMPLING
+    options = {key: value for key, value in parameters.items() if key in own and value}
+    known = system.sampling_options()
+    if unknown := ", ".join(sorted(options.keys() - known)):
+        raise DataError(f"this prior has no sampling option {unknown}; there are {', '.join(sorted(known))}")
+    asked = {key: parameters[key] for key in ("users", "conditions") if parameters.get(key)}
+    if (options or asked) and (out / "pipeline" / "model_index.json").exists():
+        pipeline = load_pipeline(out / "pipeline")
+        pipeline.check_options(options)
+        pipeline.plan(asked.get("users", []), 1, 0, asked.get("conditions"))
+
+
+def _check_done(out: Path, names: tuple[str, ...], parameters: dict) -> None:
+    """DataError where a notebook that is done ran with other values than the parameters."""
+    done = read_record(out)["steps"] if (out / "run.json").exists() else {}
+    for name in names:
+        page = out / "notebooks" / f"{name}.ipynb"
+        if name not in done or not page.exists():
+            continue
+        ran = json.loads(page.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
+        own = parameters.keys() & notebook_parameters(name).keys() - defaults().keys()
+        if ignored := ", ".join(sorted(key for key in own if ran.get(key) != parameters[key])):
+            raise DataError(f"{name} is done and would ignore {ignored}: add --from {name[:2]} to run it again")
+
+
+def extended(out: Path, wanted: RunSettings) -> None:
+    """Prepare a run for the further training of its codec or prior to more optimizer steps.
+
+    The further training starts from the trained weights, with a warm-up and a falling learning rate of its own, for the
+    steps that are missing. The earlier training moves to codec-N/ or prior-N/; what depends on it is removed.
+
+    Raises:
+        DataError: other settings change too, the steps are not more, or there are no trained weights.
+    """
+    if not (out / "run.json").exists():
+        raise DataError(f"{out} holds no run to extend: leave out --extend")
+    record = read_record(out)
+    kept = {**defaults(), **record["settings"]}
+    changed = [key for key, value in wanted.to_dict().items() if value != kept[key] and key != "data"]
+    if not changed or not set(changed) <= {"codec_steps", "prior_steps"}:
+        given = ", ".join(changed) or "nothing"
+        raise DataError(f"--extend takes more codec_steps or prior_steps and no other change, got {given}")
+    if kept["joint_steps"]:
+        raise DataError(f"{out} ends with joint_steps, after which codec and prior cannot train alone: start a new run")
+    earlier = {part: list(record.get("earlier", {}).get(part, [])) for part in ("codec", "prior")}
+    weights = {"codec": out / "codec", "prior": out / "pipeline" / "prior"}
+    trained = {}
+    for key in changed:
+        part = key.removesuffix("_steps")
+        if not (weights[part] / "config.json").exists():
+            raise DataError(f"{out} has no trained {part} yet: give the command without {key} and --extend first")
+        trained[part] = int(read_history(out / part)[-1]["step"])
+        if getattr(wanted, key) <= (done := sum(earlier[part]) + trained[part]):
+            raise DataError(f"{key}={getattr(wanted, key)}: the {part} has trained for {done} steps already, give more")
+    names = get_system(kept["system"]).notebooks
+    for part in trained.keys() & {"prior"} if "codec" not in trained else ["codec"]:
+        earlier[part].append(trained[part])
+        moved = out / f"{part}-{len(earlier[part])}"
+        (out / part).rename(moved)
+        if part == "prior":
+            weights[part].rename(moved / "weights")
+        elif (moved / "teacher.safetensors").exists():
+            (out / part).mkdir()
+            shutil.copy(moved / "teacher.safetensors", out / part)
+    if "codec" in trained:  # another codec, another prior
+        for folder in out.glob("prior-*"):
+            shutil.rmtree(folder)
+        earlier["prior"] = []
+    record |= {"settings": {**kept, **{key: getattr(wanted, key) for key in changed}}, "earlier": earlier}
+    if "codec" in trained:
+        record["steps"].pop("02_train_vqvae", None)
+    write_record(out, record)
+    _forget(out, [name for name in names if name[:2] >= "03"])
+
+
+def _execute_one(name: str, out: Path, values: dict) -> None:
+    import papermill
+
+    print(f"{name}: starts", flush=True)
+    started = time.monotonic()
+    target = out / "notebooks" / f"{name}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _environment(MDLIB_BATCH="1", PYTHONPATH=python_path()), _private_sockets() as config:
+        try:
+            papermill.execute_notebook(
+                NOTEBOOKS / f"{name}.ipynb",
+                target,
+                parameters=values,
+                kernel_name="python3",
+                progress_bar=False,
+                config=config,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+            )
+        except KeyboardInterrupt:
+            raise DataError(f"{name} was interrupted: give the same command again, and it continues") from None
+        except papermill.PapermillExecutionError as error:
+            cause = " ".join(str(error.evalue).split())
+            raise DataError(f"{name} stopped: {error.ename}: {cause} (see {target})") from error
+        except RuntimeError as error:  # nbclient's DeadKernelError is one
+            raise DataError(
+                f"{name} stopped: {error}: most likely memory ran out; take a smaller preset, or give the command again"
+            ) from error
+    if name not in read_record(out)["steps"]:
+        raise DataError(f"{name} stopped at the end of its time: give the command again and it goes on (see {target})")
+    print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+@contextmanager
+def _private_sockets():
+    """Kernel sockets in a folder of our own where the system has such: nothing else on the network can listen, and two
+    runs started in one folder do not meet."""
+    if os.name != "posix":
+        yield Config()
+        return
+    with tempfile.TemporaryDirectory(prefix="mdlib-") as folder:
+        yield Config(KernelManager={"transport": "ipc", "ip": str(Path(folder) / "kernel")})
+
+
+def _forget(out: Path, names: list[str]) -> None:
+    """Remove what the named notebooks wrote, and the note that they are done."""
+    record = read_record(out)
+    for name in names:
+        record["steps"].pop(name, None)
+    write_record(out, record)
+    for name in names:
+        for product in PRODUCTS[name[:2]]:
+            path = out / product
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _environment(**variables: str):
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})

@@ -1,0 +1,161 @@
+"""The settings of a run, defined once: notebook 02, the command line, run.json and docs/options.md follow them."""
+
+import ast
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+from mdlib.systems import get_system
+from mdlib.utils import DataError
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+MAX_MINUTES = "of each training, over all resumes; the learning rate falls within it; 0: no limit"
+
+
+def _setting(default, help: str):
+    value = dict(default_factory=type(default)) if isinstance(default, dict) else dict(default=default)
+    return field(**value, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What shapes a run; it stays the same for all of its notebooks. Values of another type raise DataError."""
+
+    data: str = _setting(
+        "", "folder of ID_k/ folders; empty: continue the run in `out`, or the data attached on Kaggle"
+    )
+    system: str = _setting("vqvae-transformer", "one of mdlib.systems.SYSTEMS")
+    preset: str = _setting("auto", "auto (by the GPU), a size (smoke, demo, base), a machine (t4x2) or size@machine")
+    split: str = _setting("", "a split file; empty: split by recording and time")
+    windows_per_user: int = _setting(0, "training windows of each user; 0: the preset's, -1: all")
+    variants: int = _setting(-1, "stride-recombined copies of each training window; -1: the preset's")
+    unrecorded: dict = _setting({}, 'condition → users whose windows in it all go to the test: {"backpack": [1, 2]}')
+    codec: str = _setting("", "vq | kl | va; empty: the system's own")
+    codec_steps: int = _setting(0, "optimizer steps of the codec; 0: the preset's")
+    prior_steps: int = _setting(0, "optimizer steps of the prior; 0: the preset's")
+    codec_options: dict = _setting({}, 'arguments of the codec or its training: {"batch_size": 16}')
+    prior_options: dict = _setting({}, 'arguments of the prior or its training: {"ema_decay": 0.999}')
+    perceptual_weight: float = _setting(0.0, "of LPIPS in the codec's loss; needs its backbone's weights")
+    foundation: str = _setting("", "what a VA-VAE is aligned with: none | classifier | a transformers vision model")
+    user_codec: bool = _setting(False, "condition a VA-VAE on the user")
+    codec_start: str = _setting("", "initial weights: a codec/ folder, or a published VA-VAE file")
+    prior_start: str = _setting("", "initial weights: a pipeline's prior/, or a published LightningDiT file")
+    init: str = _setting("", "pipeline/ of a run on other people that initialises both; users get new embeddings")
+    joint_steps: int = _setting(0, "of codec (kl, va) and a prior over latents together, at the end; 0: none")
+    classifier_steps: int = _setting(0, "of a user classifier that can guide a prior over latents; 0: none")
+    channels: int = _setting(1, "1: intensity, the colour map inverted; 3: RGB as it is")
+    colormap: str = _setting("auto", "of the images on disk: auto | jet | parula | viridis | grey")
+    seed: int = _setting(0, "of weights, data order and noise")
+
+    def __post_init__(self):
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if not isinstance(value, (int, float) if one.type is float else one.type):
+                raise DataError(f"{one.name} must be of type {one.type.__name__}, got {value!r}")
+
+    def to_dict(self) -> dict:
+        """The settings as run.json holds them."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+def defaults() -> dict:
+    """Every setting with its default."""
+    return asdict(RunSettings())
+
+
+def parameter_cell() -> str:
+    """The parameters cell of notebook 02: all settings, the run folder and the time limit."""
+    lines = [
+        f"{one.name}: {one.type.__name__} = {_written(one)}  # {one.metadata['help']}" for one in fields(RunSettings)
+    ]
+    lines.insert(1, 'out: str = "runs/demo"  # run folder; a relative path starts at the repository')
+    return "\n".join([*lines, f"max_minutes: float = 0.0  # {MAX_MINUTES}"])
+
+
+def _written(one) -> str:
+    default = one.default if one.default is not MISSING else one.default_factory()
+    return json.dumps(default) if isinstance(default, str) else repr(default)
+
+
+def notebook_parameters(notebook: str) -> dict[str, tuple[str, str]]:
+    """Default and help of each parameter of a notebook, read from its parameters cell."""
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    source = "".join(next(cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])))
+    found, lines = {}, source.splitlines()
+    for one in ast.parse(source).body:
+        help = lines[one.lineno - 1].partition("  # ")[2]
+        found[one.target.id] = (ast.unparse(one.value).replace("'", '"'), help)
+    return found
+
+
+def check_names(parameters, notebooks: tuple[str, ...]) -> None:
+    """DataError where none of the notebooks has one of the parameters."""
+    known = set().union(*(notebook_parameters(name) for name in notebooks)) - {"system", "preset", "data", "out"}
+    for key in parameters:
+        if key not in known:
+            raise DataError(f"no notebook has a parameter {key!r}; there are {', '.join(sorted(known))}")
+
+
+def check_data(folder: str | Path) -> None:
+    """DataError where `folder` holds no folder of a user, directly or below a condition."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the folder that holds ID_1, ID_2, ...")
+    if not any(folder.glob("[Ii][Dd]*")) and not any(folder.glob("*/[Ii][Dd]*")):
+        raise DataError(f"{folder}: no user folders in it; give the folder that holds ID_1, ID_2, ...")
+
+
+def check_request(
+    out: Path, parameters: dict, first: str = "", last: str = "", **given: str
+) -> tuple[RunSettings, tuple[str, ...]]:
+    """Settings and notebooks of a request to run, checked as far as names and types go, which takes no torch.
+
+    Args:
+        out: the run folder; settings that are not given are those of the run in it, or else the defaults.
+        parameters: of any notebook.
+        first, last: numbers of notebooks, or "".
+        given: data, system and preset, where not "".
+
+    Raises:
+        DataError: a folder, name, number or type that does not exist.
+    """
+    kept = read_record(out)["settings"] if (out / "run.json").exists() else {}
+    own = {one.name for one in fields(RunSettings)}
+    wanted = {**kept, **parameters, **{key: value for key, value in given.items() if value}}
+    settings = RunSettings(**{key: value for key, value in wanted.items() if key in own})
+    system = get_system(settings.system)
+    check_names(parameters, system.notebooks)
+    if settings.preset != "auto":
+        system.table(settings.preset)
+    if not settings.data:
+        raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
+    if not kept or given.get("data"):
+        check_data(settings.data)
+    numbers = [name[:2] for name in system.notebooks]
+    for number in (first, last):
+        if number and number not in numbers:
+            raise DataError(f"this system has no notebook {number!r}: choose among {', '.join(numbers)}")
+    return settings, tuple(name for name in system.notebooks if (first or "00") <= name[:2] <= (last or "99"))
+
+
+def read_record(out: Path) -> dict:
+    """What run.json of a run folder holds."""
+    return json.loads((out / "run.json").read_text(encoding="utf-8"))
+
+
+def options_page() -> str:
+    """The text of docs/options.md."""
+    parts = [
+        "# Options",
+        "Every parameter of the notebooks. On the command line they are given as `-p NAME=VALUE` to `run`, `compare` "
+        "and `study`; `out`, `data`, `system` and `preset` have options of their own. This page is generated: "
+        "`python -m mdlib options > docs/options.md`.",
+    ]
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        parts += [f"## Notebook {path.stem}", "| parameter | default | meaning |\n|---|---|---|"]
+        rows = [
+            f"| `{name}` | `{default}` | {help.replace('|', 'or')} |"
+            for name, (default, help) in notebook_parameters(path.stem).items()
+        ]
+        parts[-1] += "".join(f"\n{row}" for row in rows)
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,95 @@
+"""A VA-VAE, whose latents are aligned with a frozen network, and a LightningDiT trained by flow matching."""
+
+from mdlib.systems.system import System
+
+# The authors' three stages: fraction of the codec's steps, and options of its losses.
+STAGES = (
+    (100 / 130, dict(alignment_weight=0.5, distance_margin=0.0, cosine_margin=0.0, adversarial_start=0)),
+    (15 / 130, dict(alignment_weight=0.1, distance_margin=0.0, cosine_margin=0.0, adversarial_start=0)),
+    (15 / 130, dict(alignment_weight=0.1, distance_margin=0.25, cosine_margin=0.5, adversarial_start=0)),
+)
+DIT_B = dict(hidden_size=768, depth=12, num_heads=12, patch_size=1)
+
+SYSTEM = System(
+    name="vavae-dit",
+    codec_class="mdlib.models.vavae:VAVAE",
+    prior_class="mdlib.models.dit:LightningDiT",
+    notebooks=("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate"),
+    curves=("mse", "psnr_db", "kl", "perplexity", "align_cosine", "align_distance", "velocity_mse", "cosine"),
+    sizes={
+        "smoke": dict(
+            codec=dict(
+                patch_size=(2, 2),
+                block_out_channels=(8, 16),
+                norm_num_groups=4,
+                latent_channels=4,
+                adversarial_weight=0.5,
+                discriminator_width=8,
+                discriminator_layers=2,
+            ),
+            prior=dict(patch_size=2, hidden_size=16, depth=2, num_heads=2),
+            prior_training=dict(ema_decay=0.5),
+            sampling=dict(guidance_scale=1.5, num_inference_steps=3),
+            foundation="classifier",
+            stages=tuple((1 / 3, options) for _, options in STAGES),
+        ),
+        # On a CPU the first stage alone, without an adversary.
+        "demo": dict(
+            codec=dict(patch_size=(4, 4), block_out_channels=(64, 128), latent_channels=16),
+            prior=dict(patch_size=1, hidden_size=128, depth=6, num_heads=4, label_dropout=0.15),
+            prior_training=dict(steps=800, learning_rate=2e-3, ema_decay=0.99),
+            sampling=dict(guidance_scale=1.5, scheduler="euler", num_inference_steps=20),
+            foundation="classifier",
+            images_per_user=30,
+        ),
+        "demo-long": dict(
+            codec=dict(patch_size=(4, 4), block_out_channels=(64, 128), latent_channels=16),
+            prior=dict(patch_size=1, hidden_size=128, depth=6, num_heads=4, label_dropout=0.15),
+            prior_training=dict(steps=4000, learning_rate=2e-3, ema_decay=0.998),
+            sampling=dict(guidance_scale=1.5, scheduler="euler", num_inference_steps=20),
+            foundation="classifier",
+            images_per_user=30,
+        ),
+        "base": dict(
+            codec=dict(
+                patch_size=(2, 2),
+                block_out_channels=(64, 128, 256),
+                layers_per_block=2,
+                norm_num_groups=32,
+                latent_channels=16,
+                reconstruction="l1",
+                adversarial_weight=0.5,
+            ),
+            prior=DIT_B | dict(qk_norm=True, gradient_checkpointing=False),
+            prior_training=dict(learning_rate=1e-4, beta2=0.95),
+            sampling=dict(guidance_scale=1.5, num_inference_steps=25),
+            foundation="facebook/dinov2-large",
+            stages=STAGES,
+        ),
+        # The sizes of the published VA-VAE, for `codec_start`.
+        "f16d32": dict(
+            codec=dict(
+                image_size=256,
+                block_out_channels=(128, 128, 256, 256, 512),
+                layers_per_block=2,
+                norm_num_groups=32,
+                latent_channels=32,
+                level_attention=True,
+                reconstruction="l1",
+                adversarial_weight=0.5,
+                gradient_checkpointing=True,
+            ),
+            codec_training=dict(learning_rate=1e-4, batch_size=4, accumulation=4),
+            prior=DIT_B | dict(qk_norm=False, gradient_checkpointing=True),
+            prior_training=dict(learning_rate=1e-4, beta2=0.95),
+            sampling=dict(guidance_scale=1.5, num_inference_steps=25),
+            foundation="facebook/dinov2-large",
+            stages=STAGES,
+        ),
+    },
+    base_on={
+        "gpu-6gb": dict(prior=dict(hidden_size=384, depth=12, num_heads=6, gradient_checkpointing=True)),
+        "gpu-8gb": dict(prior=dict(hidden_size=384, depth=12, num_heads=6)),
+        "p100": dict(prior=dict(gradient_checkpointing=True)),  # in float32 a batch of 64 would take 17 GB
+    },
+)

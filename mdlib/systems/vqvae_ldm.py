@@ -1,0 +1,58 @@
+"""A VQ-VAE of eight-fold compression and a UNet with axial attention that denoises its latents."""
+
+from mdlib.systems.system import System
+
+SMALL = dict(
+    block_out_channels=(48, 96), norm_num_groups=8, head_dim=16, label_dropout=0.15, attention="window_axial", window=4
+)
+
+SYSTEM = System(
+    name="vqvae-ldm",
+    codec_class="mdlib.models.vqvae:VQVAE",
+    prior_class="mdlib.models.unet:LatentDiffusion",
+    notebooks=("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate"),
+    curves=("mse", "psnr_db", "perplexity", "kl", "align_cosine", "denoising_mse", "velocity_mse"),
+    sizes={
+        "smoke": dict(
+            codec=dict(patch_size=(2, 2), block_out_channels=(8, 8, 16), norm_num_groups=4, num_codes=16, code_dim=4),
+            prior=dict(block_out_channels=(8, 16), norm_num_groups=4, head_dim=8, attention="window_axial", window=4),
+            prior_training=dict(ema_decay=0.5),
+            sampling=dict(num_inference_steps=3),
+        ),
+        "demo": dict(
+            codec=dict(patch_size=(4, 4), block_out_channels=(64, 128), num_codes=256, code_dim=8),
+            prior=SMALL,
+            prior_training=dict(steps=1500, ema_decay=0.99),
+            sampling=dict(guidance_scale=1.5, num_inference_steps=20),
+            images_per_user=30,
+        ),
+        "demo-long": dict(
+            codec=dict(patch_size=(4, 4), block_out_channels=(64, 128), num_codes=256, code_dim=8),
+            prior=SMALL,
+            prior_training=dict(steps=6000, ema_decay=0.998),
+            sampling=dict(guidance_scale=1.5, num_inference_steps=20),
+            images_per_user=30,
+        ),
+        "base": dict(
+            codec=dict(
+                patch_size=(2, 2),
+                block_out_channels=(64, 128, 256),
+                layers_per_block=2,
+                norm_num_groups=32,
+                num_codes=256,
+                code_dim=8,
+            ),
+            prior=dict(
+                block_out_channels=(128, 256, 384),
+                layers_per_block=2,
+                norm_num_groups=32,
+                head_dim=64,
+                dropout=0.1,
+                attention="window_axial",
+                window=4,
+            ),
+            sampling=dict(guidance_scale=1.5, num_inference_steps=20),
+        ),
+    },
+    base_on={"gpu-6gb": dict(codec=dict(num_codes=128))},
+)

@@ -1,0 +1,97 @@
+"""The settings of a run are written once: notebooks, command line and documentation follow them."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from helpers import ROOT
+
+from mdlib.data.windows import DataError
+from mdlib.experiments.settings import (
+    NOTEBOOKS,
+    RunSettings,
+    defaults,
+    notebook_parameters,
+    options_page,
+    parameter_cell,
+)
+from mdlib.systems import get_preset
+
+
+def parameters(notebook: str) -> str:
+    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    return next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+
+
+def test_notebook_02_takes_the_settings_and_the_others_none_of_them():
+    assert parameters("02_train_vqvae") == parameter_cell(), "mdlib.experiments.settings.parameter_cell() writes it"
+    names: dict = {}
+    exec(parameter_cell(), names)
+    assert {key: names[key] for key in defaults()} == defaults()
+    for notebook in ("03_train_prior", "04_train_diffusion", "05_generate", "06_validate"):
+        assert not notebook_parameters(notebook).keys() & defaults().keys(), notebook
+        assert all(help for _, help in notebook_parameters(notebook).values()), "each parameter is explained"
+    for notebook in ("03_train_prior", "04_train_diffusion"):
+        assert list(notebook_parameters(notebook)) == ["out", "max_minutes"]
+
+
+def test_options_page_is_current():
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert page == options_page(), "python -m mdlib options > docs/options.md"
+
+
+def test_changes_of_a_preset_are_settings():
+    import inspect
+
+    changes = set(inspect.signature(get_preset).parameters) - {"system", "name"}
+    assert changes <= defaults().keys()
+
+
+def test_a_setting_of_another_type_is_refused():
+    assert RunSettings(perceptual_weight=1).perceptual_weight == 1
+    assert json.loads(json.dumps(RunSettings().to_dict())) == RunSettings().to_dict()
+    with pytest.raises(DataError, match="seed must be of type int, got '3'"):
+        RunSettings(seed="3")
+
+
+@pytest.mark.parametrize(
+    "words, code, message",
+    [
+        (["--help"], 0, "Generative models"),
+        (["run", "--help"], 0, "--extend"),
+        (["run", "--out", "{out}", "--sytem", "x"], 2, "No such option"),
+        (["run", "--out", "{out}"], 1, "holds no run yet: give the folder of your windows as data"),
+        (["run", "--out", "{out}", "--data", "{out}/none"], 1, "no such folder"),
+        (["run", "--out", "{out}", "--data", "{out}", "--preset", "huge"], 1, "unknown preset 'huge' of system vqvae"),
+        (["run", "--out", "{out}", "--data", "{out}", "-p", "codec_step=3"], 1, "no notebook has a parameter"),
+        (["run", "--out", "{out}", "--data", "{out}", "-p", "codec_steps=x"], 1, "codec_steps must be of type int"),
+        (["validate", "--real", "{out}/none", "--generated", "{out}", "--split", "s", "--out", "o"], 1, "no such file"),
+        (["generate", "--pipeline", "{out}", "--out", "{out}/made"], 1, "holds no pipeline"),
+    ],
+)
+def test_the_first_word_comes_before_torch_is_imported(words, code, message, tmp_path):
+    program = "import sys; from mdlib import cli\ntry: cli.main()\nfinally: print('torch' in sys.modules)"
+    answer = subprocess.run(
+        [sys.executable, "-c", program, *(word.format(out=tmp_path) for word in words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert answer.returncode == code and message in answer.stdout + answer.stderr, answer.stderr
+    assert answer.stdout.endswith("False\n"), "torch takes seconds to import"
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_name_the_environment(tmp_path):
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(name='typer')")
+    answer = subprocess.run(
+        [sys.executable, "-m", "mdlib", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert answer.returncode == 1 and answer.stderr.startswith("mdlib: typer is not installed for ")
+    assert ".venv/bin/activate" in answer.stderr and answer.stderr.count("\n") == 1
