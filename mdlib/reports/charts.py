@@ -47,7 +47,7 @@ def accuracies(augmentation: dict, names: tuple[str, ...] = ()) -> Figure:
     every = [*order, *(name for name in augmentation if name not in order)]
     known = [name for name, entry in augmentation.items() if isinstance(entry, dict) and "per_seed" in entry]
     shown = [name for name in names or every if name in known]
-    figure, (axis,) = new_figure(6.4, 0.4 * len(shown) + 0.9)
+    figure, (axis,) = new_figure(5.6, 0.4 * len(shown) + 0.9)
     for row, name in enumerate(shown):
         entry, colour = augmentation[name], COLOURS.get(name, INK)
         axis.plot(
@@ -75,6 +75,8 @@ def gain_curves(augmentation: dict) -> Figure:
         for name, rows, colour in coloured(lines):
             line(axis, [row[key] for row in rows], rows, colour, name)
         style(axis, title, "" if axis is not axes[0] else "gain, points", legend=len(lines) > 1)
+    counts = [row["windows_per_user"] for row in augmentation["gain_by_windows"]]
+    axes[0].set_xticks(counts, [f"{count:g}" for count in counts])
     return figure
 
 
@@ -115,7 +117,7 @@ def user_means(physics: dict) -> Figure:
         ends = [points.min(), points.max()]
         axis.plot(ends, ends, **DOTTED)
         axis.plot(*points.T, "o", color=ACCENT, markersize=3.5, alpha=0.7)
-        style(axis, f"real {one['unit']}".strip(), "generated", name.replace("_", " "))
+        style(axis, f"real, {one['unit']}".rstrip(", "), "generated", describe("physics", name)["label"])
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     return figure
@@ -137,7 +139,7 @@ def user_spreads(physics: dict, users: list[int], names: tuple[str, ...], most: 
             places = [place for place, _ in spreads]
             axis.bxp(boxes, places, widths=0.28, manage_ticks=False, showfliers=False, showcaps=False, **styles)
         axis.set_xticks(range(len(chosen)), [f"ID_{users[row]}" for row in chosen])
-        style(axis, title=f"{name.replace('_', ' ')}, {physics[name]['unit']}".rstrip(", "))
+        style(axis, title=f"{describe('physics', name)['label']}, {physics[name]['unit']}".rstrip(", "))
     for axis in axes[len(names) :]:
         axis.set_axis_off()
     axes[0].set_ylabel("dark: real, blue: generated", fontsize=7)

@@ -132,4 +132,4 @@ def write(result: dict, out: Path, name: str, charts: dict, **content) -> None:
         result=result, charts=pictures, name=name, columns=COLUMNS, sections=SECTIONS, **content
     )
     with whole_file(out / f"{name}.html") as path:
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page.replace(" %", "&nbsp;%"), encoding="utf-8")

@@ -236,6 +236,8 @@ def heatmap(values: np.ndarray, users, size: tuple, x: str, y: str = "", **optio
     seaborn.heatmap(values, ax=axis, **{"xticklabels": False, "yticklabels": names, **options})
     style(axis, x, y)
     axis.tick_params(labelsize=6)
+    axis.tick_params(axis="y", rotation=0)
+    axis.collections[0].colorbar.ax.tick_params(labelsize=6)
     return figure
 
 

@@ -13,7 +13,7 @@ from mdlib.data.windows import WindowFile, WindowSet
 from mdlib.evaluation import gait_metrics
 from mdlib.evaluation.evidence import Evidence, halves
 from mdlib.evaluation.gait_metrics import Gaits, compare, image_axis, measure, physics, plausible, read
-from mdlib.reports import charts, plots
+from mdlib.reports import charts, pages, plots
 from mdlib.simulation import dataset
 from mdlib.simulation.dataset import simulate_recording
 from mdlib.simulation.radar import velocity_axis
@@ -327,6 +327,7 @@ def test_what_cannot_be_read_is_null_with_its_reason(evidence, real):
 
 def test_the_chart_shows_every_metric(honest):
     panels = [axis for axis in charts.user_means(honest).axes if axis.get_title()]
-    assert [axis.get_title().replace(" ", "_") for axis in panels] == list(gait_metrics.FIGURES)
+    labels = [pages.describe("physics", name)["label"] for name in gait_metrics.FIGURES]
+    assert [axis.get_title() for axis in panels] == labels
     _, dots = panels[0].get_lines()
     assert dots.get_ydata() == pytest.approx(honest["torso_speed"]["generated_means"])

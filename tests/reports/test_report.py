@@ -24,7 +24,7 @@ class Page(HTMLParser):
         self.text, self.rows, self.images, self.inside = "", [], [], []
         self.texts = {"h2": [], "summary": [], "style": []}
         self.feed(html)
-        self.text = " ".join(self.text.split())
+        self.text = " ".join(self.text.split())  # lines and spaces as a browser shows them
 
     def handle_starttag(self, tag, attributes):
         if tag == "tr":
@@ -38,7 +38,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         for found in self.inside:
-            found[-1] += data
+            found[-1] += data.replace("\xa0", " ")
         if self.texts["style"] not in self.inside:
             self.text += data
 
