@@ -213,4 +213,4 @@ def test_a_run_generates_a_condition_that_was_not_recorded(tmp_path):
     assert report["conditions"]["backpack_unrecorded"]["n"] == 40
     assert {"backpack", "normal"} <= report["conditions"].keys() and "normal_unrecorded" not in report["conditions"]
     assert len(list((tmp_path / "run" / "generated" / "backpack" / "ID_3").glob("*.png"))) == 3
-    assert "backpack unrecorded" in (tmp_path / "run" / "report.html").read_text() and out
+    assert "backpack, not recorded" in (tmp_path / "run" / "report.html").read_text() and out

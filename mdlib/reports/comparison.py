@@ -4,35 +4,14 @@ from pathlib import Path
 
 from mdlib.data.windows import WindowSet
 from mdlib.evaluation.codec_quality import choose_codec
-from mdlib.reports import pages, plots
-
-ROWS = {
-    "augmentation": ("real_only", "real_plus_generated", "real_x2", "generated_only", "gain", "gain_over_x2"),
-    "identity": ("accuracy", "classifier_accuracy", "verification_eer"),
-    "memorisation": ("copies", "nearest_train_ratio"),
-    "fidelity": ("fd_ratio", "precision", "recall", "diversity"),
-    "physics": ("torso_speed", "cadence", "step_length", "envelopes", "bandwidth", "left_right_asymmetry", "plausible"),
-    "reconstruction": ("psnr_db", "ssim", "identity_accuracy_before", "identity_accuracy"),
-    "codebook": ("usage", "perplexity", "distinctive_codes_per_user", "distinctive_codes_least"),
-    "training": ("codec_minutes", "prior_minutes", "codec_steps", "prior_steps"),
-    "resources": ("wall_minutes", "training_memory_gb", "generation_memory_gb", "device"),
-    "sampling": ("seconds_per_window", "network_calls"),
-    "parameters": ("codec", "prior"),
-}
-CHARTS = {
-    "gains": "Gain over real windows alone against the number of generated windows, with 95 % intervals; above the "
-    "dotted line generated windows help.",
-    "learning": "Quality against training time, codec included: ten windows a user from the prior as it was on the "
-    "way. Left, higher is better and the dotted line is real windows; right, lower is better and 1 is real.",
-    "windows": "Real test windows, and below them generated ones of each system.",
-}
+from mdlib.reports import charts, pages, plots
 
 
 def conclusions(systems: dict[str, dict]) -> dict:
-    """The answers, each a dictionary with value and sentence: which kind of codec by the rule of
-    `codec_quality.choose_codec`, and which system by gain, by Fréchet distance and by identity."""
+    """Answers, each a dictionary with value and sentence: which system by gain, by Fréchet distance and by identity,
+    and which kind of codec by the rule of `codec_quality.choose_codec`."""
     measured = {name: figures for name, figures in systems.items() if "error" not in figures}
-    return {"codec": _codec(measured), **_best(measured)}
+    return {**_best(measured), "codec": _codec(measured)}
 
 
 def _codec(systems: dict[str, dict]) -> dict:
@@ -83,21 +62,7 @@ def write_comparison(result: dict, windows: dict[str, WindowSet], out: str | Pat
         windows: "real" and those of each measured system, for a look; may be empty.
     """
     measured = {name: figures for name, figures in result["systems"].items() if "error" not in figures}
-    charts = {"gains": plots.gains(measured), "learning": plots.learning(measured)} if measured else {}
-    budget = result["settings"].get("budget_minutes")
-    effort = f"for {budget:g} minutes, half for codec and prior each" if budget else "for the steps of its preset"
-    pages.write(
-        result,
-        Path(out),
-        "comparison",
-        "across.html",
-        charts | ({"windows": plots.side_by_side(windows)} if windows else {}),
-        title="mdlib comparison: which system helps most?",
-        sentences=[answer["sentence"] for answer in result["conclusions"].values()],
-        shown=CHARTS.items(),
-        note=f"All systems share one split and the same classifiers; each was trained {effort}.",
-        failed={name: figures["error"] for name, figures in result["systems"].items() if "error" in figures},
-        parts=pages.across(ROWS, measured),
-        heading="Figure",
-        columns=list(measured),
-    )
+    shown = {"gains": charts.gains(measured), "learning": charts.learning(measured)} if measured else {}
+    if windows:
+        shown["windows"] = plots.side_by_side(windows)
+    pages.write(result, Path(out), "comparison", shown, systems=measured)

@@ -46,17 +46,29 @@ def number(value: float | str | list | None, unit: str = "") -> str:
     if unit in ("percent", "points"):
         return f"{100 * value:{'+' if unit == 'points' else ''}.1f}"
     if unit == "million":
-        return f"{value / 1e6:.2f}"
+        return f"{value / 1e6:.3g}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def written(figure: dict | float | str | list | None, unit: str = "") -> str:
-    """A figure of report.json, or a bare value, with unit and 95 % interval: `+4.4 points [+1.0, +7.8]`."""
+def written(figure: dict | float | str | list | None, unit: str = "", reference: bool = False) -> str:
+    """A figure of report.json, or a bare value, with unit and 95 % interval: `+4.4 points [+1.0, +7.8]`.
+
+    reference: followed by that of real windows, or by the ratio to it.
+    """
     figure = figure if isinstance(figure, dict) else {"value": figure}
     if figure["value"] is None:
         return "–"
-    text = f"{number(figure['value'], unit)} {'%' if unit == 'percent' else unit}".strip()
-    return text + (f" [{number(figure['ci95'], unit)}]" if figure.get("ci95") else "")
+    unit = figure.get("unit", unit)
+    text = f"{number(figure['value'], unit)} {'%' if unit == 'percent' else unit} {interval(figure, unit)}"
+    if reference and figure.get("ratio") is not None:
+        text += f" ({number(figure['ratio'])}× real)"
+    elif reference and "real" in figure:
+        text += f" (real {number(figure['real'], unit)})"
+    return " ".join(text.split())
+
+
+def interval(figure: dict, unit: str) -> str:
+    return f"[{number(figure['ci95'], unit)}]" if figure.get("ci95") else ""
 
 
 def table(section: str, figures: dict) -> list[dict]:
@@ -80,51 +92,44 @@ def table(section: str, figures: dict) -> list[dict]:
 
 
 def not_measured(report: dict) -> list[tuple[str, str, str]]:
-    """Section, label and reason of every figure of a report that is null."""
+    """Section, label and reason of every figure of a report that is null, in the page's order."""
     found = []
-    for section in SECTIONS.keys() & report.keys():
-        for name, figure in report[section].items():
-            reason = figure is None and "cannot be computed from these windows"
-            if isinstance(figure, dict) and figure.get("value") is None:
-                reason = figure["reason"]
-            if reason:
-                found.append((SECTIONS[section]["title"], describe(section, name)["label"], reason))
-    return sorted(found)
+    for key, section in SECTIONS.items():
+        for name, figure in report.get(key, {}).items():
+            if figure is None:
+                figure = {"value": None, "reason": "cannot be computed from these windows"}
+            if isinstance(figure, dict) and figure["value"] is None:
+                found.append((section["title"], describe(key, name)["label"], figure["reason"]))
+    return found
 
 
-def across(rows: dict[str, tuple[str, ...]], columns: dict[str, dict]) -> list[dict]:
-    """Tables of figures of several runs: rows are the figures' names by section, columns the runs' reports by name."""
-    found = []
-    for section, names in rows.items():
-        lines = []
-        for name in names:
-            about = describe(section, name)
-            cells = [_compact(report[section].get(name), about["unit"]) for report in columns.values()]
-            if set(cells) != {"–"}:
-                lines.append(about | {"cells": cells})
-        found.append({"title": SECTIONS[section]["title"], "note": SECTIONS[section]["note"], "rows": lines})
-    return [part for part in found if part["rows"]]
+def compared(section: str, names: list[str], reports: list[dict]) -> list[dict]:
+    """A row for each of some figures of a section: `describe`, and cells with the figure in each report."""
+    rows = []
+    for name in names:
+        about = describe(section, name)
+        cells = [written(report[section].get(name), about["unit"], reference=True) for report in reports]
+        if set(cells) != {"–"}:
+            rows.append(about | {"cells": cells})
+    return rows
 
 
-def _compact(figure: dict | float | str | list | None, unit: str) -> str:
-    """A figure with what real windows show, in one cell."""
-    if not isinstance(figure, dict) or figure["value"] is None:
-        return written(figure, unit)
-    unit, real, ratio = figure.get("unit", unit), figure.get("real"), figure.get("ratio")
-    context = (
-        f"{number(ratio)}× real" if ratio is not None else f"real {number(real, unit)}" if real is not None else ""
-    )
-    return written(figure, unit) + (f" ({context})" if context else "")
+def write(result: dict, out: Path, name: str, charts: dict, **content) -> None:
+    """Write NAME.json, and NAME.html by the template of that name, into `out`.
 
-
-def write(result: dict, out: Path, name: str, template: str, charts: dict, **content) -> None:
-    """Write NAME.json and NAME.html into `out`. charts: figures of `plots` by the key that the template shows them
-    under; content: whatever else the template shows."""
+    Args:
+        result: what the JSON holds.
+        charts: figures of `plots` by the key that the template shows them under.
+        content: whatever else the template shows.
+    """
     with whole_file(out / f"{name}.json") as path:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     options = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = Environment(loader=PackageLoader("mdlib.reports"), **options).get_template(template)
+    templates = Environment(loader=PackageLoader("mdlib.reports"), **options)
+    templates.globals |= dict(describe=describe, written=written, interval=interval, table=table, compared=compared)
     pictures = {key: base64.b64encode(figure._repr_png_()).decode() for key, figure in charts.items()}
+    page = templates.get_template(f"{name}.html").render(
+        result=result, charts=pictures, name=name, columns=COLUMNS, sections=SECTIONS, **content
+    )
     with whole_file(out / f"{name}.html") as path:
-        page = template.render(result=result, charts=pictures, name=name, **content)
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page.replace(" %", "&nbsp;%"), encoding="utf-8")

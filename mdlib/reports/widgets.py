@@ -291,10 +291,16 @@ class _Users(_View):
 
 def _sliders(options: dict) -> dict:
     """A slider by name for each of SLIDERS among the sampling options and their values."""
-    common = dict(step=0.05, style={"description_width": "initial"}, continuous_update=False)
-    found = {}
-    for name in SLIDERS.keys() & options.keys():
-        value, (low, high) = options[name], SLIDERS[name]
-        ends = {"min": min(low, value), "max": max(high, value)}
-        found[name] = ipywidgets.FloatSlider(value=value, description=name.split("_")[0], **ends, **common)
-    return {name: found[name] for name in SLIDERS if name in found}
+    return {
+        name: ipywidgets.FloatSlider(
+            value=options[name],
+            min=min(low, options[name]),
+            max=max(high, options[name]),
+            step=0.05,
+            description=name.split("_")[0],
+            style={"description_width": "initial"},
+            continuous_update=False,
+        )
+        for name, (low, high) in SLIDERS.items()
+        if name in options
+    }

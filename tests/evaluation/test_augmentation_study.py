@@ -23,7 +23,7 @@ from mdlib.evaluation.augmentation_study import (
 from mdlib.evaluation.evidence import Evidence, Protocol
 from mdlib.evaluation.protocol import evaluate, verdict
 from mdlib.models.classifier import Embedder, SmallCNN
-from mdlib.reports import plots
+from mdlib.reports import charts
 
 
 def blurred(label: int, n: int, seed: int) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_the_reference_classifier_joins_the_small_one(monkeypatch):
     }
     real, both = (found[f"resnet18_{name}"] for name in ("real_only", "real_plus_generated"))
     assert found["resnet18_gain"]["value"] == pytest.approx(both["value"] - real["value"])
-    assert len(plots.arms(found).axes[0].get_yticks()) == 9
+    assert len(charts.accuracies(found).axes[0].get_yticks()) == 9
     counts = {
         name: count_classifiers(small, replace(protocol, reference=name)) for name in ("auto", "none", "resnet18")
     }

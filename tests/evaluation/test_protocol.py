@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from toys import ONCE, QUICK, USERS, evidence, gait, windows
 
 from mdlib.data.windows import DataError
@@ -15,9 +14,6 @@ from mdlib.evaluation.fidelity import fidelity
 from mdlib.evaluation.protocol import evaluate, memorisation, other_label, verdict
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.vavae import VAVAE
-from mdlib.models.vqvae import VQVAE
-from mdlib.reports.report import load_generated, write_report
-from mdlib.training.fit import read_history, write_history
 
 CODEC = dict(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4)
 
@@ -158,36 +154,3 @@ def test_the_verdict_comes_from_the_interval(honest, ci95, word):
     assert told.endswith(" By ResNet-18 the gain is -2.0 points, -4.0 to +0.0.")
     warned = verdict({**honest["augmentation"], "gain_ci95": ci95}, copied=0.96)
     assert warned["sentence"].endswith(" 96 % of the generated windows are copies of training windows.")
-
-
-def test_the_report_is_one_page_that_opens_offline(honest, tmp_path):
-    codec = VQVAE(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4, num_codes=8, code_dim=4)
-    given = evidence(windows(20, 7), codec=codec.eval())
-    protocol = Protocol(evaluation_steps=2, seeds=2, keep=(0.5,))
-    report = evaluate(given, protocol, about={"data": "<toy> & more"})
-    assert report["reconstruction"]["psnr_db"]["value"] < 30 and report["codebook"]["usage"]["n"] == 4 * 37
-    assert "no training logs" in write_report(report, given, tmp_path)["training"]
-    for part in ("codec", "prior"):
-        rows = [{"step": 10 * row, "seconds": row, "mse": 1 / row, "held_out_mse": 1.1 / row} for row in (1, 2)]
-        (tmp_path / part).mkdir()
-        write_history(rows, tmp_path / part / "history.csv")
-        assert read_history(tmp_path / part) == rows
-    sections = write_report(report, given, tmp_path)
-    assert {name: text.count("<img") for name, text in sections.items() if "<img" in text} == {
-        **{"augmentation": 2, "identity": 3, "reconstruction": 1, "codebook": 1, "memorisation": 1},
-        **{"fidelity": 1, "physics": 2, "training": 2},
-    }
-    page = (tmp_path / "report.html").read_text()
-    assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert page.index(report["verdict"]["sentence"].split(" (gain")[0]) < page.index("<table>")
-    assert "&lt;toy&gt; &amp; more" in page and page.count("data:image/png;base64,") == 13
-    assert "http" not in page.replace("http-equiv", "")
-    users = [row for row in page.split("<tr>") if row.startswith("<th>ID_")]
-    assert len(users) == 4 and users[0].startswith("<th>ID_2</th><td class=n>25</td>")
-
-
-def test_generated_users_without_real_windows_are_refused(tmp_path):
-    (tmp_path / "ID_4").mkdir()
-    Image.new("RGB", (32, 32), (0, 0, 143)).save(tmp_path / "ID_4" / "x_1.png")
-    with pytest.raises(DataError, match="ID_4"):
-        load_generated(tmp_path, windows(2, 0))
