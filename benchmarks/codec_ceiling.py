@@ -4,8 +4,8 @@ python -m mdlib run --data REAL_WINDOWS --out runs/ten --system vae-diffusion --
     -p windows_per_user=10
 python benchmarks/codec_ceiling.py --data REAL_WINDOWS --codec runs/ten/codec --windows 10
 
-The codec has learned from WINDOWS training windows a user. Beside these stand MORE others, which it has not seen, as
-they are and after its round trip: what lies between the two is the codec's part in what generated windows lack.
+The codec has learned from WINDOWS training windows a user. MORE others, which it has not seen, are added to these
+as they are and after its round trip; the difference is the codec's part in what generated windows lack.
 """
 
 import argparse
@@ -14,12 +14,13 @@ from types import SimpleNamespace
 
 import torch
 
-from mdlib.data.splits import make_split, seen_beyond, spare_windows
+from mdlib.data.splits import make_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.data.windows import DataError, WindowSet, find_windows, load_windows, to_uint8
 from mdlib.evaluation.augmentation_study import augmentation, evenly_spaced, train_arms
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.protocol import through_codec
-from mdlib.reports.report import gather, load_rival
+from mdlib.reports.report import gather
+from mdlib.systems import load_codec
 
 
 def main() -> None:
@@ -32,7 +33,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     args = parser.parse_args()
     split = make_split(find_windows(args.data), windows_per_user=args.windows)
-    network = load_rival(args.codec, split).eval()
+    network = load_codec(args.codec).eval()
+    if seen := seen_of_test(args.codec, split):
+        raise DataError(f"{args.codec} was trained on {seen} of the test windows: train it on the same split")
     if seen := seen_beyond(args.codec, split, args.data):
         raise DataError(
             f"{args.codec} has seen {seen} of the further windows: take that of windows_per_user={args.windows}"
@@ -41,7 +44,7 @@ def main() -> None:
     others = spread(spare_windows(real, split), args.more)
     decoded = replace(others, images=to_uint8(through_codec(network, others.images, others.labels)))
     protocol = Protocol(evaluation_steps=args.steps, seeds=args.seeds, counts=(), reference="none")
-    print(f"{args.windows} real windows a user, beside them {len(others) / others.num_users:.1f} others")
+    print(f"{args.windows} real windows a user and {len(others) / others.num_users:.1f} others")
     for name, made in (("as they are", others), ("after the codec", decoded)):
         evidence = gather(real, split, made)
         found = augmentation(evidence, protocol, train_arms(evidence, protocol, SimpleNamespace(update=lambda: None)))

@@ -1,9 +1,9 @@
-"""Accuracy on test windows against the number of real windows a user: the ruler without any generator, twice.
+"""Accuracy on test windows against the number of real windows per user, without any generator, twice.
 
 Each point is a small CNN trained from scratch, the mean over seeds with its 95 % interval over stretches of
 time; the second line takes other seeds and shows how well the first is reproduced.
 
-python benchmarks/learning_curve.py --data DIR [--counts 5,10,20,40 --seeds 3 --steps 400 --contiguous]
+python benchmarks/learning_curve.py --data DIR [--counts 5,10,20,40 --seeds 3 --steps 400]
 """
 
 import argparse
@@ -12,13 +12,14 @@ from mdlib.data.splits import apply_split, make_split
 from mdlib.data.windows import load_windows
 from mdlib.evaluation.augmentation_study import correctness
 from mdlib.evaluation.classifiers import train_classifier, train_each
-from mdlib.evaluation.evidence import chance_blocks, scored
+from mdlib.evaluation.evidence import chance_blocks
+from mdlib.evaluation.intervals import scored
 from mdlib.models.classifier import SmallCNN
 
 
-def point(windows, count: int, contiguous: bool, seeds: range, steps: int) -> dict:
+def point(windows, count: int, seeds: range, steps: int) -> dict:
     """The figure (value, ci95, n) of classifiers trained on `count` windows a user."""
-    split = make_split(windows, windows_per_user=count, contiguous=contiguous)
+    split = make_split(windows, windows_per_user=count)
     parts = apply_split(windows, split)
     train, test = parts["train"], parts["test"]
     jobs = [
@@ -35,13 +36,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--contiguous", action="store_true", help="windows in a row instead of evenly spaced ones")
     args = parser.parse_args()
     windows = load_windows(args.data, size=args.size)
     for run in range(2):
         seeds = range(run * args.seeds, (run + 1) * args.seeds)
         for count in map(int, args.counts.split(",")):
-            found = point(windows, count, args.contiguous, seeds, args.steps)
+            found = point(windows, count, seeds, args.steps)
             low, high = found["ci95"]
             shown = f"{100 * found['value']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {found['n']} test windows"
             print(f"seeds {seeds[0]} to {seeds[-1]}, {count} windows a user: {shown}", flush=True)

@@ -1,18 +1,20 @@
 """Network calls against quality of the priors over tokens: a run of vqvae-transformer, then runs of vq-diffusion on the
 same split and token grid.
 
-Each sampler draws the same number of windows of each user, with its preset's guidance. Judges and classifiers of the
-first run's split name the user of each (identity), and give its Fréchet distance to unseen real windows over that
-between two halves of these (fd ratio). Figures are means of --repeats draws; network calls are those of one batch.
+Each sampler draws the same number of windows of each user, with its preset's guidance. Classifiers trained on
+the first run's split predict the user of each (identity) and give its Fréchet distance to unseen real windows, divided
+by that between two halves of these (fd ratio). Figures are means over
+--repeats seeds; network calls are those of one batch.
 
 python benchmarks/tokens.py --runs RUN RUN [--per-user 10 --repeats 2]
 """
 
 import argparse
 import statistics
+import tempfile
 
-from mdlib.experiments.compare import Ruler, drawn, sampling_speed
-from mdlib.experiments.run import open_run
+from mdlib.experiments.compare import quality, sample_windows, sampling_speed
+from mdlib.experiments.run import Run, open_run
 from mdlib.models.vqdiffusion import VQDiffusion
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 
@@ -33,8 +35,10 @@ def samplers(pipeline: MicroDopplerPipeline) -> dict[str, dict]:
     return {name: {**kept, **some} for name, some in possible.items()}
 
 
-def measure(pipeline: MicroDopplerPipeline, ruler: Ruler, per_user: int, repeats: int) -> dict:
-    draws = [ruler.quality(drawn(pipeline, ruler.windows, per_user, seed)) for seed in range(1, repeats + 1)]
+def measure(run: Run, pipeline: MicroDopplerPipeline, folder: str, per_user: int, repeats: int) -> dict:
+    draws = [
+        quality(run, sample_windows(pipeline, run.windows, per_user, seed), folder) for seed in range(1, repeats + 1)
+    ]
     return {key: statistics.mean(one[key] for one in draws) for key in draws[0]} | sampling_speed(pipeline)
 
 
@@ -45,13 +49,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     runs = [open_run(path) for path in options.runs]
-    ruler, first = Ruler(runs[0]), None
+    folder, first = tempfile.mkdtemp(), None  # of the classifiers, which are trained once
     print(f"{'sampler':28} {'calls':>5} {'ms/window':>9} {'identity':>8} {'fd ratio':>8} {'over first':>10}")
     for run in runs:
         pipeline = load_pipeline(run.path / "pipeline")
         for name, sampling in samplers(pipeline).items():
             pipeline.register_to_config(sampling=sampling)
-            found = measure(pipeline, ruler, options.per_user, options.repeats)
+            found = measure(runs[0], pipeline, folder, options.per_user, options.repeats)
             first = first or found["fd_ratio"]
             print(
                 f"{name:28} {found['network_calls']:5d} {1000 * found['seconds_per_window']:9.1f} "

@@ -1,4 +1,4 @@
-"""What Kaggle is told of a notebook and of a data set: plain dicts, and the folders that its client pushes."""
+"""Kaggle's metadata of notebooks and data sets: plain dicts, and the folders that its client pushes."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-# The notebook whose output each goes on from.
+# The notebook whose output each continues from.
 BEFORE = {
     "01_env_check": "",
     "02_train_vqvae": "",
@@ -17,16 +17,16 @@ BEFORE = {
     "05_generate": "03_train_prior",
     "06_validate": "05_generate",
 }
-WHEELS, WINDOWS = "mdlib-wheels", "mdlib-windows"  # the data sets' names unless said otherwise
-T4X2 = "NvidiaTeslaT4"  # Kaggle's name of two T4; one alone is not offered
+WHEELS, WINDOWS = "mdlib-wheels", "mdlib-windows"  # default names of the data sets
+T4X2 = "NvidiaTeslaT4"  # Kaggle's name of two T4
 
 
 class Stop(Exception):
-    """Ends the program; its text is the one line a user reads."""
+    """Ends the program with its text, one line."""
 
 
 def pins() -> dict[str, str]:
-    """Name → pinned version, of pyproject.toml."""
+    """Name → pinned version, from pyproject.toml."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     return dict(line.split("==") for line in extras["pinned"] + extras["test"])
 
@@ -45,18 +45,20 @@ class Kernel:
 
     notebook: str
     owner: str
-    tag: str = ""  # tells several chains of notebooks apart
-    accelerator: str = T4X2  # a name of Kaggle's; "" runs on the CPU
+    tag: str = ""  # distinguishes several runs
+    accelerator: str = T4X2  # one of Kaggle's names; "" runs on the CPU
     internet: bool = False
     datasets: tuple[str, ...] = ()  # owner/name; a name alone is the owner's
     models: tuple[str, ...] = ()  # owner/model/framework/variation/version
-    after: str = ""  # the notebook whose output it goes on from; "" for that of BEFORE
-    resume: bool = False  # from the output of its own last version
+    after: str = ""  # the notebook whose output it continues from; "": that of BEFORE
+    resume: bool = False  # continue from the output of its own last version
 
     def __post_init__(self):
-        # Kaggle makes the name of a notebook's page from its title, and would change another one.
+        # Kaggle derives the id of a notebook from its title.
         if not re.fullmatch(r"([a-z0-9]+(-[a-z0-9]+)*)?", self.tag) or len(self.tag) > 20:
-            raise Stop(f"tag {self.tag!r}: up to 20 lower-case letters, digits and hyphens between them")
+            raise Stop(
+                f"tag {self.tag!r}: use up to 20 lower-case letters and digits, with single hyphens between them"
+            )
 
     @property
     def id(self) -> str:
@@ -64,12 +66,12 @@ class Kernel:
 
     @property
     def metadata(self) -> dict:
-        """The content of kernel-metadata.json. Everything that has a default at Kaggle is said."""
+        """The content of kernel-metadata.json, without relying on Kaggle's defaults."""
         before = self.after or BEFORE[self.notebook]
         sources = [_slug(name, self.tag) for name in (before, self.notebook if self.resume else "") if name]
         return {
             "id": self.id,
-            "title": _slug(self.notebook, self.tag).replace("-", " "),  # Kaggle makes the id anew from it
+            "title": _slug(self.notebook, self.tag).replace("-", " "),
             "code_file": f"{self.notebook}.ipynb",
             "language": "python",
             "kernel_type": "notebook",
@@ -85,7 +87,7 @@ class Kernel:
 
 
 def write_kernel(kernel: Kernel, folder: Path, parameters: dict) -> Path:
-    """Write `folder`, ready to push: kernel-metadata.json, and the notebook with `parameters` in place of its own."""
+    """Write kernel-metadata.json and the notebook with `parameters` set to `folder`, ready to push."""
     import nbformat
     from papermill.inspection import inspect_notebook
     from papermill.iorw import load_notebook_node
@@ -97,8 +99,10 @@ def write_kernel(kernel: Kernel, folder: Path, parameters: dict) -> Path:
     if parameters:
         notebook = parameterize_notebook(notebook, parameters)
     if kernel.accelerator:
-        wanted = f'import os\n\nos.environ["MDLIB_ACCELERATOR"] = "{kernel.accelerator}"  # without it the run stops'
-        notebook.cells.insert(1, nbformat.v4.new_code_cell(wanted, id="accelerator"))
+        source = (
+            f'import os\n\nos.environ["MDLIB_ACCELERATOR"] = "{kernel.accelerator}"  # a session without a GPU stops'
+        )
+        notebook.cells.insert(1, nbformat.v4.new_code_cell(source, id="accelerator"))
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, folder / f"{kernel.notebook}.ipynb")
     write_json(kernel.metadata, folder / "kernel-metadata.json")
@@ -106,17 +110,17 @@ def write_kernel(kernel: Kernel, folder: Path, parameters: dict) -> Path:
 
 
 def _check_parameters(kernel: Kernel, parameters: dict, known: set[str]) -> None:
-    """Refuse what would be ignored. Notebook 02 settles the run; those after it take the run's settings."""
+    """Refuse parameters that would be ignored: settings of a run are given to notebook 02, when the run starts."""
     from mdlib.experiments.settings import RunSettings
 
-    settled = sorted(parameters.keys() & {one.name for one in fields(RunSettings)})
-    if settled and kernel.notebook[:2] in ("03", "04"):
-        raise Stop(f"notebook 02 settles the run: give {', '.join(settled)} there")
+    settings = ", ".join(sorted(parameters.keys() & {one.name for one in fields(RunSettings)}))
+    if settings and kernel.notebook[:2] in ("03", "04"):
+        raise Stop(f"{settings}: settings of a run are given to notebook 02")
     for key in parameters:
         if key not in known:
             raise Stop(f"{kernel.notebook} has no parameter {key!r}; there are {', '.join(sorted(known))}")
-    if settled and kernel.resume and kernel.notebook[:2] == "02":
-        raise Stop(f"a run that goes on keeps its settings: leave out {', '.join(settled)}, or --resume")
+    if settings and kernel.resume and kernel.notebook[:2] == "02":
+        raise Stop(f"a resumed run has its settings: leave out {settings}, or --resume")
 
 
 def dataset_metadata(owner: str, name: str) -> dict:

@@ -1,4 +1,4 @@
-"""Send notebooks and data to Kaggle with its official client: push, wait, show the log, fetch the output.
+"""Run notebooks on Kaggle with its official client: upload data, push, follow the log, fetch the output.
 
 python kaggle/push.py dataset wheelhouse --name mdlib-wheels
 python kaggle/push.py dataset people --name mdlib-windows
@@ -34,7 +34,7 @@ from metadata import (
 from mdlib.cli import pair
 
 app = typer.Typer(
-    help="Kaggle, by its official client.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    help="Run notebooks on Kaggle.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 DROPPED = (
     requests.exceptions.ConnectionError,
@@ -42,8 +42,8 @@ DROPPED = (
     requests.exceptions.Timeout,
     urllib3.exceptions.ProtocolError,
 )
-POLL = 10  # seconds between two questions
-FAILURES = 20  # dropped connections or 5xx answers in a row, after which Kaggle is taken for unreachable
+POLL = 10  # seconds between two requests
+FAILURES = 20  # dropped connections or 5xx answers in a row before giving up
 ALL_BUT_CHECKPOINTS = r"^(?!.*state\.pt$)"
 
 
@@ -52,20 +52,20 @@ def kernel(
     notebook: Annotated[str, typer.Argument(help="02, or 02_train_vqvae")],
     parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of the notebook")] = [],  # noqa: B006
     internet: Annotated[bool, typer.Option("--internet/--no-internet")] = False,
-    accelerator: Annotated[str, typer.Option(help="a name of Kaggle's, or none")] = T4X2,
-    dataset: Annotated[list[str], typer.Option(help="name, or owner/name; wheels come on top")] = [WINDOWS],  # noqa: B006
+    accelerator: Annotated[str, typer.Option(help="one of Kaggle's names, or none")] = T4X2,
+    dataset: Annotated[list[str], typer.Option(help="name, or owner/name; besides the wheels")] = [WINDOWS],  # noqa: B006
     wheels: Annotated[str, typer.Option(help="data set of the wheels")] = WHEELS,
     model: Annotated[list[str], typer.Option(help="owner/model/framework/variation/version")] = [],  # noqa: B006
-    after: Annotated[str, typer.Option(help="notebook whose output it goes on from; 05 goes on from 03")] = "",
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the output of its last version")] = False,
-    tag: Annotated[str, typer.Option(help="ends the notebooks' names on Kaggle: one tag for each run")] = "",
+    after: Annotated[str, typer.Option(help="notebook whose output it continues from; for 05 the default is 03")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the output of its last version")] = False,
+    tag: Annotated[str, typer.Option(help="end of the notebooks' names on Kaggle, to distinguish runs")] = "",
     owner: Annotated[str, typer.Option(help="Kaggle user name; yours when left out")] = "",
-    out: Annotated[Path, typer.Option(help="folder for what is pushed and what comes back")] = ROOT / "runs" / "kaggle",
-    files: Annotated[str, typer.Option(help="regular expression: which outputs to fetch")] = ALL_BUT_CHECKPOINTS,
-    prepare: Annotated[bool, typer.Option("--prepare", help="write the folder, push nothing")] = False,
+    out: Annotated[Path, typer.Option(help="folder for the pushed notebook and its output")] = ROOT / "runs" / "kaggle",
+    files: Annotated[str, typer.Option(help="regular expression of the outputs to fetch")] = ALL_BUT_CHECKPOINTS,
+    prepare: Annotated[bool, typer.Option("--prepare", help="only write the folder")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="show the log, fetch the output")] = True,
 ):
-    """Push a notebook, follow its run and fetch what it made."""
+    """Push a notebook, follow its log and fetch its output."""
     api = None if prepare and owner else connect()
     what = Kernel(
         notebook_named(notebook),
@@ -87,8 +87,8 @@ def kernel(
     if not wait:
         return
     status, reason = follow(api, what.id)
-    made, _ = api.kernels_output(what.id, str(folder / "output"), file_pattern=files, force=True, page_size=200)
-    print(f"{what.id}: {status.lower()}; {len(made)} files in {folder / 'output'}")
+    fetched, _ = api.kernels_output(what.id, str(folder / "output"), file_pattern=files, force=True, page_size=200)
+    print(f"{what.id}: {status.lower()}; {len(fetched)} files in {folder / 'output'}")
     if status != "COMPLETE":
         raise Stop(f"{what.id} ended with {status}" + (f": {' '.join(reason.split())}" if reason else ""))
 
@@ -102,7 +102,7 @@ def dataset(
 ):
     """Upload a folder as a private data set, or as a new version of it, and wait until Kaggle has unpacked it.
 
-    dataset-metadata.json is written into the folder where there is none; licence and title may be changed there.
+    dataset-metadata.json is written into the folder if it is missing; edit it to change licence or title.
     """
     if not folder.is_dir():
         raise Stop(f"{folder}: no such folder")
@@ -112,7 +112,7 @@ def dataset(
         write_json(dataset_metadata(owner or user(api), name), file)
     ref = json.loads(file.read_text(encoding="utf-8"))["id"]
     if ref != f"{owner or user(api)}/{name}":
-        raise Stop(f"{file} is of {ref}: give that name, or delete the file")
+        raise Stop(f"{file} belongs to {ref}: give that name, or delete the file")
     if status_of(api, ref) is None:
         response = api.dataset_create_new(str(folder), dir_mode="zip")
     else:
@@ -127,7 +127,7 @@ def dataset(
 
 
 def connect():
-    """The authenticated client."""
+    """Return the authenticated client."""
     try:
         with redirect_stdout(io.StringIO()):  # it prints a page of help where credentials are missing
             from kaggle.api.kaggle_api_extended import KaggleApi
@@ -138,7 +138,7 @@ def connect():
         wanted = " ".join(f"{name}=={pins()[name]}" for name in ("kaggle", "six"))
         raise Stop(f"Kaggle's client is missing ({error}): {sys.executable} -m pip install {wanted}") from error
     except SystemExit as error:
-        raise Stop("Kaggle does not know you: kaggle auth login, or set KAGGLE_API_TOKEN") from error
+        raise Stop("no Kaggle credentials: run kaggle auth login, or set KAGGLE_API_TOKEN") from error
     return api
 
 
@@ -150,29 +150,24 @@ def push(api, folder: Path) -> None:
     """Save and run a new version of the folder's notebook."""
     answer = api.kernels_push(str(folder))
     if answer.error:
-        raise Stop(f"Kaggle did not take the notebook: {answer.error}")
-    refused = [
-        *answer.invalid_dataset_sources,
-        *answer.invalid_kernel_sources,
-        *answer.invalid_model_sources,
-    ]
+        raise Stop(f"Kaggle refused the notebook: {answer.error}")
+    refused = [*answer.invalid_dataset_sources, *answer.invalid_kernel_sources, *answer.invalid_model_sources]
     if refused:
-        raise Stop(
-            f"version {answer.version_number} was started without {', '.join(refused)}: Kaggle knows no such input"
-        )
+        missing = ", ".join(refused)
+        raise Stop(f"version {answer.version_number} was started without {missing}: these inputs are not on Kaggle")
     print(f"version {answer.version_number}: {answer.url}", flush=True)
 
 
 def follow(api, kernel: str) -> tuple[str, str]:
-    """Print the log as it comes until the run has ended; returns its last status and the reason of a failure.
+    """Print the log until the run has ended; returns its last status and the reason of a failure.
 
-    The log is replayed from its beginning on every connection: what was printed is skipped.
+    Every connection replays the log from its beginning; events that were printed are skipped.
     """
     printed = failures = 0
     while True:
         try:
             answer = api.kernels_status(kernel)
-            # Asked before the log is read: what is over has its whole log.
+            # Before the log is read: a run that is over has its whole log.
             over = answer.status.name in ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
             if over or answer.status.name == "RUNNING":
                 for number, event in enumerate(api.kernels_logs_stream(kernel), 1):
@@ -183,15 +178,15 @@ def follow(api, kernel: str) -> tuple[str, str]:
                 return answer.status.name, answer.failure_message or ""
             failures = 0
         except (*DROPPED, requests.exceptions.HTTPError) as error:
-            passing = not isinstance(error, requests.exceptions.HTTPError) or error.response.status_code >= 500
+            temporary = not isinstance(error, requests.exceptions.HTTPError) or error.response.status_code >= 500
             failures += 1
-            if not passing or failures > FAILURES:
-                raise Stop(f"Kaggle does not answer for {kernel}, whose run goes on there: {error}") from error
+            if not temporary or failures > FAILURES:
+                raise Stop(f"lost contact with {kernel}, which keeps running on Kaggle: {error}") from error
         time.sleep(POLL)
 
 
 def status_of(api, ref: str) -> str | None:
-    """Of a data set, as Kaggle words it; None where there is none."""
+    """Kaggle's status of a data set; None if it does not exist."""
     try:
         return api.dataset_status(ref)
     except requests.exceptions.HTTPError as error:

@@ -10,7 +10,6 @@ import typer
 
 from mdlib.experiments.settings import check_data, check_names, check_request, options_page
 from mdlib.systems import SYSTEMS, get_system
-from mdlib.systems.machines import gpus, preset_for
 
 app = typer.Typer(
     help="Generative models for micro-Doppler spectrograms, user by user.",
@@ -102,7 +101,7 @@ def compare(
     chosen = _checked(data, systems.split(",") if systems != "all" else list(SYSTEMS), preset, parameter)
     from mdlib.experiments.compare import compare as run_comparison
 
-    result = run_comparison(data, out, systems, _resolved(preset), budget_minutes, images_per_user, chosen)
+    result = run_comparison(data, out, systems, preset, budget_minutes, images_per_user, chosen)
     sentences = [answer["sentence"] for answer in result["conclusions"].values() if isinstance(answer, dict)]
     print("\n".join([str(out / "comparison.html"), *sentences]))
     failed = [name for name, figures in result["systems"].items() if "error" in figures]
@@ -124,7 +123,7 @@ def study(
     numbers, given = _numbers("windows", windows, int), _checked(data, [system], preset, parameter)
     from mdlib.experiments.study import study as run_study
 
-    result = run_study(data, out, system, _resolved(preset), numbers, folds=folds, parameters=given)
+    result = run_study(data, out, system, preset, numbers, folds, given)
     print("\n".join([str(out / "study.html"), *(row["verdict"]["sentence"] for row in result["rows"])]))
 
 
@@ -226,10 +225,6 @@ def _checked(data: Path, systems: list[str], preset: str, parameters: list[str])
         if preset != "auto":
             system.table(preset)
     return given
-
-
-def _resolved(preset: str) -> str:
-    return preset_for(gpus()) if preset == "auto" else preset
 
 
 def _exist(*paths: Path) -> None:

@@ -11,7 +11,7 @@ from mdlib.experiments.run import open_run
 from mdlib.simulation.walker import CONDITIONS
 from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
 
-PAGES = ("README.md", "README.zh-CN.md", "kaggle/README.md", "kaggle/README.zh-CN.md")
+PAGES = ("README.md", "README.zh-CN.md", "docs/kaggle.md", "kaggle/README.md", "kaggle/README.zh-CN.md")
 
 
 def test_the_commands_run_in_the_order_they_are_told(story):

@@ -1,4 +1,8 @@
-"""Judges, and the augmentation study: classifiers from scratch in arms that differ in their training windows alone."""
+"""The augmentation study: do generated windows train a better classifier?
+
+An arm is a set of training windows. Classifiers are trained from scratch in every arm, with equal optimizer steps and
+the same classical augmentation, and compared on the same test windows.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,146 +12,157 @@ import numpy as np
 import torch
 
 from mdlib.data.windows import WindowSet
-from mdlib.evaluation import metrics
 from mdlib.evaluation.classifiers import train_classifier, train_each, train_resnet
-from mdlib.evaluation.evidence import Evidence, Protocol, absent, chance_blocks, concatenate, figure, first_of_each
+from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate, first_of_each
 from mdlib.evaluation.filters import FILTERS, keep_best, keep_plausible, scores
+from mdlib.evaluation.intervals import absent, missing, paired_gain, scored
 from mdlib.evaluation.outcomes import Outcomes, compared
 from mdlib.models.classifier import Classifier, ResNet18, SmallCNN
 from mdlib.utils import best_device
 
-REFERENCED = ("real_only", "real_plus_generated", "generated_only", "real_x2")  # arms of the reference classifier too
-TIMES = (1, 2, 5, 10)  # as many generated windows as real ones: where the gain is measured by default
+REFERENCED = ("real_only", "real_plus_generated", "generated_only", "real_x2")  # arms of ResNet-18, too
+TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is measured by default
 
 
 @dataclass(frozen=True)
 class Arms:
-    """What the augmentation study found: the correctness of each arm's classifiers, one a seed, on test windows."""
+    """What the classifiers of every arm got right: (seeds, N) bool, N test windows.
 
-    real_only: list[SmallCNN]  # the classifiers of that arm
-    correct: dict[str, np.ndarray]  # arm → (seeds, N) bool
-    share: float  # of generated windows in real_plus_generated
-    by_count: dict[int, np.ndarray] = field(
-        default_factory=dict
-    )  # real_plus_generated with so many generated windows a user → (seeds, N) bool
-    by_selection: dict[tuple[str, float], np.ndarray] = field(
-        default_factory=dict
-    )  # real_plus_generated with the generated windows that a filter keeps (its name, share kept) → (seeds, N) bool
+    real_only: the classifiers of that arm; correct: by arm; fraction: of generated windows in a batch of
+    real_plus_generated; by_count, by_selection: real_plus_generated with so many generated windows a user, and with
+    those that a filter keeps (its name and the fraction kept).
+    """
+
+    real_only: list[SmallCNN]
+    correct: dict[str, np.ndarray]
+    fraction: float
+    by_count: dict[int, np.ndarray] = field(default_factory=dict)
+    by_selection: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)
 
 
 def unseen_classifiers(
     evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None
 ) -> list[SmallCNN]:
-    """Judges trained on validation and test windows: real ones the generator was not trained on. Their own accuracy is
-    read on the generator's training windows, which they have not seen and which generated windows imitate."""
-    unseen = concatenate(evidence.val, evidence.test)
-    return list(_train(_every_seed(_whole(unseen), unseen.num_users, protocol, folder), progress))
+    """Classifiers of validation and test windows. The generator's training windows, which generated ones imitate, are
+    new to them; `folder` saves them for other runs on the same split."""
+    return list(_train(_jobs(evidence.unseen, protocol, folder), progress))
+
+
+def real_only_classifiers(evidence: Evidence, protocol: Protocol, folder: str | Path | None = None) -> list[SmallCNN]:
+    """The classifiers of the arm real_only."""
+    return list(train_each(_jobs(evidence.train, protocol, folder)))
 
 
 def count_classifiers(evidence: Evidence, protocol: Protocol) -> int:
-    """How many `unseen_classifiers` and `train_arms` train together."""
-    arms = 4 + len(_multiples(evidence, protocol)) + len(_counts(evidence, protocol)) + _references(evidence, protocol)
-    filtered = len(FILTERS) * len(protocol.keep) + _sifts(evidence) if protocol.keep else 0
-    return (1 + arms + filtered) * protocol.seeds + len(protocol.fractions) + bool(protocol.keep)
+    """How many classifiers `unseen_classifiers` and `train_arms` train together."""
+    multiples = _multiples(evidence, protocol)
+    arms = 4 + len(multiples) + len(_counts(evidence, protocol))
+    if _with_reference(protocol):
+        arms += len(REFERENCED) - (2 not in multiples)
+    if protocol.keep:
+        arms += len(FILTERS) * len(protocol.keep) + (evidence.train.images.shape[1] == 1)
+    return (1 + arms) * protocol.seeds + len(protocol.fractions) + bool(protocol.keep)
 
 
 def train_arms(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> Arms:
-    """Classifiers from scratch in every arm, with equal steps, the test windows untouched. All but real_unaugmented get
-    the same classical augmentation.
+    """Train classifiers in every arm.
 
-    real_only: the generator's own training windows; real_unaugmented: the same as they are; real_plus_generated,
-    generated_only; real_x2 …: so many times as many real windows, where the evidence has spare ones; resnet18_…: the
-    reference classifier on the same windows as the arm that follows in the name.
+    real_only: the generator's training windows; real_unaugmented: the same without classical augmentation;
+    real_plus_generated; generated_only; real_x2 …: so many times as many real windows, where there are spare ones;
+    resnet18_…: ResNet-18 on the windows of the arm in its name. `folder` saves the classifiers of real windows.
     """
-    train, test = evidence.train, evidence.test
-    share = _chosen_share(evidence, protocol, progress)
-    filtered = _filtered(evidence, protocol, progress)
+    test, fraction = evidence.test, _best_fraction(evidence, protocol, progress)
     names, jobs = [], []
-    for name, windows in _sets(evidence, protocol, share, filtered):
-        kept = folder if str(name).startswith("real_") and name != "real_plus_generated" else None
+    for name, windows in _sets(evidence, protocol, fraction, _filtered(evidence, protocol, progress)):
+        saved = folder if name != "real_plus_generated" and str(name).startswith("real_") else None
         names.append(name)
-        jobs += _every_seed(windows, train.num_users, protocol, kept, augment=name != "real_unaugmented")
-        if name in REFERENCED and _references(evidence, protocol):
+        jobs += _jobs(windows, protocol, saved, augment=name != "real_unaugmented")
+        if name in REFERENCED and _with_reference(protocol):
             names.append(f"resnet18_{name}")
-            jobs += [_resnet_job(windows, train.num_users, seed, protocol, kept) for seed in range(protocol.seeds)]
-    trained, correct, real_only = _train(jobs, progress), {}, []
+            jobs += _jobs(windows, protocol, saved, kind=ResNet18)
+    classifiers, correct, real_only = _train(jobs, progress), {}, []
     for name in names:
-        judges = [next(trained) for _ in range(protocol.seeds)]
-        correct[name] = correctness(judges, test.images, test.labels)
+        own = [next(classifiers) for _ in range(protocol.seeds)]
+        correct[name] = correctness(own, test.images, test.labels)
         if name == "real_only":
-            real_only = judges
+            real_only = own
     by_count, by_selection = (
         {name: correct.pop(name) for name in list(correct) if isinstance(name, kind)} for kind in (int, tuple)
     )
-    return Arms(real_only, correct, share, by_count, by_selection)
+    return Arms(real_only, correct, fraction, by_count, by_selection)
+
+
+def correctness(classifiers: list[Classifier], images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Whether each classifier names the right user: bool (classifiers, N)."""
+    return torch.stack([one.probabilities(images).argmax(1) == labels for one in classifiers]).numpy()
+
+
+def _jobs(
+    windows: WindowSet, protocol: Protocol, folder=None, augment: bool = True, kind: type = SmallCNN, seeds=None
+) -> list[tuple]:
+    """For `train_each`: classifiers of some windows, by default one for each of the protocol's seeds."""
+    what = (kind, folder, windows.images, windows.labels, windows.num_users, protocol.evaluation_steps)
+    seeds = range(protocol.seeds) if seeds is None else seeds
+    if kind is ResNet18:
+        return [(train_resnet, *what, seed) for seed in seeds]
+    return [(train_classifier, *what, seed, augment) for seed in seeds]
+
+
+def _train(jobs: list[tuple], progress) -> Iterator[Classifier]:
+    for classifier in train_each(jobs):
+        progress.update()
+        yield classifier
+
+
+def _sets(evidence: Evidence, protocol: Protocol, fraction: float, filtered: dict) -> Iterator[tuple]:
+    """Names and windows of the arms, one after the other. A number stands for real_plus_generated with that many
+    generated windows a user, a filter's name and fraction for that with the windows it keeps."""
+    train, generated = evidence.train, evidence.generated
+    yield "real_only", train
+    yield "real_unaugmented", train
+    yield "real_plus_generated", mixed(train, generated, fraction)
+    yield "generated_only", generated
+    for factor in _multiples(evidence, protocol):
+        yield f"real_x{factor}", times(evidence, factor)
+    few = {count: first_of_each(generated, count) for count in _counts(evidence, protocol)}
+    for name, some in {**few, **filtered}.items():
+        yield name, mixed(train, some, fraction)
+
+
+def _best_fraction(evidence: Evidence, protocol: Protocol, progress) -> float:
+    """The fraction of generated windows whose classifier does best on validation windows."""
+    val, jobs = evidence.val, []
+    for fraction in protocol.fractions:
+        jobs += _jobs(mixed(evidence.train, evidence.generated, fraction), protocol, seeds=[protocol.seeds])
+    accuracy = [correctness([one], val.images, val.labels).mean() for one in _train(jobs, progress)]
+    return protocol.fractions[int(np.argmax(accuracy))]
 
 
 def _filtered(evidence: Evidence, protocol: Protocol, progress) -> dict[tuple[str, float], WindowSet]:
-    """The generated windows that each filter keeps, by its name and the share kept. The filter's classifier saw the
-    generator's training windows only, and measures nothing."""
-    made, train = evidence.generated, evidence.train
+    """The generated windows that each filter keeps, by its name and the fraction kept. The filters' classifier is
+    trained on the generator's training windows and evaluates nothing."""
+    generated, train = evidence.generated, evidence.train
     if not protocol.keep:
         return {}
-    (judge,) = _train([_job(_whole(train), train.num_users, protocol.seeds + 1, protocol)], progress)
+    (classifier,) = _train(_jobs(train, protocol, seeds=[protocol.seeds + 1]), progress)
     masks = {
-        (name, share): keep_best(made, score, share)
-        for name, score in scores(made, judge).items()
-        for share in protocol.keep
+        (name, fraction): keep_best(generated, score, fraction)
+        for name, score in scores(generated, classifier).items()
+        for fraction in protocol.keep
     }
-    if _sifts(evidence):
-        mask = keep_plausible(made, train)
-        masks[("kinematics", float(mask.mean()))] = mask
-    return {name: made.select(torch.from_numpy(mask)) for name, mask in masks.items() if mask.any()}
+    if train.images.shape[1] == 1:  # gait is read off intensities
+        mask = keep_plausible(generated, train)
+        masks["kinematics", float(mask.mean())] = mask
+    return {name: generated.select(torch.from_numpy(mask)) for name, mask in masks.items() if mask.any()}
 
 
-def _sifts(evidence: Evidence) -> bool:
-    """Whether physics can be read off the windows."""
-    return evidence.train.images.shape[1] == 1
-
-
-def _sets(
-    evidence: Evidence, protocol: Protocol, share: float, filtered: dict[tuple[str, float], WindowSet]
-) -> Iterator[tuple]:
-    """An arm's name with the (images, labels) it is trained on, one after the other. A number stands for
-    real_plus_generated with that many generated windows a user; a filter's name and share for that with the windows it
-    keeps."""
-    train, made = evidence.train, evidence.generated
-    yield "real_only", _whole(train)
-    yield "real_unaugmented", _whole(train)
-    yield "real_plus_generated", _mixed(train, made, share)
-    yield "generated_only", _whole(made)
-    for factor in _multiples(evidence, protocol):
-        yield f"real_x{factor}", _whole(times(evidence, factor))
-    few = {count: first_of_each(made, count) for count in _counts(evidence, protocol)}
-    for name, some in {**few, **filtered}.items():
-        yield name, _mixed(train, some, share)
+def _with_reference(protocol: Protocol) -> bool:
+    return protocol.reference == "resnet18" or protocol.reference == "auto" and best_device() == "cuda"
 
 
 def _multiples(evidence: Evidence, protocol: Protocol) -> list[int]:
     """The protocol's multiples for which every user has spare real windows."""
     return [factor for factor in sorted(set(protocol.multiples)) if times(evidence, factor) is not None]
-
-
-def times(evidence: Evidence, factor: int) -> WindowSet | None:
-    """The training windows and (factor − 1) times as many spare ones of each user, evenly spaced in time; None where a
-    user has too few."""
-    train, spare = evidence.train, evidence.spare
-    if spare is None:
-        return None
-    chosen = []
-    for label, count in enumerate(torch.bincount(train.labels, minlength=train.num_users).tolist()):
-        rows, wanted = torch.nonzero(spare.labels == label).flatten().tolist(), (factor - 1) * count
-        if len(rows) < wanted:
-            return None
-        chosen += evenly_spaced(spare, rows, wanted)
-    return concatenate(train, spare.select(chosen))
-
-
-def evenly_spaced(windows: WindowSet, rows: list[int], count: int) -> list[int]:
-    """`count` of some rows, evenly spaced in time within their conditions and recordings one after the other."""
-    file_of = windows.files
-    ordered = sorted(rows, key=lambda row: (file_of[row].condition, file_of[row].recording, file_of[row].number))
-    return [ordered[place] for place in np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
 def _counts(evidence: Evidence, protocol: Protocol) -> list[int]:
@@ -160,43 +175,37 @@ def _counts(evidence: Evidence, protocol: Protocol) -> list[int]:
     return [count for count in counts if 0 < count < fewest]
 
 
-def _references(evidence: Evidence, protocol: Protocol) -> int:
-    """How many arms the reference classifier has."""
-    if protocol.reference == "none" or protocol.reference == "auto" and best_device() != "cuda":
-        return 0
-    return len(REFERENCED) - (2 not in _multiples(evidence, protocol))
+def times(evidence: Evidence, factor: int) -> WindowSet | None:
+    """The training windows and (factor − 1) times as many spare ones of each user, evenly spaced in time; None where a
+    user has too few."""
+    train, spare, chosen = evidence.train, evidence.spare, []
+    if spare is None:
+        return None
+    for label, count in enumerate(torch.bincount(train.labels, minlength=train.num_users).tolist()):
+        rows, wanted = torch.nonzero(spare.labels == label).flatten().tolist(), (factor - 1) * count
+        if len(rows) < wanted:
+            return None
+        chosen += evenly_spaced(spare, rows, wanted)
+    return concatenate(train, spare.select(chosen))
 
 
-def real_only_classifiers(evidence: Evidence, protocol: Protocol, folder: str | Path | None = None) -> list[SmallCNN]:
-    """The arm real_only alone."""
-    train = evidence.train
-    return list(train_each(_every_seed(_whole(train), train.num_users, protocol, folder)))
+def evenly_spaced(windows: WindowSet, rows: list[int], count: int) -> list[int]:
+    """`count` of some rows, evenly spaced in time, conditions and recordings one after the other."""
+    files = windows.files
+    ordered = sorted(rows, key=lambda row: (files[row].condition, files[row].recording, files[row].number))
+    return [ordered[place] for place in np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
-def _chosen_share(evidence: Evidence, protocol: Protocol, progress) -> float:
-    """The share of generated windows whose classifier does best on validation windows; the test plays no part."""
-    val, real, made = evidence.val, evidence.train, evidence.generated
-    jobs = [_job(_mixed(real, made, share), val.num_users, protocol.seeds, protocol) for share in protocol.fractions]
-    accuracy = [correctness([judge], val.images, val.labels).mean() for judge in _train(jobs, progress)]
-    return protocol.fractions[int(np.argmax(accuracy))]
-
-
-def _whole(windows: WindowSet) -> tuple[torch.Tensor, torch.Tensor]:
-    return windows.images, windows.labels
-
-
-def _mixed(real: WindowSet, made: WindowSet, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels of both sets, repeated as needed, so that `share` of a batch is generated and all windows of a
-    set count alike."""
-    total = max(len(real) / (1 - share), len(made) / share)
-    rows = [_repeated(some, round(total * part)) for part, some in ((1 - share, real), (share, made))]
-    images = torch.cat([real.images[rows[0]], made.images[rows[1]]])
-    return images, torch.cat([real.labels[rows[0]], made.labels[rows[1]]])
+def mixed(real: WindowSet, generated: WindowSet, fraction: float) -> WindowSet:
+    """Both sets, repeated so that `fraction` of a batch is generated and all windows of a set count alike."""
+    total = max(len(real) / (1 - fraction), len(generated) / fraction)
+    parts = [(real, 1 - fraction), (generated, fraction)]
+    return concatenate(*(windows.select(_repeated(windows, round(total * part))) for windows, part in parts))
 
 
 def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
-    """`count` rows (count,): all as often as they go, then chance ones from the users in turn, so that all users are
-    seen as often as in the windows themselves."""
+    """`count` rows: each as often as possible, the rest at random from the users in turn, so that users occur as often
+    as in the windows themselves."""
     whole, rest = divmod(count, len(windows))
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     shuffled = windows.labels[order]
@@ -207,89 +216,53 @@ def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
     return torch.cat([torch.arange(len(windows)).repeat(whole), in_turn[:rest]])
 
 
-def correctness(judges: list[Classifier], images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """Whether each judge names the right user: bool (judges, N)."""
-    return torch.stack([judge.probabilities(images).argmax(1) == labels for judge in judges]).numpy()
-
-
-def _train(jobs: list[tuple], progress) -> Iterator[Classifier]:
-    for judge in train_each(jobs):
-        progress.update()
-        yield judge
-
-
-def _every_seed(windows: tuple, num_users: int, protocol: Protocol, folder=None, augment: bool = True) -> list[tuple]:
-    return [_job(windows, num_users, seed, protocol, folder, augment) for seed in range(protocol.seeds)]
-
-
-def _job(windows: tuple, num_users: int, seed: int, protocol: Protocol, folder=None, augment: bool = True) -> tuple:
-    """For `train_each`: a judge of (images, labels), or that of `folder` which was trained on the same windows in the
-    same way."""
-    return train_classifier, SmallCNN, folder, *windows, num_users, protocol.evaluation_steps, seed, augment
-
-
-def _resnet_job(windows: tuple, num_users: int, seed: int, protocol: Protocol, folder) -> tuple:
-    return train_resnet, ResNet18, folder, *windows, num_users, protocol.evaluation_steps, seed
-
-
 def outcomes(evidence: Evidence, arms: Arms) -> Outcomes:
-    """The arms' correctness with the test windows it is about."""
-    test = evidence.test
-    users = np.array([file.user for file in test.files])
+    test, users = evidence.test, np.array([file.user for file in evidence.test.files])
     return Outcomes(arms.correct, chance_blocks(test, evidence.gap), test.paths, users)
 
 
 def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
-    """Real + generated against real alone, and against more real windows, on test windows."""
-    found, users = outcomes(evidence, arms), evidence.train.num_users
-    by_windows = gain_by_windows(evidence, arms, found.blocks)
-    no_more = (
-        "a user has fewer spare real windows than training windows"
-        if evidence.spare is not None
-        else "no spare real windows: the split keeps them where windows_per_user leaves some out"
-    )
+    """The section `augmentation` of the report."""
+    users, found = evidence.train.num_users, outcomes(evidence, arms)
+    per_user, of_all = len(evidence.train) / users, len(evidence.generated) / users
+    too_few = "a user has fewer spare real windows than training windows"
+    no_spare = "no spare real windows: set windows_per_user below the number of training windows"
+    section = compared(found, per_user, no_spare if evidence.spare is None else too_few)
+    real, both = arms.correct["real_only"], arms.correct["real_plus_generated"]
+    by_count, by_selection = {**arms.by_count, of_all: both}, {(name, 1.0): both for name, _ in arms.by_selection}
+    gains = {n: paired_gain(real, correct, found.blocks) for n, correct in sorted(by_count.items())}
+    for factor in TIMES:
+        wanted = round(per_user * factor)
+        why = f"not measured with {wanted} generated windows a user: generate as many, or add {wanted} to counts"
+        section[f"gain_{factor}_to_1"] = gains.get(wanted, absent(why))
     return {
-        **compared(found, len(evidence.train) / users, no_more),
-        **_gain_by_times(by_windows, len(evidence.train) / users),
-        "gain_by_windows": by_windows,
-        "gain_by_selection": gain_by_selection(evidence, arms, found.blocks),
-        "generated_fraction": arms.share,
-        "generated_windows_per_user": len(evidence.generated) / users,
+        **section,
+        "gain_by_windows": [{"windows_per_user": n, **gain} for n, gain in gains.items()],
+        "gain_by_selection": [
+            {"by": name, "kept": kept, **paired_gain(real, correct, found.blocks)}
+            for (name, kept), correct in {**by_selection, **arms.by_selection}.items()
+        ],
+        "generated_fraction": arms.fraction,
+        "generated_windows_per_user": of_all,
         "steps": protocol.evaluation_steps,
     }
 
 
-def gain_by_windows(evidence: Evidence, arms: Arms, blocks: np.ndarray) -> list[dict]:
-    """The gain with ever more generated windows a user, all of them at the end; their share of a batch is one and the
-    same."""
-    every = len(evidence.generated) / evidence.train.num_users
-    found = {**arms.by_count, every: arms.correct["real_plus_generated"]}
-    rows = []
-    for count, correct in sorted(found.items()):
-        gain = metrics.paired_gain(arms.correct["real_only"], correct, blocks)
-        rows.append({"windows_per_user": count, **figure(gain["gain"], len(evidence.test), gain["ci95"])})
-    return rows
-
-
-def _gain_by_times(by_windows: list[dict], per_user: float) -> dict:
-    """The gain by TIMES as many generated windows as real ones."""
-    measured = {row["windows_per_user"]: row for row in by_windows}
-    found = {}
-    for times in TIMES:
-        wanted = round(per_user * times)
-        row = measured.get(wanted)
-        lacking = f"{wanted} generated windows a user are not among the numbers measured"
-        found[f"gain_{times}_to_1"] = figure(row["value"], row["n"], row["ci95"]) if row else absent(lacking)
+def conditions(evidence: Evidence, arms: Arms) -> dict:
+    """Accuracy of real + generated and the gain on the test windows of each condition; …_unrecorded: of users without
+    training windows in it."""
+    test, found = evidence.test, {}
+    if len(test.conditions) < 2:
+        return missing("cross_condition", reason="the test windows have one condition")
+    recorded = {(file.user, file.condition) for file in evidence.train.files}
+    where = np.array([file.condition for file in test.files])
+    known = np.array([(file.user, file.condition) in recorded for file in test.files])
+    blocks = chance_blocks(test, evidence.gap)
+    for condition in test.conditions:
+        for name, some in ((condition, known), (f"{condition}_unrecorded", ~known)):
+            rows = (where == condition) & some
+            if rows.any():
+                real, both = (arms.correct[arm][:, rows] for arm in ("real_only", "real_plus_generated"))
+                found[name] = {**scored(both, blocks[rows]), "real": float(real.mean())}
+                found[f"{name}_gain"] = paired_gain(real, both, blocks[rows])
     return found
-
-
-def gain_by_selection(evidence: Evidence, arms: Arms, blocks: np.ndarray) -> list[dict]:
-    """The gain with the generated windows that a filter keeps: what is bought with how much of the yield. Each filter's
-    curve begins with all of them."""
-    whole, rows = metrics.paired_gain(arms.correct["real_only"], arms.correct["real_plus_generated"], blocks), []
-    for name in dict.fromkeys(name for name, _ in arms.by_selection):
-        rows.append({"by": name, "kept": 1.0, **figure(whole["gain"], len(evidence.test), whole["ci95"])})
-    for (name, kept), correct in arms.by_selection.items():
-        gain = metrics.paired_gain(arms.correct["real_only"], correct, blocks)
-        rows.append({"by": name, "kept": kept, **figure(gain["gain"], len(evidence.test), gain["ci95"])})
-    return rows

@@ -1,31 +1,38 @@
-"""Is a codec good enough to train a prior on, and which of two is to be taken?"""
+"""Is a codec good enough to train a prior on, which of two is better, and what do its codes look like?"""
+
+from dataclasses import dataclass
 
 import torch
 
-from mdlib.data.windows import DataError, to_float
-from mdlib.evaluation import metrics
+from mdlib.data.windows import DataError, WindowSet, to_float
+from mdlib.evaluation.metrics import code_counts, psnr, ssim
 from mdlib.models.layers import parts
 from mdlib.models.perceptual import load_lpips, lpips_weights
 
-GRADES = ((28.0, "excellent"), (25.0, "good"), (20.0, "fair"))  # PSNR in dB from which a codec is called so
-FAR_MEAN, FAR_STD = 0.5, (0.5, 2.0)  # normalised latents beyond these were normalised by other windows' statistics
-VQ_RATIO, VQ_USAGE = 1.1, 0.8  # a VQ codec is taken over a KL codec from this ratio of PSNR and beyond this usage
+GRADES = ((28.0, "excellent"), (25.0, "good"), (20.0, "fair"), (-torch.inf, "poor"))  # by PSNR in dB, at least
+FAR_MEAN, FAR_STD = 0.5, (0.5, 2.0)  # latents beyond these were normalised with other windows' statistics
+VQ_RATIO, VQ_USAGE = 1.1, 0.8  # see `choose_codec`
 
 
 @torch.no_grad()
 def check_codec(
     codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None, batch_size: int = 64
 ) -> dict:
-    """A codec's figures on uint8 images (N, C, H, W) and labels (N,), best those it was not trained on.
+    """A codec's figures on uint8 images (N, C, H, W) and labels (N,), preferably unseen ones.
 
     Returns:
         psnr_db and psnr_db_worst (of one window), ssim, lpips (None without its weights, then lpips_reason), latents
         (see `latent_figures`), n, and verdict: one sentence.
 
     Raises:
-        DataError: images that are not the codec's.
+        DataError: images of another shape or type than the codec's.
     """
-    _check_images(codec, images)
+    wanted = (codec.config.in_channels, codec.config.image_size, codec.config.image_size)
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted or not len(images):
+        raise DataError(
+            f"this codec takes uint8 windows (N, {', '.join(map(str, wanted))}), not {images.dtype} "
+            f"{tuple(images.shape)}: load them with size={wanted[1]}, channels={wanted[0]}"
+        )
     codec.eval()
     distance, reason = _lpips(codec.device)
     latents, values = [], []
@@ -33,15 +40,13 @@ def check_codec(
         real = to_float(part)
         latents.append(codec.encode(real, *users))
         decoded = codec.decode(latents[-1], *users)
-        each = [metrics.psnr(decoded, real), metrics.ssim(decoded, real)]
-        if distance is not None:
-            each.append(distance(decoded, real).flatten())
-        values.append(torch.stack(each).cpu())
-    psnr, ssim, *lpips = torch.cat(values, 1)
+        lpips = [] if distance is None else [distance(decoded, real).flatten()]
+        values.append(torch.stack([psnr(decoded, real), ssim(decoded, real), *lpips]).cpu())
+    each_psnr, each_ssim, *lpips = torch.cat(values, 1)
     found = {
-        "psnr_db": float(psnr.mean()),
-        "psnr_db_worst": float(psnr.min()),
-        "ssim": float(ssim.mean()),
+        "psnr_db": float(each_psnr.mean()),
+        "psnr_db_worst": float(each_psnr.min()),
+        "ssim": float(each_ssim.mean()),
         "lpips": float(lpips[0].mean()) if lpips else None,
         "latents": latent_figures(torch.cat(latents)),
         "n": len(images),
@@ -49,18 +54,9 @@ def check_codec(
     return found | {"verdict": _verdict(found)}
 
 
-def _check_images(codec: torch.nn.Module, images: torch.Tensor) -> None:
-    wanted = (codec.config.in_channels, codec.config.image_size, codec.config.image_size)
-    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted or not len(images):
-        raise DataError(
-            f"this codec takes uint8 windows (N, {', '.join(map(str, wanted))}), not {images.dtype} "
-            f"{tuple(images.shape)}: load them with size={wanted[1]}, channels={wanted[0]}"
-        )
-
-
 def latent_figures(latents: torch.Tensor) -> dict:
     """Statistics of normalised latents (N, D, h, w): mean and std of each channel, min, max, and beyond_4_sigma: the
-    share of values more than four of their channel's deviations from its mean (6·10⁻⁵ for a Gaussian)."""
+    fraction of values more than four standard deviations from their channel's mean (6·10⁻⁵ for a Gaussian)."""
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     far = (latents - mean.view(1, -1, 1, 1)).abs() > 4 * std.view(1, -1, 1, 1)
     return {
@@ -73,11 +69,11 @@ def latent_figures(latents: torch.Tensor) -> dict:
 
 
 def choose_codec(vq: dict, kl: dict) -> dict:
-    """Take the VQ codec when its PSNR is at least 1.1 times the KL codec's and more than 80 % of its codes are used,
+    """Choose the VQ codec if its PSNR is at least 1.1 times the KL codec's and more than 80 % of its codes are used,
     else the KL codec.
 
     Args:
-        vq: psnr_db and usage (share of codes used, 0 to 1) on windows the codec was not trained on.
+        vq: psnr_db and usage (fraction of codes used) on windows the codec was not trained on.
         kl: psnr_db on the same windows.
     """
     ratio = vq["psnr_db"] / max(kl["psnr_db"], 1e-9)
@@ -87,18 +83,12 @@ def choose_codec(vq: dict, kl: dict) -> dict:
         f"codec's {kl['psnr_db']:.1f} dB (VQ needs {VQ_RATIO}) and {100 * vq['usage']:.0f} % of its codes are used "
         f"(VQ needs more than {100 * VQ_USAGE:.0f} %)."
     )
-    return {
-        "vq_psnr_db": vq["psnr_db"],
-        "kl_psnr_db": kl["psnr_db"],
-        "ratio": ratio,
-        "usage": vq["usage"],
-        "choice": choice,
-        "sentence": sentence,
-    }
+    measured = {"vq_psnr_db": vq["psnr_db"], "kl_psnr_db": kl["psnr_db"], "ratio": ratio, "usage": vq["usage"]}
+    return {**measured, "choice": choice, "sentence": sentence}
 
 
 def _lpips(device: torch.device) -> tuple[torch.nn.Module | None, str]:
-    """LPIPS, or None and why not. Nothing is downloaded for a figure nobody asked for."""
+    """LPIPS, or None and why not. Its weights are not downloaded for a check."""
     weights = lpips_weights("squeeze")
     if not weights.exists():
         return None, f"{weights.name} is not in {weights.parent}"
@@ -109,17 +99,92 @@ def _lpips(device: torch.device) -> tuple[torch.nn.Module | None, str]:
 
 
 def _verdict(found: dict) -> str:
-    psnr, latents = found["psnr_db"], found["latents"]
-    grade = next((word for least, word in GRADES if psnr >= least), "poor")
-    customary = ", ".join(f"{least:.0f} {word}" for least, word in GRADES)
-    sentence = f"Reconstruction is {grade}: PSNR {psnr:.1f} dB, worst {found['psnr_db_worst']:.1f} dB ({customary})"
-    normalised = all(abs(mean) <= FAR_MEAN for mean in latents["mean"]) and all(
-        FAR_STD[0] <= std <= FAR_STD[1] for std in latents["std"]
-    )
-    if normalised:
-        return f"{sentence}; latents are normalised."
+    latents = found["latents"]
+    grade = next(word for least, word in GRADES if found["psnr_db"] >= least)
+    levels = ", ".join(f"{least:.0f} {word}" for least, word in GRADES[:-1])
+    quality = f"PSNR {found['psnr_db']:.1f} dB, worst {found['psnr_db_worst']:.1f} dB ({levels})"
+    near = all(abs(mean) <= FAR_MEAN for mean in latents["mean"])
+    if near and all(FAR_STD[0] <= std <= FAR_STD[1] for std in latents["std"]):
+        return f"Reconstruction is {grade}: {quality}; latents are normalised."
     means, stds = (f"{min(latents[name]):.2g} to {max(latents[name]):.2g}" for name in ("mean", "std"))
     return (
-        f"{sentence}; latents are far from mean 0 and std 1 (means {means}, stds {stds}): "
+        f"Reconstruction is {grade}: {quality}; latents are far from mean 0 and std 1 (means {means}, stds {stds}): "
         "calibrate() was not called on windows like these."
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """The K codes of a codec, as N windows use them: token grid (h, w), cells of (r, c) pixels. See `survey`."""
+
+    windows: WindowSet
+    tokens: torch.Tensor  # (N, h, w)
+    counts: torch.Tensor  # (num_users, K): how often each user uses each code
+    decoded: torch.Tensor  # (K, C, r, c) in [−1, 1]: what each code decodes to
+    real: torch.Tensor  # (K, C, r, c) in [−1, 1]: what the windows show in its place, nan where it is not used
+
+    @property
+    def times(self) -> torch.Tensor:
+        """How often each code is used (K,)."""
+        return self.counts.sum(0)
+
+    @property
+    def rates(self) -> torch.Tensor:
+        """Uses in a window of each user, on average (num_users, K); nan for a user without windows."""
+        return self.counts / self.windows.labels.bincount(minlength=self.windows.num_users).unsqueeze(1)
+
+    def most_telling(self) -> int:
+        """The code whose rate of one user exceeds the average user's most."""
+        known = self.rates[~self.rates.isnan().any(1)]
+        return int((known.amax(0) - known.mean(0)).argmax())
+
+    def places(self, code: int) -> torch.Tensor:
+        """Fraction of the windows with `code` in each cell (h, w)."""
+        return (self.tokens == code).double().mean(0)
+
+    def windows_with(self, code: int, most: int = 6) -> list[int]:
+        """Rows of at most `most` windows that hold `code` most often, one a user: neighbouring windows look alike."""
+        times = (self.tokens == code).sum((1, 2))
+        rows: dict[int, int] = {}
+        for row in times.argsort(descending=True, stable=True).tolist():
+            if times[row]:
+                rows.setdefault(int(self.windows.labels[row]), row)
+        return list(rows.values())[:most]
+
+
+@torch.no_grad()
+def survey(codec, windows: WindowSet, tokens: torch.Tensor) -> Codebook:
+    """The codebook of `codec` as windows and their tokens (N, h, w) use it.
+
+    What a code decodes to depends on its neighbours: a code is shown by the mean over the cells that hold it, an unused
+    one by the middle of a window that holds nothing else.
+    """
+    codec.eval()
+    batches = lambda grids: parts(codec.device, 64, grids)
+    decode = lambda grids: torch.cat([codec.decode_tokens(part).float().cpu() for (part,) in batches(grids)])
+    decoded = code_patches(decode(tokens), tokens, codec.num_codes)
+    unused = decoded.isnan().flatten(1).any(1).nonzero().flatten()
+    if len(unused):
+        h, w = codec.token_shape
+        decoded[unused] = cells(decode(unused.view(-1, 1, 1).expand(-1, h, w)), (h, w))[:, h // 2, w // 2]
+    return Codebook(
+        windows=windows,
+        tokens=tokens,
+        counts=code_counts(tokens, windows.labels, codec.num_codes, windows.num_users),
+        decoded=decoded,
+        real=code_patches(windows.float(), tokens, codec.num_codes),
+    )
+
+
+def code_patches(images: torch.Tensor, tokens: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """Mean (K, C, r, c) of images (N, C, H, W) over the cells of each code of tokens (N, h, w); nan where unused."""
+    pieces = cells(images, tokens.shape[1:]).flatten(0, 2)  # (N·h·w, C, r, c)
+    flat = tokens.flatten()
+    sums = pieces.new_zeros(num_codes, *pieces.shape[1:]).index_add_(0, flat, pieces)
+    return sums / flat.bincount(minlength=num_codes).view(-1, 1, 1, 1)
+
+
+def cells(images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Images (N, C, H, W) cut into the cells of a grid: (N, h, w, C, r, c)."""
+    h, w = grid
+    return images.unflatten(3, (w, -1)).unflatten(2, (h, -1)).permute(0, 2, 4, 1, 3, 5)

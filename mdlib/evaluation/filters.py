@@ -1,8 +1,5 @@
-"""Which generated windows are worth keeping? Filters that know the generator's training windows and nothing else.
-
-A filter is no judge: it is trained on, or fitted to, what the generator saw, so that what it keeps may be measured by
-judges and test windows. What a filter gains is bought with yield, so both are reported.
-"""
+"""Which generated windows are worth keeping? Filters that know the generator's training windows only, so that what they
+keep can be evaluated on test windows."""
 
 from pathlib import Path
 
@@ -17,52 +14,52 @@ from mdlib.models.classifier import SmallCNN, features
 from mdlib.pipeline import copy_windows
 
 FILTERS = ("confidence", "margin", "specificity", "diversity")  # see `scores`
-SPREADS = 3.0  # a user's range of a metric: the mean of the training windows, give or take so many deviations
+SPREADS = 3.0  # a user's range of a metric: the mean of the training windows ± so many standard deviations
+STEPS = 400  # optimizer steps of the classifier of `select_folder`
 SIFTED = ("torso_speed", "cadence", "step_length", "upper_envelope", "lower_envelope", "bandwidth")
 
 
-def scores(windows: WindowSet, judge: SmallCNN) -> dict[str, np.ndarray]:
-    """What FILTERS look at, each (N,), by a judge of the training windows.
+def scores(windows: WindowSet, classifier: SmallCNN) -> dict[str, np.ndarray]:
+    """The scores of FILTERS, each (N,), by a classifier of the training windows.
 
-    confidence: P(own user); margin: P of the likeliest user less that of the next, whoever they are; specificity: P(own
-    user) less that of the likeliest other; diversity: distance to the nearest other window of the user in the judge's
-    features, each of length 1 (infinite for a user's only window).
+    confidence: P(own user); margin: P of the likeliest user less that of the second; specificity: P(own user) less that
+    of the likeliest other; diversity: distance to the user's nearest other window in the classifier's features of
+    length 1 (infinite for a user's only window).
     """
-    every, own = judge.probabilities(windows.images), windows.labels[:, None]
+    every, own = classifier.probabilities(windows.images), windows.labels[:, None]
     confidence, others = every.gather(1, own)[:, 0], every.scatter(1, own, 0.0)
-    first, second = torch.nn.functional.pad(every, (0, 1)).topk(2).values.T  # padded: of one user there is no second
-    found = torch.nn.functional.normalize(features(judge, windows.images), dim=1)
-    nearest = np.full(len(windows), np.inf)
-    for rows in _of_users(windows):
-        distance = torch.cdist(found[rows], found[rows]).fill_diagonal_(torch.inf)
-        nearest[rows] = distance.min(1).values.numpy()
-    likelihoods = {"confidence": confidence, "margin": first - second, "specificity": confidence - others.amax(1)}
-    return {**{name: score.numpy() for name, score in likelihoods.items()}, "diversity": nearest}
+    first, second = torch.nn.functional.pad(every, (0, 1)).topk(2).values.T  # padded: with one user there is no second
+    found = torch.nn.functional.normalize(features(classifier, windows.images), dim=1)
+    nearest = torch.full((len(windows),), torch.inf)
+    for label in windows.labels.unique():
+        mine = windows.labels == label
+        nearest[mine] = torch.cdist(found[mine], found[mine]).fill_diagonal_(torch.inf).min(1).values
+    each = (confidence, first - second, confidence - others.amax(1), nearest)
+    return {name: score.numpy() for name, score in zip(FILTERS, each, strict=True)}
 
 
-def keep_best(windows: WindowSet, score: np.ndarray, share: float) -> np.ndarray:
-    """bool (N,): of each user, in each condition, the `share` of windows with the highest score, at least one."""
-    kept, conditions = np.zeros(len(windows), dtype=bool), np.array([file.condition for file in windows.files])
-    parts = [rows[conditions[rows] == one] for rows in _of_users(windows) for one in np.unique(conditions[rows])]
-    for rows in parts:
+def keep_best(windows: WindowSet, score: np.ndarray, fraction: float) -> np.ndarray:
+    """bool (N,): of each user in each condition the `fraction` of windows with the highest score, at least one."""
+    kept, groups = np.zeros(len(windows), dtype=bool), {}
+    for row, file in enumerate(windows.files):
+        groups.setdefault((file.user, file.condition), []).append(row)
+    for rows in map(np.array, groups.values()):
         best = rows[np.argsort(-score[rows], kind="stable")]
-        kept[best[: max(1, round(share * len(rows)))]] = True
+        kept[best[: max(1, round(fraction * len(rows)))]] = True
     return kept
 
 
 def keep_plausible(windows: WindowSet, train: WindowSet) -> np.ndarray:
-    """bool (N,): kinematic sifting. Windows that a walking adult could have made and whose SIFTED metrics lie within
-    the range of their user's training windows; a metric that cannot be read off a window does not drop it."""
-    made, known = gait_metrics.measure(windows), gait_metrics.measure(train)
-    kept = made.plausible.copy()
+    """bool (N,): windows that a walking adult could have produced and whose SIFTED metrics lie within the range of the
+    user's training windows. A metric that cannot be read off a window does not remove it."""
+    found, known = gait_metrics.measure(windows), gait_metrics.measure(train)
+    kept = found.plausible.copy()
     for name in SIFTED:
         for label in range(train.num_users):
             values = known.of_user(name, label)
-            if len(values) < 3:
-                continue
-            mine = made.labels == label
-            beyond = np.abs(made.values[name] - values.mean()) > SPREADS * values.std(ddof=1)
-            kept &= ~(mine & beyond)
+            if len(values) > 2:
+                beyond = np.abs(found.values[name] - values.mean()) > SPREADS * values.std(ddof=1)
+                kept &= ~((found.labels == label) & beyond)
     return kept
 
 
@@ -72,42 +69,35 @@ def select_folder(
     split: str | Path,
     out: str | Path,
     by: str = "kinematics",
-    share: float = 0.5,
+    fraction: float = 0.5,
     size: int = 64,
-    steps: int = 400,
 ) -> tuple[int, int]:
     """Copy the generated windows that a filter keeps into `out`, with their manifest; returns how many of how many.
 
     Args:
-        real, split: whose training windows are what the filter knows.
+        real, split: their training windows are what the filter knows.
         generated: folder that `generate` or notebook 05 wrote.
         by: one of FILTERS, or kinematics for `keep_plausible`.
-        share: of each user's windows, the best first; kinematics decides by itself.
+        fraction: of each user's windows to keep, best first; unused with kinematics.
         size: pixels a side at which windows are compared.
-        steps: optimizer steps of the filter's judge.
 
     Raises:
-        DataError: no such filter or share, users or split that do not fit, nothing kept, or `out` holds other windows.
+        DataError: unknown filter, fraction out of range, users or split that do not fit, no window kept, or `out` holds
+            other windows.
     """
     if by not in (*FILTERS, "kinematics"):
         raise DataError(f"by must be one of {', '.join(FILTERS)} or kinematics, got {by!r}")
-    if not 0 < share <= 1:
-        raise DataError(f"keep must be a share between 0 and 1, got {share}")
+    if not 0 < fraction <= 1:
+        raise DataError(f"keep must be a fraction between 0 and 1, got {fraction}")
     every = load_windows(real, size=size)
     train = apply_split(every, read_split(split))["train"]
-    made = load_windows(generated, size=size, colormap=every.colormap, users=every.users)
+    windows = load_windows(generated, size=size, colormap=every.colormap, users=every.users)
     if by == "kinematics":
-        kept = keep_plausible(made, train)
+        kept = keep_plausible(windows, train)
     else:
-        judge = train_classifier(train.images, train.labels, train.num_users, steps)
-        kept = keep_best(made, scores(made, judge)[by], share)
+        classifier = train_classifier(train.images, train.labels, train.num_users, STEPS)
+        kept = keep_best(windows, scores(windows, classifier)[by], fraction)
     if not kept.any():
-        raise DataError(f"{by} keeps none of the {len(made)} windows of {generated}")
-    copy_windows(generated, [made.paths[row] for row in np.flatnonzero(kept)], out)
-    return int(kept.sum()), len(made)
-
-
-def _of_users(windows: WindowSet) -> list[np.ndarray]:
-    """Rows of each user who has any."""
-    labels = windows.labels.numpy()
-    return [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        raise DataError(f"{by} keeps none of the {len(windows)} windows of {generated}: choose another filter")
+    copy_windows(generated, [windows.paths[row] for row in np.flatnonzero(kept)], out)
+    return int(kept.sum()), len(windows)

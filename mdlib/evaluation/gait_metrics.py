@@ -1,12 +1,13 @@
-"""Do generated walkers move like the real ones? Gait physics of every window, compared user by user.
+"""Gait physics read off windows: does a generated window move like its user?
 
-A figure is the Wasserstein-1 distance between the distributions of one metric of `gait_physics` in two sets of one
-user's windows, the mean over users, in the metric's unit; beside it stand the same distance between real windows, and
-how well the users' means agree. Windows on disk carry no axes, so two are taken for granted:
+Envelopes by percentiles and a threshold after P. van Dorp and F. C. A. Groen, "Feature-based human motion parameter
+estimation with radar", IET Radar Sonar Navig. 2 (2008); bandwidth after Y. Kim and H. Ling, "Human activity
+classification based on micro-Doppler signatures using a support vector machine", IEEE TGRS 47 (2009); step asymmetry
+after A.-K. Seifert, M. Amin, A. Zoubir, "Toward unobtrusive in-home gait analysis based on radar micro-Doppler
+signatures", IEEE TBME 66 (2019).
 
-- velocity: `radar.velocity_axis()` over the height of the image, that of the simulator and, as far as is known, of the
-  77 GHz recordings it was modelled on. Windows of another radar are read on it too: "m/s" then are units of that axis.
-- time: a window is four steps of 0.58 s (see `gait_physics`). Cadence and step length are relative to that.
+Windows carry no axes. Their height is taken for `radar.velocity_axis()`, their width for four steps of 0.58 s: for
+another radar "m/s" are units of that axis, and cadence and step length are relative.
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ import numpy as np
 from scipy.stats import wasserstein_distance
 
 from mdlib.data.windows import WindowSet
-from mdlib.evaluation import gait_physics
-from mdlib.evaluation.evidence import COMPARED, bootstrapped, over_users
+from mdlib.evaluation.evidence import COMPARED, Evidence, compared_sets
+from mdlib.evaluation.intervals import absent, bootstrapped, missing, over_users
 from mdlib.simulation.radar import velocity_axis
 
+STEP_S = (0.28, 1.10)  # shortest and longest duration of a step, s
 WINDOW_S = 4 * 0.58  # nominal length of a window, s
 CHUNK = 16  # windows measured at once: at 256 px more would take gigabytes
-FIGURES = {  # the metric of gait_physics.METRICS and its unit; below the envelopes lie 97 % and 3 % of a column
+FIGURES = {  # of the report: the metric that `read` returns, and its unit
     "torso_speed": ("v_torso", "m/s"),
     "cadence": ("f_step", "relative steps/s"),
     "step_length": ("step_len", "relative m"),
@@ -32,18 +34,16 @@ FIGURES = {  # the metric of gait_physics.METRICS and its unit; below the envelo
     "left_right_asymmetry": ("asym_v", ""),
 }
 NAMES = (*list(FIGURES)[:4], "envelopes", *list(FIGURES)[4:], "plausible")
-GATES = {name: bounds for name, bounds in gait_physics.GATES.items() if name not in ("f_step", "step_len", "drop")}
-SHOWN = ("generated", "unseen")  # sets whose users are told apart
-SPREAD = (5, 25, 50, 75, 95)  # percentiles
-AVERAGED = (*COMPARED, "user_correlation", "user_correlation_real")
+GATES = {"foot_ratio": (2.4, 5.0), "acf_step": (0.15, np.inf), "e_outside": (-np.inf, 0.02)}  # range of a walking adult
+SPREAD = (5, 25, 50, 75, 95)  # percentiles of a user's windows
 
 
 @dataclass(frozen=True)
 class Gaits:
-    """What was read off N windows."""
+    """Metrics of N windows."""
 
     values: dict[str, np.ndarray]  # name of FIGURES → float (N,), NaN where it cannot be read
-    plausible: np.ndarray  # bool (N,): passes every gate that needs no time scale
+    plausible: np.ndarray  # bool (N,): within all GATES
     labels: np.ndarray  # int (N,)
 
     def select(self, rows: list[int]) -> "Gaits":
@@ -56,114 +56,99 @@ class Gaits:
         return mine[np.isfinite(mine)]
 
 
+def physics(evidence: Evidence) -> dict:
+    """The section `physics` of the report, see `compare`."""
+    if evidence.train.images.shape[1] != 1:
+        return missing(*NAMES, reason="not measured on RGB windows: set channels=1")
+    sets, rows = compared_sets(evidence)
+    gaits = {name: measure(part) for name, part in sets.items() if name not in rows}
+    return compare(
+        gaits | {name: gaits["unseen"].select(half) for name, half in rows.items()}, len(evidence.train.users)
+    )
+
+
 def measure(windows: WindowSet) -> Gaits:
-    """Physics of intensity windows of 8 × 8 pixels or more, the top row the highest velocity.
+    """Gait metrics of intensity windows of 8 × 8 pixels or more, the top row the highest velocity.
 
     Raises:
-        ValueError: smaller windows, or RGB.
+        ValueError: RGB or smaller windows.
     """
-    channels, size, columns = windows.images.shape[1:]
+    channels, rows, columns = windows.images.shape[1:]
     if channels != 1:
-        raise ValueError(f"windows of {channels} channels: physics is read off intensities, channels=1")
-    axis = image_axis(size)
-    parts = [
-        gait_physics.measure(part[:, 0].numpy() / 255, axis, WINDOW_S / columns) for part in windows.images.split(CHUNK)
-    ]
-    found = {name: np.concatenate([part[name] for part in parts]) for name in gait_physics.METRICS}
+        raise ValueError(f"windows of {channels} channels: gait is read off intensities, load them with channels=1")
+    axis, images = image_axis(rows), windows.images[:, 0].numpy()
+    parts = [read(images[i : i + CHUNK] / 255, axis, WINDOW_S / columns) for i in range(0, len(images), CHUNK)]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     values = {name: found[metric] for name, (metric, _) in FIGURES.items()}
     values["left_right_asymmetry"] = np.abs(values["left_right_asymmetry"])  # which foot comes first is unknown
-    return Gaits(values, gait_physics.plausible(found, GATES), windows.labels.numpy())
+    return Gaits(values, plausible(found), windows.labels.numpy())
 
 
 def image_axis(rows: int) -> np.ndarray:
-    """Velocity (rows,) of the rows of an image that shows the whole of `radar.velocity_axis()`, highest first."""
+    """Velocity (rows,) of the rows of an image that spans `radar.velocity_axis()`, highest first."""
     native = velocity_axis()
     bin_speed = native[0] - native[1]
     return native[0] + bin_speed / 2 - (np.arange(rows) + 0.5) * bin_speed * len(native) / rows
 
 
 def compare(sets: dict[str, Gaits], num_users: int) -> dict:
-    """The figures NAMES from the sets generated, unseen, train, first and second (the halves of the unseen).
+    """The figures NAMES of the sets generated, unseen, train, first and second (see `evidence.COMPARED`).
 
-    per_user: the distance between a user's generated and unseen windows.
-    value, real_vs_real, train: mean over users of that distance, of the one between the two
-    halves, and between training and unseen windows, which a perfect copier would get; as many windows of a user in
-    each set, because the distance grows when they are fewer. The windows of a half are neighbours that share steps,
-    fewer than they seem: training windows can come nearer. ratio: value over real_vs_real; n: windows a side, all
-    users together; ci95 redraws users. user_correlation: Pearson's r over users of the means of all generated and of
-    all unseen windows, user_correlation_real that of the halves' means; None with fewer than three users.
-
-    envelopes is the mean of the upper and the lower one. plausible: share of generated windows that pass GATES, real:
-    that of unseen ones. The rest is not gated, asymmetry least of all: four steps of a healthy walker do not show it.
+    A figure is the Wasserstein-1 distance between one metric of a user's windows in two sets, mean over users, in the
+    metric's unit, with as many windows of a user on both sides; user_correlation: Pearson's r over users of the means
+    of generated and unseen windows. envelopes: mean of the upper and lower one; plausible: fraction within GATES.
     """
     found = {name: _figure(name, sets, num_users) for name in FIGURES}
     found["envelopes"] = _mean(found["upper_envelope"], found["lower_envelope"])
-    found["plausible"] = _plausible(sets["generated"].plausible, sets["unseen"].plausible)
+    inside = sets["generated"].plausible.astype(float)
+    real = {"real": float(sets["unseen"].plausible.mean()), "gates": list(GATES)}
+    found["plausible"] = bootstrapped(inside, np.arange(len(inside))) | real
     return {name: found[name] for name in NAMES}
-
-
-def _plausible(generated: np.ndarray, unseen: np.ndarray) -> dict:
-    each = np.arange(len(generated))  # generated windows are drawn one by one: each is its own block
-    return {**bootstrapped(generated.astype(float), each), "real": float(unseen.mean()), "gates": list(GATES)}
 
 
 def _figure(name: str, sets: dict[str, Gaits], num_users: int) -> dict:
     own = [{part: gaits.of_user(name, label) for part, gaits in sets.items()} for label in range(num_users)]
     least = [min(len(values) for values in user.values()) for user in own]
     if not any(least):
-        return {"value": None, "reason": "no user has windows in every set off which it can be read"}
-    each = np.array([_distances(user, n) for user, n in zip(own, least, strict=True) if n])  # (users, comparisons)
-    means = {part: [_mean_or_none(user[part]) for user in own] for part in sets}
+        return absent("no user has windows in every set off which it can be read")
+    distances = [_distances(user, n) if n else None for user, n in zip(own, least, strict=True)]
+    each = np.array([row for row in distances if row is not None])  # (users, comparisons)
+    means = {part: [float(user[part].mean()) if len(user[part]) else None for user in own] for part in sets}
+    spread = lambda values: np.percentile(values, SPREAD).tolist() if len(values) else None
     found = dict(zip(COMPARED, each.mean(0).tolist(), strict=True))
     return {
         **over_users(each[:, 0]),
         **found,
         "unit": FIGURES[name][1],
         "n": sum(least),
-        "ratio": _ratio(found),
+        "ratio": found["value"] / found["real_vs_real"] if found["real_vs_real"] else None,
         "user_correlation": _correlation(means["generated"], means["unseen"]),
         "user_correlation_real": _correlation(means["first"], means["second"]),
-        "per_user": _by_user(each[:, 0], least),
-        **{f"{part}_means": means[part] for part in SHOWN},
-        **{f"{part}_spread": [_spread(user[part]) for user in own] for part in SHOWN},
+        "per_user": [None if row is None else float(row[0]) for row in distances],
+        **{f"{part}_means": means[part] for part in ("generated", "unseen")},
+        **{f"{part}_spread": [spread(user[part]) for user in own] for part in ("generated", "unseen")},
     }
 
 
-def _by_user(distances: np.ndarray, windows: list[int]) -> list[float | None]:
-    """The distance of every user, None where there was none to measure."""
-    rest = iter(distances.tolist())
-    return [next(rest) if n else None for n in windows]
-
-
 def _distances(own: dict[str, np.ndarray], n: int, draws: int = 8) -> np.ndarray:
-    """One user's distances, in the order of COMPARED: n windows drawn from each set, mean over draws."""
+    """One user's distances in the order of COMPARED: n windows sampled from each set, mean over draws."""
     total = np.zeros(len(COMPARED))
     for seed in range(draws):
-        rngs = np.random.default_rng(seed).spawn(len(own))  # one a set: what is generated leaves the others' draw alone
-        drawn = {part: rng.choice(own[part], n, replace=False) for part, rng in zip(sorted(own), rngs, strict=True)}
-        total += [wasserstein_distance(drawn[one], drawn[other]) for one, other in COMPARED.values()]
+        rngs = np.random.default_rng(seed).spawn(
+            len(own)
+        )  # one a set: a set's sample does not depend on another's size
+        sample = {part: rng.choice(own[part], n, replace=False) for part, rng in zip(sorted(own), rngs, strict=True)}
+        total += [wasserstein_distance(sample[one], sample[other]) for one, other in COMPARED.values()]
     return total / draws
 
 
 def _mean(upper: dict, lower: dict) -> dict:
-    """Two figures of one unit as one."""
     if None in (upper["value"], lower["value"]):
         return upper if upper["value"] is None else lower
-    pairs = {key: (upper[key], lower[key]) for key in AVERAGED}
+    pairs = {key: (upper[key], lower[key]) for key in (*COMPARED, "user_correlation", "user_correlation_real")}
     found = {key: None if None in pair else sum(pair) / 2 for key, pair in pairs.items()}
-    return {**found, "unit": upper["unit"], "n": min(upper["n"], lower["n"]), "ratio": _ratio(found)}
-
-
-def _ratio(found: dict) -> float | None:
-    return found["value"] / found["real_vs_real"] if found["real_vs_real"] else None
-
-
-def _mean_or_none(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
-
-
-def _spread(values: np.ndarray) -> list[float] | None:
-    return np.percentile(values, SPREAD).tolist() if len(values) else None
+    ratio = found["value"] / found["real_vs_real"] if found["real_vs_real"] else None
+    return {**found, "unit": upper["unit"], "n": min(upper["n"], lower["n"]), "ratio": ratio}
 
 
 def _correlation(first: list, second: list) -> float | None:
@@ -172,3 +157,151 @@ def _correlation(first: list, second: list) -> float | None:
     if len(pairs) < 3 or not np.ptp(pairs, axis=0).all():
         return None
     return float(np.corrcoef(np.array(pairs).T)[0, 1])
+
+
+def plausible(metrics: dict[str, np.ndarray]) -> np.ndarray:
+    """Whether each image is within all GATES: bool (N,); NaN is not."""
+    return np.all([(metrics[name] >= low) & (metrics[name] <= high) for name, (low, high) in GATES.items()], axis=0)
+
+
+def threshold(images: np.ndarray) -> np.ndarray:
+    """Intensity (N,) above which a cell counts as echo: 0.18, or above the noise floor where there is one."""
+    p5, p25 = np.percentile(images, [5, 25], axis=(1, 2))
+    return np.where(p25 > 0.02, np.maximum(0.18, p25 + 3 * (p25 - p5)), 0.18)
+
+
+def ridge(images: np.ndarray, velocity: np.ndarray) -> np.ndarray:
+    """Trunk speed in every column (N, columns), m/s: the brightest smooth path, then the centroid of five rows.
+
+    The path maximises Σ S - .06 |Δrow| with |Δrow| <= 3 a column (Viterbi); `velocity` rises.
+    """
+    s = images.copy()
+    s[:, 1:-1] = images[:, :-2] / 4 + images[:, 1:-1] / 2 + images[:, 2:] / 4
+    s[:, np.abs(velocity) < 0.15] *= 0.6  # clutter and standing feet
+    n, rows, columns = s.shape
+    moves = np.arange(-3, 4)
+    score, back = s[:, :, 0], np.empty((columns, n, rows), int)
+    for t in range(1, columns):
+        padded = np.pad(score, ((0, 0), (3, 3)), constant_values=-np.inf)
+        reach = np.stack([padded[:, 3 + m : 3 + m + rows] - 0.06 * abs(m) for m in moves])
+        best = reach.argmax(0)
+        back[t] = np.arange(rows) + moves[best]
+        score = np.take_along_axis(reach, best[None], 0)[0] + s[:, :, t]
+    path = np.empty((n, columns), int)
+    path[:, -1] = score.argmax(1)
+    for t in range(columns - 1, 0, -1):
+        path[:, t - 1] = back[t, np.arange(n), path[:, t]]
+    near = path[:, None] + np.arange(-2, 3)[:, None]  # (n, 5, columns)
+    inside = (near >= 0) & (near < rows)
+    near = np.clip(near, 0, rows - 1)
+    weight = (np.take_along_axis(images, near, 1) ** 4 + 1e-9) * inside
+    return (weight * velocity[near]).sum(1) / weight.sum(1)
+
+
+def step_period(images: np.ndarray, column_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Step period in columns (N,), sub-column, and the image's normalised autocorrelation over lags (N, columns).
+
+    Unbiased autocorrelation of the rows about their means, summed over rows; its highest crest within STEP_S, or half
+    that lag where the correlation there is nearly as high (then the crest was that of a stride).
+    """
+    columns = images.shape[2]
+    spectrum = np.fft.rfft(images - images.mean(2, keepdims=True), 2 * columns, axis=2)
+    power = (spectrum.real**2 + spectrum.imag**2).sum(1)
+    acf = np.fft.irfft(power, axis=1)[:, :columns] / (columns - np.arange(columns))
+    acf /= np.maximum(acf[:, :1], 1e-12)
+    low = np.minimum(np.ceil(STEP_S[0] / column_s).astype(int), columns - 5)
+    high = np.maximum(np.minimum((STEP_S[1] / column_s).astype(int), columns - 3), low + 1)
+    crest = np.full_like(acf, -1.0)  # a slope that leaves the range is no period
+    inner = (acf[:, 1:-1] >= acf[:, :-2]) & (acf[:, 1:-1] >= acf[:, 2:])
+    crest[:, 1:-1][inner] = acf[:, 1:-1][inner]
+    lag, row = np.arange(columns), np.arange(len(acf))
+    highest = lambda low, high: np.where((lag >= low[:, None]) & (lag < high[:, None]), crest, -np.inf).argmax(1)
+    k = highest(low, high)
+    half = highest(np.maximum(k // 2 - 1, low), k // 2 + 2)
+    k = np.where((crest[row, half] > 0.85 * acf[row, k]) & (half >= low), half, k)
+    a, b, c = acf[row, k - 1], acf[row, k], acf[row, k + 1]
+    bend = a - 2 * b + c
+    bend = np.where(np.abs(bend) < 1e-12, -np.inf, bend)
+    return k + np.clip((a - c) / 2 / bend, -0.5, 0.5), acf
+
+
+def envelopes(images: np.ndarray, velocity: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Velocities (N, columns): upper and lower edge (two adjacent cells above the threshold), 97 % and 3 % of a column.
+
+    `velocity` rises. A column without echo gives NaN in the edges.
+    """
+    on = images > threshold(images)[:, None, None]
+    pair = np.zeros_like(on)
+    pair[:, 1:] |= on[:, 1:] & on[:, :-1]
+    pair[:, :-1] |= on[:, 1:] & on[:, :-1]
+    lit = pair.any(1)
+    upper = np.where(lit, velocity[len(velocity) - 1 - pair[:, ::-1].argmax(1)], np.nan)
+    lower = np.where(lit, velocity[pair.argmax(1)], np.nan)
+    c = np.cumsum(np.where(on, images, 0), axis=1)
+    total = c[:, -1:] + 1e-9
+    top = len(velocity) - 1
+    u97 = velocity[np.minimum((c < 0.97 * total).sum(1), top)]
+    l03 = velocity[np.minimum((c <= 0.03 * total).sum(1), top)]
+    return upper, lower, u97, l03
+
+
+def step_peaks(upper: np.ndarray, start: float, period: float) -> np.ndarray:
+    """Peak speed of each whole step of one window's upper envelope, split at `start` + (j ± ½) `period` columns."""
+    edges = [int(round(start + (j - 0.5) * period)) for j in range(-1, int(len(upper) / period) + 3)]
+    whole = [upper[a:b] for a, b in zip(edges, edges[1:], strict=False) if a >= 0 and b <= len(upper) and b - a > 2]
+    return np.array([np.sort(step)[-2:].mean() for step in whole])
+
+
+def asymmetry(peaks: np.ndarray) -> float:
+    """Difference of alternate steps' peak speeds over their sum, of arbitrary sign; NaN with fewer than three steps."""
+    if len(peaks) < 3:
+        return np.nan
+    odd, even = peaks[::2].mean(), peaks[1::2].mean()
+    return (odd - even) / (odd + even)
+
+
+def read(images: np.ndarray, velocity: np.ndarray, column_s: float | np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics of each image: name → float (N,), NaN for an image without contrast.
+
+    Args:
+        images: (N, rows, columns) in [0, 1] over the displayed range in dB, 8 × 8 or more.
+        velocity: (rows,) in m/s, evenly spaced, rising or falling.
+        column_s: seconds a column, a number or (N,).
+
+    Raises:
+        ValueError: images of another shape or range.
+    """
+    if images.ndim != 3 or min(images.shape[1:]) < 8 or images.size and images.max() > 1:
+        raise ValueError(f"images {images.shape}: expected (N, rows, columns) in [0, 1], 8 or more rows and columns")
+    if velocity[0] > velocity[-1]:
+        images, velocity = images[:, ::-1], velocity[::-1]
+    column_s, t = np.broadcast_to(column_s, len(images)), np.arange(images.shape[2])
+    torso = ridge(images, velocity)
+    v_torso = torso.mean(1)
+    period, acf = step_period(images, column_s)
+    f_step = 1 / (period * column_s)
+    upper, lower, u97, l03 = envelopes(images, velocity)
+    upper, lower = np.where(np.isnan(upper), v_torso[:, None], upper), np.where(np.isnan(lower), 0.0, lower)
+    padded = np.pad(upper, ((0, 0), (1, 1)), mode="edge")
+    smooth = np.median(np.stack([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]]), 0)
+    once_a_step = np.exp(-2j * np.pi * t / period[:, None])
+    angle = np.angle(((u97 - u97.mean(1, keepdims=True)) * once_a_step).sum(1))
+    peaks = [step_peaks(u, -a / (2 * np.pi) * p, p) for u, a, p in zip(upper, angle, period, strict=True)]
+    v_foot = np.array([own.mean() if len(own) else np.nan for own in peaks])
+    row_speed = velocity[None, :, None]
+    outside = (row_speed < -1.2) | (row_speed > 5.5 * np.maximum(torso[:, None], 0.1))
+    found = {
+        "v_torso": v_torso,  # mean speed of the trunk, m/s
+        "f_step": f_step,  # step rate, Hz
+        "acf_step": np.array([np.interp(p, t, a) for p, a in zip(period, acf, strict=True)]),  # at one step
+        "step_len": v_torso / f_step,  # m
+        "v_foot": v_foot,  # mean peak speed of a step, m/s
+        "foot_ratio": v_foot / np.maximum(v_torso, 0.1),
+        "bw_total": np.percentile(smooth, 95, axis=1) - np.percentile(lower, 5, axis=1),  # between the envelopes, m/s
+        "u97": np.percentile(u97, 95, axis=1),  # 95th percentile of the velocity below which 97 % of a column lies, m/s
+        "l03": l03.mean(1),  # mean velocity below which 3 % of a column lies, m/s
+        "asym_v": np.array([asymmetry(own) for own in peaks]),
+        "e_outside": (images * outside).sum((1, 2)) / np.maximum(images.sum((1, 2)), 1e-9),  # fraction of the intensity
+    }
+    flat = np.ptp(images, axis=(1, 2)) == 0
+    return {name: np.where(flat, np.nan, values) for name, values in found.items()}

@@ -1,7 +1,6 @@
-"""Plain image statistics, user by user: moments, texture, spectrum; how far generated windows lie from real ones.
+"""Are generated windows like real ones as plain images? Moments, texture and spectrum, user by user.
 
-They know nothing of gait: a window can be right in all of them and show nobody. `ks` is measured thrice, see
-`evidence.COMPARED`.
+A window can be right in all of them and show no gait. `ks` is measured three times, see `evidence.COMPARED`.
 """
 
 import numpy as np
@@ -10,10 +9,11 @@ from scipy.stats import ks_2samp
 from sklearn.metrics import silhouette_score
 
 from mdlib.data.windows import WindowSet
-from mdlib.evaluation.evidence import COMPARED, Evidence, absent, alike, compared_sets, figure, missing, over_users
+from mdlib.evaluation.evidence import COMPARED, Evidence, alike, compared_sets
+from mdlib.evaluation.intervals import absent, figure, missing, over_users
 
 LEVELS = 32  # grey levels of the co-occurrence matrix
-NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))  # rows and columns to the neighbour: the four directions, one pixel
+NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))  # rows and columns to the neighbour: four directions, one pixel
 BANDS = (0.0, 0.05, 0.1, 0.2, 0.5)  # edges of the spectrum's bands, cycles a pixel
 FEATURES = (
     *("mean", "deviation", "skewness", "kurtosis"),
@@ -24,15 +24,7 @@ NAMES = ("ks", "mahalanobis", "typical", "silhouette")
 
 
 def statistics(evidence: Evidence) -> dict:
-    """How alike generated and real windows are in FEATURES.
-
-    ks: Kolmogorov-Smirnov statistic of generated against unseen windows of a user, mean over features and users, 0 for
-    one distribution; real_vs_real: of one half of the unseen against the other; train: of the training windows.
-    ks_by_feature: value and real_vs_real of each. mahalanobis: distance of a window to the mean of its user's unseen
-    windows of the first half, with the covariance within users; real: of those of the second half. typical: share of
-    generated windows whose distance lies between the 5 and the 95 % quantile of the real ones', 0.9 for real ones.
-    silhouette: how far users lie apart in features, -1 to 1; real: of as many unseen windows.
-    """
+    """The section `statistics` of the report: how alike generated and real windows are in FEATURES."""
     sets, _ = compared_sets(evidence)
     found = {name: describe(part.images) for name, part in sets.items()}
     rows = alike(sets, seed=0)
@@ -46,13 +38,13 @@ def statistics(evidence: Evidence) -> dict:
 
 
 def describe(images: torch.Tensor, batch_size: int = 256) -> np.ndarray:
-    """FEATURES (N, 12) of uint8 images (N, C, S, S); of RGB ones the mean over channels is described."""
-    parts = [part.float().mean(1) / 255 for part in images.split(batch_size)]
-    return torch.cat([torch.cat([_moments(part), texture(part), _spectrum(part)], 1) for part in parts]).numpy()
+    """FEATURES (N, 12) of uint8 images (N, C, S, S), RGB ones as the mean over channels."""
+    grey = [part.float().mean(1) / 255 for part in images.split(batch_size)]
+    return torch.cat([torch.cat([_moments(part), texture(part), _spectrum(part)], 1) for part in grey]).numpy()
 
 
 def _moments(images: torch.Tensor) -> torch.Tensor:
-    """Mean, deviation, skewness and kurtosis (N, 4) of intensities (N, S, S); 0 and 0 beyond the mean where flat."""
+    """Mean, deviation, skewness and kurtosis (N, 4) of intensities (N, S, S); 0 but for the mean where flat."""
     pixels = images.flatten(1)
     mean, deviation = pixels.mean(1), pixels.std(1, correction=0)
     scaled = (pixels - mean[:, None]) / deviation[:, None].clamp_min(1e-6)
@@ -60,35 +52,28 @@ def _moments(images: torch.Tensor) -> torch.Tensor:
 
 
 def texture(images: torch.Tensor, levels: int = LEVELS) -> torch.Tensor:
-    """Contrast, dissimilarity, homogeneity and energy (N, 4) of intensities (N, S, S) in [0, 1].
+    """Contrast Σ p (i−j)², dissimilarity Σ p |i−j|, homogeneity Σ p / (1 + (i−j)²) and energy (Σ p²)^½ (N, 4) of
+    intensities (N, S, S) in [0, 1].
 
-    Of the symmetric grey-level co-occurrence matrix (Haralick et al. 1973) of neighbours, mean over four directions:
-    Σ p (i−j)², Σ p |i−j|, Σ p / (1 + (i−j)²), and the root of Σ p².
+    p: symmetric grey-level co-occurrence matrix (Haralick et al. 1973) of neighbours; mean over four directions.
     """
     grey = (images * levels).long().clamp(0, levels - 1)
     away = (torch.arange(levels)[:, None] - torch.arange(levels)).abs().double()
-    found = []
+    found, size = [], grey.shape[-1]
+    image = torch.arange(len(grey)).view(-1, 1, 1) * levels**2
     for down, right in NEIGHBOURS:
-        p = _co_occurrence(grey, down, right, levels)
+        here = grey[:, : size - down, max(0, -right) : size - max(0, right)]
+        there = grey[:, down:, max(0, right) : size - max(0, -right)]
+        pairs = torch.cat([image + here * levels + there, image + there * levels + here], 1)
+        counts = torch.bincount(pairs.flatten(), minlength=len(grey) * levels**2).view(-1, levels, levels).double()
+        p = counts / counts.sum((1, 2), keepdim=True)
         sums = [(p * weight).sum((1, 2)) for weight in (away**2, away, 1 / (1 + away**2))]
         found.append(torch.stack([*sums, p.square().sum((1, 2)).sqrt()], 1))
     return torch.stack(found).mean(0).float()
 
 
-def _co_occurrence(grey: torch.Tensor, down: int, right: int, levels: int) -> torch.Tensor:
-    """Shares (N, levels, levels) of pairs of grey levels of neighbours, either way round."""
-    size = grey.shape[-1]
-    left = slice(max(0, -right), size - max(0, right))
-    moved = slice(max(0, right), size - max(0, -right))
-    here, there = grey[:, : size - down, left], grey[:, down:, moved]
-    image = torch.arange(len(grey)).view(-1, 1, 1) * levels**2
-    pairs = torch.cat([image + here * levels + there, image + there * levels + here], 1)
-    counts = torch.bincount(pairs.flatten(), minlength=len(grey) * levels**2).view(-1, levels, levels).double()
-    return counts / counts.sum((1, 2), keepdim=True)
-
-
 def _spectrum(images: torch.Tensor) -> torch.Tensor:
-    """Share (N, bands) of the power, without the mean's, in bands of the radial frequency."""
+    """Fraction (N, bands) of the power, without the mean's, in bands of the radial frequency."""
     centred = images - images.mean((1, 2), keepdim=True)
     power = torch.fft.fft2(centred).abs().square()
     frequency = torch.fft.fftfreq(images.shape[-1])
@@ -97,17 +82,14 @@ def _spectrum(images: torch.Tensor) -> torch.Tensor:
     return torch.stack(bands, 1) / power.sum((1, 2)).clamp_min(1e-9)[:, None]
 
 
-# Comparisons -----------------------------------------------------------------------------------------------------
-
-
 def _kolmogorov(sets: dict[str, WindowSet], found: dict[str, np.ndarray], rows: dict[str, torch.Tensor]) -> dict:
-    """The same number of windows a user on all sides: the statistic grows when they are fewer."""
+    """With as many windows of a user in all sets: the statistic grows when they are fewer."""
     labels = {name: part.labels[rows[name]].numpy() for name, part in sets.items()}
-    drawn = {name: found[name][rows[name].numpy()] for name in sets}
+    sample = {name: found[name][rows[name].numpy()] for name in sets}
     users = [user for user in np.unique(labels["unseen"]) if (labels["unseen"] == user).sum() > 1]
     if not users:
         return missing("ks", reason="no user has two windows in every set")
-    of = lambda name, user: drawn[name][labels[name] == user]
+    of = lambda name, user: sample[name][labels[name] == user]
     each = {
         key: np.array([ks_2samp(of(one, user), of(other, user), axis=0).statistic for user in users])
         for key, (one, other) in COMPARED.items()
@@ -121,6 +103,8 @@ def _kolmogorov(sets: dict[str, WindowSet], found: dict[str, np.ndarray], rows: 
 
 
 def _mahalanobis(sets: dict[str, WindowSet], found: dict[str, np.ndarray]) -> dict:
+    """Distance to the mean of the user's first half with the covariance within users; real: of the second half.
+    typical: fraction of generated windows between the 5 and 95 % quantiles of the real distances."""
     labels = {name: part.labels.numpy() for name, part in sets.items()}
     users = np.unique(labels["first"])
     centre = {user: found["first"][labels["first"] == user].mean(0) for user in users}
@@ -139,6 +123,7 @@ def _mahalanobis(sets: dict[str, WindowSet], found: dict[str, np.ndarray]) -> di
 
 
 def _silhouette(sets: dict[str, WindowSet], found: dict[str, np.ndarray], rows: dict[str, torch.Tensor]) -> dict:
+    """How far users lie apart in features; real: of as many unseen windows."""
     scale = found["unseen"].std(0) + 1e-9
     value = {}
     for name in ("generated", "unseen"):

@@ -1,4 +1,4 @@
-"""Which test windows every arm's classifiers got right, what follows from it, and several folds as one measurement."""
+"""The test windows that every arm's classifiers got right, the figures that follow, and several folds as one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +6,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from mdlib.data.windows import DataError
-from mdlib.evaluation import metrics
-from mdlib.evaluation.evidence import absent, figure, missing, over_users, scored
+from mdlib.evaluation.intervals import (
+    absent,
+    equivalent_count,
+    figure,
+    interval,
+    missing,
+    over_users,
+    p_value,
+    paired_bootstrap,
+    paired_gain,
+    scored,
+)
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """correct: arm → (seeds, N) bool, "real_only" and "real_plus_generated" among them; blocks (N,): test windows of
-    one block are drawn together; paths and users (ids): of the N windows."""
+    """The test windows that every arm's classifiers got right.
+
+    correct: by arm (seeds, N) bool, real_only and real_plus_generated among them; blocks (N,): for intervals; paths and
+    users (ids) of the N windows.
+    """
 
     correct: dict[str, np.ndarray]
     blocks: np.ndarray
@@ -21,7 +34,7 @@ class Outcomes:
     users: np.ndarray
 
     def to_json(self) -> dict:
-        """As report.json holds it: by arm a string a seed, "1" where the right user was named."""
+        """As in report.json: by arm a string a seed, "1" where the right user was named."""
         arms = {name: ["".join(map(str, row.astype(int))) for row in rows] for name, rows in self.correct.items()}
         windows = {"paths": list(self.paths), "users": self.users.tolist(), "blocks": self.blocks.tolist()}
         return {**windows, "correct": arms}
@@ -33,91 +46,68 @@ class Outcomes:
 
 
 def joined(folds: Sequence[Outcomes]) -> Outcomes:
-    """The folds' test windows side by side, in the arms that all of them have; a window keeps to its fold's block, and
-    one that stands in two folds' tests counts in the first.
+    """The test windows of several folds as one set, in the arms that all folds have; a window of two folds counts once.
 
     Raises:
         DataError: folds of different numbers of seeds.
     """
-    seeds = {len(rows) for fold in folds for rows in fold.correct.values()}
-    if len(seeds) > 1:
-        told = " and ".join(map(str, sorted(seeds)))
-        raise DataError(f"folds of {told} seeds cannot be read together: judge them alike")
+    if len(seeds := {len(rows) for fold in folds for rows in fold.correct.values()}) > 1:
+        raise DataError(f"folds of {' and '.join(map(str, sorted(seeds)))} seeds: evaluate all with the same number")
+    paths = np.array([path for fold in folds for path in fold.paths])
+    once = np.sort(np.unique(paths, return_index=True)[1])
     names = [name for name in folds[0].correct if all(name in fold.correct for fold in folds)]
-    correct = {name: np.concatenate([fold.correct[name] for fold in folds], axis=1) for name in names}
+    correct = {name: np.concatenate([fold.correct[name] for fold in folds], axis=1)[:, once] for name in names}
     first = np.cumsum([0, *(fold.blocks.max() + 1 for fold in folds[:-1])])
     blocks = np.concatenate([fold.blocks + start for fold, start in zip(folds, first, strict=True)])
-    paths = np.array([path for fold in folds for path in fold.paths])
     users = np.concatenate([fold.users for fold in folds])
-    once = np.sort(np.unique(paths, return_index=True)[1])
-    correct = {name: rows[:, once] for name, rows in correct.items()}
     return Outcomes(correct, blocks[once], tuple(paths[once].tolist()), users[once])
 
 
 def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
-    """Every arm's accuracy, and real + generated against real alone and against more real windows.
+    """Every arm's accuracy, and real + generated compared to real alone and to more real windows.
 
     Args:
         per_user: real windows a user in real_only.
         no_more: why there is no arm with more real windows, where there is none.
     """
     correct, blocks = outcomes.correct, outcomes.blocks
-    gain = metrics.paired_gain(correct["real_only"], correct["real_plus_generated"], blocks)
-    each = each_user(outcomes)
-    figures = {name: scored(rows, blocks) for name, rows in correct.items()}
-    for name, rows in correct.items():
-        figures[name]["per_seed"] = rows.mean(1).tolist()
+    real, both = correct["real_only"], correct["real_plus_generated"]
+    reference = absent("ResNet-18 is trained on a GPU or with reference=resnet18")
+    if "resnet18_real_only" in correct and "resnet18_real_plus_generated" in correct:
+        reference = paired_gain(correct["resnet18_real_only"], correct["resnet18_real_plus_generated"], blocks)
+    gain, each = paired_gain(real, both, blocks), []
+    for user in np.unique(outcomes.users).tolist():
+        own = outcomes.users == user
+        accuracy = {"real_only": float(real[:, own].mean()), "real_plus_generated": float(both[:, own].mean())}
+        each.append({"user": user, "n": int(own.sum()), **accuracy})
     return {
-        **figures,
-        "gain": figure(gain["gain"], len(blocks), gain["ci95"]),
+        **{name: {**scored(rows, blocks), "per_seed": rows.mean(1).tolist()} for name, rows in correct.items()},
+        "gain": gain,
         "gain_ci95": gain["ci95"],
-        "p_value": gain["p_value"],
-        "resnet18_gain": _by_reference(outcomes),
+        "p_value": p_value(real, both, blocks),
+        "resnet18_gain": reference,
         "gain_other_users": over_users(np.array([row["real_plus_generated"] - row["real_only"] for row in each])),
         **_against_more_real(outcomes, per_user, no_more),
         "real_windows_per_user": per_user,
-        "seeds": len(correct["real_only"]),
+        "seeds": len(real),
         "per_user": each,
     }
 
 
-def _by_reference(outcomes: Outcomes) -> dict:
-    """The gain by the reference classifier."""
-    arms = [outcomes.correct.get(f"resnet18_{name}") for name in ("real_only", "real_plus_generated")]
-    if any(arm is None for arm in arms):
-        return absent("ResNet-18 is trained where there is a GPU, or by reference=resnet18")
-    gain = metrics.paired_gain(*arms, outcomes.blocks)
-    return figure(gain["gain"], len(outcomes.blocks), gain["ci95"])
-
-
-def each_user(outcomes: Outcomes) -> list[dict]:
-    """Accuracy of real alone and of real + generated on each user's test windows; n: of them."""
-    rows = []
-    for user in np.unique(outcomes.users).tolist():
-        own = outcomes.users == user
-        arms = {name: float(outcomes.correct[name][:, own].mean()) for name in ("real_only", "real_plus_generated")}
-        rows.append({"user": user, "n": int(own.sum()), **arms})
-    return rows
-
-
 def _against_more_real(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
-    """real + generated beside more real windows: gain_over_x2, and equivalent_real_windows, the number of real windows
-    a user with which real alone does as well, read off the line through the measured numbers over their logarithm."""
+    """gain_over_x2, and equivalent_real_windows: see `intervals.equivalent_count`."""
     correct, blocks = outcomes.correct, outcomes.blocks
     factors = sorted(int(name.removeprefix("real_x")) for name in correct if name.startswith("real_x"))
     if not factors:
         return missing("real_x2", "gain_over_x2", "equivalent_real_windows", reason=no_more)
-    both, n = correct["real_plus_generated"], len(blocks)
-    found = {} if 2 in factors else missing("real_x2", "gain_over_x2", reason="2 is not among the multiples")
+    both = correct["real_plus_generated"]
     if 2 in factors:
-        gain = metrics.paired_gain(correct["real_x2"], both, blocks)
-        found["gain_over_x2"] = figure(gain["gain"], n, gain["ci95"])
+        found = {"gain_over_x2": paired_gain(correct["real_x2"], both, blocks)}
+    else:
+        found = missing("real_x2", "gain_over_x2", reason="not requested: add 2 to multiples")
     counts = per_user * np.array([1, *factors])
-    real = [correct["real_only"], *(correct[f"real_x{factor}"] for factor in factors)]
-    draws = metrics.paired_bootstrap(np.stack([both, *real]), blocks)
-    measured = metrics.equivalent_count(counts, np.array([[rows.mean() for rows in (both, *real)]]))[0]
-    found["equivalent_real_windows"] = {
-        **figure(float(measured), n, metrics.interval(metrics.equivalent_count(counts, draws))),
-        "between": [float(counts[0]), float(counts[-1])],
-    }
-    return found
+    arms = np.stack([both, correct["real_only"], *(correct[f"real_x{factor}"] for factor in factors)])
+    measured = equivalent_count(counts, arms.mean((1, 2))[None])[0]
+    likely = interval(equivalent_count(counts, paired_bootstrap(arms, blocks)))
+    between = {"between": [float(counts[0]), float(counts[-1])]}
+    return {**found, "equivalent_real_windows": {**figure(float(measured), len(blocks), likely), **between}}

@@ -1,11 +1,10 @@
 """The evaluation protocol: real and generated windows in, the report out.
 
-Every figure is measured here on windows the generator was not trained on, carries its n and, where it is a mean,
-a 95 % interval; those of whole sets (Fréchet distance, precision, silhouette, ratios of medians, codes used …) have
-none, because redrawing windows would bias them. What was not measured is null with its reason.
+Every figure carries its n and, where it is a mean, a 95 % interval. Figures of whole sets (Fréchet distance, precision,
+silhouette, ratios of medians, codes used …) have none, because resampling windows would bias them. A figure that was
+not measured is null with a reason. docs/evaluation.md defines all figures.
 """
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,40 +14,32 @@ import torch
 from mdlib import __version__
 from mdlib.data.splits import PARTS, overlap
 from mdlib.data.windows import to_float, to_uint8
-from mdlib.evaluation import gait_metrics, metrics
+from mdlib.evaluation import metrics
 from mdlib.evaluation.augmentation_study import (
     Arms,
     augmentation,
+    conditions,
     correctness,
     count_classifiers,
     outcomes,
     train_arms,
     unseen_classifiers,
 )
-from mdlib.evaluation.codec_quality import choose_codec
-from mdlib.evaluation.conditions import conditions
-from mdlib.evaluation.evidence import (
-    Evidence,
-    Protocol,
-    bootstrapped,
-    chance_blocks,
-    concatenate,
-    figure,
-    halves,
-    missing,
-    scored,
-)
+from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks
 from mdlib.evaluation.fidelity import fidelity
+from mdlib.evaluation.gait_metrics import physics
 from mdlib.evaluation.image_statistics import statistics
-from mdlib.evaluation.neighbours import nearest_train
+from mdlib.evaluation.intervals import bootstrapped, figure, missing, scored
 from mdlib.evaluation.verification import folds, verification
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.layers import parts as batches
+from mdlib.models.layers import parts
 from mdlib.training.latents import encode_all
 from mdlib.utils import bar
 
-PAIRS_SHOWN = 6  # generated windows shown beside their nearest training window
-COPIED = 0.1  # share of copies from which the verdict warns; one in a hundred is expected by chance
+NEAR_CHANCE = 0.1  # accuracy of real only, corrected for chance, below which the verdict says that it is near chance
+PAIRS_SHOWN = 6  # generated windows shown with their nearest training window
+COPY_QUANTILE = 0.01  # a copy is nearer to a training window than all but 1 % of the test windows are
+COPIED = 0.1  # fraction of copies from which the verdict warns; COPY_QUANTILE is expected by chance
 OTHER_LABEL = ("psnr_db_other_label", "taken_for_other_label")
 
 
@@ -58,16 +49,15 @@ def evaluate(
     about: dict | None = None,
     classifiers_folder: str | Path | None = None,
 ) -> dict:
-    """The report as a dictionary with the protocol's stable keys.
+    """The report as a dictionary; its keys are stable.
 
     Args:
         about: what the reader should know of the run (system, preset, data …), copied into the report.
-        classifiers_folder: keeps the classifiers of real windows: runs on the same split are then measured by
-            the very same ones.
+        classifiers_folder: saves the classifiers of real windows; runs on the same split use them again.
     """
     total = count_classifiers(evidence, protocol) + len(folds(evidence.train.num_users) or ())
-    with bar(total, "judges", unit="judge") as progress:
-        judges = unseen_classifiers(evidence, protocol, progress, classifiers_folder)
+    with bar(total, "classifiers", unit="classifier") as progress:
+        classifiers = unseen_classifiers(evidence, protocol, progress, classifiers_folder)
         arms = train_arms(evidence, protocol, progress, classifiers_folder)
         verified = verification(evidence, protocol, progress, classifiers_folder)
     report = {
@@ -79,7 +69,7 @@ def evaluate(
         "users": list(evidence.train.users),
         "reconstruction": reconstruction(evidence, arms),
         "codebook": codebook(evidence),
-        "identity": {**identity(evidence, judges), **verified},
+        "identity": {**identity(evidence, classifiers), **verified},
         "augmentation": augmentation(evidence, protocol, arms),
         "conditions": conditions(evidence, arms),
         "fidelity": fidelity(evidence, arms),
@@ -89,48 +79,42 @@ def evaluate(
         "outcomes": outcomes(evidence, arms).to_json(),
     }
     leak, copied = report["split"]["test_share_overlapping"], report["memorisation"]["copies"]["value"]
-    report["verdict"] = verdict(report["augmentation"], leak, copied)
-    return report
+    return report | {"verdict": verdict(report["augmentation"], leak, copied)}
 
 
 @torch.no_grad()
 def through_codec(
     codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None, batch_size: int = 64
 ) -> torch.Tensor:
-    """uint8 images → the codec's reconstructions, float in [−1, 1]; labels (N,) are told to a conditional codec."""
+    """Reconstructions in [−1, 1] of uint8 images (N, C, H, W); labels (N,) for a conditional codec."""
     encode, decode = (codec.encode_tokens, codec.decode_tokens) if _has_tokens(codec) else (codec.encode, codec.decode)
-    outputs = []
-    for part, *users in batches(codec.device, batch_size, images, labels):
-        outputs.append(decode(encode(to_float(part), *users), *users).cpu())
-    return torch.cat(outputs)
+    batches = parts(codec.device, batch_size, images, labels)
+    return torch.cat([decode(encode(to_float(part), *users), *users).cpu() for part, *users in batches])
 
 
 def reconstruction(evidence: Evidence, arms: Arms) -> dict:
-    """PSNR, SSIM and identity on test windows. Identity: accuracy of the real-only classifiers, which saw the windows
-    the codec was trained on and no others, before and after the codec's round trip."""
+    """PSNR and SSIM on test windows, and accuracy of the real-only classifiers after and before the codec."""
     names = ("psnr_db", "ssim", "identity_accuracy", "identity_accuracy_before")
-    if evidence.codec is None:
-        return missing(*names, "rival_psnr_db", "codec_choice", *OTHER_LABEL, reason="no codec was given")
-    test, blocks = evidence.test, chance_blocks(evidence.test, evidence.gap)
-    outputs = through_codec(evidence.codec, test.images, test.labels)
+    codec, test, blocks = evidence.codec, evidence.test, chance_blocks(evidence.test, evidence.gap)
+    if codec is None:
+        return missing(*names, *OTHER_LABEL, reason="no codec was given")
+    outputs = through_codec(codec, test.images, test.labels)
     after = correctness(arms.real_only, to_uint8(outputs), test.labels)
-    psnr = bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks)
     return {
-        "psnr_db": psnr,
+        "psnr_db": bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks),
         "ssim": bootstrapped(metrics.ssim(outputs, test.float()).numpy(), blocks),
         "identity_accuracy": scored(after, blocks),
         "identity_accuracy_before": scored(arms.correct["real_only"], blocks),
-        **codec_choice(evidence, psnr["value"]),
         **other_label(evidence, arms),
     }
 
 
 def other_label(evidence: Evidence, arms: Arms) -> dict:
-    """A codec that is told users, told a wrong one: what it then makes of test windows. Where the label alone decides
-    whom a window looks like, the codec puts the user in itself, and its round trip says nothing of the window."""
+    """PSNR of a conditional codec given a wrong user, and how often its output is taken for that user: often, where the
+    codec puts the user in itself and its reconstruction says nothing of the window."""
     codec, test = evidence.codec, evidence.test
     if not codec.conditional:
-        return missing(*OTHER_LABEL, reason="this codec is told no users")
+        return missing(*OTHER_LABEL, reason="this codec is not conditioned on users")
     blocks, other = chance_blocks(test, evidence.gap), (test.labels + 1) % test.num_users
     outputs = through_codec(codec, test.images, other)
     taken = correctness(arms.real_only, to_uint8(outputs), other).mean(0)
@@ -138,108 +122,77 @@ def other_label(evidence: Evidence, arms: Arms) -> dict:
     return {name: bootstrapped(values, blocks) for name, values in zip(OTHER_LABEL, found, strict=True)}
 
 
-def codec_choice(evidence: Evidence, psnr_db: float) -> dict:
-    """The rival's PSNR on test windows, and VQ or KL by the rule of `quality.choose_codec`; psnr_db: of
-    evidence.codec on the same windows."""
-    codec, rival, test = evidence.codec, evidence.rival, evidence.test
-    if rival is None:
-        return missing("rival_psnr_db", "codec_choice", reason="no rival codec was given")
-    made = through_codec(rival, test.images, test.labels)
-    found = bootstrapped(metrics.psnr(made, test.float()).numpy(), chance_blocks(test, evidence.gap))
-    if _has_tokens(codec) == _has_tokens(rival):
-        return {"rival_psnr_db": found, **missing("codec_choice", reason="both codecs are of one kind")}
-    vq, vq_psnr, kl_psnr = (codec, psnr_db, found["value"]) if _has_tokens(codec) else (rival, found["value"], psnr_db)
-    usage = codebook(replace(evidence, codec=vq))["usage"]
-    choice = choose_codec({"psnr_db": vq_psnr, "usage": usage["value"]}, {"psnr_db": kl_psnr})
-    counted = {"n": len(test), "usage_n": usage["n"], "rival_psnr_db": found}
-    return {"rival_psnr_db": found, "codec_choice": {"value": choice["choice"], **choice, **counted}}
-
-
 @torch.no_grad()
 def codebook(evidence: Evidence) -> dict:
-    """Codebook use on unseen windows (val and test), counted from real indices."""
+    """Use of the codebook on unseen windows, see `metrics.codebook_figures`."""
     names = ("usage", "perplexity", "codes_per_user", "distinctive_codes_per_user", "distinctive_codes_least")
-    codec = evidence.codec
+    codec, unseen = evidence.codec, evidence.unseen
     if codec is None or not _has_tokens(codec):
         return missing(*names, reason="this codec has no codebook" if codec is not None else "no codec was given")
-    unseen = concatenate(evidence.val, evidence.test)
     tokens = encode_all(codec, unseen.images, "tokens")
     counts = metrics.code_counts(tokens, unseen.labels, codec.num_codes, unseen.num_users)
-    per_user = torch.bincount(unseen.labels, minlength=unseen.num_users)
-    figures = metrics.codebook_figures(counts, per_user)
+    figures = metrics.codebook_figures(counts, torch.bincount(unseen.labels, minlength=unseen.num_users))
     return {name: figure(figures[name], len(unseen)) for name in names} | {"counts": counts.sum(0).tolist()}
 
 
-def identity(evidence: Evidence, judges: list[SmallCNN]) -> dict:
-    """How often the judges name the user a window was generated for, beside how often they name that of a real one."""
-    generated, train = evidence.generated, evidence.train
-    probabilities = torch.stack([judge.probabilities(generated.images) for judge in judges])  # (judges, N, n)
+def identity(evidence: Evidence, classifiers: list[SmallCNN]) -> dict:
+    """How often classifiers of unseen windows name the user a window was generated for; classifier_accuracy: the user
+    of a real training window."""
+    generated, train, users = evidence.generated, evidence.train, evidence.generated.num_users
+    probabilities = torch.stack([one.probabilities(generated.images) for one in classifiers])  # (classifiers, N, n)
     named = probabilities.argmax(2)
     correct = (named == generated.labels).double().mean(0).numpy()  # (N,)
-    own = correctness(judges, train.images, train.labels)
-    table = sum(metrics.confusion(row, generated.labels, generated.num_users) for row in named)
-    share = table / table.sum(1, keepdim=True).clamp_min(1)
-    each = np.arange(len(generated))  # generated windows are drawn one by one: each is its own block
-    ratio = metrics.control_ratio(probabilities.mean(0), generated.labels)
+    own = correctness(classifiers, train.images, train.labels)
+    cells = (generated.labels * users + named).flatten()  # row the user, column the one that was named
+    confusion = torch.bincount(cells, minlength=users**2).view(users, users)
+    per_user = []
+    for label, user in enumerate(generated.users):
+        mine = (generated.labels == label).numpy()
+        if mine.any():
+            per_user.append({"user": user, "n": int(mine.sum()), "accuracy": float(correct[mine].mean())})
     return {
-        "accuracy": bootstrapped(correct, each),
+        "accuracy": bootstrapped(correct, np.arange(len(generated))),
         "classifier_accuracy": scored(own, chance_blocks(train, evidence.gap)),
-        "control_ratio": figure(ratio, len(generated)),
-        "confusion": share.tolist(),
-        "per_user": [
-            {"user": user, "n": int(own.sum()), "accuracy": float(correct[own].mean())}
-            for label, user in enumerate(generated.users)
-            if (own := (generated.labels == label).numpy()).any()
-        ],
+        "control_ratio": figure(metrics.control_ratio(probabilities.mean(0), generated.labels), len(generated)),
+        "confusion": (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).tolist(),
+        "per_user": per_user,
     }
 
 
-def memorisation(evidence: Evidence, copy_quantile: float = 0.01) -> dict:
-    """Is a generated window nearer to the training windows than a real unseen one is?
+def memorisation(evidence: Evidence) -> dict:
+    """Are generated windows nearer to training windows than real test windows are? See `metrics.nearest_train`.
 
-    Distance: root mean square over 32×32 pixels in [−1, 1], to the nearest training window of the same user, over
-    circular shifts in time. nearest_train_ratio: median over generated windows by median over test windows; well below
-    1 smells of copying. copies: share of generated windows nearer than all but 1 % of the test windows are. nearest:
-    the generated windows nearest to a training one, with that one.
+    nearest_train_ratio: median distance of generated windows over that of test windows; copies: fraction of generated
+    windows nearer than all but 1 % of the test windows; nearest: the nearest generated windows, each with its training
+    window.
     """
-    generated, rows = nearest_train(evidence.generated, evidence.train)
-    test, _ = nearest_train(evidence.test, evidence.train)
-    closest = generated.argsort()[:PAIRS_SHOWN].tolist()
-    threshold = torch.quantile(test, copy_quantile)
-    ratio = float(generated.median() / test.median().clamp_min(1e-9))
+    generated, rows = metrics.nearest_train(evidence.generated, evidence.train)
+    test, _ = metrics.nearest_train(evidence.test, evidence.train)
+    copies = (generated < torch.quantile(test, COPY_QUANTILE)).double().numpy()
+    typical = test.median().clamp_min(1e-9)
     return {
-        "nearest_train_ratio": figure(ratio, len(generated)),
-        "copies": bootstrapped((generated < threshold).double().numpy(), np.arange(len(generated))),
-        "copies_expected": copy_quantile,
+        "nearest_train_ratio": figure(float(generated.median() / typical), len(generated)),
+        "copies": bootstrapped(copies, np.arange(len(generated))),
+        "copies_expected": COPY_QUANTILE,
         "nearest": [
             {
                 "generated": evidence.generated.files[row].path,
                 "train": evidence.train.files[int(rows[row])].path,
-                "ratio": float(generated[row] / test.median().clamp_min(1e-9)),
+                "ratio": float(generated[row] / typical),
             }
-            for row in closest
+            for row in generated.argsort()[:PAIRS_SHOWN].tolist()
         ],
     }
 
 
-def physics(evidence: Evidence) -> dict:
-    """Do generated windows move like their user? See `kinematics.compare`."""
-    if evidence.train.images.shape[1] != 1:
-        return missing(*gait_metrics.NAMES, reason="not read off RGB windows: take channels=1")
-    unseen = concatenate(evidence.val, evidence.test)
-    parts = {"generated": evidence.generated, "unseen": unseen, "train": evidence.train}
-    gaits = {name: gait_metrics.measure(part) for name, part in parts.items()}
-    for name, rows in zip(("first", "second"), halves(unseen, evidence.gap), strict=True):
-        gaits[name] = gaits["unseen"].select(rows)
-    return gait_metrics.compare(gaits, unseen.num_users)
-
-
 def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
-    """helps / no evidence / hurts, from the interval of the gain, and one sentence a person can read.
+    """helps, no evidence or hurts, by the interval of the gain, and a sentence for people.
 
-    The sentence also says where other people might not gain, and what the reference classifier found.
-    leak: share of test windows that overlap a training window; copied: share of generated windows that are copies of
-    training windows, where one in a hundred is chance. The sentence warns of either.
+    The sentence also names chance where real windows alone come near it, explains an interval for other people that
+    disagrees with the verdict, and gives the gain by the reference classifier. It warns of a leak and of copies.
+
+    leak: fraction of test windows that overlap a training window; copied: fraction of generated windows that are copies
+    of training windows.
     """
     low, high = augmentation["gain_ci95"]
     word = "helps" if low > 0 else "hurts" if high < 0 else "no evidence"
@@ -258,9 +211,21 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
         f"(gain {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
         f"{seeds}, {real['n']} test windows{of_folds})."
     )
+    users = max(2, len(augmentation["per_user"]))
+    if (real["value"] - 1 / users) / (1 - 1 / users) < NEAR_CHANCE:
+        sentence = (
+            f"Too early to say: real windows alone reach {100 * real['value']:.1f} %, where chance is "
+            f"{100 / users:.1f} % ({users} users); train the classifiers longer or give more real windows. {sentence}"
+        )
     others, reference = (augmentation.get(name, {}) for name in ("gain_other_users", "resnet18_gain"))
-    if word == "helps" and others.get("ci95") and others["ci95"][0] <= 0:
+    excludes_zero = others.get("ci95") and not others["ci95"][0] <= 0 <= others["ci95"][1]
+    if word == "helps" and others.get("ci95") and not excludes_zero:
         sentence += f" Whether other people than these would gain is open ({_points(others)})."
+    if word == "no evidence" and excludes_zero:
+        sentence += (
+            f" The gain for other people ({_points(others)}) excludes 0 all the same, because its interval resamples "
+            "users, whose gains are alike here, and the verdict's resamples test windows and classifier seeds."
+        )
     if reference.get("value") is not None:
         sentence += f" By ResNet-18 the gain is {_points(reference)}."
     if leak:
@@ -274,7 +239,6 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
 
 
 def _points(gain: dict) -> str:
-    """A gain in points with its interval."""
     low, high = gain["ci95"]
     return f"{100 * gain['value']:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f}"
 

@@ -1,269 +1,234 @@
-"""All systems on one split with one budget, and the page that sets them side by side.
+"""Train systems on one split with one budget, and compare them.
 
-Every system gets a run folder of its own in `out`, and a second call goes on where the first one stopped. What a run's
-report does not hold is measured here: how quality grows with training time, how fast windows are drawn, and sizes.
+Every system has a run folder in `out`; a second call continues where the first one stopped. Measured here is what the
+report of a run lacks: quality against training time, sampling speed, and sizes.
 """
 
-import inspect
 import json
 import time
+from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import release_memory
 from safetensors.torch import load_file
 
-from mdlib import __version__
 from mdlib.data.splits import PARTS, read_split
-from mdlib.data.windows import DataError, WindowSet, find_windows, to_uint8
+from mdlib.data.windows import WindowSet, find_windows, to_uint8
 from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers, unseen_classifiers
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.fidelity import distances
 from mdlib.evaluation.protocol import identity
 from mdlib.experiments.execute import check_parameters, execute
 from mdlib.experiments.run import Run, open_run, versions
-from mdlib.experiments.terms import claim
+from mdlib.experiments.series import claim_folder, resolve_preset, run_series, shared_classifiers
+from mdlib.experiments.settings import read_record
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
-from mdlib.reports import comparison
+from mdlib.reports.comparison import conclusions, write_comparison
 from mdlib.reports.report import gather, load_generated
-from mdlib.systems import SYSTEMS, get_system
+from mdlib.systems import SYSTEMS, get_preset
 from mdlib.training.fit import read_history
-from mdlib.utils import bar, whole_file
+from mdlib.utils import DataError, bar, whole_file
 
-WITHOUT_END = 1_000_000  # optimizer steps that only the time ends
-TIMED = 32  # windows of the batch whose drawing is timed
-CURVE_WINDOWS = 10  # windows a user drawn from each snapshot
+UNLIMITED = 1_000_000  # optimizer steps that only the time limit ends
+TIMED = 32  # windows of the batch whose sampling is timed
+CURVE_WINDOWS = 10  # windows per user sampled from each snapshot
 SECTIONS = ("reconstruction", "codebook", "identity", "augmentation", "fidelity", "memorisation", "physics", "verdict")
-# Parameters that `compare` itself sets, or cannot compare, and what to do instead.
-NOT_HERE = {
-    "images_per_user": "say it as an option of compare",
-    "classifiers": "compare keeps them itself",
+# Parameters that `compare` sets or cannot compare, and what to do instead.
+EXCLUDED = {
+    "images_per_user": "give --images-per-user",
+    "classifiers": "compare shares them between the systems",
     "joint_steps": "it changes the codec under the prior's snapshots",
 }
-NOT_UNDER_A_BUDGET = {key: "the budget of time decides" for key in ("codec_steps", "prior_steps", "max_minutes")}
+EXCLUDED_BY_BUDGET = dict.fromkeys(("codec_steps", "prior_steps", "max_minutes"), "the time budget decides")
 
 
 def compare(
     data: str | Path,
     out: str | Path,
     systems: str = "all",
-    preset: str = "demo",
+    preset: str = "auto",
     budget_minutes: float = 0.0,
     images_per_user: int = 0,
     parameters: dict | None = None,
 ) -> dict:
-    """Train and judge systems on the same split, and write comparison.json and comparison.html after each of them.
+    """Train and evaluate systems on the same split; write comparison.json and comparison.html after each of them.
 
     Args:
         data: folder of ID_k/ folders.
-        out: folder of the comparison; a run folder a system in it. Systems that were measured there before stay on the
-            page.
-        systems: names with commas between, or "all".
-        budget_minutes: training time of each system, half for the codec and half for the prior, whatever steps they
-            make in it; 0 takes the preset's steps. Teacher, encoding and judging come on top.
-        images_per_user: windows each system draws; 0 takes the most that any system draws with this preset.
+        out: folder of the comparison. Systems that were measured there before stay in it.
+        systems: names separated by commas, or "all".
+        budget_minutes: training time of each system, half for the codec and half for the prior; 0 trains for the
+            preset's steps. Teacher, encoding and evaluation come on top.
+        images_per_user: windows that each system generates; 0 takes the most that any system's preset generates.
         parameters: of any notebook, the same for every system.
 
     Returns:
-        what comparison.json holds; a system that failed is there with its error.
+        The content of comparison.json; a system that failed is in it with its error.
 
     Raises:
         DataError: an unknown system, preset or parameter, a budget below 0, no windows in `data`, or `out` holds a
-            comparison on other terms.
+            comparison with other settings.
     """
-    names, out = _names(systems), Path(out)
-    terms = _terms(names, str(data), preset, budget_minutes, images_per_user, parameters or {})
+    out, given = Path(out), parameters or {}
+    names = [*SYSTEMS] if systems == "all" else [*dict.fromkeys(filter(None, map(str.strip, systems.split(","))))]
+    preset = resolve_preset(out, preset)
+    _check(names, preset, budget_minutes, images_per_user, given)
     find_windows(data)
-    claim(out, terms, "a comparison")
-    found = {name: measure(open_run(out / name), terms) for name in SYSTEMS if _is_measured(out / name)}
-    ruler = None
-    for number, name in enumerate(names, 1):
-        print(f"{name}: {number} of {len(names)}", flush=True)
+    settings = {
+        "data": str(Path(data).resolve()),
+        "preset": preset,
+        "budget_minutes": budget_minutes,
+        "images_per_user": images_per_user or _images_per_user(preset),
+        "parameters": given,
+    }
+    claim_folder(out, settings, "a comparison")
+    parameters = _parameters(settings)
+    found = {name: measure(open_run(out / name), settings) for name in SYSTEMS if _is_measured(out / name)}
+
+    def run_system(name: str) -> None:
         try:
-            execute(str(out / name), _parameters(terms, out), data=str(data), system=name, preset=preset)
+            execute(
+                str(out / name), parameters | shared_classifiers(out / name), data=str(data), system=name, preset=preset
+            )
             run = open_run(out / name)
-            _check_split(run, out, [other for other in found if other != name])
-            ruler = ruler or Ruler(run, out / "classifiers", **_chosen(terms, ("evaluation_steps", "seeds")))
-            found[name] = measure(run, terms, ruler)
-        except Exception as error:  # whatever stops one system, the others are not lost with it
-            told = " ".join(str(error).split()) or type(error).__name__
-            print(f"{name}: {told}", flush=True)
-            found[name] = {"error": told}
-        result = _result(terms, {name: found[name] for name in SYSTEMS if name in found})
-        comparison.write(result, _windows(out, result["systems"]), out)
-    return result
+            for other in (out / one / "split.json" for one in found.keys() - {name}):
+                if other.exists() and any(read_split(other)[part] != run.split[part] for part in PARTS):
+                    raise DataError(f"{out / name / 'split.json'} and {other} differ: delete the outdated run folder")
+            found[name] = measure(run, settings)
+        except Exception as error:  # one system's failure must not lose the others
+            found[name] = {"error": " ".join(str(error).split()) or type(error).__name__}
+            print(f"{name}: {found[name]['error']}", flush=True)
+
+    def collect() -> dict:
+        measured = {name: found[name] for name in SYSTEMS if name in found}
+        return {"versions": versions(), "conclusions": conclusions(measured), "systems": measured}
+
+    jobs = {f"{name}: {n} of {len(names)}": partial(run_system, name) for n, name in enumerate(names, 1)}
+    return run_series(jobs, settings, collect, lambda result: write_comparison(result, _windows(out, result), out))
 
 
-def _names(systems: str) -> list[str]:
-    names = list(SYSTEMS) if systems == "all" else [name.strip() for name in systems.split(",") if name.strip()]
-    for name in names:
-        get_system(name)
+def _check(names: list[str], preset: str, minutes: float, images: int, parameters: dict) -> None:
     if not names:
-        raise DataError("name systems with commas between, or all")
-    return list(dict.fromkeys(names))
-
-
-def _terms(names: list[str], data: str, preset: str, minutes: float, images: int, parameters: dict) -> dict:
-    """What is the same for all."""
+        raise DataError("give systems separated by commas, or all")
     if minutes < 0 or images < 0:
         raise DataError(f"budget_minutes and images_per_user must be 0 or more, got {minutes} and {images}")
-    common = [key for key in get_system(names[0]).presets if all(key in get_system(name).presets for name in names)]
-    if preset not in common:
-        raise DataError(f"{preset!r} is no preset of all these systems: choose one of {', '.join(common)}")
-    for key, instead in (NOT_HERE | (NOT_UNDER_A_BUDGET if minutes else {})).items():
+    for key, instead in (EXCLUDED | (EXCLUDED_BY_BUDGET if minutes else {})).items():
         if key in parameters:
             raise DataError(f"{key} is no parameter of a comparison: {instead}")
     if not isinstance(parameters.get("prior_options", {}), dict):
         raise DataError(f"prior_options must be a dictionary, got {parameters['prior_options']!r}")
     for name in names:
+        get_preset(name, preset)
         check_parameters(name, parameters)
-    return {
-        "data": str(Path(data).resolve()),
-        "preset": preset,
-        "budget_minutes": minutes,
-        "images_per_user": images or max(_images_per_user(preset)),
-        "parameters": parameters,
-    }
 
 
-def _images_per_user(preset: str) -> list[int]:
-    """Of every system, named or not, so that another may join later."""
-    return [system.presets[preset].images_per_user for system in SYSTEMS.values() if preset in system.presets]
+def _images_per_user(preset: str) -> int:
+    """The most windows per user that any system generates with the preset, so that another system may join later."""
+    found = []
+    for name in SYSTEMS:
+        with suppress(DataError):  # a size of some systems only
+            found.append(get_preset(name, preset).images_per_user)
+    return max(found)
 
 
-def _parameters(terms: dict, out: Path) -> dict:
-    """The notebooks' parameters for a system on these terms."""
-    images, given = terms["images_per_user"], terms["parameters"]
+def _parameters(settings: dict) -> dict:
+    """The notebooks' parameters for a run with these settings."""
+    images, given = settings["images_per_user"], settings["parameters"]
     wanted = {
         "images_per_user": images,
         "counts": [n for n in (images // 9, images // 3) if n],
-        "classifiers": str((out / "judges").resolve()),
         **given,
         "prior_options": {"snapshots": True, **given.get("prior_options", {})},
     }
-    if terms["budget_minutes"]:
-        half = terms["budget_minutes"] / 2
-        wanted |= {"codec_steps": WITHOUT_END, "prior_steps": WITHOUT_END, "max_minutes": half}
+    if settings["budget_minutes"]:
+        half = settings["budget_minutes"] / 2
+        wanted |= {"codec_steps": UNLIMITED, "prior_steps": UNLIMITED, "max_minutes": half}
     return wanted
 
 
-def _chosen(terms: dict, names) -> dict:
-    """Those of the given parameters among `names` that are set; 0 and "" leave the preset's."""
-    return {name: value for name, value in terms["parameters"].items() if name in names and value}
+def _chosen(settings: dict, names) -> dict:
+    """The given parameters among `names`; 0 and "" leave the preset's value."""
+    return {name: value for name, value in settings["parameters"].items() if name in names and value}
 
 
-def _check_split(run: Run, out: Path, others: list[str]) -> None:
-    for name in others:
-        path = out / name / "split.json"
-        if path.exists() and any(read_split(path)[part] != run.split[part] for part in PARTS):
-            raise DataError(f"{run.path / 'split.json'} and {path} differ: delete the run folder made from other data")
+def _windows(out: Path, result: dict) -> dict[str, WindowSet]:
+    """ "real" test windows and the generated ones of each measured system."""
+    sets: dict[str, WindowSet] = {}
+    for name, figures in result["systems"].items():
+        if "error" not in figures and (out / name / "generated").exists():
+            run = open_run(out / name)
+            sets.setdefault("real", run.parts["test"])
+            sets[name] = load_generated(run.path / "generated", run.windows)
+    return sets
 
 
-# Measured here ---------------------------------------------------------------------------------------------------
-
-
-class Ruler:
-    """Judges of one split, trained at first use, that measure any pipeline trained on it alike."""
-
-    def __init__(self, run: Run, folder: str | Path | None = None, **changes):
-        """folder: of the judges, see `validate.evaluate`; changes: of the preset's protocol."""
-        self.windows, self.split, self.folder = run.windows, run.split, folder
-        self.protocol = Protocol(**{**run.preset.validation, **changes})
-        self.judges: list | None = None
-
-    def quality(self, generated: WindowSet) -> dict:
-        """identity (share of windows in which the judges see the right user) and fd_ratio of generated windows."""
-        evidence = gather(self.windows, self.split, generated)
-        if self.judges is None:
-            with bar(self.protocol.seeds, "judges of the curves", unit="judge") as progress:
-                self.judges = unseen_classifiers(evidence, self.protocol, progress, self.folder)
-            self.arms = Arms(real_only_classifiers(evidence, self.protocol, self.folder), {}, 0.0)
-        return {
-            "identity": identity(evidence, self.judges)["accuracy"]["value"],
-            "fd_ratio": distances(evidence, self.arms)["fd_ratio"]["value"],
-        }
+# ---- measured here
 
 
 def _is_measured(folder: Path) -> bool:
-    """Whether what is measured here belongs to the run's report."""
-    report, kept = folder / "report.json", folder / "measured.json"
-    return report.exists() and kept.exists() and kept.stat().st_mtime >= report.stat().st_mtime
+    """Whether measured.json is there and not older than the run's report."""
+    report, measured = folder / "report.json", folder / "measured.json"
+    return report.exists() and measured.exists() and measured.stat().st_mtime >= report.stat().st_mtime
 
 
-def measure(run: Run, terms: dict, ruler: Ruler | None = None) -> dict:
-    """What the comparison says of a finished run; ruler: where `_is_measured` is false."""
-    kept = run.path / "measured.json"
+def measure(run: Run, settings: dict) -> dict:
+    """What the comparison holds of a finished run; measured.json keeps what is measured here."""
+    file = run.path / "measured.json"
     if not _is_measured(run.path):
         pipeline = load_pipeline(run.path / "pipeline")
-        sampling = _chosen(terms, inspect.signature(pipeline.prior.sample).parameters)  # as notebook 05 drew
+        sampling = _chosen(settings, run.system.sampling_options())  # as in notebook 05
         pipeline.register_to_config(sampling={**pipeline.config.sampling, **sampling})
-        here = {"sampling": sampling_speed(pipeline), "parameters": sizes(pipeline)}
-        here["curve"] = curve(run, pipeline, ruler)
+        found = {
+            "sampling": sampling_speed(pipeline),
+            "parameters": {part: getattr(pipeline, part).num_parameters() for part in ("codec", "prior")},
+            "curve": curve(run, pipeline, _chosen(settings, ("evaluation_steps", "seeds"))),
+        }
         release_memory(pipeline)  # the next system trains in another process, on the same GPU
-        with whole_file(kept) as path:
-            path.write_text(json.dumps(here, indent=1) + "\n")
-    sections = json.loads((run.path / "report.json").read_text())
-    return {
-        **{section: sections[section] for section in SECTIONS},
-        **json.loads(kept.read_text()),
-        "training": training(run),
-        "resources": resources(run),
-    }
+        with whole_file(file) as path:
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    report = json.loads((run.path / "report.json").read_text())
+    return {**{section: report[section] for section in SECTIONS}, **json.loads(file.read_text()), **costs(run)}
 
 
-def training(run: Run) -> dict:
-    """Minutes and optimizer steps of codec and prior."""
-    found = {}
-    for part in ("codec", "prior"):
-        last = read_history(run.path / part)[-1]
-        found |= {f"{part}_minutes": last["seconds"] / 60, f"{part}_steps": int(last["step"])}
-    return found
-
-
-def resources(run: Run) -> dict:
-    """Wall time of all notebooks and the largest memory of the training ones and of generation (None where it is not
-    known), with the device: of the sitting that finished each notebook."""
-    steps = json.loads((run.path / "run.json").read_text())["steps"]
+def costs(run: Run) -> dict:
+    """`training`: minutes and optimizer steps of codec and prior; `resources`: wall time of all notebooks, peak memory
+    in GB (None: unknown) and device. A notebook that was interrupted counts from its last start."""
+    steps = read_record(run.path)["steps"]
     peaks = [step["peak_memory_gb"] for name, step in steps.items() if name[:2] in ("02", "03", "04")]
-    return {
+    resources = {
         "wall_minutes": sum(step["seconds"] for step in steps.values()) / 60,
         "training_memory_gb": None if None in peaks else max(peaks),
         "generation_memory_gb": steps["05_generate"]["peak_memory_gb"],
         "device": steps["05_generate"]["device"],
     }
-
-
-def sizes(pipeline: MicroDopplerPipeline) -> dict:
-    """Parameters of codec and prior."""
-    models = {"codec": pipeline.codec, "prior": pipeline.prior}
-    return {name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()}
+    training = {}
+    for part in ("codec", "prior"):
+        last = read_history(run.path / part)[-1]
+        training |= {f"{part}_minutes": last["seconds"] / 60, f"{part}_steps": int(last["step"])}
+    return {"training": training, "resources": resources}
 
 
 def sampling_speed(pipeline: MicroDopplerPipeline, rounds: int = 3) -> dict:
-    """Seconds a window, decoding included, the quickest of `rounds` batches; and the network calls of a batch."""
+    """Seconds per window, decoding included, in the fastest of `rounds` batches; and network calls per batch."""
     users = pipeline.config.users
     plan = [pipeline.plan([users[n % len(users)]], 1, seed=n)[0] for n in range(TIMED)]
-    calls, seconds = 0, []
-
-    def count(*_):
-        nonlocal calls
-        calls += 1
-
+    calls, seconds = [], []
     blocks = next(part for part in pipeline.prior.modules() if isinstance(part, torch.nn.ModuleList))
-    hook = blocks[0].register_forward_hook(count)  # a network call passes its first block once
+    hook = blocks[0].register_forward_hook(lambda *_: calls.append(1))  # once per network call
     for _ in range(rounds):
         started = time.perf_counter()
         list(pipeline.stream(plan, TIMED))
         seconds.append(time.perf_counter() - started)
     hook.remove()
-    return {"seconds_per_window": min(seconds) / TIMED, "network_calls": calls // rounds, "batch": TIMED}
+    return {"seconds_per_window": min(seconds) / TIMED, "network_calls": len(calls) // rounds, "batch": TIMED}
 
 
-def curve(run: Run, pipeline: MicroDopplerPipeline, ruler: Ruler) -> list[dict]:
-    """Quality of windows drawn from the prior as it was on the way, and from the pipeline's at the end, against the
-    training time until then, that of the codec included."""
+def curve(run: Run, pipeline: MicroDopplerPipeline, changes: dict) -> list[dict]:
+    """Quality of windows sampled from the prior's snapshots, and last from the pipeline's prior, against the training
+    time in minutes, that of the codec included. changes: of the preset's `Protocol`."""
     codec_seconds = read_history(run.path / "codec")[-1]["seconds"]
     history = {int(row["step"]): row["seconds"] for row in read_history(run.path / "prior")}
     final = {name: tensor.clone() for name, tensor in pipeline.prior.state_dict().items()}
@@ -271,38 +236,33 @@ def curve(run: Run, pipeline: MicroDopplerPipeline, ruler: Ruler) -> list[dict]:
     last, points = max(history), []
     for step in sorted({last, *(snapshots.keys() & history.keys())}):
         pipeline.prior.load_state_dict(final if step == last else load_file(snapshots[step]))
-        quality = ruler.quality(drawn(pipeline, ruler.windows))
-        points.append({"step": step, "minutes": (codec_seconds + history[step]) / 60, **quality})
+        found = quality(run, sample_windows(pipeline, run.windows), run.path.parent / "classifiers", **changes)
+        points.append({"step": step, "minutes": (codec_seconds + history[step]) / 60, **found})
     pipeline.prior.load_state_dict(final)
     return points
 
 
-def drawn(pipeline: MicroDopplerPipeline, real: WindowSet, per_user: int = CURVE_WINDOWS, seed: int = 1) -> WindowSet:
-    """Windows of every user straight from the pipeline, without a way over files."""
-    made = pipeline(list(pipeline.config.users), per_user, seed, output_type="pt")
-    labels = torch.tensor([real.users.index(user) for user in made.users])
-    files = tuple(replace(real.files[0], user=user) for user in made.users)
-    return replace(real, images=to_uint8(made.images), labels=labels, files=files)
+def sample_windows(
+    pipeline: MicroDopplerPipeline, real: WindowSet, per_user: int = CURVE_WINDOWS, seed: int = 1
+) -> WindowSet:
+    """Generate windows of every user, without writing files."""
+    generated = pipeline(list(pipeline.config.users), per_user, seed, output_type="pt")
+    labels = torch.tensor([real.users.index(user) for user in generated.users])
+    files = tuple(replace(real.files[0], user=user) for user in generated.users)
+    return replace(real, images=to_uint8(generated.images), labels=labels, files=files)
 
 
-def _result(terms: dict, found: dict) -> dict:
+def quality(run: Run, generated: WindowSet, folder: Path, **changes) -> dict:
+    """identity (fraction of generated windows that are classified as their user) and fd_ratio.
+
+    folder: caches the classifiers, so that they are trained once for a split; changes: of the preset's `Protocol`.
+    """
+    protocol = Protocol(**{**run.preset.validation, **changes})
+    evidence = gather(run.windows, run.split, generated)
+    with bar(protocol.seeds, "classifiers of the curve", unit="classifier") as progress:
+        classifiers = unseen_classifiers(evidence, protocol, progress, folder)
+    arms = Arms(real_only_classifiers(evidence, protocol, folder), {}, 0.0)
     return {
-        "mdlib": __version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "terms": {**terms, "data": Path(terms["data"]).name},
-        "versions": versions(),
-        "conclusions": comparison.conclusions(found, terms["budget_minutes"]),
-        "systems": found,
+        "identity": identity(evidence, classifiers)["accuracy"]["value"],
+        "fd_ratio": distances(evidence, arms)["fd_ratio"]["value"],
     }
-
-
-def _windows(out: Path, found: dict) -> dict[str, WindowSet]:
-    """Real test windows and those of each measured system, for a look."""
-    sets: dict[str, WindowSet] = {}
-    for name in (name for name, figures in found.items() if "error" not in figures):
-        run = open_run(out / name)
-        if not (run.path / "generated").exists():
-            continue
-        sets.setdefault("real", run.parts["test"])
-        sets[name] = load_generated(run.path / "generated", run.windows)
-    return sets

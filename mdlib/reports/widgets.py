@@ -1,4 +1,4 @@
-"""Interactive views: thin layers over functions of `codebook`, `pipeline` and `plots`.
+"""Interactive views: thin layers over functions of `codec_quality`, `pipeline` and `plots`.
 
 A view is shown together with a picture of it: where nothing is live (HTML, GitHub) the picture stands; a batch run
 shows the picture alone. Only what ipywidgets 7 and 8 share is used.
@@ -14,8 +14,8 @@ import torch
 from IPython.display import display
 
 from mdlib.data.windows import DataError, WindowFile, WindowSet, count, to_uint8
-from mdlib.evaluation.codebook import Codebook, survey
-from mdlib.evaluation.neighbours import nearest_train
+from mdlib.evaluation.codec_quality import Codebook, survey
+from mdlib.evaluation.metrics import nearest_train
 from mdlib.pipeline import MicroDopplerPipeline, copy_windows
 from mdlib.reports import plots
 from mdlib.utils import batch_run
@@ -27,8 +27,8 @@ except ImportError:  # pictures will do
 
 TILES = 32  # codes on a page of the codebook explorer
 ON_DISK, LIVE = "on disk", "live"
-# Sampling options that get a slider where the prior knows them, with the slider's ends.
-DIALS = {"guidance_scale": (0.0, 8.0), "temperature": (0.1, 2.0)}
+# Sampling options that get a slider where the prior has them, with the slider's ends.
+SLIDERS = {"guidance_scale": (0.0, 8.0), "temperature": (0.1, 2.0)}
 
 
 def browse_codes(codec, windows: WindowSet, tokens: torch.Tensor) -> None:
@@ -40,12 +40,9 @@ def browse_codes(codec, windows: WindowSet, tokens: torch.Tensor) -> None:
         windows, tokens: windows and their tokens (N, h, w), in which use is counted.
     """
     book = survey(codec, windows, tokens)
-    figures = [
-        plots.code_usage(book.times.numpy()),
-        plots.code_tiles(book, _by_use(book.times)[: 2 * TILES]),
-        plots.code_card(book, book.most_telling()),
-    ]
-    _show(figures, lambda: _Codes(book))
+    codes = book.times.argsort(descending=True, stable=True).tolist()[: 2 * TILES]
+    card = plots.code_card(book, book.most_telling())
+    _display([plots.code_usage(book.times.numpy()), plots.code_tiles(book, codes), card], lambda: _Codes(book))
 
 
 def browse_users(
@@ -58,91 +55,97 @@ def browse_users(
     seed: int = 0,
     **sampling,
 ) -> None:
-    """User browser: real windows, generated ones, and the training windows nearest to those; chosen ones are saved.
+    """User browser: real windows, generated ones, and the training windows nearest to those; selected ones are saved.
 
     Args:
         real: unseen windows, those of the test.
         generated: windows on disk, see `mdlib.reports.report.load_generated`.
         train: the generator's training windows.
-        pipeline: draws further windows live, by the controls that its prior knows; None: only those on disk.
-        folder: where chosen windows are saved, as ID_k/*.png with a manifest.
+        pipeline: generates further windows live, by the sliders that its prior has; None: only those on disk.
+        folder: where selected windows are saved, as ID_k/*.png with a manifest.
         each: windows shown of a user.
-        seed, sampling: what live windows are drawn with at first.
+        seed, sampling: the first settings of live windows.
     """
     people = _People(real, generated, train, pipeline, each)
     first = people.on_disk(generated.files[0].user, generated.files[0].condition)
-    _show([people.picture(first)], lambda: _Users(people, folder, seed, sampling))
+    _display([people.picture(first)], lambda: _Users(people, folder, seed, sampling))
 
 
-def _show(figures: list, view: Callable) -> None:
-    """The view's box with the figures as its picture; the figures alone where nobody can click."""
+def _display(figures: list, view: Callable) -> None:
+    """The view's box with the figures as its picture; the figures alone in a batch run or without ipywidgets."""
     if batch_run() or ipywidgets is None:
         for figure in figures:
             display(figure)
         return
     live = {"version_major": 2, "version_minor": 0, "model_id": view().box.model_id}
-    picture = b64encode(plots.to_png(*figures)).decode()
-    display(
-        {"application/vnd.jupyter.widget-view+json": live, "image/png": picture, "text/plain": "an interactive view"},
-        raw=True,
-    )
+    shown = {"application/vnd.jupyter.widget-view+json": live, "text/plain": "an interactive view"}
+    display(shown | {"image/png": b64encode(plots.to_png(*figures)).decode()}, raw=True)
 
 
-def _image():
-    """Room for a picture, in the picture's own size where there is room for it."""
-    return ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
-
-
-class _Message:
-    """A line of text: what is being done, what came of it, or why it could not be."""
+class _View:
+    """A box of controls and pictures with a line for messages."""
 
     def __init__(self):
         self.line = ipywidgets.HTML()
 
+    def image(self):
+        """Room for a picture, in the picture's own size where there is room for it."""
+        return ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
+
     def say(self, text: str, colour: str = plots.INK) -> None:
         self.line.value = f'<span style="color:{colour}">{html.escape(text)}</span>'
 
-    def guard(self, action: Callable[[], str | None], doing: str = "") -> None:
-        """Do something and say what it returns; an error is told, and the view stays usable."""
+    def attempt(self, action: Callable[[], str | None], doing: str = "") -> None:
+        """Run an action and show what it returns; its error becomes a message, and the view stays usable."""
         self.say(doing)
         before = self.line.value
         try:
-            said = action() or ""
-        except Exception as error:  # in a callback it would be lost in a log that nobody reads
+            done = action() or ""
+        except Exception as error:  # in a callback it would be lost in a log
             kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
             self.say(kind + " ".join(str(error).split()), plots.SECOND)
         else:
-            if self.line.value == before:  # an action within this one may have told an error
-                self.say(said)
+            if self.line.value == before:  # else an action within this one has shown its error
+                self.say(done)
 
 
-# ---- codebook explorer
-
-
-class _Codes:
-    """What it shows follows from three values: whose codes, which page of them, which code."""
+class _Codes(_View):
+    """The codebook explorer. What it shows follows from three values: whose codes, which page of them, which code."""
 
     def __init__(self, book: Codebook):
+        super().__init__()
         self.book, codes = book, len(book.times)
         users = [("all users", -1)] + [(f"ID_{user}", label) for label, user in enumerate(book.windows.users)]
         self.whose = ipywidgets.Dropdown(options=users, description="codes of")
         self.page = ipywidgets.IntSlider(min=1, max=-(-codes // TILES), description="page", continuous_update=False)
         self.code = ipywidgets.BoundedIntText(value=book.most_telling(), max=codes - 1, description="code")
-        self.usage, self.card = _image(), _image()
+        self.usage, self.card, self.style = self.image(), self.image(), ipywidgets.HTML()
         self.tiles = [self._tile(place) for place in range(min(TILES, codes))]
-        self.style, self.message = ipywidgets.HTML(), _Message()
         self.shown: list[int] = []
         tiles = ipywidgets.Box(self.tiles, layout=ipywidgets.Layout(flex_flow="row wrap", max_width="940px"))
         controls = ipywidgets.HBox([self.whose, self.page, self.code])
-        self.box = ipywidgets.VBox([controls, self.usage, self.style, tiles, self.message.line, self.card])
-        for chooser, draw in ((self.whose, self.draw_usage), (self.page, self.draw_tiles), (self.code, self.draw_card)):
-            chooser.observe(lambda _, draw=draw: self.message.guard(draw), names="value")
-        self.message.guard(self.draw_usage)
-        self.message.guard(self.draw_card)
+        self.box = ipywidgets.VBox([controls, self.usage, self.style, tiles, self.line, self.card])
+        for control, draw in ((self.whose, self.draw_usage), (self.page, self.draw_tiles), (self.code, self.draw_card)):
+            control.observe(lambda _, draw=draw: self.attempt(draw), names="value")
+        self.attempt(self.draw_usage)
+        self.attempt(self.draw_card)
+
+    def _tile(self, place: int):
+        """The button of one place on the page; one of its style classes is its own in the whole notebook."""
+        tile = ipywidgets.Button(layout=ipywidgets.Layout(width="54px", height="60px", margin="1px"))
+        for name in ("mdlib-tile", f"mdlib-{self.code.model_id}-{place}"):
+            tile.add_class(name)
+        tile.on_click(lambda _: setattr(self.code, "value", self.shown[place]))
+        return tile
+
+    @property
+    def times(self) -> torch.Tensor:
+        """How often the chosen users use each code (K,)."""
+        return self.book.times if self.whose.value < 0 else self.book.counts[self.whose.value]
 
     def draw_usage(self) -> None:
         """Histograms of the chosen users, then their most used codes."""
-        self.usage.value = plots.to_png(plots.code_usage(self._times().numpy()))
+        self.usage.value = plots.to_png(plots.code_usage(self.times.numpy()))
         if self.page.value == 1:
             self.draw_tiles()
         else:
@@ -150,16 +153,19 @@ class _Codes:
 
     def draw_tiles(self) -> None:
         """A page of codes as buttons that show what each decodes to, most used first."""
-        times = self._times()
-        first = TILES * (self.page.value - 1)
-        self.shown = _by_use(times)[first : first + TILES]
-        pictures = [plots.tile(self.book.decoded[code], self.book.windows.colormap) for code in self.shown]
-        self.style.value = _tile_style([self._class(place) for place in range(len(self.tiles))], pictures)
-        for tile in self.tiles[len(self.shown) :]:
-            tile.layout.visibility = "hidden"
-        for code, tile in zip(self.shown, self.tiles, strict=False):
-            tile.layout.visibility = "visible"
-            tile.description, tile.tooltip = str(code), f"code {code}, used {count(int(times[code]), 'time')}"
+        first, times = TILES * (self.page.value - 1), self.times
+        self.shown = times.argsort(descending=True, stable=True).tolist()[first : first + TILES]
+        # Buttons can show no picture of their own: a style sheet puts one above each one's text.
+        rules = ["button.mdlib-tile { background: no-repeat center 4px; padding: 42px 0 2px; line-height: 16px }"]
+        for place, tile in enumerate(self.tiles):
+            tile.layout.visibility = "visible" if place < len(self.shown) else "hidden"
+            if place < len(self.shown):
+                code = self.shown[place]
+                tile.description, tile.tooltip = str(code), f"code {code}, used {count(int(times[code]), 'time')}"
+                png = b64encode(plots.tile(self.book.decoded[code], self.book.windows.colormap)).decode()
+                name = f"button.mdlib-{self.code.model_id}-{place}"
+                rules.append(f"{name} {{ background-image: url(data:image/png;base64,{png}) }}")
+        self.style.value = f"<style>{' '.join(rules)}</style>"
         self._mark()
 
     def draw_card(self) -> None:
@@ -167,46 +173,13 @@ class _Codes:
         self.card.value = plots.to_png(plots.code_card(self.book, self.code.value))
         self._mark()
 
-    def _times(self) -> torch.Tensor:
-        return self.book.times if self.whose.value < 0 else self.book.counts[self.whose.value]
-
     def _mark(self) -> None:
         for code, tile in zip(self.shown, self.tiles, strict=False):
             tile.button_style = "info" if code == self.code.value else ""
 
-    def _tile(self, place: int):
-        """The button of one place on the page."""
-        layout = ipywidgets.Layout(width="54px", height="60px", margin="1px")
-        tile = ipywidgets.Button(layout=layout)
-        tile.add_class("mdlib-tile")
-        tile.add_class(self._class(place))
-        tile.on_click(lambda _: setattr(self.code, "value", self.shown[place]))
-        return tile
-
-    def _class(self, place: int) -> str:
-        """A style class that no other button of the notebook has."""
-        return f"mdlib-{self.code.model_id}-{place}"
-
-
-def _by_use(times: torch.Tensor) -> list[int]:
-    """Codes, most used first."""
-    return times.argsort(descending=True, stable=True).tolist()
-
-
-def _tile_style(classes: list[str], pictures: list[bytes]) -> str:
-    """Buttons can show no picture of their own: a style sheet puts one above each one's text."""
-    rules = ["button.mdlib-tile { background: no-repeat center 4px; padding: 42px 0 2px; line-height: 16px }"]
-    for name, picture in zip(classes, pictures, strict=False):
-        source = f"data:image/png;base64,{b64encode(picture).decode()}"
-        rules.append(f"button.{name} {{ background-image: url({source}) }}")
-    return f"<style>{' '.join(rules)}</style>"
-
-
-# ---- user browser
-
 
 @dataclass(frozen=True)
-class _Made:
+class _Generated:
     """Generated windows of one user in one condition, and what saves those at some places into a folder."""
 
     windows: WindowSet
@@ -214,7 +187,7 @@ class _Made:
 
 
 class _People:
-    """What the user browser browses."""
+    """What the user browser shows, without its controls."""
 
     def __init__(self, real: WindowSet, generated: WindowSet, train: WindowSet, pipeline, each: int):
         self.real, self.generated, self.train, self.pipeline, self.each = real, generated, train, pipeline, each
@@ -224,32 +197,31 @@ class _People:
         distance, _ = nearest_train(real, train)
         self.usual = float(distance[distance.isfinite()].median().clamp_min(1e-9))
 
-    def on_disk(self, user: int, condition: str) -> _Made:
+    def on_disk(self, user: int, condition: str) -> _Generated:
         found = self._some(self.generated, user, condition)
         if not len(found):
             name = f"ID_{user}" + (f" with {condition}" if condition else "")
-            raise DataError(f"{found.root} holds no window of {name}: generate some, or draw them live")
-        return _Made(found, lambda out, places: copy_windows(found.root, [found.paths[k] for k in places], out))
+            raise DataError(f"{found.root} holds no window of {name}: generate some, or switch to {LIVE}")
+        return _Generated(found, lambda out, places: copy_windows(found.root, [found.paths[k] for k in places], out))
 
-    def live(self, user: int, condition: str, seed: int, sampling: dict) -> _Made:
-        options = dict(conditions=[condition], output_type="pt")
-        drawn = self.pipeline([user], self.each, seed, **options, **sampling)
-        images, rows = drawn.images, drawn.manifest
+    def live(self, user: int, condition: str, seed: int, sampling: dict) -> _Generated:
+        found = self.pipeline([user], self.each, seed, conditions=[condition], output_type="pt", **sampling)
+        images, rows = found.images, found.manifest
         files = tuple(WindowFile(str(row["number"]), user, condition, "", row["number"]) for row in rows)
         labels = torch.full((len(rows),), self.real.users.index(user))
-        return _Made(
+        return _Generated(
             replace(self.real, images=to_uint8(images), labels=labels, files=files),
             lambda out, places: self.pipeline.save_windows(out, [rows[k] for k in places], images[places], **sampling),
         )
 
-    def picture(self, made: _Made):
+    def picture(self, generated: _Generated):
         """Real windows, the generated ones, and the training windows nearest to those."""
-        who = made.windows.files[0]
-        real = self._some(self.real, who.user, who.condition)
-        distance, rows = nearest_train(made.windows, self.train)
+        file = generated.windows.files[0]
+        real = self._some(self.real, file.user, file.condition)
+        distance, rows = nearest_train(generated.windows, self.train)
         if not distance.isfinite().all():  # no training window shows this user
-            return plots.user_view(real, made.windows)
-        return plots.user_view(real, made.windows, self.train.select(rows), (distance / self.usual).tolist())
+            return plots.user_view(real, generated.windows)
+        return plots.user_view(real, generated.windows, self.train.select(rows), (distance / self.usual).tolist())
 
     def _some(self, windows: WindowSet, user: int, condition: str) -> WindowSet:
         """A few windows of a user, spread over all of them."""
@@ -258,45 +230,40 @@ class _People:
         return windows.select([rows[place] for place in places])
 
 
-class _Users:
-    """What it shows follows from the user, where windows come from, and for live ones from seed and sampling."""
+class _Users(_View):
+    """The user browser. What it shows follows from the user, the source, and for live windows seed and sampling."""
 
     def __init__(self, people: _People, folder: str | Path, seed: int, sampling: dict):
-        self.people, self.sampling, self.made = people, sampling, None
+        super().__init__()
+        self.people, self.sampling, self.shown = people, sampling, None
         users = [(f"ID_{user}", user) for user in people.users]
         self.user = ipywidgets.SelectionSlider(options=users, description="user", continuous_update=False)
         self.condition = ipywidgets.Dropdown(options=people.conditions, description="condition")
         self.source = ipywidgets.ToggleButtons(options=[ON_DISK, LIVE])
         self.seed = ipywidgets.BoundedIntText(value=seed, max=2**31 - 1, description="seed")
         self.options = {**people.pipeline.sampling_options(), **sampling} if people.pipeline else {}
-        self.dials = _dials(self.options)
-        self.keep = [ipywidgets.ToggleButton(description=f"keep {k + 1}") for k in range(people.each)]
+        self.sliders = _sliders(self.options)
+        self.selected = [ipywidgets.ToggleButton(description=f"select {k + 1}") for k in range(people.each)]
         self.folder = ipywidgets.Text(value=str(folder), description="folder", layout=ipywidgets.Layout(width="450px"))
-        self.button = ipywidgets.Button(description="save those kept")
-        self.view, self.message = _image(), _Message()
-        self.box = ipywidgets.VBox(self._rows())
-        for chooser in (self.user, self.condition, self.source):
-            chooser.observe(self.draw, names="value")
-        for control in (self.seed, *self.dials.values()):
+        self.button, self.view = ipywidgets.Button(description="save selected"), self.image()
+        who = [self.user] + ([self.condition] if len(people.conditions) > 1 else [])
+        live = [[self.source], [self.seed, *self.sliders.values()]] if people.pipeline else []
+        rows = [ipywidgets.HBox(row) for row in (who, *live, self.selected, [self.folder, self.button])]
+        self.box = ipywidgets.VBox([*rows[:-2], self.view, *rows[-2:], self.line])
+        for control in (self.user, self.condition, self.source):
+            control.observe(self.draw, names="value")
+        for control in (self.seed, *self.sliders.values()):
             control.observe(self.draw_live, names="value")
-        self.button.on_click(lambda _: self.message.guard(self.save))
+        self.button.on_click(lambda _: self.attempt(self.save))
         self.draw()
 
-    def _rows(self) -> list:
-        who = [self.user] + ([self.condition] if len(self.people.conditions) > 1 else [])
-        live = [[self.source], [self.seed, *self.dials.values()]] if self.people.pipeline else []
-        above, below = [who, *live], [self.keep, [self.folder, self.button]]
-        above, below = ([ipywidgets.HBox(row) for row in rows] for rows in (above, below))
-        return [*above, self.view, *below, self.message.line]
-
     def draw(self, *_) -> None:
-        live = self.source.value == LIVE
-        self.made = None
-        self.message.guard(self._draw, f"drawing {count(self.people.each, 'window')}" if live else "")
-        self.view.layout.visibility = "visible" if self.made else "hidden"
+        live, self.shown = self.source.value == LIVE, None
+        self.attempt(self._draw, f"generating {count(self.people.each, 'window')}" if live else "")
+        self.view.layout.visibility = "visible" if self.shown else "hidden"
 
     def draw_live(self, *_) -> None:
-        """Who moves a control of the sampling wants to see what it does."""
+        """A control of the sampling switches to live windows."""
         if self.source.value == LIVE:
             self.draw()
         else:
@@ -305,35 +272,35 @@ class _Users:
     def _draw(self) -> None:
         who = self.user.value, self.condition.value
         if self.source.value == LIVE:
-            turned = {name: dial.value for name, dial in self.dials.items() if dial.value != self.options[name]}
-            made = self.people.live(*who, self.seed.value, {**self.sampling, **turned})
+            moved = {name: slider.value for name, slider in self.sliders.items() if slider.value != self.options[name]}
+            generated = self.people.live(*who, self.seed.value, {**self.sampling, **moved})
         else:
-            made = self.people.on_disk(*who)
-        self.view.value = plots.to_png(self.people.picture(made))
-        for place, keep in enumerate(self.keep):
-            keep.value, keep.disabled = False, place >= len(made.windows)
-        self.made = made
+            generated = self.people.on_disk(*who)
+        self.view.value = plots.to_png(self.people.picture(generated))
+        for place, button in enumerate(self.selected):
+            button.value, button.disabled = False, place >= len(generated.windows)
+        self.shown = generated
 
     def save(self) -> str:
-        places = [place for place, keep in enumerate(self.keep) if keep.value]
-        if not self.made or not places:
-            raise DataError("nothing is kept: choose windows by the buttons below the picture")
-        self.made.save(self.folder.value, places)
+        places = [place for place, button in enumerate(self.selected) if button.value]
+        if not self.shown or not places:
+            raise DataError("no window is selected: use the buttons below the picture")
+        self.shown.save(self.folder.value, places)
         return f"{count(len(places), 'window')} of ID_{self.user.value} saved in {self.folder.value}"
 
 
-def _dials(options: dict) -> dict:
-    """A slider by name for each of `DIALS` among the sampling options and their values."""
+def _sliders(options: dict) -> dict:
+    """A slider by name for each of SLIDERS among the sampling options and their values."""
     return {
         name: ipywidgets.FloatSlider(
             value=options[name],
-            min=min(least, options[name]),
-            max=max(most, options[name]),
+            min=min(low, options[name]),
+            max=max(high, options[name]),
             step=0.05,
             description=name.split("_")[0],
             style={"description_width": "initial"},
             continuous_update=False,
         )
-        for name, (least, most) in DIALS.items()
+        for name, (low, high) in SLIDERS.items()
         if name in options
     }

@@ -1,7 +1,7 @@
-"""The radar: a walker's scatter centres in, the power of the micro-Doppler spectrogram out.
+"""A 77 GHz FMCW radar: a walker's scatter centres in, the power of the micro-Doppler spectrogram out.
 
-A body (`walker`) is 52 scatter centres on 16 ellipsoids; the slow-time signal is the sum of their phase histories
-exp(-4πi R/λ), its short-time Fourier transform, summed in power over the receive channels, is the spectrogram
+A body (`walker`) is 52 scatter centres on 16 ellipsoids. The slow-time signal is the sum of their phase histories
+exp(-4πi R/λ); its short-time Fourier transform, summed in power over the receive channels, is the spectrogram
 (V. C. Chen, "The Micro-Doppler Effect in Radar", Artech House 2011). A column of the spectrogram is one frame.
 """
 
@@ -13,38 +13,16 @@ from scipy.signal import lfilter
 from mdlib.simulation.walker import SEGMENTS
 
 SPEED_OF_LIGHT = 299792458.0
+CARRIER, PRF = 78.5e9, 5263.2  # Hz
+SAMPLES, FFT = 192, 256  # of a frame, under a Blackman window; zero-padded
+ROWS, V_MIN = 122, -0.885  # velocities shown; the lowest in m/s
+SNR = 46  # dB over the 99.7th percentile of the amplitudes
+GATE = 0.32  # m, range gate around the trunk
+RADAR_HEIGHT = 1.2  # m
 LOOKS = 4  # receive channels, summed in power
 SPECKLE_TIME = 0.18  # s, correlation time
-
-
-class Preset(NamedTuple):
-    """A radar and its display. `column_s` None: columns follow the gait, `hop` of them a step."""
-
-    carrier: float  # Hz
-    prf: float  # Hz
-    samples: int  # of a frame = a column
-    fft: int
-    taper: str
-    rows: int
-    v_min: float  # m/s, lowest velocity shown
-    columns: int  # of a window
-    hop: float  # columns from one window to the next
-    column_s: float | None
-    dynamic: float  # dB shown
-    threshold: float  # intensities below are set to 0
-    snr: float  # dB over the 99.7th percentile
-    gate: float | None  # m, range gate around the trunk
-    radar_height: float  # m
-    residue: bool  # a faint line of clutter left at zero velocity
-
-
-_TI77 = Preset(78.5e9, 5263.2, 192, 256, "blackman", 122, -0.885, 56, 13.76, None, 38, 0.17, 46, 0.32, 1.2, True)
-PRESETS = {
-    "ti77_cycle": _TI77,
-    "ti77_clock": _TI77._replace(columns=60, hop=15, column_s=3.0 / 60),
-    "k24_clock": Preset(24.125e9, 2000, 128, 256, "hann", 128, -1.4, 64, 16, 3.0 / 64, 45, 0, 37, None, 1.0, False),
-    "c58_clock": Preset(5.8e9, 512, 128, 256, "gauss", 116, -1.6, 96, 24, 4.0 / 96, 40, 0, 33, None, 1.0, False),
-}
+BIN_SPEED = PRF / FFT * SPEED_OF_LIGHT / CARRIER / 2  # m/s
+BINS = np.floor(V_MIN / BIN_SPEED).astype(int) + np.arange(ROWS)  # FFT bins shown, lowest velocity first
 
 
 class Segment(NamedTuple):
@@ -74,41 +52,26 @@ BODY = tuple(_segments())
 POINTS = [f"{s.end}{i}" for s in BODY for i in range(len(s.fractions))]
 CHEST = POINTS.index("neck2")  # the middle of the torso
 FEET = [[POINTS.index(f"toe{s}{i}") for i in range(4)] for s in "RL"]
-# Reflectivity over the torso's, dB, and the share of it that is specular; a strong specular share of thigh and shank
+# Reflectivity relative to the torso's, dB, and its specular fraction. A strong specular fraction of thigh and shank
 # makes the dark gaps in double support.
 REFLECTIVITY = np.array([-10.0, 0.0, -9.0, -9.5, -10.5, -7.5, -2.0, -10.5, -10.7])
 SPECULAR = np.array([0.3, 0.2, 0.5, 0.92, 0.92, 0.6, 0.985, 0.993, 0.7])
-BAG_DB, BAG_DROP = -9.0, 0.18  # a bag in the right hand: echo and distance under the hand
+BAG_DB, BAG_DROP = -9.0, 0.18  # a bag in the right hand: echo in dB, metres under the hand
 
 
-def velocity_bins(preset):
-    """FFT bins shown, lowest velocity first, and the velocity of one bin in m/s."""
-    p = PRESETS[preset]
-    bin_speed = p.prf / p.fft * SPEED_OF_LIGHT / p.carrier / 2
-    return np.floor(p.v_min / bin_speed).astype(int) + np.arange(p.rows), bin_speed
-
-
-def velocity_axis(preset="ti77_cycle"):
+def velocity_axis():
     """Radial velocity of each image row in m/s, top row (highest velocity) first; positive = walking direction."""
-    bins, bin_speed = velocity_bins(preset)
-    return (bins * bin_speed)[::-1]
+    return (BINS * BIN_SPEED)[::-1]
 
 
-def _taper(name, n):
-    if name == "gauss":
-        return np.exp(-0.5 * ((np.arange(n) - n / 2) / (n / 6)) ** 2)
-    return {"blackman": np.blackman, "hann": np.hanning}[name](n)
-
-
-def short_time_spectrum(distance, speed, acceleration, weights, preset):
-    """Complex spectrum of moving points in every frame (column).
+def short_time_spectrum(distance, speed, acceleration, weights):
+    """Complex spectrum (F, looks, rows) of moving points in every frame, lowest velocity first.
 
     distance m, speed m/s towards the radar, acceleration m/s²: (F, P) at the frames' centres; weights: complex
-    amplitudes (F, looks, P) → (F, looks, rows), lowest velocity first. In a frame each distance is a parabola.
+    amplitudes (F, looks, P). Within a frame each distance is a parabola in time.
     """
-    p = PRESETS[preset]
-    k = 4 * np.pi * p.carrier / SPEED_OF_LIGHT
-    t = ((np.arange(p.samples) - (p.samples - 1) / 2) / p.prf).astype(np.float32)
+    k = 4 * np.pi * CARRIER / SPEED_OF_LIGHT
+    t = ((np.arange(SAMPLES) - (SAMPLES - 1) / 2) / PRF).astype(np.float32)
     angle = (k * speed).astype(np.float32)[..., None] * t
     angle += (0.5 * k * acceleration).astype(np.float32)[..., None] * t**2
     angle -= np.mod(k * distance, 2 * np.pi).astype(np.float32)[..., None]
@@ -116,8 +79,8 @@ def short_time_spectrum(distance, speed, acceleration, weights, preset):
     np.cos(angle, out=echo.real)
     np.sin(angle, out=echo.imag)
     signal = weights.astype(np.complex64) @ echo
-    spectrum = np.fft.fft(signal * _taper(p.taper, p.samples).astype(np.float32), p.fft, axis=-1)
-    return spectrum[..., velocity_bins(preset)[0] % p.fft].astype(np.complex64)
+    spectrum = np.fft.fft(signal * np.blackman(SAMPLES).astype(np.float32), FFT, axis=-1)
+    return spectrum[..., BINS % FFT].astype(np.complex64)
 
 
 def _complex_normal(rng, shape):
@@ -126,7 +89,7 @@ def _complex_normal(rng, shape):
 
 
 def speckle(rng, columns, points, column_s):
-    """Complex weights (columns, LOOKS, points) of mean power 1: a steady part and a Gaussian one, AR(1) in time.
+    """Complex weights (columns, LOOKS, points) of mean power 1: a constant plus a Gaussian AR(1) process in time.
 
     Head and trunk, the first six points, are steadier than the limbs.
     """
@@ -137,11 +100,11 @@ def speckle(rng, columns, points, column_s):
     return steady + np.sqrt(1 - steady**2) * lfilter([1.0], [1.0, -rho], noise, axis=0)
 
 
-def echoes(joints, rcs, girth, preset, carries_bag):
-    """Distances (F, 3, P) of the scatter centres at three moments and amplitudes (F, P) at the middle one.
+def echoes(joints, rcs, girth, carries_bag):
+    """Distances (F, 3, P) of the scatter centres at three moments, and amplitudes (F, P) at the middle one.
 
-    joints {name: (F, 3, 3)} in the radar's frame; rcs (F, 9), this walker's dB over REFLECTIVITY; girth (F,).
-    Ellipsoid cross-section after Mahafza (Chen 2011, ch. 2) over its broadside value, mixed with a diffuse part.
+    joints {name: (F, 3, 3)} in the radar's frame; rcs (F, 9), this walker's dB relative to REFLECTIVITY; girth (F,).
+    Ellipsoid cross-section after Mahafza (Chen 2011, ch. 2), relative to broadside, mixed with a diffuse part.
     """
     distance, amplitude = [], []
     for s in BODY:
@@ -152,12 +115,8 @@ def echoes(joints, rcs, girth, preset, carries_bag):
         cos2 = (middle * axis[:, 1]).sum(-1) ** 2 / ((middle**2).sum(-1) * 4 * half2)
         a2 = (s.radius * girth) ** 2
         ellipsoid = a2**2 / (a2 * (1 - cos2) + half2 * cos2) ** 2
-        share = SPECULAR[kind]
-        power = (
-            10 ** ((REFLECTIVITY[kind] + rcs[:, kind]) / 10)
-            * (share * np.minimum(ellipsoid, 2) + 1 - share)
-            / len(s.fractions)
-        )
+        mixed = SPECULAR[kind] * np.minimum(ellipsoid, 2) + 1 - SPECULAR[kind]
+        power = 10 ** ((REFLECTIVITY[kind] + rcs[:, kind]) / 10) * mixed / len(s.fractions)
         for f in s.fractions:
             distance.append(np.linalg.norm(start + f * axis, axis=-1))
             amplitude.append(np.sqrt(power))
@@ -165,27 +124,22 @@ def echoes(joints, rcs, girth, preset, carries_bag):
         distance.append(np.linalg.norm(joints["handR"] - (0, 0, BAG_DROP), axis=-1))
         amplitude.append(np.full(len(rcs), 10 ** (BAG_DB / 20)))
     distance, amplitude = np.stack(distance, -1), np.stack(amplitude, -1)
-    depth = distance[:, 1] - distance[:, 1, CHEST, None]
-    amplitude = amplitude * (distance[:, 1, CHEST, None] / distance[:, 1]) ** 2
-    gate = PRESETS[preset].gate
-    if gate:
-        amplitude = amplitude * np.exp(-((depth / gate) ** 2) / 4)
-    return distance, amplitude
+    trunk = distance[:, 1, CHEST, None]
+    gate = np.exp(-(((distance[:, 1] - trunk) / GATE) ** 2) / 4)
+    return distance, amplitude * (trunk / distance[:, 1]) ** 2 * gate
 
 
-def receive(rng, spectrum, snr, preset):
-    """Power (F, rows) received: static clutter removed but for a faint line, noise added, channels summed.
+def receive(rng, spectrum, snr):
+    """Power (F, rows) received: static clutter removed but for a faint line, noise added, channels averaged.
 
     spectrum (F, looks, rows) from `short_time_spectrum`; snr (F,) in dB over the 99.7th percentile of the amplitudes.
     """
-    bins, bin_speed = velocity_bins(preset)
-    v = bins * bin_speed
+    v = BINS * BIN_SPEED
     reference = np.percentile(np.sqrt((np.abs(spectrum) ** 2).mean(1)), 99.7)
     level = reference * 10 ** (-snr / 20)
     notch = (1 - 0.55 * np.exp(-((v / 0.018) ** 2))).astype(np.float32)
     received = spectrum * notch + _complex_normal(rng, spectrum.shape) * level[:, None, None].astype(np.float32)
     power = (received.real**2 + received.imag**2).mean(1)
-    if PRESETS[preset].residue:
-        line = reference**2 * 10 ** ((-31 + 4 * rng.standard_normal()) / 10)
-        power += line * np.exp(-((v / 0.035) ** 2)) * rng.exponential(size=(len(power), 1))
+    clutter = reference**2 * 10 ** ((-31 + 4 * rng.standard_normal()) / 10)
+    power += clutter * np.exp(-((v / 0.035) ** 2)) * rng.exponential(size=(len(power), 1))
     return power

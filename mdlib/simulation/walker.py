@@ -1,17 +1,14 @@
-"""How people walk: kinematics of one walker, the people, and what varies from day to day and step to step.
+"""How people walk: the kinematics of one walker, and how walkers, days and steps vary.
 
-The joint curves are those of R. Boulic, N. Magnenat-Thalmann and D. Thalmann, "A global human walking model with
-real-time kinematic personification", The Visual Computer 6 (1990), 344-358, with the segment lengths used for radar
-in V. C. Chen, "The Micro-Doppler Effect in Radar", Artech House 2011. Two things differ, because a radar would show
-them as limbs that are not there: the standing foot stands still (the hip angle is solved for it), and the trunk is
-fastest just after double support, as an inverted pendulum is.
+Joint curves: R. Boulic, N. Magnenat-Thalmann, D. Thalmann, "A global human walking model with real-time kinematic
+personification", The Visual Computer 6 (1990), 344-358. Segment lengths: V. C. Chen, "The Micro-Doppler Effect in
+Radar", Artech House 2011. Two corrections, because a radar would show limbs that are not there: the standing foot
+stands still (the hip angle is solved for it), and the trunk is fastest just after double support.
 
-Every curve is a Fourier series over the gait cycle, phase 0 = heel strike of that leg, so that it can be perturbed
-for a person, blended between strides and evaluated at any phase. Angles are degrees in `Knob` tables and radians in
-series; lengths are metres, times seconds.
+Every curve is a Fourier series over the gait cycle, phase 0 = heel strike of that leg. Angles are in degrees in the
+`Knob` tables and in radians in series; lengths in metres, times in seconds.
 """
 
-from dataclasses import dataclass, fields
 from functools import cache
 from typing import NamedTuple
 
@@ -20,7 +17,6 @@ from scipy.interpolate import PchipInterpolator
 
 CONDITIONS = ("normal", "backpack", "bag", "bag_phone")
 SEGMENTS = ("head", "torso", "shoulders", "upper arm", "forearm", "hip", "thigh", "shank", "foot")
-JOINTS = ("hip", "knee", "pitch", "shoulder", "elbow", "thorax")
 
 N_PHASE = 128  # points of the phase grid on which curves are built
 HARMONICS = 16  # enough for the standing foot to stand still within 5 cm/s
@@ -34,9 +30,9 @@ HEAD, TORSO, SHOULDER, PELVIS, THIGH, SHANK, FOOT, UPPER_ARM, FOREARM = (
 
 
 class Knob(NamedTuple):
-    """A gait parameter: its centre and the SDs between persons, between sessions and within a session.
+    """A gait parameter: its centre, and its SDs between persons, between sessions and within a session.
 
-    `log` parameters are log-normal (the SDs are relative). Centre and SDs may be arrays (one value a segment, …).
+    `log` parameters are log-normal (their SDs are relative). Arrays hold one value for each segment or harmonic.
     """
 
     centre: float | np.ndarray
@@ -94,25 +90,23 @@ KNOBS = {  #                 centre   person  session  window
 # fmt: on
 
 
-def draw(rng, column, scale):
-    """One draw of every knob's deviation in `column` ("between" or "session"), times `scale`."""
-    return {
-        name: scale * getattr(knob, column) * rng.standard_normal(np.shape(knob.centre)) for name, knob in KNOBS.items()
-    }
+def draw(rng, column):
+    """Sample every parameter's deviation with the SDs of `column` ("between" or "session")."""
+    return {name: getattr(knob, column) * rng.standard_normal(np.shape(knob.centre)) for name, knob in KNOBS.items()}
 
 
-def draw_person(rng, between):
-    """A person's deviations and stature in metres (101 adults: men 1.755 ± .064, women 1.635 ± .052)."""
+def draw_person(rng):
+    """Sample a person: deviations, and stature in metres (101 adults: men 1.755 ± .064, women 1.635 ± .052)."""
     mean, sd = (1.755, 0.064) if rng.random() < 0.5 else (1.635, 0.052)
-    height = mean + between * sd * rng.standard_normal()
-    return draw(rng, "between", between), height
+    height = mean + sd * rng.standard_normal()
+    return draw(rng, "between"), height
 
 
-def draw_window(rng, knots, scale, per_window=4):
-    """Slowly varying deviations of every knob at `knots` points, `per_window` of them a window: name → (knots, …).
+def draw_window(rng, knots, per_window=4):
+    """Sample every parameter's slow drift at `knots` points, `per_window` of them per window: name → (knots, …).
 
-    A Gaussian moving average: neighbours are alike, points a window apart are nearly unrelated. It is scaled so
-    that the mean over a window has the SD of the table.
+    A Gaussian moving average: neighbours are alike, points a window apart are nearly unrelated. The mean over a window
+    has the SD of the table.
     """
     lag = np.arange(-per_window - 2, per_window + 3)
     kernel = np.exp(-((lag / (0.375 * per_window)) ** 2))
@@ -122,7 +116,7 @@ def draw_window(rng, knots, scale, per_window=4):
     for name, knob in KNOBS.items():
         noise = rng.standard_normal((knots + len(lag) - 1, np.size(knob.centre)))
         smooth = np.lib.stride_tricks.sliding_window_view(noise, len(lag), axis=0) @ kernel
-        deviations[name] = scale * knob.window * smooth.reshape(knots, *np.shape(knob.centre))
+        deviations[name] = knob.window * smooth.reshape(knots, *np.shape(knob.centre))
     return deviations
 
 
@@ -135,7 +129,7 @@ def combine(*deviations):
     return values
 
 
-# ------------------------------------------------------------------------------------------------ Fourier series
+# ---- Fourier series
 
 
 def to_series(curve):
@@ -157,7 +151,7 @@ def evaluate(series, phase):
     return np.real(series @ basis)
 
 
-# ------------------------------------------------------------------------------------------------ Boulic's curves
+# ---- Boulic's curves
 
 
 def _periodic(points):
@@ -173,7 +167,7 @@ def boulic_curves(rv):
     `rv` is the relative velocity, walking speed over hip height, 1/s, 0 < rv <= 3 (Boulic et al. 1990, section 4).
     """
     cycle = 1.346 / np.sqrt(rv)
-    dm = (0.752 * cycle - 0.143) / cycle  # share of the cycle with the foot on the ground
+    dm = (0.752 * cycle - 0.143) / cycle  # fraction of the cycle with the foot on the ground
     p, q = (rv - 0.5) / 0.8, (rv - 1.3) / 1.7
     if rv < 0.5:
         hip = [(-0.1, 50 * rv), (0.5, -30 * rv)]
@@ -189,12 +183,7 @@ def boulic_curves(rv):
         hip = [(0.2 * q - 0.1, 5 * q + 25), (0.5, -15), (0.9, 6 * q + 25)]
         if abs((0.2 * q - 0.1) % 1 - 0.9) < 1e-6:
             hip.pop()  # at rv = 1.3 the first and the last point are one
-        knee = [
-            (0.17 - 0.05 * q, 22 * q + 3),
-            (0.4, 3),
-            (0.75 - 0.05 * q, 70 - 5 * q),
-            (1 - 0.03 * q, 3 * q + 3),
-        ]
+        knee = [(0.17 - 0.05 * q, 22 * q + 3), (0.4, 3), (0.75 - 0.05 * q, 70 - 5 * q), (1 - 0.03 * q, 3 * q + 3)]
         ankle = [(0, 5 * q - 3), (0.08, 4 * q - 18), (0.5 - 0.1 * q, 8 - 3 * q)]
         ankle += [(dm, -20 - 8 * q), (0.85, 5 * q - 3)]
         elbow = [(0.05, 14 - 6 * q), (0.51 + 0.04 * q, 44 + 26 * q), (0.9 - 0.1 * q, 17 - 6 * q)]
@@ -206,50 +195,23 @@ def boulic_curves(rv):
 
 @cache
 def _boulic_table():
+    """Relative velocities (56,) and their curves (56, 6, N_PHASE)."""
     rv = np.linspace(0.40, 2.6, 56)
     return rv, np.stack([boulic_curves(r) for r in rv])
 
 
-def _boulic_at(rv):
-    """(K,) relative velocities → (K, 6, N_PHASE), linear between tabulated speeds."""
-    grid, table = _boulic_table()
-    x = np.clip((rv - grid[0]) / (grid[1] - grid[0]), 0, len(grid) - 1.001)
-    i = x.astype(int)
-    f = (x - i)[:, None, None]
-    return table[i] * (1 - f) + table[i + 1] * f
+# ---- one walker's gait
 
 
-# ------------------------------------------------------------------------------------------------ one walker's gait
-
-
-@dataclass
-class Gait:
-    """The gait of one walker at K moments; every array has K as its first axis."""
-
-    speed: np.ndarray  # m/s
-    stride_time: np.ndarray  # s
-    right: np.ndarray  # (K, 6, harmonics + 1), JOINTS of the right side, radians
-    left: np.ndarray
-    fore_aft: np.ndarray  # (K, harmonics + 1), trunk displacement, m
-    height: np.ndarray
-    leg: np.ndarray
-    rv: np.ndarray
-    tasym: np.ndarray
-    sway: np.ndarray
-    bob: np.ndarray
-    torsion: np.ndarray
-    lean: np.ndarray
-
-    def at(self, position):
-        """The gait at fractional moments `position` (F,), linear between the K moments."""
-        i = np.clip(position.astype(int), 0, len(self.speed) - 2)
-        f = position - i
-
-        def blend(a):
-            w = f.reshape(-1, *[1] * (a.ndim - 1))
-            return a[i] * (1 - w) + a[i + 1] * w
-
-        return Gait(**{x.name: blend(getattr(self, x.name)) for x in fields(self)})
+def blend(gait, position):
+    """A gait of K moments (`make_gait`) at fractional moments `position` (F,), linear in between."""
+    i = np.clip(position.astype(int), 0, len(gait["speed"]) - 2)
+    f = position - i
+    found = {}
+    for name, a in gait.items():
+        w = f.reshape(-1, *[1] * (a.ndim - 1))
+        found[name] = a[i] * (1 - w) + a[i + 1] * w
+    return found
 
 
 def _toe_speed(toe_off, landing, rise, fall):
@@ -285,11 +247,8 @@ def _leg(p, side, boulic, speed, stride_time, fore_aft, height, rv):
     # less the foot's own reach; before foot-flat the foot turns about the heel, which is below the ankle.
     late = p["tasym"] if side > 0 else np.zeros_like(p["tasym"])  # the left leg's clock is ahead by this
     shift = np.exp(-2j * np.pi * late[:, None] * np.arange(HARMONICS + 1))
-    pelvis = (
-        -PELVIS
-        * height
-        * np.sin(np.radians(4 * rv * p["torsion"])[:, None] * np.cos(2 * np.pi * (PHASE - late[:, None])))
-    )
+    torsion = np.radians(4 * rv * p["torsion"])[:, None] * np.cos(2 * np.pi * (PHASE - late[:, None]))
+    pelvis = -PELVIS * height * np.sin(torsion)
     reach = FOOT * height * (1 - np.cos(np.minimum(pitch, 0)))
     target = (speed * stride_time)[:, None] * to_curve(toe) - to_curve(fore_aft * shift) - pelvis + reach
     boulic_ankle = thigh * np.sin(hip) + shank * np.sin(hip - knee)
@@ -314,7 +273,13 @@ def _arm(p, side, boulic, condition):
 
 
 def make_gait(p, height, condition="normal"):
-    """Gait from parameter values `p` (`combine`, each (K, …)) of a walker of stature `height` metres."""
+    """The gait of a walker of stature `height` m at K moments, from parameter values `p` (`combine`, each (K, …)).
+
+    Returns:
+        dict of arrays with first axis K: "right" and "left", series (K, 6, HARMONICS + 1) in radians of hip, knee, foot
+        pitch, shoulder, elbow and thorax; "fore_aft", series of the trunk's displacement in m; "stride_time" in s;
+        "rv", the relative velocity in 1/s; "speed", "height" and the parameters that `skeleton` needs.
+    """
     p = dict(p)
     p["speed"] = p["speed"] * np.sqrt(height / 1.70)
     if condition == "backpack":
@@ -333,7 +298,11 @@ def make_gait(p, height, condition="normal"):
     fore_aft[:, 2] = -1j * amplitude * np.exp(-4j * np.pi * p["crest"])
     fore_aft[:, 4] = -1j * amplitude * p["cusp"] / 2 * np.exp(-8j * np.pi * p["crest"])
 
-    curves = _boulic_at(rv)
+    grid, table = _boulic_table()  # linear between tabulated speeds
+    x = np.clip((rv - grid[0]) / (grid[1] - grid[0]), 0, len(grid) - 1.001)
+    i = x.astype(int)
+    f = (x - i)[:, None, None]
+    curves = table[i] * (1 - f) + table[i + 1] * f
     own = p["curves"][:, :, 0] + 1j * p["curves"][:, :, 1]  # (K, 2, 6, 4)
     own = to_curve(np.concatenate([np.zeros_like(own[..., :1]), own], -1))
     sides = []
@@ -342,17 +311,9 @@ def make_gait(p, height, condition="normal"):
         leg = _leg(p, side, mine, p["speed"], stride_time, fore_aft, height, rv)
         arm = _arm(p, side, mine, condition)
         sides.append(to_series(np.concatenate([leg, arm, np.radians(mine[:, 5:6])], 1)))
-    same = {k: p[k] for k in ("speed", "leg", "tasym", "sway", "bob", "torsion", "lean")}
-    heights = np.full_like(rv, height)
-    return Gait(
-        **same,
-        stride_time=stride_time,
-        right=sides[0],
-        left=sides[1],
-        fore_aft=fore_aft,
-        height=heights,
-        rv=rv,
-    )
+    gait = {k: p[k] for k in ("speed", "leg", "tasym", "sway", "bob", "torsion", "lean")}
+    gait |= dict(right=sides[0], left=sides[1], fore_aft=fore_aft, stride_time=stride_time, rv=rv)
+    return gait | {"height": np.full_like(rv, height)}
 
 
 def _vector(x, y, z):
@@ -369,14 +330,14 @@ def skeleton(gait, phase):
 
     `gait` has F moments, `phase` (F, D) gait phases of the right leg in cycles → {joint: (F, D, 3)}.
     """
-    g = {k: getattr(gait, k)[:, None] for k in ("height", "leg", "rv", "tasym", "sway", "bob", "torsion", "lean")}
+    g = {k: gait[k][:, None] for k in ("height", "leg", "rv", "tasym", "sway", "bob", "torsion", "lean")}
     h, tau = g["height"], 2 * np.pi
     thigh, shank = THIGH * h * g["leg"], SHANK * h * g["leg"]
     hip_height = thigh + shank
     left_phase = phase + 0.5 + g["tasym"]
-    right, left = evaluate(gait.right, phase), evaluate(gait.left, left_phase)
+    right, left = evaluate(gait["right"], phase), evaluate(gait["left"], left_phase)
 
-    forward = evaluate(gait.fore_aft[:, None], phase)[:, 0]
+    forward = evaluate(gait["fore_aft"][:, None], phase)[:, 0]
     lateral = -0.032 * g["sway"] * hip_height * np.sin(tau * (phase - 0.1))
     vertical = 0.015 * g["bob"] * g["rv"] * hip_height * (np.sin(tau * (2 * phase - 0.35)) - 1)
     pelvis = np.radians(4 * g["torsion"] * g["rv"]) * -np.cos(tau * phase)
@@ -399,10 +360,6 @@ def skeleton(gait, phase):
         bend = shoulder_a + elbow_a
         elbow = shoulder + UPPER_ARM * h[..., None] * _vector(np.sin(shoulder_a), 0.0, -np.cos(shoulder_a))
         hand = elbow + FOREARM * h[..., None] * _vector(np.sin(bend), 0.0, -np.cos(bend))
-        for joint, position in zip(
-            ("hip", "knee", "ankle", "toe", "shoulder", "elbow", "hand"),
-            (hip, knee, ankle, toe, shoulder, elbow, hand),
-            strict=True,
-        ):
-            joints[joint + name] = position
+        joints |= {f"hip{name}": hip, f"knee{name}": knee, f"ankle{name}": ankle, f"toe{name}": toe}
+        joints |= {f"shoulder{name}": shoulder, f"elbow{name}": elbow, f"hand{name}": hand}
     return joints

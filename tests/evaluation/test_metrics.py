@@ -9,6 +9,7 @@ from torch import nn
 from torchmetrics.image import PeakSignalNoiseRatio
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from mdlib.data.windows import WindowSet
 from mdlib.evaluation import metrics
 
 
@@ -53,31 +54,6 @@ def test_control_ratio_is_one_for_chance():
     assert metrics.control_ratio(torch.full((20, 4), 0.25), labels) == pytest.approx(1)
     sure = torch.nn.functional.one_hot(labels, 4) * 0.7 + 0.1 * (1 - torch.nn.functional.one_hot(labels, 4))
     assert metrics.control_ratio(sure, labels) == pytest.approx(7)
-
-
-def test_bootstrap_interval_of_independent_values_is_the_normal_one():
-    values = np.random.default_rng(0).normal(size=400)
-    low, high = metrics.interval(metrics.block_bootstrap(values, np.arange(400)))
-    half = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.15 * half)
-
-
-def test_overlapping_windows_widen_the_interval():
-    values = np.random.default_rng(0).normal(size=100).repeat(4)  # blocks of four alike
-    width = lambda blocks: np.ptp(metrics.interval(metrics.block_bootstrap(values, blocks)))
-    assert width(np.arange(400) // 4) == pytest.approx(2 * width(np.arange(400)), rel=0.2)
-
-
-def test_paired_gain():
-    rng = np.random.default_rng(1)
-    first = rng.random((3, 300)) < 0.6
-    blocks = np.arange(300) // 4
-    nothing = metrics.paired_gain(first, first, blocks)
-    assert nothing["gain"] == 0 and nothing["ci95"] == [0, 0] and nothing["p_value"] == 1
-    better = first | (rng.random((3, 300)) < 0.3)
-    gain = metrics.paired_gain(first, better, blocks)
-    assert gain["gain"] == pytest.approx(better.mean() - first.mean())
-    assert 0 < gain["ci95"][0] < gain["gain"] < gain["ci95"][1] and gain["p_value"] < 0.01
 
 
 def correlated(n: int, width: int, seed: int) -> torch.Tensor:
@@ -184,7 +160,21 @@ def test_equal_error_rate_of_few_scores():
     assert error_rate(scores, genuine, weights) == pytest.approx(repeated)
 
 
-def test_equivalent_count_is_read_off_the_line_of_real_windows():
-    counts = np.array([10, 20, 40])
-    rows = np.array([[0.5, 0.4, 0.6, 0.8], [0.3, 0.4, 0.6, 0.8], [0.9, 0.4, 0.6, 0.8], [0.6, 0.4, 0.3, 0.8]])
-    assert metrics.equivalent_count(counts, rows) == pytest.approx([10 * 2**0.5, 10, 40, 20 * 2**0.5], rel=1e-6)
+def some(labels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (len(labels), 1, 32, 32), dtype=torch.uint8, generator=generator)
+    return WindowSet(images, torch.tensor(labels), (1, 2, 3), tuple(range(len(labels))), "jet", "data")
+
+
+def test_a_copy_is_found_also_when_it_is_shifted_but_never_among_another_users():
+    train = some([0, 0, 0, 1], seed=0)
+    queries = some([0, 0, 1, 2], seed=1)
+    queries.images[0] = train.images[2]
+    queries.images[1] = train.images[1].roll(5, dims=-1)
+    queries.images[2] = train.images[0]
+    distance, row = metrics.nearest_train(queries, train)
+    assert distance[:2].max() < 1e-3 and row[:2].tolist() == [2, 1]
+    shifted = torch.stack([train.float(3).roll(shift, dims=-1) for shift in range(32)])
+    expected = (queries.float(2) - shifted).square().mean((1, 2, 3)).sqrt().min()
+    torch.testing.assert_close(distance[2], expected)
+    assert row[2] == 3 and distance[3].isinf(), "a user without training windows"

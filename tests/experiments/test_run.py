@@ -218,7 +218,10 @@ def test_a_folder_of_kept_windows_is_one_of_generated_ones(denoised, tmp_path):
     assert all((tmp_path / "kept" / path).read_bytes() == (run / "generated" / path).read_bytes() for path in kept)
     with open(tmp_path / "kept" / "manifest.csv", newline="") as file:
         assert {row["path"] for row in csv.DictReader(file)} == {path.as_posix() for path in kept}
-    for wrong, says in (({"by": "beauty"}, "by must be one of confidence"), ({"share": 0}, "keep must be a share")):
+    for wrong, says in (
+        ({"by": "beauty"}, "by must be one of confidence"),
+        ({"fraction": 0}, "keep must be a fraction"),
+    ):
         with pytest.raises(DataError, match=says):
             select_folder(data, run / "generated", run / "split.json", tmp_path / "none", **wrong)
 

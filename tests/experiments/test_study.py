@@ -1,18 +1,19 @@
-"""How few windows are enough: one run for each number, on exactly those windows."""
+"""The study: one run for each number of windows, on exactly those windows."""
 
 import json
 
 import pytest
 from helpers import write_set
-from test_validate import evidence, windows
+from toys import evidence, windows
 
 from mdlib.cli import app
 from mdlib.data.splits import make_split, read_split, write_split
-from mdlib.data.windows import DataError, find_windows
+from mdlib.data.windows import find_windows
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.protocol import evaluate
 from mdlib.experiments import study as module
 from mdlib.experiments.study import study
+from mdlib.utils import DataError
 
 
 @pytest.fixture
@@ -27,11 +28,11 @@ def report():
 
 @pytest.fixture
 def runs(monkeypatch, report):
-    """What `study` would have the notebooks do; each leaves a report."""
-    asked = []
+    """The calls of `execute`; each writes a report instead of running notebooks."""
+    calls = []
 
-    def execute(out, parameters, first="", **said):
-        asked.append((out, parameters, said))
+    def execute(out, parameters, first="", **given):
+        calls.append((out, parameters, given))
         path = module.Path(out)
         path.mkdir(parents=True, exist_ok=True)
         (path / "run.json").write_text(json.dumps({"settings": {"split": parameters["split"]}}))
@@ -41,7 +42,7 @@ def runs(monkeypatch, report):
         (path / "report.json").write_text(json.dumps(report | {"outcomes": report["outcomes"] | {"paths": paths}}))
 
     monkeypatch.setattr(module, "execute", execute)
-    return asked
+    return calls
 
 
 def test_each_number_has_its_run_and_all_share_the_test(people, tmp_path, runs):
@@ -52,20 +53,21 @@ def test_each_number_has_its_run_and_all_share_the_test(people, tmp_path, runs):
     users = len(few["users"])
     assert (len(few["train"]), len(more["train"])) == (4 * users, 8 * users)
     assert few["test"] == more["test"] and few["val"] == more["val"]
-    assert all(said == {"data": str(people), "system": "vqvae-ldm", "preset": "smoke"} for *_, said in runs)
+    assert all(given == {"data": str(people), "system": "vqvae-ldm", "preset": "smoke"} for *_, given in runs)
     assert runs[0][1]["classifiers"] == runs[1][1]["classifiers"] and runs[0][1]["seeds"] == 2
-    page = (out / "study.html").read_text()
-    assert json.loads((out / "study.json").read_text()) == result
-    assert page.count("data:image/png;base64,") == 1 and "http" not in page and "evenly spaced" in page
-    assert "equivalent real windows" in page and page.count(result["rows"][0]["verdict"]["sentence"][:40]) == 2
+    assert json.loads((out / "study.json").read_text()) == result and (out / "study.html").exists()
 
 
-def test_a_second_call_adds_numbers_and_other_terms_are_refused(people, tmp_path, runs):
+def test_a_second_call_adds_numbers_and_other_settings_are_refused(people, tmp_path, runs):
     out = tmp_path / "study"
     study(people, out, "vqvae-ldm", "smoke", (4,))
-    assert [row["windows_per_user"] for row in study(people, out, "vqvae-ldm", "smoke", (6,))["rows"]] == [4, 6]
-    with pytest.raises(DataError, match=r"holds a study on other terms \(contiguous: False is not True\)"):
-        study(people, out, "vqvae-ldm", "smoke", (4,), contiguous=True)
+    assert [row["windows_per_user"] for row in study(people, out, "vqvae-ldm", counts=(6,))["rows"]] == [4, 6]
+    expected = r"holds a study with other settings \(system: 'vqvae-ldm' is not 'vae-diffusion'\)"
+    with pytest.raises(DataError, match=expected):
+        study(people, out, "vae-diffusion", "smoke", (4,))
+    (out / "settings.json").rename(out / "terms.json")  # as mdlib 0.1 called it
+    with pytest.raises(DataError, match=expected):
+        study(people, out, "vae-diffusion", "smoke", (4,))
 
 
 def test_a_study_goes_on_where_it_was_moved_but_not_with_other_windows(people, tmp_path, runs):
@@ -74,7 +76,7 @@ def test_a_study_goes_on_where_it_was_moved_but_not_with_other_windows(people, t
     study(people, tmp_path / "moved", "vqvae-ldm", "smoke", (4, 6))
     assert runs[1][1]["split"] == runs[0][1]["split"], "the run knows it by that name"
     write_set(people, numbers=range(60, 70))
-    with pytest.raises(DataError, match="windows-[46] was made from other windows than are in the data now"):
+    with pytest.raises(DataError, match="windows-[46] was trained on other windows than the data holds now"):
         study(people, tmp_path / "moved", "vqvae-ldm", "smoke", (4, 8))
 
 
@@ -91,7 +93,7 @@ def test_folds_are_one_measurement_on_other_test_windows_each(people, tmp_path, 
     assert three["gain_per_fold"] == [one["gain"]["value"]] * 3
     distance, before = row["fidelity"]["kid"], single["fidelity"]["kid"]
     assert distance["value"] == pytest.approx(before["value"]) and distance["n_per_fold"] == [before["n"]] * 3
-    assert distance["real_vs_real"] == pytest.approx(before["real_vs_real"]), "what real windows get stays beside it"
+    assert distance["real_vs_real"] == pytest.approx(before["real_vs_real"]), "the figure of real windows stays with it"
     assert "of 3 folds" in row["verdict"]["sentence"] and "of 3 folds" in (out / "study.html").read_text()
     (row,) = study(people, out, "vqvae-ldm", "smoke", (4,), folds=4)["rows"]
     assert row["folds"] == 4, "a further fold joins"
@@ -116,17 +118,17 @@ def test_a_figure_that_one_fold_lacks_is_no_mean(people, tmp_path, runs):
     assert "accuracy" not in both["identity"]
 
 
-def test_a_fold_judged_by_an_older_version_is_judged_again(people, tmp_path, monkeypatch, runs):
-    out, told = tmp_path / "study", []
+def test_a_fold_evaluated_by_an_older_version_is_evaluated_again(people, tmp_path, monkeypatch, runs):
+    out, first = tmp_path / "study", []
     study(people, out, "vqvae-ldm", "smoke", (4,))
     path = out / "windows-4" / "report.json"
     report = json.loads(path.read_text())
     del report["outcomes"]["users"]
     path.write_text(json.dumps(report))
     again = module.execute
-    monkeypatch.setattr(module, "execute", lambda *words, **said: (told.append(words[2]), again(*words, **said)))
+    monkeypatch.setattr(module, "execute", lambda *words, **given: (first.append(words[2]), again(*words, **given)))
     (row,) = study(people, out, "vqvae-ldm", "smoke", (4,), folds=2)["rows"]
-    assert told == ["06", ""] and row["folds"] == 2
+    assert first == ["06", ""] and row["folds"] == 2
 
 
 def test_weights_that_saw_a_folds_test_windows_are_refused(people, tmp_path, runs):
@@ -156,33 +158,32 @@ def test_weights_that_saw_a_folds_test_windows_are_refused(people, tmp_path, run
     study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), folds=2, parameters=start)
 
 
-def test_the_command_line_tells_every_verdict(people, tmp_path, runs, capsys):
+def test_the_command_line_prints_every_verdict(people, tmp_path, runs, capsys):
     words = ["study", "--data", people, "--out", tmp_path / "study", "--preset", "smoke", "--windows", "4,6"]
-    app([*map(str, words), "--contiguous", "--folds", "1", "-p", "seeds=2"], standalone_mode=False)
-    told = capsys.readouterr().out.splitlines()
-    assert told[-3].endswith("study.html") and all("test windows" in line for line in told[-2:])
-    few = read_split(tmp_path / "study" / "split-4.json")
-    assert few["contiguous"] and runs[0][2]["system"] == "vae-diffusion" and runs[0][1]["seeds"] == 2
-    with pytest.raises(ValueError, match="windows: whole numbers with commas between, got '4,x'"):
+    app([*map(str, words), "--folds", "1", "-p", "seeds=2"], standalone_mode=False)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-3].endswith("study.html") and all("test windows" in line for line in printed[-2:])
+    assert (tmp_path / "study" / "split-4.json").exists()
+    assert runs[0][2]["system"] == "vae-diffusion" and runs[0][1]["seeds"] == 2
+    with pytest.raises(ValueError, match="windows: whole numbers .*, got '4,x'"):
         app([*map(str, words[:-1]), "4,x"], standalone_mode=False)
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, expected",
     [
-        (dict(counts=(4, 1000)), "windows_per_user=1000 cannot be kept"),
+        (dict(counts=(4, 1000)), "windows_per_user=1000 is not possible"),
         (dict(counts=()), "counts must be whole numbers of 1 or more"),
         (dict(counts=(0,)), "counts must be whole numbers of 1 or more"),
         (dict(folds=5), "folds must be a whole number from 1 to 4, got 5"),
         (dict(folds=0), "folds must be a whole number from 1 to 4, got 0"),
-        (dict(folds=2, parameters={"rival": "other/codec"}), "rival is of one split"),
         (dict(parameters={"split": "mine.json"}), "split is no parameter of a study"),
         (dict(parameters={"windows": 3}), "no notebook has a parameter 'windows'"),
         (dict(system="vae"), "unknown system 'vae'"),
         (dict(preset="demos"), "unknown preset 'demos'"),
     ],
 )
-def test_bad_input_is_told_before_anything_is_made(people, tmp_path, runs, options, told):
-    with pytest.raises(DataError, match=told) as error:
+def test_bad_input_raises_before_anything_is_written(people, tmp_path, runs, options, expected):
+    with pytest.raises(DataError, match=expected) as error:
         study(people, tmp_path / "study", **{"preset": "smoke", "counts": (4,), **options})
     assert not runs and not (tmp_path / "study").exists() and "\n" not in str(error.value)

@@ -1,9 +1,9 @@
-"""The folder kaggle/: its metadata pass the official client's own checks, and the client does what is asked of it with
-a server on this machine in Kaggle's place."""
+"""The folder kaggle/: metadata that pass the official client's checks, and the client against a local server."""
 
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,7 +27,7 @@ INPUTS = ("mdlib-wheels", "mdlib-windows")
 
 
 class Kaggle(ThreadingHTTPServer):
-    """The few endpoints that are used. What it is asked lies in `calls`; what it answers may be changed."""
+    """The endpoints that are used. `calls` holds the requests; answers may be changed."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -127,7 +127,7 @@ def kaggle(monkeypatch, tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """push.py with arguments: exit code, what it printed, what it complained of."""
+    """Calls push.py with arguments: exit code, stdout, stderr."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["push.py", *map(str, arguments)])
@@ -146,35 +146,34 @@ def test_the_clients_package_and_this_folder_do_not_meet():
     assert answer.stdout.split()[-1:] == [metadata.pins()["kaggle"]], answer.stderr
 
 
-@pytest.mark.parametrize("internet", [False, True])
-@pytest.mark.parametrize("notebook", BEFORE)
+@pytest.mark.parametrize("notebook, internet", [(name, number % 2 == 0) for number, name in enumerate(BEFORE)])
 def test_the_client_takes_every_notebooks_metadata(notebook, internet, kaggle, tmp_path, capsys):
     kernel = Kernel(notebook, "me", internet=internet, datasets=(*INPUTS, "you/others"))
     folder = write_kernel(kernel, tmp_path / "kernel", {})
     push.push(push.connect(), folder)
     assert "does not resolve" not in capsys.readouterr().out, "the title would give the page another name"
-    (asked,) = kaggle.of("SaveKernel")
-    assert asked["slug"] == kernel.id and asked["kernelType"] == "notebook" and asked["language"] == "python"
-    assert asked["enableInternet"] is internet and asked["isPrivate"] is True
-    assert asked["enableGpu"] is True and asked["machineShape"] == "NvidiaTeslaT4"
-    assert asked["datasetDataSources"] == ["me/mdlib-wheels", "me/mdlib-windows", "you/others"]
+    (request,) = kaggle.of("SaveKernel")
+    assert request["slug"] == kernel.id and request["kernelType"] == "notebook" and request["language"] == "python"
+    assert request["enableInternet"] is internet and request["isPrivate"] is True
+    assert request["enableGpu"] is True and request["machineShape"] == "NvidiaTeslaT4"
+    assert request["datasetDataSources"] == ["me/mdlib-wheels", "me/mdlib-windows", "you/others"]
     before = BEFORE[notebook].replace("_", "-")
-    assert asked.get("kernelDataSources", []) == ([f"me/mdlib-{before}"] if before else [])
-    cells = json.loads(asked["text"])["cells"]
+    assert request.get("kernelDataSources", []) == ([f"me/mdlib-{before}"] if before else [])
+    cells = json.loads(request["text"])["cells"]
     assert any("NvidiaTeslaT4" in cell["source"] for cell in cells)
 
 
-def test_a_run_that_goes_on_reads_its_own_last_output_and_a_tag_keeps_runs_apart():
-    asked = Kernel("03_train_prior", "me", tag="few", resume=True, accelerator="").metadata
-    assert asked["id"] == "me/mdlib-03-train-prior-few" and asked["enable_gpu"] is False
-    assert asked["kernel_sources"] == ["me/mdlib-02-train-vqvae-few", "me/mdlib-03-train-prior-few"]
+def test_a_resumed_run_reads_its_own_last_output_and_a_tag_distinguishes_runs():
+    request = Kernel("03_train_prior", "me", tag="few", resume=True, accelerator="").metadata
+    assert request["id"] == "me/mdlib-03-train-prior-few" and request["enable_gpu"] is False
+    assert request["kernel_sources"] == ["me/mdlib-02-train-vqvae-few", "me/mdlib-03-train-prior-few"]
     other = Kernel("05_generate", "me", after="04_train_diffusion").metadata
     assert other["kernel_sources"] == ["me/mdlib-04-train-diffusion"]
-    with pytest.raises(Stop, match="tag 'Few windows': up to 20 lower-case letters"):
+    with pytest.raises(Stop, match="tag 'Few windows': use up to 20 lower-case letters"):
         Kernel("02_train_vqvae", "me", tag="Few windows")
 
 
-def test_parameters_go_behind_the_notebooks_own(tmp_path):
+def test_parameters_override_the_notebooks_own(tmp_path):
     given = {"codec_options": {"beta": 0.5}, "windows_per_user": 20}
     write_kernel(Kernel("02_train_vqvae", "me"), tmp_path, given)
     notebook = nbformat.read(tmp_path / "02_train_vqvae.ipynb", as_version=4)
@@ -190,8 +189,8 @@ def test_parameters_go_behind_the_notebooks_own(tmp_path):
     "notebook, parameters, resume, message",
     [
         ("02_train_vqvae", {"sed": 3}, False, "has no parameter 'sed'; there are"),
-        ("03_train_prior", {"seed": 3}, False, "notebook 02 settles the run: give seed there"),
-        ("02_train_vqvae", {"seed": 3}, True, "a run that goes on keeps its settings: leave out seed"),
+        ("03_train_prior", {"seed": 3}, False, "seed: settings of a run are given to notebook 02"),
+        ("02_train_vqvae", {"seed": 3}, True, "a resumed run has its settings: leave out seed"),
     ],
 )
 def test_a_parameter_that_would_be_ignored_is_refused(notebook, parameters, resume, message, tmp_path):
@@ -206,30 +205,30 @@ def test_one_command_pushes_shows_the_log_once_and_fetches_the_output(kaggle, ca
     kaggle.events = ["first\n", "second\n", "third\n"]
     kaggle.breaks_after = 2
     kaggle.outputs = {"runs/demo/run.json": b"{}", "runs/demo/codec/state.pt": b"large"}
-    code, printed, complained = call("kernel", "02", "-p", "seed=3", "--out", tmp_path / "out")
-    assert code == 0, complained
+    code, printed, err = call("kernel", "02", "-p", "seed=3", "--out", tmp_path / "out")
+    assert code == 0, err
     assert re.findall("first|second|third", printed) == ["first", "second", "third"]
     output = tmp_path / "out" / "mdlib-02-train-vqvae" / "output"
     assert [path.name for path in output.rglob("*") if path.is_file()] == ["run.json"], "checkpoints stay there"
     assert "me/mdlib-02-train-vqvae: complete; 1 files in" in printed
 
 
-def test_a_run_that_fails_is_told_in_one_line(kaggle, call, tmp_path):
+def test_a_run_that_fails_is_reported_in_one_line(kaggle, call, tmp_path):
     kaggle.statuses, kaggle.events = ["ERROR"], ["DataError: no windows\n"]
     kaggle.answers["GetKernelSessionStatus"] = {"failureMessage": "cell 5\nraised"}
-    code, printed, complained = call("kernel", "02", "--out", tmp_path)
+    code, printed, err = call("kernel", "02", "--out", tmp_path)
     assert code == 1 and "DataError: no windows" in printed
-    assert complained.strip() == "push: me/mdlib-02-train-vqvae ended with ERROR: cell 5 raised"
+    assert err.strip() == "push: me/mdlib-02-train-vqvae ended with ERROR: cell 5 raised"
 
 
-def test_what_kaggle_refuses_is_told_in_one_line(kaggle, call, tmp_path):
+def test_what_kaggle_refuses_is_reported_in_one_line(kaggle, call, tmp_path):
     kaggle.answers["SaveKernel"] = {"invalidDatasetSources": ["me/mdlib-windows"]}
-    code, _, complained = call("kernel", "02", "--out", tmp_path)
-    assert code == 1 and complained.count("\n") == 1
-    assert "version 3 was started without me/mdlib-windows" in complained
+    code, _, err = call("kernel", "02", "--out", tmp_path)
+    assert code == 1 and err.count("\n") == 1
+    assert "version 3 was started without me/mdlib-windows" in err
     kaggle.answers["SaveKernel"] = {"error": "Maximum weekly GPU quota reached"}
-    code, _, complained = call("kernel", "02", "--out", tmp_path)
-    assert code == 1 and complained.strip().endswith("did not take the notebook: Maximum weekly GPU quota reached")
+    code, _, err = call("kernel", "02", "--out", tmp_path)
+    assert code == 1 and err.strip().endswith("Kaggle refused the notebook: Maximum weekly GPU quota reached")
 
 
 def test_without_credentials_nothing_is_pushed(kaggle, call, tmp_path, monkeypatch):
@@ -237,32 +236,29 @@ def test_without_credentials_nothing_is_pushed(kaggle, call, tmp_path, monkeypat
 
     monkeypatch.delenv("KAGGLE_USERNAME")
     monkeypatch.setattr(KaggleApi, "config", str(tmp_path / "kaggle.json"))
-    code, printed, complained = call("kernel", "02", "--out", tmp_path)
-    assert (code, printed, complained.strip()) == (
-        1,
-        "",
-        "push: Kaggle does not know you: kaggle auth login, or set KAGGLE_API_TOKEN",
-    )
+    code, printed, err = call("kernel", "02", "--out", tmp_path)
+    expected = "push: no Kaggle credentials: run kaggle auth login, or set KAGGLE_API_TOKEN"
+    assert (code, printed, err.strip()) == (1, "", expected)
     assert not kaggle.of("SaveKernel")
 
 
 def test_windows_become_a_private_data_set_and_then_its_next_version(kaggle, call, tmp_path):
     people = write_set(tmp_path / "people")
     kaggle.dataset = ["NONE", "NONE", "BLOBS_RECEIVED", "READY"]
-    code, printed, complained = call("dataset", people, "--name", "mdlib-windows")
-    assert code == 0, complained
-    (asked,) = kaggle.of("CreateDataset")
-    assert asked["isPrivate"] is True and (asked["ownerSlug"], asked["slug"]) == ("me", "mdlib-windows")
-    assert sorted(entry["token"] for entry in asked["files"]) == ["ID_1.zip", "ID_2.zip"]
+    code, printed, err = call("dataset", people, "--name", "mdlib-windows")
+    assert code == 0, err
+    (request,) = kaggle.of("CreateDataset")
+    assert request["isPrivate"] is True and (request["ownerSlug"], request["slug"]) == ("me", "mdlib-windows")
+    assert sorted(entry["token"] for entry in request["files"]) == ["ID_1.zip", "ID_2.zip"]
     (tmp_path / "one.zip").write_bytes(kaggle.uploads["ID_1.zip"])
     assert len(zipfile.ZipFile(tmp_path / "one.zip").namelist()) == 3, "Kaggle unpacks it to ID_1/"
     assert "me/mdlib-windows: ready" in printed
-    code, _, complained = call("dataset", people, "--name", "mdlib-windows", "--message", "more")
-    assert code == 0, complained
-    (asked,) = kaggle.of("CreateDatasetVersion")
-    assert asked["body"]["versionNotes"] == "more" and len(asked["body"]["files"]) == 2
-    code, _, complained = call("dataset", people, "--name", "another-name")
-    assert code == 1 and "is of me/mdlib-windows: give that name, or delete the file" in complained
+    code, _, err = call("dataset", people, "--name", "mdlib-windows", "--message", "more")
+    assert code == 0, err
+    (request,) = kaggle.of("CreateDatasetVersion")
+    assert request["body"]["versionNotes"] == "more" and len(request["body"]["files"]) == 2
+    code, _, err = call("dataset", people, "--name", "another-name")
+    assert code == 1 and "belongs to me/mdlib-windows: give that name, or delete the file" in err
 
 
 def fake_wheel(folder: Path, name: str, tag: str = "py3-none-any") -> None:
@@ -286,16 +282,19 @@ def test_the_wheelhouse_installs_without_a_network(tmp_path, monkeypatch):
     files = [path.name for path in wheelhouse.build(tmp_path / "house")]
     wheels = [name for name in files if name.endswith(".whl")]
     assert sorted(name.split("-")[0] for name in wheels) == ["lpips", "mdlib", "pytorch_metric_learning"]
-    assert all(name.endswith("-py3-none-any.whl") for name in wheels), "for every Python that Kaggle may bring"
-    checks = {"check_environment.py", "setup_environment.py", "pyproject.toml", "SHA256SUMS"}
-    assert set(files) - set(wheels) == checks
+    assert all(name.endswith("-py3-none-any.whl") for name in wheels), "for every Python version"
+    scripts = {"check_environment.py", "setup_environment.py", "install_mdlib.py", "pyproject.toml", "SHA256SUMS"}
+    assert set(files) - set(wheels) == scripts
     assert len((tmp_path / "house" / "SHA256SUMS").read_text().splitlines()) == len(files) - 1
     assert not damaged_files(tmp_path / "house")
     target = tmp_path / "installed"
     house = [str(tmp_path / "house" / name) for name in wheels]
     wheelhouse.pip("install", "--no-index", "--no-deps", "--target", target, *house)
-    modules = {path.name for path in (ROOT / "mdlib").glob("*.py")}
-    assert {path.name for path in (target / "mdlib").glob("*.py")} == modules
+    sources, installed = (
+        {path.relative_to(root) for kind in ("*.py", "*.html") for path in root.rglob(kind)}
+        for root in (ROOT / "mdlib", target / "mdlib")
+    )
+    assert installed == sources, "rooms and templates, too"
     assert not (ROOT / "build").exists() or "mdlib" not in [path.name for path in (ROOT / "build").iterdir()]
 
 
@@ -306,13 +305,13 @@ def test_a_wheel_for_one_machine_stays_out(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     fake_wheel(tmp_path / "index", "lpips", str(next(packaging.tags.sys_tags())))
     fake_wheel(tmp_path / "index", "pytorch-metric-learning")
-    with pytest.raises(Stop, match="lpips.* is made for one Python or machine only"):
+    with pytest.raises(Stop, match="lpips.* is built for one Python version or machine"):
         wheelhouse.build(tmp_path / "house")
     assert not (tmp_path / "house").exists()
 
 
 def first_cells() -> dict[str, str]:
-    """Of every notebook, the cell that installs mdlib."""
+    """The cell of every notebook that installs mdlib."""
     cells = {}
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -322,17 +321,18 @@ def first_cells() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("mount", ["wheels", "datasets/me/wheels"])
-def test_notebooks_install_the_wheels_they_find_and_nothing_where_mdlib_is_there(mount, tmp_path, monkeypatch):
+def test_notebooks_install_the_wheels_they_find_if_mdlib_is_missing(mount, tmp_path, monkeypatch):
     (source,) = set(first_cells().values())
     commands = []
     monkeypatch.setattr(subprocess, "run", lambda command, **options: commands.append(command))
     exec(source, {})
-    assert commands == [], "mdlib is there"
+    assert commands == [], "mdlib is installed"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     source = source.replace("/kaggle/input", str(tmp_path))
-    with pytest.raises(RuntimeError, match="attach the data set of its wheels"):
+    with pytest.raises((IndexError, RuntimeError)):
         exec(source, {})
     (tmp_path / mount).mkdir(parents=True)
+    shutil.copy(ROOT / "kaggle" / "install_mdlib.py", tmp_path / mount)
     for name in ("mdlib-0.1.0-py3-none-any.whl", "lpips-0.1.4-py3-none-any.whl", "pyproject.toml"):
         (tmp_path / mount / name).touch()
     exec(source, {})
@@ -340,13 +340,13 @@ def test_notebooks_install_the_wheels_they_find_and_nothing_where_mdlib_is_there
     assert [Path(name).name.split("-")[0] for name in commands[0][7:]] == ["lpips", "mdlib"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_guides_commands_are_understood(name, call, tmp_path):
-    text = (ROOT / "kaggle" / name).read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["docs/kaggle.md", "kaggle/README.md", "kaggle/README.zh-CN.md"])
+def test_the_guides_commands_are_valid(name, call, tmp_path):
+    text = (ROOT / name).read_text(encoding="utf-8")
     assert f"kaggle=={metadata.pins()['kaggle']} six=={metadata.pins()['six']}" in text
     commands = re.findall(r"^python kaggle/push\.py kernel (.+?)(?: +#.*)?$", text, re.MULTILINE)
-    assert len(commands) > 5
+    assert len(commands) > 4
     for number, command in enumerate(commands):
         words = [word.strip("'") for word in command.split()]
-        code, _, complained = call("kernel", *words, "--prepare", "--owner", "me", "--out", tmp_path / str(number))
-        assert code == 0, f"{command}: {complained}"
+        code, _, err = call("kernel", *words, "--prepare", "--owner", "me", "--out", tmp_path / str(number))
+        assert code == 0, f"{command}: {err}"

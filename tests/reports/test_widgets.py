@@ -11,8 +11,8 @@ from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 
 from mdlib.data.windows import WindowFile, WindowSet, to_uint8
-from mdlib.evaluation.codebook import survey
-from mdlib.evaluation.neighbours import nearest_train
+from mdlib.evaluation.codec_quality import survey
+from mdlib.evaluation.metrics import nearest_train
 from mdlib.models.transformer import TokenPrior
 from mdlib.models.unet import LatentDiffusion
 from mdlib.models.vqvae import VQVAE
@@ -115,30 +115,32 @@ def test_moving_the_slider_shows_that_user_with_the_nearest_training_windows(use
 
 
 def test_seed_and_temperature_draw_live(users, pipeline):
-    assert list(users.dials) == ["guidance_scale", "temperature"] and users.dials["temperature"].value == 0.9
+    assert list(users.sliders) == ["guidance_scale", "temperature"] and users.sliders["temperature"].value == 0.9
     users.seed.value = 5
     assert users.source.value == widgets.LIVE, "who moves a control wants to see what it does"
     expected = lambda **options: to_uint8(pipeline([3], 2, seed=5, output_type="pt", **options).images)
-    assert torch.equal(users.made.windows.images, expected())
-    users.dials["temperature"].value = 2.0
-    assert torch.equal(users.made.windows.images, expected(temperature=2.0))
+    assert torch.equal(users.shown.windows.images, expected())
+    users.sliders["temperature"].value = 2.0
+    assert torch.equal(users.shown.windows.images, expected(temperature=2.0))
     assert not torch.equal(expected(), expected(temperature=2.0))
 
 
 def test_only_what_the_prior_knows_can_be_turned(real, generated, codec):
     prior = LatentDiffusion(codec.latent_shape, num_users=3, block_out_channels=(8,), norm_num_groups=4, head_dim=8)
     diffusion = MicroDopplerPipeline(codec, prior, users=USERS, sampling=dict(guidance_scale=12.0))
-    assert list(widgets._dials(diffusion.sampling_options())) == ["guidance_scale"]
-    assert widgets._dials(diffusion.sampling_options())["guidance_scale"].value == 12.0, "beyond the slider's usual end"
+    assert list(widgets._sliders(diffusion.sampling_options())) == ["guidance_scale"]
+    assert widgets._sliders(diffusion.sampling_options())["guidance_scale"].value == 12.0, (
+        "beyond the slider's usual end"
+    )
     alone = widgets._Users(widgets._People(real, generated, real, None, each=2), "selected", 0, {})
-    assert not alone.dials and [value for _, value in alone.user.options] == [3, 7], "no pipeline: what is on disk"
+    assert not alone.sliders and [value for _, value in alone.user.options] == [3, 7], "no pipeline: what is on disk"
 
 
-def test_kept_live_windows_are_saved_as_generate_writes_them(users, pipeline, tmp_path):
+def test_selected_live_windows_are_saved_as_generate_writes_them(users, pipeline, tmp_path):
     users.user.value, users.seed.value = 7, 4
-    users.keep[1].value = True
+    users.selected[1].value = True
     users.button.click()
-    assert "1 window of ID_7 saved in" in users.message.line.value
+    assert "1 window of ID_7 saved in" in users.line.value
     pipeline.generate_folder(tmp_path / "all", users=[7], per_user=2, seed=4)
     name = "ID_7/ID7_generated_seed4_2.png"
     assert [path.relative_to(tmp_path / "selected").as_posix() for path in tmp_path.glob("selected/*/*")] == [name]
@@ -147,12 +149,12 @@ def test_kept_live_windows_are_saved_as_generate_writes_them(users, pipeline, tm
     assert row == (tmp_path / "all" / "manifest.csv").read_text().splitlines()[2]
 
 
-def test_kept_windows_on_disk_are_copied_beside_live_ones_of_the_same_options(users, folder, tmp_path):
-    users.keep[0].value = True
+def test_selected_windows_on_disk_are_copied_beside_live_ones_of_the_same_options(users, folder, tmp_path):
+    users.selected[0].value = True
     users.button.click()
     users.seed.value = 9
-    assert not users.keep[0].value, "other windows: none of them is kept yet"
-    users.keep[0].value = True
+    assert not users.selected[0].value, "other windows: none of them is selected yet"
+    users.selected[0].value = True
     users.button.click()
     names = ["ID3_generated_seed0_1.png", "ID3_generated_seed9_1.png"]
     assert sorted(path.name for path in tmp_path.glob("selected/ID_3/*")) == names
@@ -162,29 +164,29 @@ def test_kept_windows_on_disk_are_copied_beside_live_ones_of_the_same_options(us
 
 def test_what_cannot_be_done_is_told_in_one_line(users, monkeypatch, tmp_path):
     users.button.click()
-    assert "nothing is kept: choose windows" in users.message.line.value
+    assert "no window is selected: use the buttons" in users.line.value
     users.user.value = 12
-    assert "holds no window of ID_12: generate some" in users.message.line.value
+    assert "holds no window of ID_12: generate some" in users.line.value
     assert users.view.layout.visibility == "hidden", "no picture of somebody else stays"
     monkeypatch.setattr(users.people.pipeline, "plan", lambda *_: 1 / 0)
     users.source.value = widgets.LIVE
-    assert "ZeroDivisionError: division by zero" in users.message.line.value
+    assert "ZeroDivisionError: division by zero" in users.line.value
     monkeypatch.undo()
     users.seed.value = 1
-    assert users.view.layout.visibility == "visible" and ">" in users.message.line.value
-    users.keep[0].value = True
+    assert users.view.layout.visibility == "visible" and ">" in users.line.value
+    users.selected[0].value = True
     users.button.click()
-    users.dials["temperature"].value = 0.5
-    users.keep[0].value = True
+    users.sliders["temperature"].value = 0.5
+    users.selected[0].value = True
     users.button.click()
-    assert "windows made otherwise (temperature differ)" in users.message.line.value
+    assert "windows made otherwise (temperature differ)" in users.line.value
 
 
 def test_an_error_within_a_redrawn_page_is_not_lost(codes, monkeypatch):
     codes.page.value = 2
     monkeypatch.setattr(widgets.plots, "tile", lambda *_: 1 / 0)
     codes.whose.value = 0
-    assert "ZeroDivisionError" in codes.message.line.value
+    assert "ZeroDivisionError" in codes.line.value
 
 
 def test_people_with_conditions_are_shown_by_condition(real, generated):
@@ -196,7 +198,7 @@ def test_people_with_conditions_are_shown_by_condition(real, generated):
         list(browser.condition.options) == ["bag", "normal"] and browser.condition in browser.box.children[0].children
     )
     browser.condition.value = "normal"
-    assert torch.equal(browser.made.windows.images, generated.images[1:2]) and browser.keep[1].disabled
+    assert torch.equal(browser.shown.windows.images, generated.images[1:2]) and browser.selected[1].disabled
 
 
 def test_a_batch_run_shows_pictures_instead(shown, codec, real, generated, monkeypatch):

@@ -1,8 +1,9 @@
-"""A Kaggle session, pretended: its inputs are found wherever they are mounted, and nothing is lost when it ends."""
+"""A simulated Kaggle session: inputs are found wherever they are mounted, and nothing is lost when it ends."""
 
 import json
 import os
 import shutil
+import sys
 import time
 from contextlib import suppress
 from types import SimpleNamespace
@@ -17,9 +18,10 @@ from tqdm.std import tqdm as text_bar
 
 from mdlib import utils
 from mdlib.experiments import kaggle_session
-from mdlib.experiments.kaggle_session import Gpu, find_data, find_run, find_wheels, preset_for
+from mdlib.experiments.kaggle_session import find_data, find_run, find_wheels
 from mdlib.experiments.run import open_run
 from mdlib.systems import SYSTEMS
+from mdlib.systems.machines import Gpu, preset_for
 from mdlib.training.fit import fit, precision
 from mdlib.utils import bar
 
@@ -51,10 +53,10 @@ def write_run(folder, steps=(), **settings):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_windows_are_found_wherever_they_are_mounted(layout, tmp_path):
-    made = write_set(tmp_path / layout)
+    windows = write_set(tmp_path / layout)
     write_set(write_run(tmp_path / "notebooks" / "me" / "mdlib-05" / "runs" / "demo") / "generated")
     (write_set(tmp_path / "notebooks" / "me" / "other" / "more") / "generation.json").touch()
-    assert find_data(tmp_path) == made
+    assert find_data(tmp_path) == windows
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -69,11 +71,11 @@ def test_of_two_data_sets_one_has_to_be_named(first, second, tmp_path):
     assert find_data(tmp_path) is None
     write_set(tmp_path / first)
     write_set(tmp_path / second)
-    told = message(find_data, tmp_path)
-    assert first in told and second in told and told.endswith("give one of them as data")
+    text = message(find_data, tmp_path)
+    assert first in text and second in text and text.endswith("give one of them as data")
 
 
-def test_the_run_that_got_furthest_goes_on(tmp_path):
+def test_the_most_advanced_run_continues(tmp_path):
     assert find_run(tmp_path) is None and find_wheels(tmp_path) is None
     write_run(tmp_path / "notebooks" / "me" / "mdlib-02" / "runs" / "demo", ["02"])
     further = write_run(tmp_path / "notebooks" / "me" / "mdlib-03" / "runs" / "demo", ["02"], data="/elsewhere")
@@ -82,7 +84,7 @@ def test_the_run_that_got_furthest_goes_on(tmp_path):
     assert find_run(tmp_path) == further
     assert find_run(tmp_path) != write_run(tmp_path / "mdlib-04", [])
     write_run(tmp_path / "mdlib-05", ["02", "03"], seed=1)
-    assert "runs of different settings are attached" in message(find_run, tmp_path)
+    assert "runs with different settings are attached" in message(find_run, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +104,8 @@ def test_the_preset_follows_the_gpu(gpus, preset):
     assert preset_for(gpus) == preset
     wanted = {"demo": {"no"}, "p100": {"no"}}.get(preset, {"fp16"})
     for system in SYSTEMS.values():
-        made = system.presets[preset]
-        assert {made.codec_training.mixed_precision, made.prior_training.mixed_precision} == wanted
+        found = system.presets[preset]
+        assert {found.codec_training.mixed_precision, found.prior_training.mixed_precision} == wanted
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_bf16_is_never_emulated(capability, wanted, got, monkeypatch):
         precision(wanted)
 
 
-def test_preset_auto_is_chosen_once_and_kept(tmp_path, monkeypatch):
+def test_preset_auto_is_chosen_once(tmp_path, monkeypatch):
     people = write_set(tmp_path / "people", numbers=range(1, 25))
     monkeypatch.setattr("mdlib.experiments.run.gpus", lambda: [P100])
     assert open_run(tmp_path / "run", data=str(people), preset="auto").settings["preset"] == "p100"
@@ -142,23 +144,25 @@ def test_a_session_ends_half_an_hour_before_kaggle_ends_it(monkeypatch):
     processes = SimpleNamespace(
         Error=OSError, Process=lambda number: SimpleNamespace(create_time=lambda: now - ages.get(number, 60))
     )
-    monkeypatch.setitem(__import__("sys").modules, "psutil", processes)
+    monkeypatch.setitem(sys.modules, "psutil", processes)
+    monkeypatch.setattr(time, "time", lambda: now)
     ages[1] = 3 * 3600
-    assert kaggle_session.session_end(now) == now + 8.5 * 3600
+    assert kaggle_session.session_end() == now + 8.5 * 3600
     ages[1] = 20 * 24 * 3600  # the machine's own first process, not the session's
-    assert kaggle_session.session_end(now) == now + 11.5 * 3600 - 60
+    assert kaggle_session.session_end() == now + 11.5 * 3600 - 60
     ages[os.getpid()] = 13 * 3600
-    assert kaggle_session.session_end(now) == now + 11.5 * 3600
+    assert kaggle_session.session_end() == now + 11.5 * 3600
 
 
-def test_a_session_without_the_gpu_it_was_to_have_says_so(session, monkeypatch, capsys):
+def test_a_session_without_the_gpu_it_requested_stops(session, monkeypatch, capsys):
     write_set(session.input / "windows")
     assert kaggle_session.begin("runs/demo") == str(session.input / "windows")
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and "a batch run: no GPU" in printed and "phone number is verified" in printed
     assert "training stops by itself in" in printed and "GB may be written" in printed
-    monkeypatch.setenv(kaggle_session.ASKED_FOR, "NvidiaTeslaT4")
-    assert message(kaggle_session.begin, "runs/demo").startswith("NvidiaTeslaT4 was asked for and no GPU given: ")
+    monkeypatch.setenv(kaggle_session.REQUESTED, "NvidiaTeslaT4")
+    text = message(kaggle_session.begin, "runs/demo")
+    assert text.startswith("NvidiaTeslaT4 was requested, but this session has no GPU: ")
     monkeypatch.setattr(kaggle_session, "gpus", lambda: [T4, T4])
     kaggle_session.begin("runs/demo")
     assert "2 × Tesla T4, 16 GB each; preset auto is t4x2" in capsys.readouterr().out
@@ -172,7 +176,7 @@ def test_elsewhere_nothing_happens(session, monkeypatch, capsys):
     assert not utils.has_deadline()
 
 
-def test_a_run_is_copied_from_read_only_inputs_and_told_where_its_windows_are_now(session):
+def test_a_run_is_copied_from_read_only_inputs_and_finds_its_windows(session):
     attached = write_run(session.input / "notebooks" / "me" / "mdlib-02" / "runs" / "demo", ["02"])
     (attached / "codec").mkdir()
     (attached / "codec" / "state.pt").write_bytes(b"state")
@@ -186,10 +190,10 @@ def test_a_run_is_copied_from_read_only_inputs_and_told_where_its_windows_are_no
     assert (out / "codec" / "state.pt").read_bytes() == b"state" and out.stat().st_mode & 0o200
     (out / "codec" / "new").touch()
     (out / "run.json").write_text("{}")
-    assert kaggle_session.begin(out) == "" and (out / "run.json").read_text() == "{}", "what is there stays"
+    assert kaggle_session.begin(out) == "" and (out / "run.json").read_text() == "{}", "an existing run stays"
 
 
-def test_what_is_kept_has_a_limit(session, monkeypatch, tmp_path):
+def test_disk_space_is_checked_before_work_starts(session, monkeypatch, tmp_path):
     (session.working / "large").write_bytes(b"0" * 9_000)
     monkeypatch.setattr(utils, "KEPT_BYTES", 9_100)
     assert utils.room(session.working / "runs" / "demo") == 100
@@ -203,7 +207,7 @@ def test_what_is_kept_has_a_limit(session, monkeypatch, tmp_path):
     assert not (session.working / "runs" / "run.json").exists()
 
 
-def test_training_stops_in_time_and_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+def test_training_stops_in_time_and_continues_bit_for_bit(tmp_path, monkeypatch, capsys):
     whole, broken = line(), line()
     fit(whole, points(), CONFIG, tmp_path / "whole", held_out=points(20), progress=False)
     monkeypatch.setenv(utils.DEADLINE, str(time.time() - 1))
@@ -212,7 +216,7 @@ def test_training_stops_in_time_and_goes_on_bit_for_bit(tmp_path, monkeypatch, c
             fit(broken, points(), CONFIG, tmp_path / "broken", held_out=points(20), name="codec", progress=False)
         assert end.value.code == 0
         assert f"The session's time is up. codec stopped at step {step} of 12" in capsys.readouterr().out
-    fit(line(), points(), CONFIG, progress=False)  # without a folder there is nothing to go on from: it ends its work
+    fit(line(), points(), CONFIG, progress=False)  # without a folder there is nothing to continue from: it finishes
     monkeypatch.setenv(utils.DEADLINE, str(time.time() + 3600))
     fit(broken, points(), CONFIG, tmp_path / "broken", held_out=points(20), progress=False)
     assert same(whole, broken)
@@ -232,7 +236,7 @@ def run_cells(notebook: str, **parameters) -> bool:
     return False
 
 
-def test_a_notebook_that_ran_out_of_time_ends_well_and_goes_on_from_its_last_output(session, monkeypatch, capsys):
+def test_a_notebook_that_ran_out_of_time_continues_from_its_last_output(session, monkeypatch, capsys):
     matplotlib.use("agg")
     write_set(session.input / "windows", numbers=range(1, 33))
     monkeypatch.setenv(utils.DEADLINE, str(time.time()))
@@ -255,18 +259,18 @@ def test_a_notebook_that_ran_out_of_time_ends_well_and_goes_on_from_its_last_out
 
 
 @pytest.mark.parametrize("kind, text", [("Batch", True), ("Interactive", False)])
-def test_progress_is_plain_text_where_nobody_watches(kind, text, monkeypatch, capsys):
+def test_progress_is_plain_text_in_batch_runs(kind, text, monkeypatch, capsys):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", kind)
     with bar(3, "codec") as progress:
         progress.update(3)
     assert (type(progress) is text_bar) == text
-    printed, complained = capsys.readouterr()
-    assert ("codec: 3/3 100%" in printed) == text and bool(complained) != text
+    out, err = capsys.readouterr()
+    assert ("codec: 3/3 100%" in out) == text and bool(err) != text
 
 
-def test_the_check_is_found_beside_the_package_or_beside_its_wheels(session, monkeypatch):
+def test_the_check_is_found_in_the_repository_or_next_to_the_wheels(session, monkeypatch):
     assert kaggle_session.home() == ROOT
-    monkeypatch.setattr(kaggle_session, "__file__", str(session.working / "lib/mdlib/experiments/kaggle_session.py"))
+    monkeypatch.setattr(kaggle_session, "ROOT", session.working / "lib")
     assert "neither in" in message(kaggle_session.home)
     house = session.input / "mdlib-wheels"
     house.mkdir()

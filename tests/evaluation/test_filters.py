@@ -1,18 +1,13 @@
 """Filters of generated windows keep what they say, of every user."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_validate import evidence, windows
+from toys import windows
 
-from mdlib.data.windows import DataError
-from mdlib.evaluation import augmentation_study as arms_file
 from mdlib.evaluation import gait_metrics
-from mdlib.evaluation.augmentation_study import train_arms
-from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.filters import keep_best, keep_plausible, scores
 from mdlib.models.classifier import SmallCNN
 
@@ -35,13 +30,13 @@ def stamped(labels: list[int], taken_for: list[float]):
     return type(made)(images, made.labels, made.users, made.files, made.colormap, made.root)
 
 
-def test_scores_are_what_the_judge_says_of_the_own_user():
-    made, judge = stamped([0, 0, 1, 2], [0, 0.5, 1, 3]), Stub(4)
-    found = scores(made, judge)
-    own = judge.probabilities(made.images).numpy()[np.arange(4), made.labels]
+def test_scores_are_what_the_classifier_says_of_the_own_user():
+    made, classifier = stamped([0, 0, 1, 2], [0, 0.5, 1, 3]), Stub(4)
+    found = scores(made, classifier)
+    own = classifier.probabilities(made.images).numpy()[np.arange(4), made.labels]
     np.testing.assert_allclose(found["confidence"], own, rtol=1e-6)
     assert found["confidence"][1] == pytest.approx(0.5, abs=0.03) and found["confidence"][3] < 0.05
-    every = np.sort(judge.probabilities(made.images).numpy(), axis=1)
+    every = np.sort(classifier.probabilities(made.images).numpy(), axis=1)
     np.testing.assert_allclose(found["margin"], every[:, -1] - every[:, -2], rtol=1e-5)
     right = found["confidence"] > 0.5  # named right, the two are one; else the user lies behind another
     np.testing.assert_allclose(found["specificity"][right], found["margin"][right], rtol=1e-5)
@@ -76,36 +71,3 @@ def test_windows_beyond_a_users_range_are_sifted(monkeypatch):
     assert keep_plausible(windows(5, 7), windows(3, 1)).tolist() == [True, False, True, False, False] + [
         *(True, False, True, True, False) * 3
     ]
-
-
-def test_a_filter_decides_which_windows_its_arm_sees(monkeypatch):
-    seen = []
-    rows = lambda images: {image.numpy().tobytes() for image in images}
-
-    def fake(images, labels, num_users, steps, seed, *_):
-        seen.append((seed, rows(images)))
-        return SmallCNN(num_users).eval()
-
-    monkeypatch.setattr(arms_file, "train_classifier", fake)
-    monkeypatch.setattr(arms_file, "keep_plausible", lambda made, train: np.arange(len(made)) % 10 == 0)
-    monkeypatch.setattr(arms_file, "scores", lambda made, judge: {"confidence": np.tile(np.arange(10.0), 4)})
-    case = evidence(windows(10, 7), spare=None)
-    protocol = Protocol(evaluation_steps=1, seeds=2, fractions=(0.5,), counts=(), keep=(0.5, 0.2))
-    arms = train_arms(case, protocol, SimpleNamespace(update=lambda: None))
-    assert list(arms.by_selection) == [("confidence", 0.5), ("confidence", 0.2), ("kinematics", 0.1)]
-    told = arms_file.gain_by_selection(case, arms, np.arange(100))
-    assert [row["kept"] for row in told] == [1, 1, 0.5, 0.2, 0.1] and all(row["n"] == 100 for row in told)
-    whole = arms_file.gain_by_windows(case, arms, np.arange(100))[-1]
-    assert all(row["value"] == whole["value"] for row in told[:2]), "a curve begins with all windows"
-    train, images = rows(case.train.images), case.generated.images
-    place = np.arange(40) % 10
-    for wanted in (place >= 5, place >= 8, place == 0):
-        expected = train | rows(images[torch.from_numpy(wanted)])
-        assert sum(found == expected for _, found in seen) == 2, "one a seed"
-    filters = [found for seed, found in seen if seed == 3]
-    assert filters == [train], "the filter saw training windows only"
-
-
-def test_shares_are_checked():
-    with pytest.raises(DataError, match="keep must be shares between 0 and 1"):
-        Protocol(keep=(0.5, 1.5))

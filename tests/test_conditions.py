@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import listed, small_set, write_set
+from mdlib.evaluation.conditions import conditions
 from torch import nn
 
 from mdlib.data.splits import make_split
 from mdlib.data.windows import DataError, find_windows, load_windows
 from mdlib.evaluation.augmentation_study import Arms
-from mdlib.evaluation.conditions import conditions
 from mdlib.evaluation.evidence import Evidence
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import open_run
@@ -213,4 +213,4 @@ def test_a_run_generates_a_condition_that_was_not_recorded(tmp_path):
     assert report["conditions"]["backpack_unrecorded"]["n"] == 40
     assert {"backpack", "normal"} <= report["conditions"].keys() and "normal_unrecorded" not in report["conditions"]
     assert len(list((tmp_path / "run" / "generated" / "backpack" / "ID_3").glob("*.png"))) == 3
-    assert "backpack unrecorded" in (tmp_path / "run" / "report.html").read_text() and out
+    assert "backpack, not recorded" in (tmp_path / "run" / "report.html").read_text() and out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from test_validate import evidence, gait, windows
+from toys import evidence, gait, windows
 
 from mdlib.evaluation.image_statistics import FEATURES, NAMES, describe, statistics, texture
 

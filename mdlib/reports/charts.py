@@ -1,0 +1,195 @@
+"""Charts of a report, a comparison and a study: functions take figures of report.json and return a Figure."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import seaborn
+from pandas import DataFrame
+
+from mdlib.reports.pages import describe
+from mdlib.reports.plots import ACCENT, DOTTED, INK, SECOND, Figure, heatmap, new_figure, style
+
+HEADLINE = ("real_only", "real_plus_generated", "real_x2")  # what the top of a report shows, as far as it was measured
+COLOURS = {"generated_only": SECOND, "real_plus_generated": ACCENT, "resnet18_real_plus_generated": ACCENT}
+
+
+def line(axis, places, figures: list[dict], colour, label: str) -> None:
+    """A line through figures of the report, in percent, with their intervals."""
+    values, ends = (100 * np.array([one[what] for one in figures]) for what in ("value", "ci95"))
+    spread = [values - ends[:, 0], ends[:, 1] - values]
+    axis.errorbar(places, values, spread, fmt="o-", color=colour, markersize=3, linewidth=1, label=label)
+
+
+def counts_axis(axis, counts) -> None:
+    """A logarithmic x axis that names these counts."""
+    axis.set_xscale("log")
+    axis.set_xticks(counts, [f"{count:g}" for count in counts])
+    axis.minorticks_off()
+
+
+def coloured(lines: dict) -> Iterator[tuple]:
+    """Name, value and a colour of its own for each item."""
+    for (name, value), colour in zip(lines.items(), seaborn.color_palette("colorblind", len(lines)), strict=True):
+        yield name, value, colour
+
+
+def confusion(fraction: list[list[float]], users: tuple[int, ...] | list[int]) -> Figure:
+    """Fraction (n, n) of windows of the row's user in which the classifiers named the column's."""
+    size = (0.16 * len(users) + 2.4, 0.15 * len(users) + 2.0)
+    options = dict(cmap="rocket_r", vmin=0, vmax=1, xticklabels=[f"ID_{user}" for user in users])
+    return heatmap(np.asarray(fraction), users, size, "named by the classifiers", "generated for", **options)
+
+
+def accuracies(augmentation: dict, names: tuple[str, ...] = ()) -> Figure:
+    """Accuracy of classifiers that differ in their training windows: a dot a seed, the bar its 95 % interval, dotted
+    chance. names: which of them; all where none is given."""
+    order = ("real_only", "real_plus_generated", "real_x2", "generated_only", "real_unaugmented")
+    every = [*order, *(name for name in augmentation if name not in order)]
+    known = [name for name, entry in augmentation.items() if isinstance(entry, dict) and "per_seed" in entry]
+    shown = [name for name in names or every if name in known]
+    figure, (axis,) = new_figure(5.6, 0.4 * len(shown) + 0.9)
+    for row, name in enumerate(shown):
+        entry, colour = augmentation[name], COLOURS.get(name, INK)
+        axis.plot(
+            100 * np.array(entry["ci95"]), [row] * 2, color=colour, linewidth=9, alpha=0.25, solid_capstyle="butt"
+        )
+        axis.plot(100 * np.array(entry["per_seed"]), [row] * len(entry["per_seed"]), "o", color=colour, markersize=4)
+    axis.axvline(100 / max(1, len(augmentation["per_user"])), **DOTTED)
+    axis.set_yticks(range(len(shown)), [describe("augmentation", name)["label"] for name in shown])
+    axis.set_ylim(len(shown) - 0.5, -0.5)
+    style(axis, "accuracy on unseen windows, % (dotted: chance)")
+    return figure
+
+
+def gain_curves(augmentation: dict) -> Figure:
+    """The gain, in points, against generated windows a user, and against the fraction of them that filters retain."""
+    panels = [("windows_per_user", {"all": augmentation["gain_by_windows"]}, "generated windows a user")]
+    filters: dict[str, list[dict]] = {}
+    for row in augmentation["gain_by_selection"]:
+        filters.setdefault(row["by"], []).append(row)
+    if filters:
+        panels.append(("kept", filters, "fraction that a filter retains"))
+    figure, axes = new_figure(4.0 * len(panels), 2.6, 1, len(panels), sharey=True)
+    for axis, (key, lines, title) in zip(axes, panels, strict=True):
+        axis.axhline(0, **DOTTED)
+        for name, rows, colour in coloured(lines):
+            line(axis, [row[key] for row in rows], rows, colour, name)
+        style(axis, title, "" if axis is not axes[0] else "gain, points", legend=len(lines) > 1)
+    counts = [row["windows_per_user"] for row in augmentation["gain_by_windows"]]
+    axes[0].set_xticks(counts, [f"{count:g}" for count in counts])
+    return figure
+
+
+def roc(curves: list[dict]) -> Figure:
+    """Verification: true against false acceptance of generated and of real probes, shaded their 95 % intervals; curves:
+    of the report."""
+    figure, (axis,) = new_figure(3.6, 3.2)
+    axis.plot([0, 1], [1, 0], **DOTTED)  # equal error rates lie here
+    for curve, colour in zip(curves, (ACCENT, INK), strict=True):
+        axis.plot(curve["false"], curve["true"], color=colour, label=curve["probes"])
+        axis.fill_between(curve["false"], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
+    style(axis, "impostors accepted", "genuine accepted", legend=True)
+    return figure
+
+
+def neighbourhoods(points: list[dict]) -> Figure:
+    """The report's map of windows: a colour a user, dots where generated, crosses where real."""
+    figure, (axis,) = new_figure(5.6, 3.6)
+    rows = [
+        {**point, "user": f"ID_{point['user']}", "": "generated" if point["generated"] else "real"} for point in points
+    ]
+    looks = dict(style="", markers={"generated": "o", "real": "X"}, hue="user", palette="colorblind", s=28)
+    seaborn.scatterplot(DataFrame(rows), x="x", y="y", ax=axis, **looks)
+    style(axis)
+    axis.set(xticks=[], yticks=[])
+    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def user_means(physics: dict) -> Figure:
+    """A panel a metric, a dot a user: mean over generated windows against mean over unseen real ones, and equality."""
+    panels = {name: one for name, one in physics.items() if "generated_means" in one}
+    columns = min(4, len(panels))
+    figure, axes = new_figure(2.2 * columns, 2.3 * -(-len(panels) // columns), -(-len(panels) // columns), columns)
+    for axis, (name, one) in zip(axes, panels.items(), strict=False):
+        pairs = zip(one["unseen_means"], one["generated_means"], strict=True)
+        points = np.array([pair for pair in pairs if None not in pair])
+        ends = [points.min(), points.max()]
+        axis.plot(ends, ends, **DOTTED)
+        axis.plot(*points.T, "o", color=ACCENT, markersize=3.5, alpha=0.7)
+        style(axis, f"real, {one['unit']}".rstrip(", "), "generated", describe("physics", name)["label"])
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def user_spreads(physics: dict, users: list[int], names: tuple[str, ...], most: int = 8) -> Figure:
+    """A panel a metric, for each of some users a box over the unseen real windows and one over the generated ones:
+    middle half, median, and from the 5th to the 95th percentile."""
+    chosen = np.linspace(0, len(users) - 1, min(most, len(users))).round().astype(int)
+    columns = min(2, len(names))
+    figure, axes = new_figure(4.4 * columns, 2.2 * -(-len(names) // columns), -(-len(names) // columns), columns)
+    for axis, name in zip(axes, names, strict=False):
+        for shift, part, colour in ((-0.18, "unseen", INK), (0.18, "generated", ACCENT)):
+            spreads = [(place + shift, physics[name][f"{part}_spread"][row]) for place, row in enumerate(chosen)]
+            spreads = [(place, spread) for place, spread in spreads if spread]
+            keys, line = ("whislo", "q1", "med", "q3", "whishi"), {"color": colour, "linewidth": 0.8}
+            styles = dict(boxprops=line, whiskerprops=line, medianprops=line | {"linewidth": 1.6})
+            boxes = [dict(zip(keys, spread, strict=True)) for _, spread in spreads]
+            places = [place for place, _ in spreads]
+            axis.bxp(boxes, places, widths=0.28, manage_ticks=False, showfliers=False, showcaps=False, **styles)
+        axis.set_xticks(range(len(chosen)), [f"ID_{users[row]}" for row in chosen])
+        style(axis, title=f"{describe('physics', name)['label']}, {physics[name]['unit']}".rstrip(", "))
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    axes[0].set_ylabel("dark: real, blue: generated", fontsize=7)
+    return figure
+
+
+# ---- comparison and study
+
+
+def study(rows: list[dict]) -> Figure:
+    """Accuracy on unseen windows against real training windows a user; rows: of study.json. Hollow: 2× real data."""
+    figure, (axis,) = new_figure(5.8, 3.4)
+    counts = np.array([row["windows_per_user"] for row in rows])
+    lines = (("real_only", INK), ("real_plus_generated", ACCENT), ("generated_only", SECOND))
+    for place, (name, colour) in enumerate(lines):
+        figures = [row["augmentation"][name] for row in rows]
+        line(axis, counts * 1.03 ** (place - 1), figures, colour, describe("augmentation", name)["label"])
+    doubled = [(2 * row["windows_per_user"], row["augmentation"]["real_x2"]["value"]) for row in rows]
+    doubled = np.array([pair for pair in doubled if pair[1] is not None]).reshape(-1, 2)
+    axis.plot(doubled[:, 0], 100 * doubled[:, 1], "o", color=INK, markerfacecolor="none", label="2× real data")
+    counts_axis(axis, counts)
+    style(axis, "real windows a user", "accuracy on unseen windows, %", legend="lower right")  # accuracy rises
+    return figure
+
+
+def learning(systems: dict[str, dict]) -> Figure:
+    """Identity and Fréchet ratio against training time, a line a system; systems: the comparison's figures."""
+    figure, axes = new_figure(8.4, 3.0, 1, 2)
+    titles = {"identity": "generated windows recognised, %", "fd_ratio": "Fréchet distance relative to real"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for name, figures, colour in coloured(systems):
+            scale = 100 if key == "identity" else 1
+            points = [(point["minutes"], scale * point[key]) for point in figures["curve"] if point[key] is not None]
+            axis.plot(*np.array(points).reshape(-1, 2).T, "o-", color=colour, markersize=3, linewidth=1, label=name)
+        style(axis, "training time, min", title, legend=axis is axes[0])
+    own = next(iter(systems.values()))["identity"]["classifier_accuracy"]["value"]
+    axes[0].axhline(100 * own, **DOTTED)
+    return figure
+
+
+def gains(systems: dict[str, dict]) -> Figure:
+    """The gain, in points, against generated windows a user; systems: the comparison's figures."""
+    figure, (axis,) = new_figure(6.4, 3.0)
+    axis.axhline(0, **DOTTED)
+    every: set[int] = set()
+    for place, (name, figures, colour) in enumerate(coloured(systems)):
+        rows = figures["augmentation"]["gain_by_windows"]
+        counts = np.array([row["windows_per_user"] for row in rows])
+        every |= {round(count) for count in counts}
+        line(axis, counts * 1.04 ** (place - len(systems) / 2), rows, colour, name)
+    counts_axis(axis, sorted(every))
+    style(axis, "generated windows a user", "gain, points", legend=True)
+    return figure

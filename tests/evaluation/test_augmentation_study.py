@@ -1,0 +1,199 @@
+"""Arms differ in their training windows alone, and the windows are those that each arm stands for."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from toys import ONCE, QUICK, SILENT, evidence, gait, windows
+
+from mdlib.data.windows import DataError, WindowSet
+from mdlib.evaluation import augmentation_study, verification
+from mdlib.evaluation.augmentation_study import (
+    Arms,
+    augmentation,
+    correctness,
+    count_classifiers,
+    mixed,
+    real_only_classifiers,
+    times,
+    train_arms,
+)
+from mdlib.evaluation.evidence import Evidence, Protocol
+from mdlib.evaluation.protocol import evaluate, verdict
+from mdlib.models.classifier import Embedder, SmallCNN
+from mdlib.reports import charts
+
+
+def blurred(label: int, n: int, seed: int) -> torch.Tensor:
+    """Users who are hard to tell apart by few windows."""
+    return gait(label, n, seed, spread=2.5)
+
+
+def hard(made: WindowSet) -> Evidence:
+    parts = dict(train=windows(3, 1, of=blurred), val=windows(12, 2, 40, of=blurred))
+    return evidence(made, **parts, test=windows(40, 3, 80, of=blurred), spare=None)
+
+
+def studied(case: Evidence, protocol: Protocol = ONCE) -> dict:
+    return augmentation(case, protocol, train_arms(case, protocol, SILENT))
+
+
+def test_more_windows_of_the_same_walkers_help():
+    assert verdict(studied(hard(windows(60, 7, of=blurred))))["word"] == "helps"
+
+
+def test_copies_of_training_windows_do_not_help():
+    train = windows(3, 1, of=blurred)
+    copies = hard(train.select(torch.arange(len(train)).repeat_interleave(4)))
+    assert verdict(studied(copies))["word"] == "no evidence"
+
+
+def test_shuffled_labels_teach_nothing():
+    train = windows(4, 1)
+    case = evidence(windows(5, 7), train=replace(train, labels=torch.arange(16) % 4))
+    assert correctness(real_only_classifiers(case, ONCE), case.test.images, case.test.labels).mean() < 0.45
+
+
+def test_spare_windows_are_taken_evenly_and_only_where_all_have_them():
+    case = evidence(windows(5, 7))
+    more = times(case, 3)
+    numbers = [file.number for file in more.files[len(case.train) :]]
+    assert more.labels.bincount().tolist() == [9] * 4 and numbers == [20, 22, 23, 25, 26, 28] * 4
+    assert times(case, 5) is None and times(replace(case, spare=None), 2) is None
+    without = augmentation(replace(case, spare=None), QUICK, fake_arms(case))
+    for name in ("real_x2", "gain_over_x2", "equivalent_real_windows"):
+        assert "windows_per_user" in without[name]["reason"]
+
+
+def fake_arms(case: Evidence) -> Arms:
+    """Arms that are always right."""
+    right = np.ones((2, len(case.test)), dtype=bool)
+    names = ("real_only", "real_plus_generated", "generated_only", "real_unaugmented")
+    return Arms([], {name: right for name in names}, 0.5)
+
+
+def test_the_fraction_of_generated_windows_is_what_it_says():
+    of = lambda value, n: replace(
+        windows(20, 0).select(range(n)), images=torch.full((n, 1), value), labels=torch.full((n,), value)
+    )
+    real, made = of(0.0, 10), of(1.0, 70)
+    for fraction in (0.125, 0.25, 0.5):
+        both = mixed(real, made, fraction)
+        assert float(both.images.mean()) == pytest.approx(fraction, abs=0.01)
+        assert torch.equal(both.images.flatten(), both.labels)
+        assert int(both.images.sum()) >= 70, "every generated window takes part"
+
+
+@pytest.mark.parametrize(
+    "real, made, fraction", [(20, 50, 0.5), (20, 30, 0.5), (50, 30, 0.5), (10, 5, 0.125), (3, 7, 0.25)]
+)
+def test_no_user_is_seen_more_often_than_another(real, made, fraction):
+    both = mixed(windows(real, 1), windows(made, 2), fraction)
+    counts = both.labels.bincount()
+    assert counts.max() - counts.min() <= 2, "one for the real windows, one for the generated ones"
+    often = both.images.flatten(1).unique(dim=0, return_counts=True)[1]
+    assert often.min() >= 1 and len(often) == 4 * (real + made), "every window takes part"
+
+
+def test_a_filters_choice_keeps_its_fractions_of_users():
+    kept = windows(8, 2).select([0, 1, 2, 8, 16, 17, 18, 19, 24])  # 3, 1, 4 and 1 of four users
+    both = mixed(windows(3, 1), kept, 0.5)
+    assert (both.labels.bincount() - torch.tensor([6, 4, 7, 4])).abs().max() <= 1
+
+
+def test_the_gain_is_measured_for_as_many_generated_windows_as_real_ones_and_more():
+    found = studied(evidence(windows(7, 7)), Protocol(evaluation_steps=2, seeds=2))
+    assert [row["windows_per_user"] for row in found["gain_by_windows"]] == [3, 6, 7], "five times three were not made"
+    assert found["gain_2_to_1"]["value"] == found["gain_by_windows"][1]["value"]
+    assert (
+        found["gain_5_to_1"]["reason"]
+        == "not measured with 15 generated windows a user: generate as many, or add 15 to counts"
+    )
+
+
+def test_the_gain_is_measured_for_fewer_generated_windows():
+    protocol = Protocol(evaluation_steps=2, seeds=2, counts=(2, 4, 9))
+    found = studied(evidence(windows(5, 7)), protocol)
+    assert [row["windows_per_user"] for row in found["gain_by_windows"]] == [2, 4, 5], "nine were not made"
+    assert found["gain_by_windows"][-1]["value"] == found["gain"]["value"]
+
+
+def test_the_reference_classifier_joins_the_small_one(monkeypatch):
+    small = evidence(windows(5, 7))
+    monkeypatch.setattr(augmentation_study, "best_device", lambda: "cpu")
+    done = []
+    counted = SimpleNamespace(update=lambda: done.append(1))
+    protocol = Protocol(evaluation_steps=1, seeds=2, counts=(), reference="resnet18")
+    arms = train_arms(small, protocol, counted)
+    assert len(done) == count_classifiers(small, protocol) - 2, "two are for identity"
+    found = augmentation(small, protocol, arms)
+    assert {name for name in found if name.startswith("resnet18")} == {
+        *("resnet18_real_only", "resnet18_real_plus_generated", "resnet18_real_x2"),
+        *("resnet18_generated_only", "resnet18_gain"),
+    }
+    real, both = (found[f"resnet18_{name}"] for name in ("real_only", "real_plus_generated"))
+    assert found["resnet18_gain"]["value"] == pytest.approx(both["value"] - real["value"])
+    assert len(charts.accuracies(found).axes[0].get_yticks()) == 9
+    counts = {
+        name: count_classifiers(small, replace(protocol, reference=name)) for name in ("auto", "none", "resnet18")
+    }
+    assert counts["resnet18"] - counts["none"] == 8 and counts["auto"] == counts["none"]
+    monkeypatch.setattr(augmentation_study, "best_device", lambda: "cuda")
+    assert count_classifiers(small, replace(protocol, reference="auto")) == counts["resnet18"]
+    with pytest.raises(DataError, match="reference must be one of auto, resnet18, none, got 'resnet'"):
+        Protocol(reference="resnet")
+
+
+def test_classifiers_do_not_see_the_windows_they_are_tested_on(monkeypatch):
+    seen = []
+
+    def fake(images, labels, num_users, *_):
+        seen.append(images)
+        return SmallCNN(num_users).eval()
+
+    monkeypatch.setattr(verification, "train_embedder", lambda *_: Embedder().eval())
+
+    monkeypatch.setattr(augmentation_study, "train_classifier", fake)
+    given = evidence(windows(5, 7))
+    evaluate(given, Protocol(evaluation_steps=1, seeds=2, counts=()))
+    rows = lambda images: {image.numpy().tobytes() for image in images}
+    train, test, made = rows(given.train.images), rows(given.test.images), rows(given.generated.images)
+    unseen = rows(given.val.images) | test
+    unseen_only, choice, arms = seen[:2], seen[2:5], seen[5:]
+    assert all(rows(images) == unseen for images in unseen_only)
+    assert all(rows(images) == train | made for images in choice)
+    more = train | rows(given.spare.images)
+    expected = [train, train, train | made, made]
+    assert [rows(images) for images in arms[:8:2]] == [rows(images) for images in arms[1:8:2]] == expected
+    assert all(train < rows(images) < more for images in arms[8:])
+    assert all(not rows(images) & test for images in arms)
+
+
+def test_a_filter_decides_which_windows_its_arm_sees(monkeypatch):
+    seen = []
+    rows = lambda images: {image.numpy().tobytes() for image in images}
+
+    def fake(images, labels, num_users, steps, seed, *_):
+        seen.append((seed, rows(images)))
+        return SmallCNN(num_users).eval()
+
+    monkeypatch.setattr(augmentation_study, "train_classifier", fake)
+    monkeypatch.setattr(augmentation_study, "keep_plausible", lambda made, train: np.arange(len(made)) % 10 == 0)
+    monkeypatch.setattr(augmentation_study, "scores", lambda made, judge: {"confidence": np.tile(np.arange(10.0), 4)})
+    case = evidence(windows(10, 7), spare=None)
+    protocol = Protocol(evaluation_steps=1, seeds=2, fractions=(0.5,), counts=(), keep=(0.5, 0.2))
+    arms = train_arms(case, protocol, SILENT)
+    assert list(arms.by_selection) == [("confidence", 0.5), ("confidence", 0.2), ("kinematics", 0.1)]
+    found = augmentation(case, protocol, arms)
+    told = found["gain_by_selection"]
+    assert [row["kept"] for row in told] == [1, 1, 0.5, 0.2, 0.1] and all(row["n"] == 100 for row in told)
+    assert all(row["value"] == found["gain"]["value"] for row in told[:2]), "a curve begins with all windows"
+    train, images = rows(case.train.images), case.generated.images
+    place = np.arange(40) % 10
+    for wanted in (place >= 5, place >= 8, place == 0):
+        expected = train | rows(images[torch.from_numpy(wanted)])
+        assert sum(found == expected for _, found in seen) == 2, "one a seed"
+    filters = [found for seed, found in seen if seed == 3]
+    assert filters == [train], "the filter saw training windows only"

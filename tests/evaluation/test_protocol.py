@@ -1,0 +1,156 @@
+"""The report: what is fed in decides what it says."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from toys import ONCE, QUICK, USERS, evidence, gait, windows
+
+from mdlib.data.windows import DataError
+from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers
+from mdlib.evaluation.evidence import Protocol
+from mdlib.evaluation.fidelity import fidelity
+from mdlib.evaluation.protocol import evaluate, memorisation, other_label, verdict
+from mdlib.models.classifier import SmallCNN
+from mdlib.models.vavae import VAVAE
+
+CODEC = dict(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4)
+
+
+@pytest.fixture(scope="module")
+def honest():
+    """Held-out real windows fed in as generated."""
+    return evaluate(evidence(windows(20, 7)), QUICK)
+
+
+def test_every_key_of_the_protocol_is_there(honest):
+    keys = {"reconstruction", "codebook", "identity", "augmentation", "fidelity", "statistics", "memorisation"}
+    keys |= {"physics", "verdict"}
+    assert keys <= honest.keys()
+    for section in keys - {"verdict"}:
+        for name, value in honest[section].items():
+            if isinstance(value, dict):
+                assert value["value"] is not None and value["n"] > 0 or value["reason"], (section, name)
+    assert honest["reconstruction"]["psnr_db"]["reason"] == "no codec was given"
+    assert all(figure["value"] is not None for figure in honest["physics"].values())
+    json.dumps(honest, allow_nan=False)
+
+
+def test_real_windows_fed_in_as_generated_pass(honest):
+    fidelity, verified = honest["fidelity"], honest["identity"]["verification_eer"]
+    assert fidelity["precision"]["value"] > 0.7 and fidelity["coverage"]["value"] > 0.7
+    assert 0.7 < fidelity["diversity"]["ratio"] < 1.4
+    assert fidelity["inception_score"]["value"] == pytest.approx(fidelity["inception_score"]["real"], rel=0.2)
+    assert verified["value"] < 0.35 and abs(verified["value"] - verified["real"]) < 0.2
+    assert honest["identity"]["classifier_accuracy"]["value"] > 0.6
+    assert honest["identity"]["accuracy"]["value"] > 0.8 * honest["identity"]["classifier_accuracy"]["value"]
+    assert honest["augmentation"]["gain"]["value"] > -0.02
+    assert 0.5 < honest["memorisation"]["nearest_train_ratio"]["value"] < 1.5
+    assert honest["memorisation"]["copies"]["value"] < 0.2
+    assert 0.5 < honest["fidelity"]["fd_ratio"]["value"] < 2
+    assert {honest["fidelity"][name]["n"] for name in ("fd", "fd_real_vs_real", "fd_train")} == {12}
+
+
+def test_a_random_split_reports_its_leak(honest):
+    assert honest["split"]["test_share_overlapping"] == 0
+    leaking = evaluate(evidence(windows(5, 7), test=windows(6, 1)), Protocol(evaluation_steps=1, seeds=1, counts=()))
+    assert leaking["split"]["test_share_overlapping"] > 0.9 and leaking["split"]["nearest_train_ratio"] < 0.7
+    assert "% of the test windows overlap a training window" in leaking["verdict"]["sentence"]
+
+
+def test_noise_fails_everything():
+    noise = windows(20, 0, of=lambda label, n, seed: torch.randint(0, 256, (n, 1, 32, 32), dtype=torch.uint8))
+    report = evaluate(evidence(noise), ONCE)
+    assert report["identity"]["accuracy"]["value"] < 0.5
+    assert report["augmentation"]["generated_only"]["value"] < 0.6
+    assert report["verdict"]["word"] in ("hurts", "no evidence")
+    assert report["fidelity"]["fd_ratio"]["value"] > 5
+    assert report["fidelity"]["fd"]["value"] > 5 * report["fidelity"]["fd_train"]["value"]
+    assert report["fidelity"]["kid"]["value"] > 3 * abs(report["fidelity"]["kid"]["real_vs_real"])
+    assert report["fidelity"]["precision"]["value"] == report["fidelity"]["coverage"]["value"] == 0
+    assert report["identity"]["verification_eer"]["value"] > 0.35
+
+
+def test_windows_of_another_user_fail_identity(honest):
+    swapped = windows(20, 7, of=lambda label, n, seed: gait((label + 1) % 4, n, seed))
+    report = evaluate(evidence(swapped), ONCE)
+    assert report["identity"]["accuracy"]["value"] < 0.3
+    assert report["identity"]["control_ratio"]["value"] < 1 < honest["identity"]["control_ratio"]["value"]
+    assert report["identity"]["verification_eer"]["value"] > honest["identity"]["verification_eer"]["value"] + 0.2
+
+
+def test_the_same_window_over_and_over_lacks_diversity(honest):
+    made = windows(20, 7)
+    same = replace(made, images=made.images[torch.arange(len(made)) // 20 * 20])
+    arms = Arms(real_only_classifiers(evidence(same), QUICK), {}, 0.5)
+    found = fidelity(evidence(same), arms)
+    assert found["diversity"]["value"] == 0 and found["recall"]["value"] < 0.2
+    assert len(found["map"]) == 4 * (12 + 12) and {point["user"] for point in found["map"]} == set(USERS)
+    assert found["coverage"]["value"] < honest["fidelity"]["coverage"]["value"]
+
+
+def test_more_real_windows_are_the_yardstick(honest):
+    found = honest["augmentation"]
+    assert found["real_x2"]["n"] == 100 and len(found["real_x2"]["per_seed"]) == 2
+    assert found["gain_over_x2"]["value"] == pytest.approx(
+        found["real_plus_generated"]["value"] - found["real_x2"]["value"]
+    )
+    equivalent = found["equivalent_real_windows"]
+    assert equivalent["between"] == [3, 6] and 3 <= equivalent["ci95"][0] <= equivalent["value"] <= 6 + 1e-9
+
+
+def test_copies_of_training_windows_are_found():
+    train = windows(3, 1)
+    copied = train.select(torch.arange(len(train)).repeat_interleave(4))
+    found = memorisation(evidence(copied))
+    assert found["nearest_train_ratio"]["value"] < 0.01 and found["copies"]["value"] == 1.0
+    assert len(found["nearest"]) == 6 and all(pair["generated"] == pair["train"] for pair in found["nearest"])
+    for shift in (2, 8, 16):
+        shifted = memorisation(evidence(replace(copied, images=copied.images.roll(shift, dims=-1))))
+        assert shifted["copies"]["value"] == 1.0
+        assert all(pair["generated"] == pair["train"] for pair in shifted["nearest"]), "found where it was shifted from"
+
+
+class Stamp(VAVAE):
+    """Draws the brightness of the user it is given over any window."""
+
+    def encode(self, images, labels=None):
+        return images[:, :, :1, :1]
+
+    def decode(self, latents, labels=None):
+        return (labels.float() / 2 - 0.75).view(-1, 1, 1, 1).expand(-1, 1, 32, 32)
+
+
+class Brightness(SmallCNN):
+    """Names the user whose brightness a window has."""
+
+    def forward(self, images):
+        return -(images.mean((1, 2, 3)).unsqueeze(1) - (torch.arange(len(USERS)) / 2 - 0.75)).abs()
+
+
+def test_a_codec_that_draws_the_user_it_is_given_is_found_out():
+    torch.manual_seed(0)
+    codec, made = Stamp(**CODEC, num_users=len(USERS)), windows(5, 7)
+    arms = Arms([Brightness(len(USERS))], {}, 0.5)
+    found = other_label(evidence(made, codec=codec), arms)
+    assert found["taken_for_other_label"]["value"] == 1 and found["psnr_db_other_label"]["value"] < 30
+    with pytest.raises(DataError, match="the codec was trained with 3 users, these windows have 4"):
+        evidence(made, codec=Stamp(**CODEC, num_users=3))
+    plain = other_label(evidence(made, codec=VAVAE(**CODEC)), arms)
+    assert {figure["reason"] for figure in plain.values()} == {"this codec is not conditioned on users"}
+
+
+@pytest.mark.parametrize(
+    "ci95, word", [([0.01, 0.05], "helps"), ([-0.02, 0.03], "no evidence"), ([-0.05, -0.01], "hurts")]
+)
+def test_the_verdict_comes_from_the_interval(honest, ci95, word):
+    told = verdict({**honest["augmentation"], "gain_ci95": ci95})
+    assert told["word"] == word and "real windows a user" in told["sentence"] and "copies" not in told["sentence"]
+    others = {"gain_other_users": {"value": 0.03, "ci95": [-0.01, 0.07]}}
+    others["resnet18_gain"] = {"value": -0.02, "ci95": [-0.04, 0]}
+    told = verdict({**honest["augmentation"], "gain_ci95": ci95, **others})["sentence"]
+    assert ("would gain is open (+3.0 points, -1.0 to +7.0)." in told) == (word == "helps")
+    assert told.endswith(" By ResNet-18 the gain is -2.0 points, -4.0 to +0.0.")
+    warned = verdict({**honest["augmentation"], "gain_ci95": ci95}, copied=0.96)
+    assert warned["sentence"].endswith(" 96 % of the generated windows are copies of training windows.")
