@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import PartialState
 from test_train import CONFIG, Line, line, points
 from torch import nn
 
@@ -27,11 +27,11 @@ QUIET = Batches(points().tensors)  # without noise
 
 @contextmanager
 def alone():
-    """As a process that nobody else trains with."""
+    """As a process that trains alone."""
     kept = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     yield
     os.environ.update(kept)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
 
 
 def without_noise() -> Line:
