@@ -47,16 +47,10 @@ def launch(number: int, module: str, *arguments) -> None:
             the last one.
     """
     torch.cuda.empty_cache()  # memory cached here would be missing in the process that trains on this GPU
-    options = {  # what the launcher would otherwise read from a configuration file or warn of
-        "gpu_ids": "all",
-        "num_processes": number,
-        "num_machines": 1,
-        "machine_rank": 0,
-        "main_process_port": get_free_port(),  # Accelerate before 1.7 cannot choose one
-        "num_cpu_threads_per_process": max(1, torch.get_num_threads() // number),
-        "mixed_precision": "no",  # TrainConfig's counts
-        "dynamo_backend": "no",
-    }
+    # What the launcher would otherwise read from a configuration file or warn of; TrainConfig's precision counts.
+    options = dict(gpu_ids="all", num_processes=number, num_machines=1, machine_rank=0, mixed_precision="no")
+    options |= dict(dynamo_backend="no", num_cpu_threads_per_process=max(1, torch.get_num_threads() // number))
+    options |= dict(main_process_port=get_free_port())  # Accelerate before 1.7 cannot choose one
     words = ["accelerate.commands.launch", "--multi_gpu"] + [f"--{key}={value}" for key, value in options.items()]
     # Lines come at once, and the progress bar is text.
     variables = {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "MDLIB_BATCH": "1"}

@@ -70,17 +70,16 @@ def fit(
 ) -> list[dict]:
     """Train `model` in place by its `loss(*batch) → (loss, logs)`. Returns the history, one dict an evaluation.
 
-    At the end the model is in eval mode and holds the weights of the best held-out loss (with `run_dir` and
-    `held_out`), or else the last ones, averaged where `ema_decay` is set.
+    The model ends in eval mode with the weights of the best held-out loss (with `run_dir` and `held_out`), or else
+    with the last ones, averaged where `ema_decay` is set.
 
-    Under several processes each calls it with the same arguments and takes its part of every batch of batch_size ×
-    processes; the weights change as by one process with that batch. Only noise and dropout differ between processes,
-    and batch norms see their own part. The first process evaluates and writes files; all return the same. A run
-    resumes under another number of processes if batch_size × processes stays the same.
+    Several processes each call it with the same arguments and take their part of every batch of batch_size ×
+    processes. The weights change as by one process with that batch; only noise and dropout differ between processes,
+    and batch norms see their own part. The first process evaluates and writes files; all return the same.
 
     Args:
         run_dir: receives state.pt (checkpoint), best.safetensors, history.csv, tensorboard/ and snapshots/. Called
-            again with the same folder, `fit` resumes; a finished run returns at once. None writes nothing.
+            again with the same folder and batch_size × processes, `fit` resumes; a finished run returns at once.
         held_out: its mean loss decides which weights are best and when to stop early.
         evaluate: returns further figures of the model (in eval mode, averaged weights) for the history.
         preview: called as preview(model, step) at each evaluation.
@@ -89,7 +88,6 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite, in any process; no checkpoint and no history row contains it.
-        ModuleNotFoundError: the tracker is wandb, which is not installed.
         OSError: the disk has no room for the checkpoints.
         RuntimeError: in the other processes, when the first failed; or when `launch` left something to train.
         SystemExit: the session's time is up (`mdlib.utils`); a checkpoint was written to `run_dir`.
@@ -207,14 +205,14 @@ def _require_finite(losses: list[torch.Tensor], state: State, name: str) -> None
 
 
 def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str, str]:
-    """Append a row to the history: the first process measures, and all follow what it decides. Returns what the bar
-    shows."""
+    """Append a row to the history and return what the bar shows of it. The first process measures; what it decides
+    holds in all."""
     _set_learning_rate(state)
-    rate = state.optimizer.param_groups[0]["lr"]
-    row = {"step": state.step, "seconds": round(state.seconds, 2), "learning_rate": rate}
+    rate, row = state.optimizer.param_groups[0]["lr"], {}
     if logs:
         values = torch.stack([torch.as_tensor(value, device=state.device).double() for value in logs.values()])
-        row |= zip(logs, all_mean(values).tolist(), strict=True)
+        row = dict(zip(logs, all_mean(values).tolist(), strict=True))
+    row = {"step": state.step, "seconds": round(state.seconds, 2), "learning_rate": rate, **row}
 
     def measure() -> tuple:
         state.model.eval()
@@ -222,23 +220,21 @@ def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str,
         with torch.no_grad():
             if held_out:
                 row.update(_held_out_logs(state, held_out))
-                _compare_with_best(state, row["held_out_loss"])
+                checkpoints.keep_best(state, row["held_out_loss"])
             if evaluate:
                 row.update(evaluate(state.model))
             if preview:
                 preview(state.model, state.step)
         state.history.append(row)
+        checkpoints.save_snapshot(state)
+        checkpoints.swap_average(state)
         if state.run_dir:
             write_history(state.history, state.run_dir / "history.csv")
-            if state.config.snapshots:
-                checkpoints.save_snapshot(state)
-        checkpoints.swap_average(state)
         log(row)
         return state.history, state.best, state.stale, state.stopped
 
     state.history, state.best, state.stale, state.stopped = on_first(measure)
-    row = state.history[-1]
-    shown = {key: f"{row[key]:.3g}" for key in ("held_out_loss", *logs) if key in row}
+    shown = {key: f"{value:.3g}" for key, value in state.history[-1].items() if key in ("held_out_loss", *logs)}
     if budget := state.config.max_minutes:
         shown["minutes"] = f"{state.seconds / 60:.1f}/{budget:g}"
     return shown
@@ -247,38 +243,22 @@ def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str,
 def _held_out_logs(state: State, held_out: Batches) -> dict[str, float]:
     """Mean loss and logs over the held-out set, with the same noise at every evaluation."""
     _seed(_mix(state.config.seed, 0, 4), state.device)
-    generator = torch.Generator().manual_seed(_mix(state.config.seed, 0, 5))
-    totals: dict[str, float] = {}
+    generator, sums = torch.Generator().manual_seed(_mix(state.config.seed, 0, 5)), {}
     for index in torch.arange(len(held_out), device=state.device).split(state.config.batch_size):
         with state.autocast:
             loss, logs = state.model.loss(*held_out.take(index, generator))
         for key, value in {"loss": loss, **logs}.items():
-            totals[f"held_out_{key}"] = totals.get(f"held_out_{key}", 0.0) + float(value) * len(index)
-    return {key: value / len(held_out) for key, value in totals.items()}
-
-
-def _compare_with_best(state: State, loss: float) -> None:
-    """Save the weights of the lowest held-out loss; stop when patience is at its end."""
-    if loss < state.best:
-        state.best, state.stale = loss, 0
-        if state.config.keep_best and state.run_dir:
-            checkpoints.save_weights(state, state.run_dir / "best.safetensors")
-        return
-    state.stale += 1
-    if 0 < state.config.patience <= state.stale:
-        state.stopped = f"no better held-out loss for {state.stale} evaluations"
+            sums[key] = sums.get(key, 0.0) + float(value) * len(index)
+    return {f"held_out_{key}": value / len(held_out) for key, value in sums.items()}
 
 
 def _tracker(config: TrainConfig, run_dir: Path | None) -> tuple[Callable[[dict], None], Callable[[], None]]:
     """Functions that log a row of the history to TensorBoard or Weights & Biases, and close the log."""
-    if run_dir and config.tracker == "wandb":
-        try:
-            import wandb
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("tracker wandb needs `pip install wandb`; or choose tensorboard") from error
     if not run_dir or config.tracker == "none" or rank() > 0:
         return lambda row: None, lambda: None
     if config.tracker == "wandb":
+        import wandb
+
         title = " ".join(run_dir.parts[-2:])
         run = wandb.init(project="mdlib", dir=str(run_dir), name=title, config=asdict(config))
         return lambda row: run.log(row, step=row["step"]), run.finish
@@ -294,9 +274,9 @@ def _train_elsewhere(launch: Callable[[], None], state: State, name: str) -> Non
         _end_session(state, name)
     launch()
     checkpoints.resume(state)
+    if state.unfinished and time_is_up():
+        raise SystemExit(0)  # the other processes have printed why
     if state.unfinished:
-        if time_is_up():
-            raise SystemExit(0)  # the other processes have printed why
         raise RuntimeError(f"{name}: the processes that train it ended at step {state.step} of {state.config.steps}")
 
 

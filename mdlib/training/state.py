@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -46,6 +47,8 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.mixed_precision is no, fp16, bf16 or auto, not {self.mixed_precision!r}")
         if self.tracker not in ("tensorboard", "wandb", "none"):
             raise ValueError(f"TrainConfig.tracker must be tensorboard, wandb or none, got {self.tracker!r}")
+        if self.tracker == "wandb" and not find_spec("wandb"):
+            raise ModuleNotFoundError("TrainConfig.tracker is wandb, which is missing: pip install wandb")
 
     def defining(self) -> dict:
         """The settings that define a run; the others may change on resume. batch_size is that of all processes
@@ -211,17 +214,29 @@ def swap_average(state: State) -> None:
         average.copy_(own)
 
 
-def save_weights(state: State, file: Path) -> None:
-    """The model's weights as they are, as safetensors."""
-    with whole_file(file) as path:
-        save_file({key: value.contiguous() for key, value in state.model.state_dict().items()}, path)
+def keep_best(state: State, loss: float) -> None:
+    """Save the weights if the held-out loss is the lowest so far; end training where patience is exhausted."""
+    if loss < state.best:
+        state.best, state.stale = loss, 0
+        if state.config.keep_best and state.run_dir:
+            _save_weights(state, "best.safetensors")
+        return
+    state.stale += 1
+    if 0 < state.config.patience <= state.stale:
+        state.stopped = f"no better held-out loss for {state.stale} evaluations"
 
 
 def save_snapshot(state: State) -> None:
-    """Save the weights if training has taken twice as long as at the last snapshot."""
-    saved = {int(path.stem) for path in (state.run_dir / "snapshots").glob("*.safetensors")}
-    if state.seconds >= 2 * max((row["seconds"] for row in state.history if row["step"] in saved), default=0):
-        save_weights(state, state.run_dir / "snapshots" / f"{state.step}.safetensors")
+    """Save the weights if snapshots are wanted and training has taken twice as long as at the last one."""
+    if state.config.snapshots and state.run_dir:
+        saved = {int(path.stem) for path in (state.run_dir / "snapshots").glob("*.safetensors")}
+        if state.seconds >= 2 * max((row["seconds"] for row in state.history if row["step"] in saved), default=0):
+            _save_weights(state, f"snapshots/{state.step}.safetensors")
+
+
+def _save_weights(state: State, name: str) -> None:
+    with whole_file(state.run_dir / name) as path:
+        save_file({key: value.contiguous() for key, value in state.model.state_dict().items()}, path)
 
 
 def load_final_weights(state: State, found_best: bool) -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from helpers import write_set
-from test_train import CONFIG, line, points, same
+from test_fit import CONFIG, line, points, same
 
 from mdlib import utils
 from mdlib.experiments import steps

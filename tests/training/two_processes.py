@@ -1,6 +1,6 @@
-"""What test_train_ddp.py starts in two processes: `torchrun --nproc_per_node=2 two_processes.py FOLDER`.
+"""What test_distributed.py starts in two processes: `torchrun --nproc_per_node=2 two_processes.py FOLDER`.
 
-Each process leaves what it saw in FOLDER/<rank>.pt; then a loss fails in one of them.
+Each process writes what it saw to FOLDER/<rank>.pt; then a loss fails in one of them.
 """
 
 import os
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import PartialState
-from test_train import CONFIG, Line, line, points
+from test_fit import CONFIG, Line, line, points
 from torch import nn
 
 import mdlib.training.fit

@@ -267,16 +267,10 @@ def test_history_and_tensorboard_are_written(tmp_path):
 
 
 def test_the_callers_random_numbers_are_left_alone():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    fit(line(), points(), replace(CONFIG, steps=2), progress=False)
-    model = line()  # seeds again
-    assert model is not None
-    torch.manual_seed(5)
+    model = line()  # seeds
     before = torch.get_rng_state()
     fit(model, points(), replace(CONFIG, steps=2), progress=False)
-    assert torch.equal(torch.get_rng_state(), before) and torch.equal(torch.rand(3), expected)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -294,13 +288,13 @@ def test_bad_settings_are_refused(changes, message):
 
 
 def test_logs_go_to_wandb_where_it_is_installed(tmp_path, monkeypatch):
-    config = replace(CONFIG, tracker="wandb")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
-        fit(line(), points(), config, tmp_path, progress=False)
+        replace(CONFIG, tracker="wandb")
 
-    wandb = MagicMock()
+    wandb = MagicMock(__spec__=MagicMock())
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = replace(CONFIG, tracker="wandb")
     history = fit(line(), points(), config, tmp_path / "first" / "codec", name="codec", progress=False)
     where = dict(project="mdlib", dir=str(tmp_path / "first" / "codec"), name="first codec")
     assert wandb.init.call_args.kwargs.items() >= where.items()
@@ -355,7 +349,7 @@ def test_user_embeddings_learn_at_a_rate_of_their_own():
     config = replace(CONFIG, steps=1, batch_size=1, warmup_steps=0, weight_decay=0.0, ema_decay=0.0, user_rate=20)
     model = WithUsers()
     fit(model, Batches((torch.zeros(4, 1),)), config, progress=False)
-    assert float(model.users.weight) == pytest.approx(20 * float(model.weight)), "AdamW's first step is its rate"
+    assert model.users.weight.item() == pytest.approx(20 * model.weight.item()), "AdamW's first step is its rate"
     with pytest.raises(ValueError, match="user_rate is for priors with `users`; Line needs 1"):
         fit(line(), points(), config, progress=False)
 

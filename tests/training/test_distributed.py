@@ -18,14 +18,8 @@ TESTS = Path(__file__).parents[1]
 def run(tmp_path_factory):
     """`first` and `second`: what each process saw (two_processes.py); `ended`: how; `folder`: what they wrote."""
     folder = tmp_path_factory.mktemp("two")
-    words = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        TESTS / "two_processes.py",
-        folder,
-    ]
+    words = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    words += [TESTS / "training" / "two_processes.py", folder]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "training"))),
