@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from mdlib.data.windows import DataError, load_windows
@@ -75,7 +76,8 @@ def test_saved_and_loaded_it_makes_the_same_windows(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     again = load_pipeline(tmp_path)
     assert again.config.users == [3, 7, 12] and again.config.colormap == "jet"
-    torch.testing.assert_close(again(users=[7], images_per_user=3, output_type="pt").images, expected)
+    for loaded in (again, DiffusionPipeline.from_pretrained(tmp_path).to(again.device)):
+        torch.testing.assert_close(loaded([7], images_per_user=3, output_type="pt").images, expected)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["codec"] == ["mdlib.models.vqvae", "VQVAE"] and index["prior"] == [
         "mdlib.models.transformer",
@@ -83,6 +85,11 @@ def test_saved_and_loaded_it_makes_the_same_windows(pipeline, tmp_path):
     ]
     written = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert written == {".json", ".safetensors"}, "nothing that must be unpickled"
+
+
+def test_options_of_other_pipelines_are_refused_in_one_line(pipeline):
+    with pytest.raises(DataError, match="no sampling option generator; there are guidance_scale, temperature"):
+        pipeline([7], generator=torch.Generator())
 
 
 def test_no_pipeline_is_one_line(tmp_path):

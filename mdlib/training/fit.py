@@ -101,8 +101,9 @@ def fit(
             on_first(lambda: checkpoints.check_room(state, name))
             log, end_log = _tracker(config, state.run_dir)
             data, held_out = data.to(state.device), held_out and held_out.to(state.device)
-            losses: list[torch.Tensor] = []  # not yet known to be finite
-            look_every = 1 if state.device.type == "cpu" else 20  # looking at a loss makes the host wait for the GPU
+            losses: list[
+                torch.Tensor
+            ] = []  # not yet known to be finite; looking at one makes the host wait for the GPU
             clock, late = time.monotonic() - state.seconds, False
             model.train()
             with bar(config.steps, name, initial=state.step, show=progress and rank() == 0) as shown:
@@ -119,7 +120,7 @@ def fit(
 
                     evaluates = not state.unfinished or state.step % config.evaluate_every == 0
                     saves = not state.unfinished or late or state.step % config.save_every == 0
-                    if evaluates or saves or state.step % look_every == 0:
+                    if evaluates or saves or len(losses) >= 20:
                         _require_finite(losses, state, name)
                     if evaluates:
                         shown.set_postfix(_evaluate(state, logs, held_out, evaluate, preview, log), refresh=False)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mdlib.training.fit import Batches, TrainConfig, batch_order, fit, fit_stages
+from mdlib.training.fit import Batches, TrainConfig, batch_order, fit, fit_stages, read_history
 
 
 class Line(nn.Module):
@@ -246,10 +246,25 @@ def test_a_budget_spent_before_the_first_evaluation_still_ends_with_weights(tmp_
     assert len(history) == 1 and history[0]["step"] == 1 and (tmp_path / "best.safetensors").exists()
 
 
-def test_a_loss_that_is_not_finite_is_one_line():
-    data = Batches((torch.full((8, 4), torch.inf), torch.zeros(8, 1)))
-    with pytest.raises(FloatingPointError, match="Line: the loss became nan|Line: the loss became inf"):
-        fit(line(), data, CONFIG, name="Line", progress=False)
+class Explodes(Line):
+    """Its loss is infinite from the seventh step on."""
+
+    def loss(self, x, y):
+        error, logs = super().loss(x, y)
+        return (error if self.seen <= 6 * len(x) else error * torch.inf), logs
+
+
+@pytest.mark.parametrize("save_every", [4, 100])
+def test_a_loss_that_is_not_finite_is_one_line_and_reaches_no_file(tmp_path, save_every):
+    config = replace(CONFIG, steps=100, evaluate_every=3 if save_every == 4 else 50, save_every=save_every)
+    with pytest.raises(FloatingPointError, match="Line: the loss became inf at step 6: lower learning_rate"):
+        fit(Explodes(), points(), config, tmp_path, name="Line", progress=False)
+    if save_every == 4:
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
+        assert [row["step"] for row in read_history(tmp_path)] == [3, 6]
+    else:
+        assert not list(tmp_path.iterdir())
 
 
 def test_history_and_tensorboard_are_written(tmp_path):
