@@ -53,8 +53,8 @@ class Windows(BaseOutput):
 class MicroDopplerPipeline(DiffusionPipeline):
     """Generate windows of given users.
 
-    Window `number` of a user in a condition depends on these three and the seed alone, not on the batch it is in. A
-    manifest is a list of dicts with these four, one a window.
+    A manifest has a row (dict) a window: user, condition, number, seed, and its path in a folder. A window depends on
+    its row alone, not on the batch it is in.
 
     Args:
         codec, prior: a codec and a prior over its tokens or latents.
@@ -161,12 +161,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
                 raise DataError(f"this pipeline knows {kind} {known or 'none'}; it was not trained on {unknown}")
         if images_per_user < 1:
             raise DataError(f"images_per_user must be at least 1, got {images_per_user}")
-        return [
-            {"user": user, "condition": condition, "number": number, "seed": seed}
-            for condition in conditions
-            for user in users
-            for number in range(1, images_per_user + 1)
-        ]
+        numbers = range(1, images_per_user + 1)
+        return [_row(user, where, number, seed) for where in conditions for user in users for number in numbers]
 
     def stream(
         self, manifest: list[dict], batch_size: int = 64, **sampling
@@ -186,20 +182,18 @@ class MicroDopplerPipeline(DiffusionPipeline):
                 raise DataError("classifier_scale needs a classifier, and this pipeline has none (classifier_steps)")
             options["classifier"] = self._log_probability
         if len(self.config.conditions) > 1:
-            options["conditions"] = self._labels("conditions", [row["condition"] for row in rows])
-        generators = [torch.Generator().manual_seed(_window_seed(**row)) for row in rows]
-        return self.prior.sample(self._users(rows), generator=generators, **options)
+            options["conditions"] = self._labels(rows, "condition")
+        generators = [torch.Generator().manual_seed(_window_seed(row)) for row in rows]
+        return self.prior.sample(self._labels(rows), generator=generators, **options)
 
-    def _labels(self, kind: str, names: list) -> torch.Tensor:
-        """The numbers (B,) that stand for users or conditions."""
-        return torch.tensor([self.config[kind].index(one) for one in names], dtype=torch.long, device=self.device)
-
-    def _users(self, rows: list[dict]) -> torch.Tensor:
-        return self._labels("users", [row["user"] for row in rows])
+    def _labels(self, rows: list[dict], kind: str = "user") -> torch.Tensor:
+        """The labels (B,) of a manifest's users or conditions."""
+        known = self.config[f"{kind}s"]
+        return torch.tensor([known.index(row[kind]) for row in rows], dtype=torch.long, device=self.device)
 
     def _decode(self, sampled: torch.Tensor, rows: list[dict]) -> torch.Tensor:
         decode = self.codec.decode_tokens if self.prior.consumes == "tokens" else self.codec.decode
-        return decode(sampled, self._users(rows)).float().cpu()
+        return decode(sampled, self._labels(rows)).float().cpu()
 
     def _log_probability(self, latents: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
         """log p(user | decoded latents) (B,) by the classifier."""
@@ -226,7 +220,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
             raise DataError("between two users there is no class for a classifier: leave classifier_scale out")
         way = torch.linspace(0, 1, images)
         nearer = [row if at < 0.5 else other for row, other, at in zip(rows, others, way.tolist(), strict=True)]
-        return self._decode(self._sample(rows, towards=self._users(others), share=way, **sampling), nearer)
+        return self._decode(self._sample(rows, towards=self._labels(others), share=way, **sampling), nearer)
 
     @torch.no_grad()
     def denoising(self, user: int, frames: int = 8, seed: int = 0, **sampling) -> torch.Tensor:
@@ -273,8 +267,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         conditions: list[str] | None = None,
         **sampling,
     ) -> list[dict]:
-        """Write `out/ID_k/*.png` (or `out/CONDITION/ID_k/*.png`) and `out/manifest.csv`; returns the manifest with
-        paths. users, conditions: None for all.
+        """Write `out/ID_k/*.png` (or `out/CONDITION/ID_k/*.png`) and `out/manifest.csv`; returns the manifest. users,
+        conditions: None for all.
 
         Existing windows stay: an interrupted call resumes, and a later one adds users or numbers. `out/generation.json`
         records weights and options.
@@ -285,7 +279,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         """
         out, manifest = Path(out), self.plan(self.config.users if users is None else users, per_user, seed, conditions)
         _claim(out, {"seed": seed, **self._made_by(sampling)})
-        missing = [row for row in manifest if not (out / _path(row)).exists()]
+        missing = [row for row in manifest if not (out / row["path"]).exists()]
         with bar(len(manifest), "generate", initial=len(manifest) - len(missing), unit="window") as progress:
             for rows, images in self.stream(missing, batch_size, **sampling):
                 self._write(out, rows, images)
@@ -296,7 +290,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     def save_windows(self, out: str | Path, rows: list[dict], images: torch.Tensor, **sampling) -> list[dict]:
         """Write windows as `generate_folder` does: `rows` of a plan, `images` as `stream` gave them for `rows` and
-        `sampling`. Seeds may differ within a folder. Returns the manifest with paths.
+        `sampling`. Seeds may differ within a folder. Returns the rows.
 
         Raises:
             DataError: `out` holds windows of other weights or options, or those of `generate_folder`.
@@ -307,7 +301,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     def _write(self, out: Path, rows: list[dict], images: torch.Tensor) -> None:
         for row, picture in zip(rows, self.to_pil(images), strict=True):
-            with whole_file(out / _path(row)) as temporary:
+            with whole_file(out / row["path"]) as temporary:
                 picture.save(temporary, format="PNG")
 
     def _made_by(self, sampling: dict) -> dict:
@@ -371,15 +365,17 @@ def _claim(out: Path, made_by: dict) -> None:
         temporary.write_text(json.dumps(made_by, indent=1) + "\n")
 
 
-def _window_seed(user: int, condition: str, number: int, seed: int) -> int:
-    key = [seed, user, number] + ([zlib.crc32(condition.encode())] if condition else [])
+def _row(user: int, condition: str, number: int, seed: int) -> dict:
+    """A row of a manifest."""
+    folder = f"{condition}/ID_{user}" if condition else f"ID_{user}"
+    path = f"{folder}/ID{user}_generated_seed{seed}_{number}.png"
+    return {"path": path, "user": user, "condition": condition, "number": number, "seed": seed}
+
+
+def _window_seed(row: dict) -> int:
+    key = [row["seed"], row["user"], row["number"]]
+    key += [zlib.crc32(row["condition"].encode())] if row["condition"] else []
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _path(row: dict) -> str:
-    """Where a window is in its folder."""
-    name = f"ID_{row['user']}/ID{row['user']}_generated_seed{row['seed']}_{row['number']}.png"
-    return f"{row['condition']}/{name}" if row["condition"] else name
 
 
 def _read_manifest(folder: Path) -> dict[str, dict]:
@@ -389,8 +385,7 @@ def _read_manifest(folder: Path) -> dict[str, dict]:
 
 
 def _write_manifest(rows: list[dict], out: Path) -> list[dict]:
-    """Add rows to the manifest of `out`; returns them with paths."""
-    rows = [{"path": _path(row), **row} for row in rows]
+    """Add rows to the manifest of `out`; returns them."""
     before = _read_manifest(out) if (out / "manifest.csv").exists() else {}
     table = {path: row for path, row in before.items() if (out / path).exists()} | {row["path"]: row for row in rows}
     with whole_file(out / "manifest.csv") as temporary, open(temporary, "w", newline="") as file:

@@ -55,7 +55,8 @@ def test_users_are_named_as_on_disk(pipeline):
     made = pipeline(users=[12, 3], images_per_user=2, seed=1)
     assert made.users == [12, 12, 3, 3]
     assert [image.size for image in made.images] == [(64, 64)] * 4 and made.images[0].mode == "RGB"
-    assert made.manifest[1] == {"user": 12, "condition": "", "number": 2, "seed": 1}
+    path = "ID_12/ID12_generated_seed1_2.png"
+    assert made.manifest[1] == {"path": path, "user": 12, "condition": "", "number": 2, "seed": 1}
 
 
 def test_a_window_depends_on_seed_user_and_number_alone(pipeline):

@@ -88,41 +88,20 @@ def python_path() -> str:
 
 
 def mean_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes, all in one message.
-
-    A parameter without gradient in one process counts there as zero. One without gradient in all stays so: the
-    optimizer leaves it alone, as in a single process.
-    """
-    if world() == 1:
-        return
-    parameters = [p for p in parameters if p.requires_grad]
-    reached = parameters[0].new_tensor([p.grad is not None for p in parameters])
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([reached, *(part.flatten() for part in parts)])
-    dist.all_reduce(flat)
-    reached, *means = (flat / world()).split([len(parameters), *(p.numel() for p in parameters)])
-    for p, part, mean, anywhere in zip(parameters, parts, means, reached.tolist(), strict=True):
-        if anywhere:
-            p.grad = part.copy_(mean.view_as(p))
+    """Replace every gradient by its mean over the processes, all in one message. The same parameters must have
+    gradients in each."""
+    if world() > 1:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        means = (flat / world()).split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """Call `function` in the first process only; all return its value.
-
-    Raises:
-        RuntimeError: in the other processes, if `function` raised in the first.
-    """
-    if world() == 1:
-        return function()
-    message = [None, ""]
-    if rank() == 0:
-        try:
-            message[0] = function()
-        except Exception as error:
-            dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"], src=0)
-            raise
-    dist.broadcast_object_list(message, src=0)
-    value, failure = message
-    if failure:
-        raise RuntimeError(f"the first process stopped: {failure}")
-    return value
+    """Call `function` in the first process only; all return its value. If it raises, the launcher ends the others."""
+    value = [function() if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(value, src=0)
+    return value[0]

@@ -89,7 +89,7 @@ def fit(
     Raises:
         FloatingPointError: the loss is not finite, in any process; no checkpoint and no history row contains it.
         OSError: the disk has no room for the checkpoints.
-        RuntimeError: in the other processes, when the first failed; or when `launch` left something to train.
+        RuntimeError: `launch` left something to train.
         SystemExit: the session's time is up (`mdlib.utils`); a checkpoint was written to `run_dir`.
         ValueError: `run_dir` holds a run of another configuration.
     """
@@ -101,9 +101,7 @@ def fit(
             on_first(lambda: checkpoints.check_room(state, name))
             log, end_log = _tracker(config, state.run_dir)
             data, held_out = data.to(state.device), held_out and held_out.to(state.device)
-            losses: list[
-                torch.Tensor
-            ] = []  # not yet known to be finite; looking at one makes the host wait for the GPU
+            losses = []  # those not yet known to be finite: looking at one makes the host wait for the GPU
             clock, late = time.monotonic() - state.seconds, False
             model.train()
             with bar(config.steps, name, initial=state.step, show=progress and rank() == 0) as shown:
@@ -186,7 +184,7 @@ def _set_learning_rate(state: State) -> None:
     def shape(step: float) -> float:
         if step < warmup:
             return step / warmup
-        return max(0.0, 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * ((step - warmup) / max(1, steps - warmup)))))
 
     elapsed = min(steps, steps * state.seconds / budget) if budget else 0
     for group in state.optimizer.param_groups:
