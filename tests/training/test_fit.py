@@ -3,12 +3,12 @@
 import csv
 import itertools
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -64,9 +64,20 @@ def test_every_epoch_shows_every_sample_once_whatever_the_batch():
     assert not torch.equal(batch_order(0, 8, 37, seed=2), order[:8])
 
 
-def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, monkeypatch):
-    whole, broken = line(), line()
-    history = fit(whole, points(), CONFIG, tmp_path / "whole", held_out=points(20), progress=False)
+def codec() -> tuple[nn.Module, Batches]:
+    """One whose codebook follows its own averages, which are buffers."""
+    from mdlib.models.vqvae import VQVAE  # slow to import, and one process of the tests does without
+
+    torch.manual_seed(0)
+    model = VQVAE(image_size=16, block_out_channels=(8, 8), norm_num_groups=4, num_codes=8, code_dim=4)
+    return model, Batches((torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1,))
+
+
+@pytest.mark.parametrize("make", [lambda: (line(), points()), codec], ids=["line", "codec"])
+def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(make, tmp_path):
+    def train(folder, **options):
+        model, data = make()
+        return model, fit(model, data, CONFIG, tmp_path / folder, held_out=data, progress=False, **options)
 
     class Stop(Exception):
         pass
@@ -75,10 +86,10 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(tm
         if step == 9:
             raise Stop
 
+    whole, history = train("whole")
     with pytest.raises(Stop):
-        fit(broken, points(), CONFIG, tmp_path / "broken", held_out=points(20), preview=stop, progress=False)
-    resumed = line()
-    again = fit(resumed, points(), CONFIG, tmp_path / "broken", held_out=points(20), progress=False)
+        train("broken", preview=stop)
+    resumed, again = train("broken")
     assert same(whole, resumed)
     strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     assert strip(again) == strip(history)
@@ -89,28 +100,25 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(tm
 
 SCRIPT = """
 import sys, time
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path[:0] = {path!r}
 import torch
 from dataclasses import replace
-from mdlib.models.vqvae import VQVAE
-from mdlib.training.fit import Batches, TrainConfig, fit
+from test_fit import CONFIG, fit, line, points
 torch.set_num_threads(1)
-torch.manual_seed(0)
-codec = VQVAE(image_size=16, block_out_channels=(8, 8), norm_num_groups=4, num_codes=8, code_dim=4)
-images = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-config = TrainConfig(steps=40, batch_size=8, evaluate_every=5, save_every=5, ema_decay=0.9, tracker="none")
 def slow(model, step):
     print("step", step, flush=True)
     time.sleep({pause})
-fit(codec, Batches((images,)), config, {run!r}, held_out=Batches((images[:8],)), preview=slow, progress=False)
-torch.save(codec.state_dict(), {run!r} + "/final.pt")
+config = replace(CONFIG, steps=40, evaluate_every=5, save_every=5)
+model = line()
+fit(model, points(), config, {run!r}, held_out=points(20), preview=slow, progress=False)
+torch.save(model.state_dict(), {run!r} + "/final.pt")
 """
 
 
 def test_a_run_killed_with_sigkill_resumes_bit_for_bit(tmp_path):
     def start(name: str, pause: float) -> subprocess.Popen:
-        here = os.path.dirname(os.path.dirname(__file__))
-        script = SCRIPT.format(tests=here, root=os.path.dirname(here), run=str(tmp_path / name), pause=pause)
+        here = Path(__file__).parent
+        script = SCRIPT.format(path=[str(here), str(here.parents[1])], run=str(tmp_path / name), pause=pause)
         return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
 
     whole = start("whole", 0)
