@@ -205,6 +205,10 @@ class MicroDopplerPipeline(DiffusionPipeline):
         known = inspect.signature(self.prior.sample).parameters
         return {name: one.default for name, one in known.items() if name not in _OWN | _VIEWS} | self.config.sampling
 
+    def check_options(self, options: dict) -> None:
+        """Raise DataError on options `prior.sample` does not have, ValueError on values it cannot use."""
+        self._sample([], **options)
+
     @torch.no_grad()
     def interpolate(self, first: int, second: int, images: int = 5, seed: int = 0, **sampling) -> torch.Tensor:
         """Windows (images, C, H, W) in [−1, 1] from user `first` to user `second`, all from the same noise.
@@ -306,7 +310,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     def _made_by(self, sampling: dict) -> dict:
         """What a window depends on other than its row of the manifest: weights and sampling options, checked."""
-        self._sample([], **sampling)  # raises on unknown options and values
+        self.check_options(sampling)
         options = {**self.config.sampling, **sampling}
         models = [self.codec, self.prior] + ([self.classifier] if options.get("classifier_scale") else [])
         return {"weights": "".join(map(fingerprint, models)), **options}

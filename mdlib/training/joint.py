@@ -24,7 +24,7 @@ class JointFineTuning(nn.Module):
         self.codec, self.prior, self.prior_weight = codec, prior, prior_weight
 
     def parameter_groups(self) -> list[dict]:
-        """The codec's own groups and the prior."""
+        """The codec's own (a discriminator trains otherwise), and the prior."""
         own = getattr(self.codec, "parameter_groups", lambda: [{"params": list(self.codec.parameters())}])
         return [*own(), {"params": list(self.prior.parameters())}]
 
