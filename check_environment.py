@@ -35,7 +35,6 @@ EXPECTED = {"cpu": ("", 0, 0), "gpu": ("", 1, 0), "t4x2": ("T4", 2, 0), "p100": 
 EXPECTED.update({"gpu-6gb": ("", 1, 5500), "gpu-8gb": ("", 1, 7500), "gpu-16gb": ("", 1, 14500)})
 # Why a check fails: the usual reason, in one line each.
 CAUSES = {
-    "": "",
     "kernels": "a build of torch has kernels for some GPUs only: on the others the first sum fails",
     "replaced": "a later pip install replaced torch, or added parts of a second CUDA",
     "pair": "torchvision and torchaudio are compiled for one build of torch; diffusers and transformers fail with them",
@@ -56,16 +55,15 @@ CAUSES = {
 def row(name: str, detail: str, remedy: str | None = "", cause: str = "package", status: str = "warn") -> dict:
     """A line of the report. Without a remedy the status is 'ok'; 'warn' means that mdlib works without it."""
     status, cause = (status, cause) if remedy else ("ok", "")
-    return {"name": name, "status": status, "detail": detail, "cause": CAUSES[cause], "remedy": remedy or ""}
+    return {"name": name, "status": status, "detail": detail, "cause": CAUSES.get(cause, ""), "remedy": remedy or ""}
 
 
 def check(python: Path | str | None = None, *, expect: str = "", precision: str = "") -> list[dict]:
     """Check an interpreter (default: this one, and the modules it has loaded) and this machine; nothing is changed.
 
     expect: the machine, a key of EXPECTED; '' accepts any. precision: 'no', 'fp16', 'bf16', or '' for accelerate's.
-
-    Returns a list of {"name", "status": "ok" | "warn" | "fail", "detail", "cause", "remedy"}, one for each check;
-    cause and remedy are empty if the status is ok.
+    Returns a list of {"name", "status": "ok" | "warn" | "fail", "detail", "cause", "remedy"}; cause and remedy are ''
+    if the status is ok.
     """
     if expect not in ("", *EXPECTED):
         raise setup.Stop(f"unknown machine {expect!r}: choose from {', '.join(EXPECTED)}")
@@ -79,14 +77,12 @@ def check(python: Path | str | None = None, *, expect: str = "", precision: str 
             if not s.exists:
                 raise setup.Stop(f"{python} does not exist")
         except setup.Stop as stop:
-            failed = row("python", stop.args[0], f"use Python {setup.TESTED_PYTHON}", status="fail")
-            return [failed, *check_machine()]
+            return [row("python", stop.args[0], f"use Python {setup.TESTED_PYTHON}", status="fail"), *check_machine()]
     s.mend = bool(s.host)  # elsewhere a CPU build of torch next to a GPU is a warning
     version, path = ".".join(map(str, s.interpreter["version"])), s.interpreter["executable"]
     label = ".venv" if s.ours else "the running Python" if python == Path(sys.executable) else "another Python"
     rows = [row("python", f"{version}, {label} ({path})"), *check_machine()]
-    for lines in (check_torch(s, conflicts.result()), check_gpus(s, expect), check_processes(s, here, precision)):
-        rows += lines
+    rows += [*check_torch(s, conflicts.result()), *check_gpus(s, expect, here, precision)]
     return [*rows, *check_packages(s, here, conflicts.result()), *check_files(online.result())]
 
 
@@ -108,15 +104,10 @@ def check_machine():
         limits += [int(text)] if text.isdigit() else []
     memory, place, shared = min(limits, default=0), WORKING if WORKING.is_dir() else setup.ROOT, Path("/dev/shm")
     free, size = shutil.disk_usage(place).free, shutil.disk_usage(shared).total if shared.is_dir() else 0
-    room = f"free some space: an environment takes 6 GiB, a run 1 GiB ({place})"
+    room, more = f"free some space: an environment takes 6 GiB, a run 1 GiB ({place})", "use a smaller preset"
     table = [
         ("cores", f"{cores} on {platform.machine()}", cores < LEAST_CORES, "expect to wait longer"),
-        (
-            "memory",
-            f"{memory / GIB:.1f} GiB" if memory else "unknown",
-            0 < memory < LEAST_MEMORY,
-            "close other programs, or use a smaller preset",
-        ),
+        ("memory", f"{memory / GIB:.1f} GiB" if memory else "unknown", 0 < memory < LEAST_MEMORY, more),
         ("disk", f"{free / GIB:.1f} GiB free", free < LEAST_DISK, room),
     ]
     if size:  # several GPUs and data workers exchange data here
@@ -167,8 +158,16 @@ def precision_of(capability: tuple[int, int]) -> str:
     return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "no"
 
 
-def check_gpus(s: setup.State, expect: str):
-    """The GPUs, whether torch uses them, and whether they are the expected machine."""
+def accelerate_setting(name: str) -> str:
+    """A setting of accelerate, from the environment or its configuration file; '' without one."""
+    file = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "accelerate", "default_config.yaml").expanduser()
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = re.search(rf"^\s*{name}: *['\"]?(\w+)", text, re.MULTILINE)
+    return os.environ.get(f"ACCELERATE_{name.upper()}", found[1] if found else "").lower()
+
+
+def check_gpus(s: setup.State, expect: str, here: bool, precision: str):
+    """GPUs: whether torch uses them, they are expected, the precision suits them and several processes can start."""
     seen = sum(device != "cpu" for device in s.torch.get("ops", {}))
     if not s.gpus:
         yield row("gpu", "none: use the presets demo and smoke")
@@ -182,7 +181,7 @@ def check_gpus(s: setup.State, expect: str):
         elif not seen:
             detail, remedy = f"{detail}; torch does not see it", s.torch.get("warning") or s.repair
         yield row(f"gpu {index}", detail, remedy, cause)
-    missing = " ".join(f"{name}={value}" for name, value in setup.variables(s).items() if os.environ.get(name) != value)
+    missing = " ".join(f"{name}={value}" for name, value in s.variables.items() if os.environ.get(name) != value)
     headers = s.interpreter["compiles"] or os.environ.get("TORCH_DISABLE_NATIVE_JIT")
     if missing:
         yield row("triton", "a GPU is too old for it", f"set {missing} before Python starts", "precision")
@@ -196,23 +195,9 @@ def check_gpus(s: setup.State, expect: str):
         right = min(fits, seen) >= number and (number > 0 or not s.gpus)
         remedy = "choose the accelerator in the notebook's settings"
         if s.host == "Kaggle":
-            remedy += (
-                "; verify the account's phone number; check machine_shape and docker_image in kernel-metadata.json"
-            )
+            remedy += "; verify the account's phone number; check machine_shape and docker_image of the metadata"
         detail = f"{expect}: {have}" if right else f"expected {expect}, found {have}; torch sees {seen}"
         yield row("accelerator", detail, "" if right else remedy, "accelerator", "fail")
-
-
-def accelerate_setting(name: str) -> str:
-    """A setting of accelerate, from the environment or its configuration file; '' without one."""
-    file = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "accelerate", "default_config.yaml").expanduser()
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    found = re.search(rf"^\s*{name}: *['\"]?(\w+)", text, re.MULTILINE)
-    return os.environ.get(f"ACCELERATE_{name.upper()}", found[1] if found else "").lower()
-
-
-def check_processes(s: setup.State, here: bool, precision: str):
-    """Whether the precision suits the oldest GPU, and whether several processes can start."""
     if not s.gpus:
         return
     wanted, compiler = precision or accelerate_setting("mixed_precision"), accelerate_setting("dynamo_backend")

@@ -6,32 +6,34 @@
     python setup_environment.py test       install, then run the tests; further arguments go to pytest
     python setup_environment.py demo       install, simulate, train, validate; further arguments go to `mdlib run`
 
-Each command inspects the environment and runs the steps of `plan` until no step is left; the next run completes an
-interrupted one. A torch that works is never reinstalled. Outside .venv constraints stop pip from changing what works.
-Packages come from a wheelhouse (--wheelhouse, or a folder below /kaggle/input that holds mdlib-*.whl) or the index.
-
+Each command runs the steps of `plan` until none is left; the next run completes an interrupted one. A torch that works
+is never reinstalled. Outside .venv constraints stop pip from changing what works. Packages come from a wheelhouse
+(--wheelhouse, or a folder below /kaggle/input that holds mdlib-*.whl) or from the package index.
 Exit codes: 0 everything works; 1 see the last line; 3 everything works, but on the CPU: no torch for the GPU was found.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import time
+import warnings
+from collections import namedtuple
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
-SCRIPT = Path(__file__).resolve()
-ROOT = SCRIPT.parent
+ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 INPUTS = Path("/kaggle/input")
 WHEELHOUSE_MARKER = "mdlib-*.whl"
@@ -39,8 +41,7 @@ ACTIVATE = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/a
 REPAIR = "python setup_environment.py repair"
 OLDEST_PYTHON, TESTED_PYTHON = (3, 11), "3.11, 3.12 or 3.13"
 
-# Lazy packages import without an error until a name is used.
-TOUCH = {"transformers": ("PreTrainedModel",), "diffusers": ("DiffusionPipeline", "VQModel")}
+TOUCH = {"transformers": ["PreTrainedModel"], "diffusers": ["DiffusionPipeline", "VQModel"]}  # they import lazily
 MODULE = {"pillow": "PIL", "scikit-learn": "sklearn"}  # distributions whose module has another name
 # mdlib works without these. Every other package is required.
 OPTIONAL = {"ipywidgets": "no interactive views", "lpips": "no perceptual loss", "tensorboard": "no live curves"}
@@ -65,6 +66,7 @@ BUILDS = {
 }
 EXTRA = ("torchaudio", "mdlib")  # modules to probe in addition to the packages of pyproject.toml
 MARK = "@probe "
+Gpu = namedtuple("Gpu", "name capability driver memory", defaults=[0])  # driver: major number; memory: MiB
 
 
 class Stop(Exception):
@@ -86,17 +88,13 @@ def split_requirement(requirement: str) -> tuple[str, str]:
 
 
 def read_pins(extras=()) -> SimpleNamespace:
-    """The tables of pyproject.toml. Raises Stop for an unknown extra.
-
-    `wanted`: {package: specifier to install}; `accepted`: {package: specifier of what may stay}; `commands`: of mdlib.
-    """
+    """{package: specifier} `wanted` and `accepted`, and mdlib's `commands`. Raises Stop for an unknown extra."""
     import tomllib  # Python 3.11
 
     table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     project, optional = table["project"], table["project"]["optional-dependencies"]
-    for extra in extras:
-        if extra not in optional:
-            raise Stop(f"pyproject.toml has no extra {extra!r}: choose from {', '.join(sorted(optional))}")
+    for extra in sorted(set(extras) - set(optional)):
+        raise Stop(f"pyproject.toml has no extra {extra!r}: choose from {', '.join(sorted(optional))}")
     wanted = table["build-system"]["requires"] + [r for extra in ("pinned", *extras) for r in optional[extra]]
     wanted, accepted = (dict(map(split_requirement, texts)) for texts in (wanted, project["dependencies"]))
     return SimpleNamespace(wanted=wanted, accepted=accepted, commands=tuple(project.get("scripts", ())))
@@ -113,16 +111,14 @@ def satisfies(version: str | None, specifier: str) -> bool:
     for sign, text in re.findall(r"([=!<>]+)\s*([^\s,]+)", specifier) if version else ():
         have, want = (version, text) if sign == "===" else (release(version), release(text))
         order = "=" if have == want else ">" if have > want else "<"
-        if order == "=" if sign == "!=" else order not in sign:
+        met = order != "=" if sign == "!=" else order in sign
+        if not met:
             return False
     return bool(version)
 
 
 def probe(names: list[str]) -> int:
     """Print facts about the interpreter that runs this, then whether each module works in it, as lines of JSON."""
-    import importlib.metadata
-    import importlib.util
-    import sysconfig
 
     def report(**facts):
         print(MARK + json.dumps(facts), flush=True)
@@ -153,8 +149,6 @@ def probe(names: list[str]) -> int:
 
 def probe_module(name: str) -> dict:
     """Import a module and use it. Returns its version and, for torch, its build and an error or None by device."""
-    import warnings
-
     module = importlib.import_module(name)
     for attribute in TOUCH.get(name, ()):
         getattr(module, attribute)
@@ -171,8 +165,8 @@ def probe_module(name: str) -> dict:
         facts["ops"] = {}
         for device in ("cpu", *(f"cuda:{i}" for i in range(count))):
             try:  # convolution, sum, backward: a matmul alone succeeds on GPUs that the build has no kernels for
-                x = module.randn(2, 3, 8, 8, device=device, requires_grad=True)
-                module.nn.functional.conv2d(x, module.ones(4, 3, 3, 3, device=device)).relu().sum().backward()
+                x, w = (module.randn(2, 3, n, n, device=device, requires_grad=True) for n in (8, 3))
+                module.nn.functional.conv2d(x, w).relu().sum().backward()
                 facts["ops"][device] = None if module.isfinite(x.grad.sum()).item() else "the gradient is not finite"
             except Exception as error:
                 facts["ops"][device] = describe(error)
@@ -188,18 +182,22 @@ def describe(error: BaseException) -> str:
     return " <- ".join(dict.fromkeys(texts))
 
 
+def run_quietly(*command, timeout: float = 60, **options) -> subprocess.CompletedProcess:
+    """Run a program and capture its output; one that is missing or too slow gives exit code 1 and the reason."""
+    try:
+        options = dict(capture_output=True, text=True, timeout=timeout, **options)
+        return subprocess.run(list(map(str, command)), **options)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
+
+
 def ask(python: Path | str, names=()) -> dict:
     """Run `probe` in another interpreter; returns its facts. Raises Stop if it does not run."""
     # PYTHONSAFEPATH: mdlib has to be installed; that it lies next to this file does not count.
     env = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    facts: dict = {"modules": {}}
-    rest = list(names)
-    while True:
-        command = [str(python), str(SCRIPT), "probe", *rest]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Stop(f"{python} does not run: {error}") from error
+    facts, rest, before = {"modules": {}}, list(names), None
+    while rest != before:  # after a crash another run probes the modules that follow
+        done = run_quietly(python, ROOT / "setup_environment.py", "probe", *rest, timeout=900, env=env)
         for line in done.stdout.splitlines():
             if line.startswith(MARK):
                 found = json.loads(line[len(MARK) :])
@@ -208,16 +206,7 @@ def ask(python: Path | str, names=()) -> dict:
         before, rest = rest, [name for name in rest if name not in facts["modules"]]
         if "interpreter" in facts and not rest:
             return facts
-        if "interpreter" not in facts or rest == before:  # after a crash another run probes the modules that follow
-            raise Stop(f"{python} does not run: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-
-
-def run_quietly(*command) -> subprocess.CompletedProcess:
-    """Run a program and capture its output; one that is missing or too slow gives exit code 1 and no output."""
-    try:
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return subprocess.CompletedProcess(command, 1, "", "")
+    raise Stop(f"{python} does not run: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
 
 
 def unmet_requirements(python: Path) -> list[tuple[str, str, str]]:
@@ -228,18 +217,9 @@ def unmet_requirements(python: Path) -> list[tuple[str, str, str]]:
 
 
 def index_answers(python: Path) -> bool:
-    """Whether pip reaches an index with its configuration. It asks for a small package that mdlib needs."""
-    words = ("-m", "pip", "index", "versions", "lpips", "--timeout", "3", "--retries", "0")
-    done = run_quietly(python, *words)
-    # A Python without pip cannot ask. .venv gets a pip, which reports a missing network itself.
+    """Whether pip reaches an index. True without pip: .venv gets one, which reports a missing network itself."""
+    done = run_quietly(python, "-m", "pip", "index", "versions", "lpips", "--timeout", "3", "--retries", "0")
     return done.returncode == 0 or "No module named pip" in done.stderr
-
-
-class Gpu(NamedTuple):
-    name: str
-    capability: tuple
-    driver: int  # major number
-    memory: int = 0  # MiB
 
 
 def ask_driver(query: str) -> str:
@@ -270,7 +250,6 @@ def venv_python() -> Path:
 
 
 def is_ours(python: Path) -> bool:
-    """Whether a Python is that of .venv."""
     return python.parent.absolute() == venv_python().parent.absolute()
 
 
@@ -290,6 +269,13 @@ class State:
         self.pins, self.python, self.mend, self.wheelhouse = pins, python or venv_python(), mend, wheelhouse
         self.gpus, self.ours = find_gpus(), is_ours(self.python)
         self.host = "" if self.ours else hosted()
+        driver = min((gpu.driver for gpu in self.gpus), default=0)
+        capability = min((gpu.capability for gpu in self.gpus), default=(0, 0))
+        kind = "old gpu" if capability < MODERN_CAPABILITY else "gpu" if driver >= MODERN_DRIVER else "old driver"
+        self.machine = kind if driver >= OLDEST_DRIVER else "cpu"  # a key of BUILDS
+        # A GPU below 7.0 cannot run Triton, which newer torch calls unasked.
+        triton = self.machine == "cpu" or capability >= (7, 0)
+        self.variables = {} if triton else {"TORCH_DISABLE_NATIVE_JIT": "1", "TORCHDYNAMO_DISABLE": "1"}
         self.specifiers = pins.wanted if self.ours else pins.accepted
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mdlib"
         name = re.sub(r"\W+", "-", str(self.python.absolute())).strip("-")
@@ -335,20 +321,10 @@ class State:
         return found
 
 
-def machine(s: State) -> str:
-    """A key of BUILDS. A GPU with a driver that is too old for every build counts as none."""
-    if not s.gpus or min(g.driver for g in s.gpus) < OLDEST_DRIVER:
-        return "cpu"
-    if min(g.capability for g in s.gpus) < MODERN_CAPABILITY:
-        return "old gpu"
-    return "gpu" if min(g.driver for g in s.gpus) >= MODERN_DRIVER else "old driver"
-
-
 def has_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
     """Whether a build runs on a GPU: sm_ serves later minors of its major, compute_ (PTX) all later capabilities."""
-    found = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(arch_list))
-    built = [(kind, int(major), int(minor)) for kind, major, minor in found]
-    return any(b[1:] <= capability and (b[0] == "compute" or b[1] == capability[0]) for b in built)
+    found = [(kind, (int(a), int(b))) for kind, a, b in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(arch_list))]
+    return any(built <= capability and (kind == "compute" or built[0] == capability[0]) for kind, built in found)
 
 
 def torch_trouble(s: State, gpu: bool = True) -> str:
@@ -364,7 +340,7 @@ def torch_trouble(s: State, gpu: bool = True) -> str:
         return f"torch {version} is outside {s.pins.accepted['torch']}"
     if torch["ops"]["cpu"]:
         return f"torch does not compute: {torch['ops']['cpu']}"
-    if not gpu or machine(s) == "cpu":
+    if not gpu or s.machine == "cpu":
         return ""
     if torch["cuda"] is None:
         return f"torch {version} is a CPU build and does not use {s.gpus[0].name}" if s.mend else ""
@@ -379,12 +355,11 @@ def torch_trouble(s: State, gpu: bool = True) -> str:
 def hosted_remedy(s: State) -> str:
     """What to do about the torch of a hosted image. '' if it may be replaced: for a GPU that it has no kernels for."""
     broken = torch_trouble(s, gpu=False)
-    if not s.host or (machine(s) == "old gpu" and not broken and s.torch["cuda"]):
+    if not s.host or (s.machine == "old gpu" and not broken and s.torch["cuda"]):
         return ""
-    if broken:
-        return f"start a fresh {s.host} session: its image brings a torch that works"
     session = "this is the image of a session without a GPU: choose the accelerator again, verify the account's phone"
-    return f"{session} number, and remove docker_image from the {s.host} notebook's metadata"
+    session += f" number, and remove docker_image from the {s.host} notebook's metadata"
+    return f"start a fresh {s.host} session: its image brings a torch that works" if broken else session
 
 
 def pair_trouble(s: State) -> str:
@@ -428,8 +403,8 @@ def install_pair(s: State, change: str) -> list[str]:
     pin, (have, _, tag) = s.pins.wanted["torch"].lstrip("="), s.installed.get("torch", "").partition("+")
     alone, version = not change and not (s.ours and tag == "cpu"), have  # the default index has no +cpu build
     if not alone:
-        tag, version = BUILDS[machine(s)][1], pin
-        if machine(s) == "old gpu" and have:  # the same release, if it has a build for this GPU
+        tag, version = BUILDS[s.machine][1], pin
+        if s.machine == "old gpu" and have:  # the same release, if it has a build for this GPU
             version = have if satisfies(have, CU126_RELEASES) else NEWEST_CU126
     build, vision = f"+{tag}" if tag else "", "torchvision"  # pip finds the one for this torch
     if release(version) == release(pin):
@@ -445,26 +420,21 @@ def install_pair(s: State, change: str) -> list[str]:
 
 
 def reinstall_imports(s: State, failing: dict[str, str]) -> list[list[str]]:
-    """First the dependencies of the modules that fail, then their own files and those of a module they miss."""
-    names, errors = {module_of(name): name for name in s.pins.accepted}, " ".join(failing.values())
-    damaged = [names[module] for module in failing]
-    culprits = list(dict.fromkeys([*(HUB_FAMILY if HUB_ERROR.search(errors) else ()), *damaged]))
-    missed = map(canonical, re.findall(r"No module named '(\w+)", errors))
-    damaged = list(dict.fromkeys([*damaged, *filter(s.installed.get, missed)]))
+    """First the dependencies of the packages that fail, then their own files and those of a module they miss."""
+    errors = " ".join(failing.values())
+    missed = filter(s.installed.get, map(canonical, re.findall(r"No module named '(\w+)", errors)))
+    culprits = dict.fromkeys([*(HUB_FAMILY if HUB_ERROR.search(errors) else ()), *failing])
     if s.ours:
         update = pip_install(s, [name + s.specifiers[name] for name in culprits])
-        return [update, rewrite(s, dict.fromkeys([*culprits, *damaged]))]
+        return [update, rewrite(s, dict.fromkeys([*culprits, *missed]))]
     if any(package in culprits for package, _, _ in unmet_requirements(s.python)):
         specifiers = {**s.specifiers, "huggingface-hub": s.pins.wanted["huggingface-hub"]}
         return [pip_install(s, [name + specifiers[name] for name in culprits])]
-    return [rewrite(s, damaged)]
+    return [rewrite(s, dict.fromkeys([*failing, *missed]))]
 
 
 def link_project() -> int:
     """Let this interpreter find mdlib in its folder, which may be read-only."""
-    import site
-    import sysconfig
-
     packages = Path(sysconfig.get_path("purelib"))
     if not os.access(packages, os.W_OK):
         packages = Path(site.getusersitepackages())
@@ -477,8 +447,8 @@ def plan(s: State) -> tuple[list[tuple], list[str], int]:
     """([(name, reason, commands)] in the order to run, notes, exit code). Raises Stop if a repair is impossible."""
     # torch and torchvision
     change, remedy, notes, gone, code = torch_trouble(s), hosted_remedy(s), [], [], 0
-    works = change and not remedy and not torch_trouble(s, gpu=False)
-    if works and s.lacking(requirements_of(install_pair(s, change))):
+    on_cpu = change and not remedy and not torch_trouble(s, gpu=False)
+    if on_cpu and s.lacking(requirements_of(install_pair(s, change))):
         notes.append(f"the GPU is not used, everything runs on the CPU: {change}")
         change, code = "", 3
     vision = "" if change else pair_trouble(s)
@@ -496,9 +466,10 @@ def plan(s: State) -> tuple[list[tuple], list[str], int]:
         raise Stop(f"torch of a hosted image: {change}; {remedy}")
 
     # the other packages
+    errors = {name: s.modules[module_of(name)]["error"] for name in s.pins.accepted if s.modules}
     half = [name for name in s.half if name not in ("torch", "torchvision", "mdlib")]
     if not s.ours:  # system packages look half installed: only those count that do not import
-        half = [name for name in half if s.modules.get(module_of(name), {}).get("error")]
+        half = [name for name in half if errors.get(name)]
     pins = {name: name + specifier for name, specifier in s.specifiers.items() if name not in ("torch", "torchvision")}
     off = [name for name in pins if not satisfies(s.installed.get(name), s.specifiers[name])]
     for name in off:  # mdlib works without it, or with the version that is installed
@@ -511,38 +482,36 @@ def plan(s: State) -> tuple[list[tuple], list[str], int]:
     wanted = [pins[name] for name in (pins if s.ours else off) if name not in gone]
     alone = ["--no-deps"] if s.host and not any(name in s.installed for name in off) else []
     few = ", ".join(f"{name} {s.installed.get(name, 'missing')}" for name in off)
-    failing = {name: facts["error"] for name, facts in s.modules.items() if facts["error"] and name not in EXTRA}
+    failing = {name: error for name, error in errors.items() if error and name not in gone}
     if change or vision or half or off:
         failing = {}
-    for name in gone:
-        failing.pop(module_of(name), None)
 
-    # mdlib
-    project, link = "" if s.project else "mdlib is not installed", [str(s.python), str(SCRIPT), "link"]
+    project = "" if s.project else "mdlib is not installed"
     if s.ours:
         lost = [name for name in s.pins.commands if not shutil.which(name, path=str(s.python.parent))]
         there = s.project is not None and Path(s.project) == ROOT / "mdlib" and "mdlib" not in s.half and not lost
         project = "" if there else "mdlib of this folder is not installed"
-        link = pip_install(s, [], "--no-deps", "--no-build-isolation", f"--editable={ROOT}")
-    elif not (ROOT / "mdlib").is_dir():
-        link = pip_install(s, ["mdlib"], "--no-deps")
 
-    venv, create = "", [sys.executable, "-m", "venv", str(VENV)]
-    if not s.exists:
-        venv = f"{VENV} does not exist"
-    elif s.ours and "pip" not in s.installed:
+    def install_project():
+        if s.ours:
+            return pip_install(s, [], "--no-deps", "--no-build-isolation", f"--editable={ROOT}")
+        link = [str(s.python), str(ROOT / "setup_environment.py"), "link"]
+        return link if (ROOT / "mdlib").is_dir() else pip_install(s, ["mdlib"], "--no-deps")
+
+    venv, create = "" if s.exists else f"{VENV} does not exist", [sys.executable, "-m", "venv", str(VENV)]
+    if s.ours and s.exists and "pip" not in s.installed:
         venv, create = "pip is not installed", [str(s.python), "-m", "ensurepip", "--upgrade"]
     remove = vision if unmatched and s.ours else ""  # diffusers works without torchvision, not with a wrong one
     uninstall = [str(s.python), "-m", "pip", "uninstall", "--yes", "torchvision"]
     table = (
         ("virtual environment", venv, lambda: [create]),
         ("half-installed packages", ", ".join(half), lambda: [rewrite(s, half)]),
-        (BUILDS[machine(s)][0], change, lambda: [install_pair(s, change)]),
+        (BUILDS[s.machine][0], change, lambda: [install_pair(s, change)]),
         ("torchvision to match torch", "" if remove else vision, lambda: [install_pair(s, "")]),
         ("torchvision that cannot be matched", remove, lambda: [uninstall]),
         ("packages", few, lambda: [pip_install(s, wanted, *alone)]),
         ("imports", "; ".join(map(": ".join, failing.items())), lambda: reinstall_imports(s, failing)),
-        ("mdlib", project, lambda: [link]),
+        ("mdlib", project, lambda: [install_project()]),
     )
     steps = [(name, reason, commands()) for name, reason, commands in table if reason]
     where = "attach the dataset that holds it, or turn the Internet on" if s.host else "give its folder by --wheelhouse"
@@ -555,18 +524,11 @@ def plan(s: State) -> tuple[list[tuple], list[str], int]:
         stay = ", ".join(f"{n} stays at {s.installed[n]}" if n in s.installed else f"{n} is missing" for n in gone)
         lpips = "; without LPIPS images are compared by PSNR, SSIM and classifier features" if "lpips" in gone else ""
         notes.append(f"{stay}: the package index does not answer{lpips}; {where}")
-    if not change and machine(s) != "cpu" and s.torch["cuda"] is None:
+    if not change and s.machine != "cpu" and s.torch["cuda"] is None:
         notes.append(f"torch is a CPU build: to use {s.gpus[0].name}, run {REPAIR}")
-    if machine(s) == "old gpu" and not torch_trouble(s):  # a plain `pip install` brings back a torch without kernels
+    if s.machine == "old gpu" and not torch_trouble(s):  # a plain `pip install` brings back a torch without kernels
         notes.append(f"before you install anything else: PIP_CONSTRAINT={s.folder / 'constraints.txt'}")
     return steps, notes, code
-
-
-def variables(s: State) -> dict[str, str]:
-    """The environment for a GPU that cannot run Triton (capability below 7.0): newer torch calls it unasked."""
-    if machine(s) == "cpu" or min(g.capability for g in s.gpus) >= (7, 0):
-        return {}
-    return {"TORCH_DISABLE_NATIVE_JIT": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
 def execute(command: list[str], log: Path) -> None:
@@ -593,10 +555,7 @@ def hold(s: State, requirements) -> None:
 
 
 def ensure(extras=(), python: Path | None = None, mend=False, wheelhouse="", dry_run=False) -> tuple[State, int]:
-    """Inspect, repair and inspect again until nothing is left; returns the state and the exit code.
-
-    Raises Stop if a repair fails or does not help.
-    """
+    """Inspect and repair until nothing is left; returns the state and the exit code. Raises Stop if this fails."""
     pins, tried = read_pins(extras), []
     print(f"mdlib environment: {python or VENV} (importing every package takes a moment)", flush=True)
     while True:
@@ -631,7 +590,8 @@ def ensure(extras=(), python: Path | None = None, mend=False, wheelhouse="", dry
 
 def run(argv: list[str]) -> int:
     """Run a command; returns its exit code."""
-    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("command", nargs="?", choices=("install", "repair", "test", "demo"))
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
     parser.add_argument("--extra", action="append", default=[], help="of pyproject.toml, e.g. test")
@@ -655,11 +615,11 @@ def run(argv: list[str]) -> int:
     if args.dry_run:
         return 0
     if args.command:
-        print(f"ready: torch {s.torch['version']} and {len(s.pins.accepted) - 1} other packages work")
+        print(f"ready: torch {s.torch['version']} (details: python check_environment.py)")
 
     def module(*arguments: str, cwd: Path | None = None) -> int:
         print(f"$ python -m {shlex.join(arguments)}", flush=True)
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", **variables(s)}
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", **s.variables}
         return subprocess.run([str(s.python), "-m", *arguments], env=env, cwd=cwd).returncode
 
     if command == "test":

@@ -1,7 +1,6 @@
 """setup_environment.py with a simulated machine: no package is installed, no other Python is started."""
 
 import ast
-import json
 import re
 import sys
 import tomllib
