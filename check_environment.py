@@ -78,7 +78,7 @@ def check(python: Path | str | None = None, *, expect: str = "", precision: str 
                 raise setup.Stop(f"{python} does not exist")
         except setup.Stop as stop:
             return [row("python", stop.args[0], f"use Python {setup.TESTED_PYTHON}", status="fail"), *check_machine()]
-    s.mend = bool(s.host)  # elsewhere a CPU build of torch next to a GPU is a warning
+    s.strict = bool(s.host)  # elsewhere a CPU build of torch next to a GPU is a warning
     version, path = ".".join(map(str, s.interpreter["version"])), s.interpreter["executable"]
     label = ".venv" if s.ours else "the running Python" if python == Path(sys.executable) else "another Python"
     rows = [row("python", f"{version}, {label} ({path})"), *check_machine()]

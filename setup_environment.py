@@ -262,11 +262,11 @@ def refuse_old_python(version, which: str = "this Python") -> None:
 class State:
     """A Python (default: .venv) and its machine, as `plan` and check_environment.py see them. Raises Stop if it fails.
 
-    mend: whether a CPU build of torch is wrong on a machine with a GPU. wheelhouse: a folder; '' searches for one.
+    strict: whether a CPU build of torch is wrong on a machine with a GPU. wheelhouse: a folder; '' searches for one.
     """
 
-    def __init__(self, pins, python: Path | None = None, mend: bool = False, wheelhouse: str = ""):
-        self.pins, self.python, self.mend, self.wheelhouse = pins, python or venv_python(), mend, wheelhouse
+    def __init__(self, pins, python: Path | None = None, strict: bool = False, wheelhouse: str = ""):
+        self.pins, self.python, self.strict, self.wheelhouse = pins, python or venv_python(), strict, wheelhouse
         self.gpus, self.ours = find_gpus(), is_ours(self.python)
         self.host = "" if self.ours else hosted()
         driver = min((gpu.driver for gpu in self.gpus), default=0)
@@ -343,7 +343,7 @@ def torch_trouble(s: State, gpu: bool = True) -> str:
     if not gpu or s.machine == "cpu":
         return ""
     if torch["cuda"] is None:
-        return f"torch {version} is a CPU build and does not use {s.gpus[0].name}" if s.mend else ""
+        return f"torch {version} is a CPU build and does not use {s.gpus[0].name}" if s.strict else ""
     for g in s.gpus:
         if g.driver < DRIVER_OF_CUDA.get(int(torch["cuda"].split(".")[0]), 0):
             return f"driver {g.driver} is too old for CUDA {torch['cuda']} of torch {version}"
@@ -446,7 +446,7 @@ def link_project() -> int:
 def plan(s: State) -> tuple[list[tuple], list[str], int]:
     """([(name, reason, commands)] in the order to run, notes, exit code). Raises Stop if a repair is impossible."""
     # torch and torchvision
-    change, remedy, notes, gone, code = torch_trouble(s), hosted_remedy(s), [], [], 0
+    change, remedy, notes, skip, code = torch_trouble(s), hosted_remedy(s), [], [], 0
     on_cpu = change and not remedy and not torch_trouble(s, gpu=False)
     if on_cpu and s.lacking(requirements_of(install_pair(s, change))):
         notes.append(f"the GPU is not used, everything runs on the CPU: {change}")
@@ -454,7 +454,7 @@ def plan(s: State) -> tuple[list[tuple], list[str], int]:
     vision = "" if change else pair_trouble(s)
     unmatched = bool(vision and s.lacking(requirements_of(install_pair(s, ""))))
     if unmatched and "torchvision" not in s.installed:
-        vision, gone = "", ["torchvision", "lpips"]
+        vision, skip = "", ["torchvision", "lpips"]
     here = Path(sys.executable).absolute() == s.python.absolute()
     loaded = " and ".join(name for name in ("torch", "torchvision") if here and name in sys.modules)
     if loaded and (change or vision):
@@ -474,15 +474,15 @@ def plan(s: State) -> tuple[list[tuple], list[str], int]:
     off = [name for name in pins if not satisfies(s.installed.get(name), s.specifiers[name])]
     for name in off:  # mdlib works without it, or with the version that is installed
         works = satisfies(s.installed[name], s.pins.accepted.get(name, "")) if name in s.installed else name in OPTIONAL
-        gone += [name] if works and name not in gone and s.lacking([pins[name]]) else []
-    off = [name for name in off if name not in gone]
+        skip += [name] if works and name not in skip and s.lacking([pins[name]]) else []
+    off = [name for name in off if name not in skip]
     if not s.ours:  # the missing ones first: alone they need no other package to change
         off = [name for name in off if name not in s.installed] or off
     # In .venv pip sees all pins together. A hosted image has the dependencies of what it lacks.
-    wanted = [pins[name] for name in (pins if s.ours else off) if name not in gone]
+    wanted = [pins[name] for name in (pins if s.ours else off) if name not in skip]
     alone = ["--no-deps"] if s.host and not any(name in s.installed for name in off) else []
     few = ", ".join(f"{name} {s.installed.get(name, 'missing')}" for name in off)
-    failing = {name: error for name, error in errors.items() if error and name not in gone}
+    failing = {name: error for name, error in errors.items() if error and name not in skip}
     if change or vision or half or off:
         failing = {}
 
@@ -520,9 +520,9 @@ def plan(s: State) -> tuple[list[tuple], list[str], int]:
         if missing:
             what = f"the package index does not answer, and no wheelhouse has {', '.join(missing)}"
             raise Stop(f"nothing to install from: {reason}; {what}; {where}")
-    if gone:
-        stay = ", ".join(f"{n} stays at {s.installed[n]}" if n in s.installed else f"{n} is missing" for n in gone)
-        lpips = "; without LPIPS images are compared by PSNR, SSIM and classifier features" if "lpips" in gone else ""
+    if skip:
+        stay = ", ".join(f"{n} stays at {s.installed[n]}" if n in s.installed else f"{n} is missing" for n in skip)
+        lpips = "; without LPIPS images are compared by PSNR, SSIM and classifier features" if "lpips" in skip else ""
         notes.append(f"{stay}: the package index does not answer{lpips}; {where}")
     if not change and s.machine != "cpu" and s.torch["cuda"] is None:
         notes.append(f"torch is a CPU build: to use {s.gpus[0].name}, run {REPAIR}")
@@ -554,12 +554,12 @@ def hold(s: State, requirements) -> None:
     (s.folder / "constraints.txt").write_text("".join(lines), encoding="utf-8")
 
 
-def ensure(extras=(), python: Path | None = None, mend=False, wheelhouse="", dry_run=False) -> tuple[State, int]:
+def ensure(extras=(), python: Path | None = None, strict=False, wheelhouse="", dry_run=False) -> tuple[State, int]:
     """Inspect and repair until nothing is left; returns the state and the exit code. Raises Stop if this fails."""
     pins, tried = read_pins(extras), []
     print(f"mdlib environment: {python or VENV} (importing every package takes a moment)", flush=True)
     while True:
-        s = State(pins, python, mend, wheelhouse)
+        s = State(pins, python, strict, wheelhouse)
         log, (steps, notes, code) = s.folder / "setup.log", plan(s)
         if dry_run:
             for name, reason, commands in steps:

@@ -436,7 +436,7 @@ def TABLE():
             host=INTERACTIVE,
         ),
         Case(
-            "4 the same, of what cannot be gone without",
+            "4 the same, for a required package",
             offline(World([T4]).kaggle().without("lpips", "diffusers")),
             code=1,
             text="attach the dataset",
