@@ -285,7 +285,7 @@ class State:
         self.exists = self.python.exists() or not self.ours
         try:
             if self.exists:
-                vars(self).update(ask(self.python, ["torch", *map(module_of, pins.accepted), *EXTRA]))
+                vars(self).update(ask(self.python, [*map(module_of, pins.accepted), *EXTRA]))
             refuse_old_python(self.interpreter["version"], f"the Python of {VENV if self.ours else python}")
         except Stop as stop:
             raise Stop(f"{stop}; delete {VENV} and run this again" if self.ours else str(stop)) from stop
