@@ -25,8 +25,8 @@ from mdlib.experiments.settings import (
 )
 from mdlib.pipeline import load_pipeline
 from mdlib.systems import System, get_system
+from mdlib.training.distributed import python_path
 from mdlib.training.fit import read_history
-from mdlib.training.launch import python_path
 from mdlib.utils import DataError
 
 # Parameters of notebook 05 that are no options of `prior.sample`.

@@ -33,9 +33,9 @@ from mdlib.systems import (
     start_prior,
 )
 from mdlib.systems.machines import gpus, preset_for
+from mdlib.training.distributed import check_batch, processes
 from mdlib.training.fit import precision
 from mdlib.training.joint import JointFineTuning
-from mdlib.training.launch import check_batch, processes
 from mdlib.utils import DataError, whole_file
 
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
