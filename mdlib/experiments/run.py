@@ -39,9 +39,9 @@ from mdlib.systems.registry import (
     start_codec,
     start_prior,
 )
+from mdlib.training.distributed import check_batch, processes, python_path
 from mdlib.training.fit import precision
 from mdlib.training.joint import JointFineTuning
-from mdlib.training.launch import check_batch, processes, python_path
 from mdlib.utils import whole_file
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
