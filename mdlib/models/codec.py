@@ -3,6 +3,8 @@
 Legend: B batch, C image channels, H W pixels, h w latent grid, D latent channels.
 """
 
+from functools import wraps
+
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin
@@ -82,6 +84,7 @@ class Codec(ModelMixin, ConfigMixin):
                 groups[0]["params"] += loss.parameters()
         return groups
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # a pipeline reads the signature
     def save_pretrained(self, *arguments, **options) -> None:
         """Save weights and configuration without the attached losses, see `ModelMixin.save_pretrained`."""
         attached = self.losses

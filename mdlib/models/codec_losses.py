@@ -78,11 +78,8 @@ class Alignment(CodecLoss):
         self, foundation: nn.Module, latent_channels: int, alignment_weight=0.5, cosine_margin=0.0, distance_margin=0.0
     ):
         super().__init__()
-        self.alignment_weight, self.cosine_margin, self.distance_margin = (
-            alignment_weight,
-            cosine_margin,
-            distance_margin,
-        )
+        self.alignment_weight = alignment_weight
+        self.cosine_margin, self.distance_margin = cosine_margin, distance_margin
         self._foundation = (foundation.requires_grad_(False),)
         self.projection = nn.Conv2d(latent_channels, foundation.width, 1, bias=False)
 
