@@ -7,8 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-from mdlib.models.attention import AxialAttention, TiledAttnProcessor, use_window_axial
-from mdlib.models.unet import LatentDiffusion
+from mdlib.models.unet import AxialAttention, LatentDiffusion, TiledAttnProcessor, use_window_axial
 
 CHANNELS, HEADS = 8, 2
 

@@ -168,7 +168,7 @@ def test_steps_that_do_not_divide_the_timesteps_are_refused(name):
 
 
 def test_epsilon_cannot_start_where_the_image_is_gone():
-    with pytest.raises(ValueError, match="epsilon cannot start at the end of squaredcos_cap_v2: take schedule"):
+    with pytest.raises(ValueError, match="epsilon fails at the end of squaredcos_cap_v2: choose schedule"):
         small_unet(prediction="epsilon", schedule="squaredcos_cap_v2")
 
 
