@@ -14,11 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import (
-    apply_rotary_emb,
-    get_1d_sincos_pos_embed_from_grid,
-    get_timestep_embedding,
-)
+from diffusers.models.embeddings import apply_rotary_emb, get_1d_sincos_pos_embed_from_grid, get_timestep_embedding
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,9 +34,7 @@ SIZES = {
 class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
     """p(latents | user) by a velocity field.
 
-    Args:
-        latent_shape: (D, h, w) of the codec.
-        num_users: n; label n is the null label of classifier-free guidance.
+    Args (the others are in `mdlib.models.prior.Prior`):
         patch_size: side of the square of latent positions that is one token.
         hidden_size: d, a multiple of num_heads; d / num_heads is a multiple of 4.
         depth: number of blocks.
@@ -49,9 +43,7 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         qk_norm: RMSNorm of queries and keys: more stable in half precision.
         cosine_weight: of 1 − cos(velocity, its prediction) over the channels, added to the mean square error.
         time_mean, time_std: of logit(t) in training.
-        label_dropout: fraction of training samples that get the null label.
         gradient_checkpointing: recompute the blocks in the backward pass: less memory, a third more time.
-        num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
 
     Raises:
         ValueError: sizes that do not fit.
@@ -114,7 +106,8 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         self.check_shape(latents)
         users = self.drop_users(users)
         noise = torch.randn_like(latents)
-        t = self._times(len(latents), latents.device)
+        level = evenly_spread(len(latents), latents.device).clamp(1e-6, 1 - 1e-6)
+        t = torch.sigmoid(self.config.time_mean + self.config.time_std * torch.special.ndtri(level))  # logit-normal
         along = t.view(-1, 1, 1, 1)
         velocity = latents - noise
         output = self(noise + along * velocity, t, self.users(users, conditions)).float()
@@ -122,11 +115,6 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         # A new prior's velocity is zero, where the cosine's slope is 1/eps: at the default 1e-8 too much for float16.
         cosine = 1 - F.cosine_similarity(output, velocity, dim=1, eps=0.1).mean()
         return mse + self.config.cosine_weight * cosine, {"velocity_mse": mse.detach(), "cosine": cosine.detach()}
-
-    def _times(self, count: int, device: torch.device) -> torch.Tensor:
-        """t (count,): logit-normal, by the quantile function at evenly spread levels."""
-        level = evenly_spread(count, device).clamp(1e-6, 1 - 1e-6)
-        return torch.sigmoid(self.config.time_mean + self.config.time_std * torch.special.ndtri(level))
 
     @torch.no_grad()
     def sample(
@@ -204,7 +192,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__()
-        self.norm1, self.norm2 = ModulatedNorm(width), ModulatedNorm(width)
+        self.norm1, self.norm2 = ModulatedNorm(width, eps=1e-6), ModulatedNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm)
         self.mlp = SwiGLU(width, int(mlp_ratio * width * 2 / 3))
         self.modulation = nn.Linear(width, 6 * width)
@@ -216,18 +204,12 @@ class Block(nn.Module):
         return torch.addcmul(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
 
 
-class ModulatedNorm(nn.Module):
-    """(1 + scale)·RMSNorm(x) + shift, in two passes over x: the norm's own weight is small beside x and joins the
-    scale."""
-
-    def __init__(self, width: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+class ModulatedNorm(nn.RMSNorm):
+    """(1 + scale)·RMSNorm(x) + shift. The weight joins the scale: it may be float32 where x is in half precision."""
 
     def forward(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """x (B, N, d), shift and scale (B, 1, d) → (B, N, d)."""
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-        return torch.addcmul(shift, x * (mean_square + self.eps).rsqrt(), self.weight * (1 + scale))
+        return torch.addcmul(shift, F.rms_norm(x, self.normalized_shape, eps=self.eps), self.weight * (1 + scale))
 
 
 class Attention(nn.Module):
@@ -270,7 +252,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
-        self.norm_final, self.linear = ModulatedNorm(width), nn.Linear(width, outputs)
+        self.norm_final, self.linear = ModulatedNorm(width, eps=1e-6), nn.Linear(width, outputs)
         self.modulation = nn.Linear(width, 2 * width)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

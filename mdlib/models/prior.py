@@ -5,7 +5,6 @@ Legend: B batch, D latent channels, h w grid of tokens or latents, E width of a 
 
 import inspect
 import math
-from collections.abc import Callable
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -20,7 +19,14 @@ class Prior:
     """Base of p(tokens | user) and p(latents | user), mixed into a diffusers model.
 
     A subclass has `consumes` ("tokens" or "latents"), `token_shape` or `latent_shape`, `users` (a `UserEmbedding`),
-    `null_label` (num_users: the label of classifier-free guidance) and label_dropout in its configuration.
+    `null_label`, and these arguments of its constructor:
+
+    Args:
+        num_codes, token_shape: K and (h, w) of the codec's token grid.
+        latent_shape: (D, h, w) of the codec's latents.
+        num_users: n; label n is the null label of classifier-free guidance.
+        num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
+        label_dropout: fraction of training samples that get the null label.
     """
 
     def loss(
@@ -95,7 +101,12 @@ class LatentPrior(Prior):
         guidance_interval, classifier and classifier_scale. See `sample`."""
         scale, interval, classifier, classifier_scale = guidance
         mix = self.check_request(users, conditions, generator, scale, towards, mix)
-        _check_guidance(interval, classifier, classifier_scale)
+        check_number("classifier_scale", classifier_scale, 0)
+        if classifier_scale and classifier is None:
+            raise ValueError("classifier_scale needs a classifier, and none was given")
+        pair = isinstance(interval, tuple | list) and [isinstance(end, int | float) for end in interval] == [True] * 2
+        if not pair or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be two numbers in order within [0, 1], got {interval}")
         if not len(users):
             return torch.empty(0, *self.latent_shape, device=users.device)
         embedded, null = self.users(users, conditions), self.users(self.users.null(users), conditions)
@@ -113,7 +124,10 @@ class LatentPrior(Prior):
                 output = self.output(noisy, timestep, embedded)
             estimate = self.estimate(noisy, output, timestep)
             if inside and classifier_scale:
-                gradient = class_gradient(estimate, classifier, users)
+                # The gradient at the estimate: through the network it would be multiplied by the network's errors.
+                with torch.enable_grad():
+                    here = estimate.detach().requires_grad_()
+                    gradient = torch.autograd.grad(classifier(here, users).sum(), here)[0]
                 output = output + classifier_scale * self.class_change(gradient, timestep)
             if on_step:
                 on_step(number, estimate)
@@ -124,14 +138,6 @@ class LatentPrior(Prior):
 def guided(user: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
     """Classifier-free guidance (Ho and Salimans 2022) of a network's outputs for the user and for the null label."""
     return null + scale * (user - null)
-
-
-@torch.enable_grad()
-def class_gradient(estimate: torch.Tensor, classifier: Callable, users: torch.Tensor) -> torch.Tensor:
-    """∇ log p(user | x_0) (B, D, h, w) at the estimate of x_0. Through the network it would be multiplied by the
-    network's errors, without bound."""
-    estimate = estimate.detach().requires_grad_()
-    return torch.autograd.grad(classifier(estimate, users).sum(), estimate)[0]
 
 
 def evenly_spread(count: int, device: torch.device) -> torch.Tensor:
@@ -158,12 +164,3 @@ def check_steps(steps: int, most: int) -> None:
     """Raise ValueError unless `steps` is a whole number in 1…most."""
     if not isinstance(steps, int) or not 1 <= steps <= most:
         raise ValueError(f"num_inference_steps must be a whole number in 1…{most}, got {steps}")
-
-
-def _check_guidance(interval: tuple[float, float], classifier: Callable | None, classifier_scale: float) -> None:
-    check_number("classifier_scale", classifier_scale, 0)
-    if classifier_scale and classifier is None:
-        raise ValueError("classifier_scale needs a classifier, and none was given")
-    pair = isinstance(interval, tuple | list) and [isinstance(end, int | float) for end in interval] == [True] * 2
-    if not pair or not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"guidance_interval must be two numbers in order within [0, 1], got {interval}")

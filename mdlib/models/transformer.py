@@ -26,13 +26,8 @@ from mdlib.models.prior import Prior, check_number, guided
 class TokenPrior(Prior, ModelMixin, ConfigMixin):
     """p(tokens | user) as a product over positions.
 
-    Args:
-        num_codes: K of the codec.
-        token_shape: (h, w) of the codec's token grid.
-        num_users: n; label n is the null label of classifier-free guidance.
+    Args (the others are in `mdlib.models.prior.Prior`):
         hidden_size, num_layers, num_heads, dropout: GPT-2's.
-        label_dropout: fraction of training samples that get the null label.
-        num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
     """
 
     consumes = "tokens"

@@ -43,9 +43,7 @@ SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
 class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
     """p(latents | user) by denoising.
 
-    Args:
-        latent_shape: (D, h, w) of the codec.
-        num_users: n; label n is the null label of classifier-free guidance.
+    Args (the others are in `mdlib.models.prior.Prior`):
         block_out_channels: widths of the levels; n levels down-sample n − 1 times.
         layers_per_block: residual blocks per level.
         norm_num_groups: groups of the group norms.
@@ -54,13 +52,11 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         window: side of the windows in latent positions.
         head_dim: channels of an attention head.
         dropout: of the residual blocks.
-        label_dropout: fraction of training samples that get the null label.
         prediction: what the network predicts, "epsilon" or "v_prediction".
         schedule: of the noise, "squaredcos_cap_v2", "linear" or "scaled_linear".
         num_train_timesteps: T.
         min_snr_gamma: γ of the Min-SNR weights; 0 weighs all timesteps equally.
         gradient_checkpointing: recompute the residual blocks in the backward pass: less memory, a third more time.
-        num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
 
     Raises:
         ValueError: sizes or names that do not fit.
@@ -145,24 +141,17 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         self.check_shape(latents)
         users = self.drop_users(users)
         noise = torch.randn_like(latents)
-        timesteps = self._timesteps(len(latents), latents.device)
+        timesteps = (evenly_spread(len(latents), latents.device) * self.timesteps).long().clamp_max(self.timesteps - 1)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = self.schedule.get_velocity(latents, noise, timesteps) if self.velocity else noise
         output = self(noisy, timesteps, self.users(users, conditions)).float()
         error = (output - target).square().mean((1, 2, 3))  # (B,)
-        loss = (self._weights(timesteps) * error).mean()
-        return loss, {"denoising_mse": error.mean().detach()}
-
-    def _timesteps(self, count: int, device: torch.device) -> torch.Tensor:
-        return (evenly_spread(count, device) * self.timesteps).long().clamp_max(self.timesteps - 1)
-
-    def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Min-SNR-γ weights (B,) of the squared error in ε or v: min(SNR, γ) in x_0."""
-        gamma = self.config.min_snr_gamma
-        if not gamma:
-            return torch.ones(len(timesteps), device=timesteps.device)
-        snr = compute_snr(self.schedule, timesteps)
-        return snr.clamp_max(gamma) / (snr + 1 if self.velocity else snr)
+        if gamma := self.config.min_snr_gamma:  # min(SNR, γ) in x_0, written for the error in ε or v
+            snr = compute_snr(self.schedule, timesteps)
+            weighted = snr.clamp_max(gamma) / (snr + 1 if self.velocity else snr) * error
+        else:
+            weighted = error
+        return weighted.mean(), {"denoising_mse": error.mean().detach()}
 
     @torch.no_grad()
     def sample(

@@ -86,25 +86,16 @@ class MaskAndReplace:
         gamma = self.gamma[-1].float()
         return torch.cat([((1 - gamma) / self.num_codes).expand(self.num_codes), gamma.view(1)]).log()
 
-    def time_of(self, masked: float) -> int:
-        """The t in 1…T at which the fraction of masks is nearest to `masked`."""
-        return int((self.gamma[1:] - masked).abs().argmin()) + 1
-
 
 class VQDiffusion(Prior, ModelMixin, ConfigMixin):
     """p(tokens | user) by denoising.
 
-    Args:
-        num_codes: K of the codec.
-        token_shape: (h, w) of the codec's token grid.
-        num_users: n; label n is the null label of classifier-free guidance.
+    Args (the others are in `mdlib.models.prior.Prior`):
         hidden_size, depth, num_heads, mlp_ratio, qk_norm: as in `mdlib.models.dit.LightningDiT`.
-        label_dropout: fraction of training samples that get the null label.
         num_train_timesteps: T.
         gamma_cum_end: γ̄_T, the fraction of masks at the end; the other tokens are random codes: one in a hundred
             thousand in the authors' code (the default), one in ten in their paper (0.9).
         auxiliary_weight: of the cross-entropy of x_0, added to the bound.
-        num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
 
     Raises:
         ValueError: sizes that do not fit.
@@ -255,7 +246,9 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
             log_x0 = (log_x0 / temperature).log_softmax(-1)
             if on_step:
                 on_step(next(numbers), log_x0.argmax(-1).unflatten(1, self.token_shape))
-            return truncated(log_x0, top_p)
+            if top_p < 1:
+                log_x0 = TopPLogitsWarper(float(top_p))(None, log_x0.flatten(0, 1)).log_softmax(-1).view_as(log_x0)
+            return log_x0
 
         if sampler == "mask_predict":
             tokens = self._mask_predict(users, num_inference_steps, predict, draw, choice_temperature)
@@ -290,10 +283,12 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         mask = self.noise.num_codes
         x = torch.full((len(users), self.num_tokens), mask, device=users.device)
         for step, (before, after) in enumerate(itertools.pairwise(masks_left(self.num_tokens, steps)), 1):
-            log_x0 = predict(x, self.noise.time_of(before / self.num_tokens))
+            masked = self.noise.gamma[1:] - before / self.num_tokens  # at each t; the nearest counts
+            log_x0 = predict(x, int(masked.abs().argmin()) + 1)
             sampled = inverse_cdf(log_x0, draw())
             certainty = log_x0.gather(2, sampled.unsqueeze(2)).squeeze(2)  # (B, N)
-            certainty = certainty + temperature * (1 - step / steps) * gumbel(draw())
+            gumbel = -torch.log(-torch.log(draw().clamp_min(TINY)))
+            certainty = certainty + temperature * (1 - step / steps) * gumbel
             order = certainty.masked_fill(x != mask, -math.inf).argsort(1, descending=True)
             x = torch.where(order.argsort(1) < before - after, sampled, x)
         return x
@@ -307,15 +302,3 @@ def masks_left(tokens: int, steps: int) -> list[int]:
         wanted = int(tokens * math.cos(math.pi / 2 * step / steps))
         left.append(min(left[-1] - 1, max(wanted, steps - step)))
     return left
-
-
-def truncated(log_p: torch.Tensor, top_p: float) -> torch.Tensor:
-    """log_p (B, N, K) of its likeliest codes that together reach top_p, the one that crosses it among them."""
-    if top_p == 1:
-        return log_p
-    return TopPLogitsWarper(float(top_p))(None, log_p.flatten(0, 1)).log_softmax(-1).view_as(log_p)
-
-
-def gumbel(level: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise of uniform numbers in [0, 1)."""
-    return -torch.log(-torch.log(level.clamp_min(TINY)))
