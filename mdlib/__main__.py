@@ -45,15 +45,13 @@ def split(
     test: float = 0.25,
     gap: Annotated[int, typer.Option(help="windows between the parts")] = 4,
     windows_per_user: Annotated[int, typer.Option(help="training windows kept a user; 0 keeps all")] = 0,
-    contiguous: Annotated[bool, typer.Option("--contiguous", help="keep them in a row, not evenly spaced")] = False,
-    extensions: str = "png,jpg,jpeg",
 ):
     """Split by recording and time, without leaking overlapping windows from one part into another."""
     from mdlib.data.splits import make_split, write_split
     from mdlib.data.windows import find_windows
 
-    files = find_windows(data, extensions=[part.strip(" .") for part in extensions.split(",")])
-    few = dict(windows_per_user=windows_per_user or None, contiguous=contiguous)
+    files = find_windows(data)
+    few = dict(windows_per_user=windows_per_user or None)
     parts = make_split(files, val=val, test=test, gap=gap, **few)
     write_split(parts, out)
     sizes = ", ".join(f"{len(parts[name])} {name}" for name in ("train", "val", "test"))
@@ -109,7 +107,6 @@ def study(
     system: Annotated[str, typer.Option(help="which system")] = "vae-diffusion",
     preset: Annotated[str, typer.Option(help="its sizes")] = "demo",
     windows: Annotated[str, typer.Option(help="training windows a user, with commas between")] = "5,10,20,50",
-    contiguous: Annotated[bool, typer.Option("--contiguous", help="in a row, not evenly spaced")] = False,
     folds: Annotated[int, typer.Option(help="how many of the 4 folds of cross-validation")] = 1,
     parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of any notebook")] = [],  # noqa: B006
 ):
@@ -117,7 +114,7 @@ def study(
     from mdlib.experiments.study import study as run_study
 
     given = dict(pair(text) for text in parameter)
-    result = run_study(data, out, system, preset, _numbers("windows", windows, int), contiguous, folds, given)
+    result = run_study(data, out, system, preset, _numbers("windows", windows, int), folds, given)
     print("\n".join([str(out / "study.html"), *(row["verdict"]["sentence"] for row in result["rows"])]))
 
 

@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from mdlib.data.windows import DataError, colorize, to_uint8
+from mdlib.data.colormaps import colorize
+from mdlib.data.windows import DataError, to_uint8
 from mdlib.training.latents import fingerprint
 from mdlib.utils import bar, best_device, end_session, time_is_up, whole_file
 

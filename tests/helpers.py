@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mdlib.data.windows import DataError, WindowFile, WindowSet, colorize
+from mdlib.data.colormaps import colorize
+from mdlib.data.windows import DataError, WindowFile, WindowSet
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +41,20 @@ def write_set(root, users=(1, 2), numbers=range(1, 4), name="ID{user}_case1_1_Do
         for n in numbers:
             write_image(root / f"ID_{user}" / name.format(user=user, n=n), picture(user, n), **options)
     return root
+
+
+def random_split(windows, seed=0):
+    """Each user's windows split at random: overlapping windows leak."""
+    rng, parts = np.random.default_rng(seed), {"train": [], "val": [], "test": []}
+    for user in sorted({file.user for file in windows.files}):
+        paths = [file.path for file in windows.files if file.user == user]
+        order = [paths[place] for place in rng.permutation(len(paths))]
+        n_val, n_test = round(0.15 * len(order)), round(0.25 * len(order))
+        for part, some in zip(
+            parts, (order[n_val + n_test :], order[:n_val], order[n_val : n_val + n_test]), strict=True
+        ):
+            parts[part] += some
+    return parts
 
 
 def listed(numbers, user=1, recording="walk", condition=""):

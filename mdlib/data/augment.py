@@ -4,6 +4,8 @@ import torch
 
 from mdlib.data.windows import to_float
 
+STEPS = 4  # in the width of a window
+
 
 def enlarge(images: torch.Tensor, groups: torch.Tensor, variants: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows, the same shifted by a stride, and `variants` stride-recombined copies of each.
@@ -21,8 +23,8 @@ def enlarge(images: torch.Tensor, groups: torch.Tensor, variants: int, seed: int
 
 
 def classical_augmentation(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator):
-    """A uint8 batch as a classifier sees it: half the windows shifted by a whole stride (left stays left), gain ±5 %,
-    noise of 1 % of the range; float in [−1, 1]. Without recombination: steps of several windows make somebody else."""
+    """A uint8 batch for a classifier: half the windows shifted by a whole stride (left stays left), gain ±5 %, noise of
+    1 % of the range; float in [−1, 1]. Without recombination: steps of several windows show another person."""
     images = to_float(images)
     noise = torch.randn(images.shape, generator=generator) * 0.02
     gain = 1 + 0.05 * (2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1)
@@ -38,50 +40,30 @@ def as_they_are(images: torch.Tensor, *labels_and_generator):
     return to_float(images), *labels
 
 
-def stride_shift(images: torch.Tensor, steps: int | torch.Tensor, steps_per_window: int = 4) -> torch.Tensor:
-    """Shift windows circularly in time by whole strides, so that left and right steps stay where they were.
+def stride_shift(images: torch.Tensor, steps: int) -> torch.Tensor:
+    """Windows (B, C, H, W) shifted circularly by an even number of steps, later in time where positive: by whole
+    strides, so that left and right steps stay where they were."""
+    if steps % 2:
+        raise ValueError(f"steps must be whole strides (even), got {steps}")
+    return images.roll(steps * images.shape[-1] // STEPS, -1)
+
+
+def stride_recombine(images: torch.Tensor, groups: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Windows assembled from steps of several windows of the same group, each step at its place in time.
 
     Args:
-        images: (B, C, H, W), a whole number of steps wide.
-        steps: even number of steps, later in time where positive; one for all images, or a tensor (B,).
-        steps_per_window: steps in the width of a window.
+        images: (B, C, H, W): the windows to sample steps from.
+        groups: long (B,).
 
     Returns:
-        (B, C, H, W), same dtype.
+        (B, C, H, W), same dtype; window i is of group `groups[i]`.
     """
-    steps = torch.as_tensor(steps, device=images.device)
-    if (steps % 2).any():
-        raise ValueError(f"steps must be whole strides (even), got {steps.tolist()}")
-    width = images.shape[-1]
-    shift = (steps * width // steps_per_window).reshape(-1, 1)
-    columns = (torch.arange(width, device=images.device) - shift) % width
-    return images.gather(-1, columns[:, None, None].expand(images.shape))
-
-
-def stride_recombine(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    generator: torch.Generator | None = None,
-    steps_per_window: int = 4,
-) -> torch.Tensor:
-    """Put windows together from steps of several windows of the same user, each step at its place in time.
-
-    Args:
-        images: (B, C, H, W): the windows to draw from.
-        labels: long (B,), their users.
-        generator: source of the draws.
-        steps_per_window: steps in the width of a window.
-
-    Returns:
-        (B, C, H, W), same dtype; window i shows user ``labels[i]``.
-    """
-    order = labels.argsort(stable=True)
-    _, user, number = labels.unique(return_inverse=True, return_counts=True)
+    order = groups.argsort(stable=True)
+    _, group, number = groups.unique(return_inverse=True, return_counts=True)
     first = number.cumsum(0) - number
-    device = generator.device if generator is not None else labels.device
-    draw = torch.rand(len(labels), steps_per_window, generator=generator, device=device).to(labels.device)
-    source = order[first[user, None] + (draw * number[user, None]).long()].to(images.device)
+    sampled = torch.rand(len(groups), STEPS, generator=generator, device=generator.device).to(groups.device)
+    source = order[first[group, None] + (sampled * number[group, None]).long()].to(images.device)
     width = images.shape[-1]
-    edges = [width * step // steps_per_window for step in range(steps_per_window + 1)]
-    steps = [images[..., edges[k] : edges[k + 1]][source[:, k]] for k in range(steps_per_window)]
+    edges = [width * step // STEPS for step in range(STEPS + 1)]
+    steps = [images[..., edges[k] : edges[k + 1]][source[:, k]] for k in range(STEPS)]
     return torch.cat(steps, dim=-1)

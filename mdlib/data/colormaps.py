@@ -1,14 +1,15 @@
 """Colour maps: from intensity to RGB and back, also where JPEG has blurred the colours.
 
-Spectrograms are stored as coloured pictures, the models work on intensity. ``jet`` is MATLAB's ``jet(256)``;
-matplotlib's map of that name differs from it by up to 9 of 255 levels of intensity. ``parula`` and
-``viridis`` are interpolated between stops, to 3 levels and 1 level of intensity.
+Spectrograms are stored as coloured pictures; the models work on intensity. `jet` is MATLAB's `jet(256)`: matplotlib's
+map of that name differs from it by up to 9 of 255 levels of intensity. `parula` and `viridis` are interpolated between
+stops, to 3 levels and 1 level of intensity.
 """
 
 from functools import lru_cache
 
 import numpy as np
 import torch
+from scipy.spatial import cKDTree
 
 COLORMAPS = ("jet", "parula", "viridis", "grey")
 
@@ -28,12 +29,12 @@ _STOPS = {
 
 # RGB to Y, Cb, Cr less their offsets (ITU-T T.871, the JFIF colour space).
 _YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-# JPEG 4:2:0 keeps luma at every pixel and chroma at every fourth, so luma decides and chroma only tells the
-# branches of the map apart. 4 is the middle of a flat optimum (3 to 5).
-_LUMA_WEIGHT = 4.0
-# Mean distance (levels of YCbCr) up to which pictures count as drawn with a map. Fine jet structure in a JPEG
-# 4:2:0 comes to 15 at 256 pixels, 20 at 32; hsv, the nearest foreign map, to 31. Grey has no chroma to blur:
-# magma is 21 away.
+# JPEG 4:2:0 keeps luma at every pixel and chroma at every fourth, so luma decides and chroma only separates the
+# branches of the map. 4 is the middle of a flat optimum (3 to 5).
+_SCALE = np.array([4.0, 1.0, 1.0])
+# Mean distance (levels of YCbCr) up to which pictures count as drawn with a map. Fine jet structure in a JPEG 4:2:0
+# comes to 15 at 256 pixels, 20 at 32; hsv, the nearest foreign map, to 31. Grey has no chroma to blur: magma is 21
+# away.
 COLORMAP_TOLERANCE = {"jet": 26.0, "parula": 26.0, "viridis": 26.0, "grey": 8.0}
 
 
@@ -43,8 +44,7 @@ def colormap_table(name: str) -> np.ndarray:
     if name == "grey":
         table = np.repeat(np.arange(256)[:, None], 3, axis=1)
     elif name == "jet":
-        x = np.arange(1, 257)[:, None] / 256
-        table = 255 * np.clip(1.5 - np.abs(4 * x - np.array([3, 2, 1])), 0, 1)
+        table = 255 * np.clip(1.5 - np.abs(np.arange(1, 257)[:, None] / 64 - np.array([3, 2, 1])), 0, 1)
     elif name in _STOPS:
         stops = np.frombuffer(bytes.fromhex(_STOPS[name]), np.uint8).reshape(-1, 3)
         at = np.linspace(0, len(stops) - 1, 256)
@@ -60,9 +60,9 @@ def colorize(images: torch.Tensor | np.ndarray, colormap: str) -> np.ndarray:
     """Colour intensity images.
 
     Args:
-        images: (H, W) or (B, 1, H, W); uint8 in 0..255 or floating point in [-1, 1]. With ``colormap="none"``
-            RGB images (B, 3, H, W), which are only reordered and rescaled.
-        colormap: one of ``COLORMAPS`` or ``"none"``.
+        images: (H, W) or (B, 1, H, W); uint8 in 0…255 or floating point in [−1, 1]. With `colormap="none"` RGB images
+            (B, 3, H, W), which are only reordered and rescaled.
+        colormap: one of `COLORMAPS` or "none".
 
     Returns:
         uint8 (H, W, 3) or (B, H, W, 3).
@@ -82,29 +82,36 @@ def colorize(images: torch.Tensor | np.ndarray, colormap: str) -> np.ndarray:
 def invert_colormap(pixels: np.ndarray, colormap: str, *, mode: str = "RGB") -> np.ndarray:
     """Intensity of coloured pixels: the nearest colour of the map, luma weighted above chroma.
 
-    Exact on pixels that the map itself coloured (viridis: to one level, as two of its 8-bit colours repeat).
-    On simulated jet spectrograms saved as JPEG 4:2:0, quality 75, the RMS error is 2.9 of 255 (nearest colour
-    in RGB: 4.0), and 0.9 (1.1) after the reduction from 256 to 64 pixels. Median-filtering the chroma first
-    gained nothing.
+    Exact on pixels that the map itself coloured (viridis: to one level, as two of its 8-bit colours repeat). On
+    simulated jet spectrograms saved as JPEG 4:2:0, quality 75, the RMS error is 2.9 of 255.
 
     Args:
         pixels: uint8 (..., 3).
-        colormap: one of ``COLORMAPS``.
-        mode: ``"RGB"`` or ``"YCbCr"``. A JPEG decoder's own YCbCr is better: its RGB has been clipped.
+        colormap: one of `COLORMAPS`.
+        mode: "RGB" or "YCbCr". A JPEG decoder's own YCbCr is better: its RGB has been clipped.
 
     Returns:
-        uint8 (...): intensity 0..255.
+        uint8 (...): intensity 0…255.
     """
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.shape[-1:] != (3,):
         raise ValueError(f"expected uint8 pixels (..., 3), got {pixels.dtype} {pixels.shape}")
-    return _inverse(colormap, mode)(pixels)
+    tree, known = _inverse(colormap, mode)
+    red, green, blue = np.moveaxis(pixels.astype(np.uint32), -1, 0)
+    code = red << 16 | green << 8 | blue
+    value = known[code]
+    if not value.all():
+        new = np.unique(code[value == 0])
+        points = _to_ycbcr(np.stack([new >> 16, new >> 8 & 255, new & 255], axis=-1).astype(np.uint8), mode)
+        known[new] = 1 + tree.query(points * _SCALE)[1]
+        value = known[code]
+    return (value - 1).astype(np.uint8)
 
 
 def nearest_colormap(pixels: np.ndarray, *, mode: str = "RGB") -> tuple[str, float]:
     """The map that pixels (uint8 (..., 3)) look drawn with, and their mean distance to its colours in levels.
 
-    Above the map's ``COLORMAP_TOLERANCE`` they were drawn with none of the maps.
+    Above the map's `COLORMAP_TOLERANCE` they were drawn with none of the maps.
     """
     points = _to_ycbcr(np.asarray(pixels), mode)
 
@@ -126,33 +133,10 @@ def _to_ycbcr(pixels: np.ndarray, mode: str) -> np.ndarray:
 
 
 @lru_cache
-def _inverse(colormap: str, mode: str):
-    """A function from pixels to intensity that remembers every colour it has met.
+def _inverse(colormap: str, mode: str) -> tuple[cKDTree, np.ndarray]:
+    """A tree of the map's colours, and the intensity + 1 of each of the 2²⁴ colours, 0 where it was not needed yet.
 
-    A table of all 2^24 colours answers with one look-up a pixel and without the rounding of a coarser cube.
-    It is filled as colours turn up (a set of images has some hundred thousand), so it takes memory only where
-    it is used. Threads may fill it at the same time: they write the same values.
+    A set of images has some hundred thousand colours; the table takes memory only where it is used. Threads may fill
+    it at the same time: they write the same values.
     """
-    scale = np.array([_LUMA_WEIGHT, 1, 1])  # float64: neighbouring colours lie close together
-    curve = _to_ycbcr(colormap_table(colormap), "RGB") * scale
-    half_norm = (curve**2).sum(1) / 2
-    known = np.zeros(1 << 24, np.uint16)  # intensity + 1; 0 = not met yet
-
-    def nearest(pixels: np.ndarray) -> np.ndarray:
-        points = _to_ycbcr(pixels, mode) * scale
-        return np.concatenate(
-            [(half_norm - part @ curve.T).argmin(1) for part in np.array_split(points, len(points) // 8192 + 1)]
-        )
-
-    def invert(pixels: np.ndarray) -> np.ndarray:
-        code = pixels[..., 0].astype(np.uint32) << 16
-        code |= pixels[..., 1].astype(np.uint32) << 8
-        code |= pixels[..., 2]
-        value = known[code]
-        if not value.all():
-            new = np.unique(code[value == 0])
-            known[new] = 1 + nearest(np.stack([new >> 16, new >> 8 & 255, new & 255], axis=-1).astype(np.uint8))
-            value = known[code]
-        return (value - 1).astype(np.uint8)
-
-    return invert
+    return cKDTree(_to_ycbcr(colormap_table(colormap), "RGB") * _SCALE), np.zeros(1 << 24, np.uint16)

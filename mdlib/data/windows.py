@@ -5,11 +5,11 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
@@ -17,24 +17,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from mdlib.data.colormaps import COLORMAP_TOLERANCE, COLORMAPS, colorize, invert_colormap, nearest_colormap
-from mdlib.utils import bar, whole_file
-
-__all__ = [
-    "IMAGE_EXTENSIONS",
-    "DataError",
-    "WindowFile",
-    "WindowSet",
-    "colorize",
-    "count",
-    "find_windows",
-    "holds_users",
-    "invert_colormap",
-    "load_windows",
-    "parse_users",
-    "to_float",
-    "to_uint8",
-]
+from mdlib.data.colormaps import COLORMAP_TOLERANCE, COLORMAPS, invert_colormap, nearest_colormap
+from mdlib.utils import whole_file
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg")
 
@@ -48,7 +32,7 @@ class DataError(ValueError):
     """The user's data or request cannot be used; the message is one line that says what to do."""
 
 
-# ---- files
+# Files ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -62,45 +46,44 @@ class WindowFile:
     number: int  # window number in time
 
 
-def find_windows(
-    root: str | Path, extensions: Iterable[str] = IMAGE_EXTENSIONS, *, min_users: int = 2
-) -> list[WindowFile]:
-    """List the images below ``root/ID_k/`` and ``root/<condition>/ID_k/``.
+def find_windows(root: str | Path, *, min_users: int = 2) -> list[WindowFile]:
+    """List the images below `root/ID_k/` and `root/<condition>/ID_k/`.
 
-    The window number is the last number in the file name, read as a number. Folders with files that carry
-    none are taken in file order, with a warning. Hidden files and folders are skipped.
+    The window number is the last number in the file name. Files of a folder in which one has no number are numbered in
+    file order, with a warning. Hidden files and folders are skipped.
 
     Returns:
         Windows ordered by user, condition, recording and window number.
 
     Raises:
-        DataError: no such folder, no user folders, a user folder without images, two folders of one user side
-            by side, two files of one window, fewer than `min_users` users.
+        DataError: no such folder, no user folders, a user folder without images, two folders of one user side by side,
+            two files of one window, generated windows among the real ones, fewer than `min_users` users.
     """
     root = Path(root)
-    suffixes = {"." + e.strip().lower().lstrip(".") for e in extensions}
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the folder that holds ID_1, ID_2, ...")
     conditions = [d for d in _visible(root) if d.is_dir() and not _USER_FOLDER.fullmatch(d.name)]
-    for made in (d for d in conditions if (d / "generation.json").exists()):
-        raise DataError(f"{made}: generated windows inside a folder of real ones; move them out of {root}")
+    for folder in conditions:
+        if (folder / "generation.json").exists():
+            raise DataError(f"{folder}: generated windows inside a folder of real ones; move them out of {root}")
     files = [
         window
         for condition, level in [("", root), *((d.name, d) for d in conditions)]
         for user, folder in _user_folders(level).items()
-        for window in _folder_windows(folder, root, user, condition, suffixes)
+        for window in _folder_windows(folder, root, user, condition)
     ]
     users = {f.user for f in files}
     if not users:
         raise DataError(f"{root}: no user folders in it; give the folder that holds ID_1, ID_2, ...")
     if len(users) < min_users:
-        found = count(len(users), "user")
-        raise DataError(f"{root}: {found} only (ID_{min(users)}), {min_users} are needed; add user folders")
+        raise DataError(
+            f"{root}: {count(len(users), 'user')} only (ID_{min(users)}), {min_users} are needed; add user folders"
+        )
     return sorted(files, key=lambda f: (f.user, f.condition, f.recording, f.number))
 
 
 def parse_users(text: str) -> list[int]:
-    """User ids from text such as ``"1,2,5-8"``, in the order given, each once."""
+    """User ids from text such as "1,2,5-8", in the order given, each once."""
     users: list[int] = []
     for item in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", item.strip())
@@ -114,6 +97,11 @@ def parse_users(text: str) -> list[int]:
 def holds_users(folder: Path) -> bool:
     """Whether there are ID_k folders in `folder`."""
     return any(_USER_FOLDER.fullmatch(path.name) and path.is_dir() for path in folder.iterdir())
+
+
+def count(n: int, what: str) -> str:
+    """Such as "1 window", "2 windows"."""
+    return f"{n} {what}" + ("" if n == 1 else "s")
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -133,48 +121,43 @@ def _user_folders(level: Path) -> dict[int, Path]:
     return folders
 
 
-def _folder_windows(folder: Path, root: Path, user: int, condition: str, suffixes: set[str]) -> list[WindowFile]:
+def _folder_windows(folder: Path, root: Path, user: int, condition: str) -> list[WindowFile]:
     entries = [p for p in _visible(folder) if p.is_file()]
-    paths = [p for p in entries if p.suffix.lower() in suffixes]
+    paths = [p for p in entries if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
     if not paths:
         found = ", ".join(sorted({p.suffix or p.name for p in entries})) or "nothing"
-        wanted = ", ".join(sorted(s[1:] for s in suffixes))
+        wanted = ", ".join(IMAGE_EXTENSIONS)
         raise DataError(f"{folder}: no {wanted} images, found {found}; add images or remove the folder")
     matches = [_FILE_STEM.fullmatch(p.stem) for p in paths]
     if all(matches):
         keys = [(m[1] + m[2] + m[4], int(m[3])) for m in matches]
     else:
-        warnings.warn(f"{folder}: file names without a window number are taken in file order", stacklevel=3)
+        warnings.warn(f"{folder}: file names without a window number are numbered in file order", stacklevel=3)
         keys = [("", i) for i in range(len(paths))]
     seen: dict[tuple[str, int], Path] = {}
     for key, path in zip(keys, paths, strict=True):
         if key in seen:
-            raise DataError(f"{seen[key]} and {path.name}: the same window twice; keep one of them")
+            raise DataError(f"{seen[key]} and {path.name}: the same window twice; remove one of them")
         seen[key] = path
     return [WindowFile(path.relative_to(root).as_posix(), user, condition, *key) for key, path in seen.items()]
 
 
-def count(n: int, what: str) -> str:
-    """Such as "1 window", "2 windows"."""
-    return f"{n} {what}" + ("" if n == 1 else "s")
-
-
-# ---- images
+# Images --------------------------------------------------------------------------------------------------------------
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 to float32 [-1, 1]."""
+    """uint8 0…255 to float32 [−1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Floating point [-1, 1] to uint8 0..255, rounded; values beyond the range are clamped."""
+    """Floating point [−1, 1] to uint8 0…255, rounded; values beyond the range are clamped."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)
 class WindowSet:
-    """Windows in memory, with the label map. A selection keeps the label map of the whole."""
+    """Windows in memory, with the label map. A selection has the label map of the whole."""
 
     images: torch.Tensor  # uint8 (N, C, size, size): C = 1 intensity, C = 3 RGB
     labels: torch.Tensor  # long (N,), index into `users`
@@ -195,6 +178,10 @@ class WindowSet:
         """The folders above ID_k, by name; ("",) where there are none."""
         return tuple(sorted({f.condition for f in self.files}))
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(f.path for f in self.files)
+
     def condition_labels(self, conditions: Sequence[str]) -> torch.Tensor:
         """The condition of each window as its place in `conditions`, long (N,).
 
@@ -206,31 +193,15 @@ class WindowSet:
             raise DataError(f"no training window shows condition {', '.join(unknown)}: add some, or leave it out")
         return torch.tensor([place[f.condition] for f in self.files])
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return tuple(f.path for f in self.files)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 (hex) over images, labels and paths."""
-        digest = hashlib.sha256(self.images.contiguous().numpy())
-        digest.update(self.labels.contiguous().numpy())
-        digest.update("\n".join(self.paths).encode())
-        return digest.hexdigest()
-
     def float(self, index=None) -> torch.Tensor:
-        """Images, or those of `index` (slice, list, tensor), as float32 (B, C, H, W) in [-1, 1]."""
+        """Images, or those of `index` (slice, list, tensor), as float32 (B, C, H, W) in [−1, 1]."""
         return to_float(self.images if index is None else self.images[index])
 
     def select(self, index) -> "WindowSet":
         """The windows of `index`: a slice, positions (list or tensor), or a boolean tensor (N,)."""
         positions = torch.arange(len(self))[index]
-        return replace(
-            self,
-            images=self.images[positions],
-            labels=self.labels[positions],
-            files=tuple(self.files[i] for i in positions.tolist()),
-        )
+        files = tuple(self.files[i] for i in positions.tolist())
+        return replace(self, images=self.images[positions], labels=self.labels[positions], files=files)
 
     def of_user(self, user: int) -> "WindowSet":
         """The windows of ID_`user`."""
@@ -245,122 +216,58 @@ def load_windows(
     size: int = 64,
     channels: int = 1,
     colormap: str = "auto",
-    extensions: Iterable[str] = IMAGE_EXTENSIONS,
     users: Sequence[int] | None = None,
-    cache_dir: str | Path | None = None,
-    progress: bool = False,
 ) -> WindowSet:
     """Read a data folder (layout: see `find_windows`) into one uint8 tensor.
 
-    Coloured images are taken back to intensity, then reduced to `size` x `size` by averaging; grey images are
-    intensity already. The result is cached, keyed by the files' contents and these options.
+    Coloured images are converted back to intensity, then reduced to `size` × `size` by averaging; grey images are
+    intensity already. The result is cached in `$MDLIB_CACHE` (default `~/.cache/mdlib`), keyed by the files' contents
+    and these options.
 
     Args:
         root: data folder.
         size: side of the windows, pixels.
-        channels: 1 for intensity, 3 to keep RGB.
-        colormap: ``jet``, ``parula``, ``viridis`` or ``grey``; ``auto`` finds out. Unused with 3 channels.
-        extensions: file extensions to read.
+        channels: 1 for intensity, 3 for RGB as it is.
+        colormap: jet, parula, viridis or grey; auto detects it. Unused with 3 channels.
         users: label map to use, e.g. the real set's for generated images; default: the users found.
-        cache_dir: default ``$MDLIB_CACHE``, else ``~/.cache/mdlib``.
-        progress: show a progress bar.
 
     Raises:
-        DataError: see `find_windows`; also unreadable images, images of different sizes or colour maps, a
-            user who is not in `users`.
+        DataError: see `find_windows`; also unreadable images, images of different sizes or colour maps, a user who is
+            not in `users`.
     """
     if channels not in (1, 3):
         raise DataError(f"channels={channels}: choose 1 (intensity) or 3 (RGB)")
     if channels == 1 and colormap not in ("auto", *COLORMAPS):
         raise DataError(f"colormap={colormap!r}: choose auto, {', '.join(COLORMAPS)}")
     root = Path(root)
-    files = find_windows(root, extensions, min_users=2 if users is None else 1)
+    files = find_windows(root, min_users=2 if users is None else 1)
     users = tuple(sorted({f.user for f in files}) if users is None else users)
     if unknown := {f.user for f in files} - set(users):
         raise DataError(f"{root}: ID_{min(unknown)} is not among the users {', '.join(map(str, users))}")
     colormap = colormap if channels == 1 else "none"
 
-    options = {"version": _CACHE_VERSION, "size": size, "colormap": colormap}
-    cache = _cache_folder(cache_dir) / f"{_content_key(root, files, options)}.safetensors"
+    cache = _cache_file(root, files, {"version": _CACHE_VERSION, "size": size, "colormap": colormap})
     cached = _read_cache(cache)
     if cached is None:
-        check = colormap == "auto"
-        colormap = _common_colormap(root, files) if check else colormap
-        images = _read_images(root, files, size, colormap, check=check, progress=progress)
-        _write_cache(cache, images, colormap)
-    else:
-        images, colormap = cached
+        cached = _read_images(root, files, size, colormap)
+        _write_cache(cache, *cached)
+    images, colormap = cached
     labels = torch.tensor([users.index(f.user) for f in files])
     return WindowSet(images, labels, users, tuple(files), colormap, str(root))
 
 
-def _read_pixels(path: Path, *, keep_rgb: bool = False) -> tuple[np.ndarray, str]:
-    """Pixels of a file as uint8, and their mode: "L" (H, W); "RGB" or, of most JPEGs, "YCbCr" (H, W, 3)."""
-    try:
-        with Image.open(path) as image:
-            stores_rgb = image.info.get("adobe_transform") == 0
-            if image.format == "JPEG" and image.mode == "RGB" and not (keep_rgb or stores_rgb):
-                image.draft("YCbCr", image.size)  # the luma as stored; on the way to RGB it is clipped
-            if image.mode.startswith("I;16"):
-                return (np.asarray(image) >> 8).astype(np.uint8), "L"
-            if image.mode in ("1", "LA"):
-                image = image.convert("L")
-            elif image.mode not in ("L", "RGB", "YCbCr"):
-                image = image.convert("RGB")
-            return np.asarray(image), image.mode
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "it").splitlines()[0]
-        raise DataError(f"{path}: cannot be read ({reason}); delete it or export it again") from error
-
-
-def _seen_colormap(pixels: np.ndarray, mode: str) -> tuple[str, float]:
-    # Every 8th pixel is enough for a mean.
-    return ("grey", 0.0) if mode == "L" else nearest_colormap(pixels[::8, ::8], mode=mode)
-
-
-def _common_colormap(root: Path, files: Sequence[WindowFile]) -> str:
-    """The colour map of the set, from eight files spread over it."""
-    some = [files[i].path for i in np.unique(np.linspace(0, len(files) - 1, 8).astype(int))]
-    names, distances = zip(*(_seen_colormap(*_read_pixels(root / path)) for path in some), strict=True)
-    if all(distance > COLORMAP_TOLERANCE[name] for name, distance in zip(names, distances, strict=True)):
-        raise DataError(
-            f"{root / some[0]}: drawn with none of the colour maps {', '.join(COLORMAPS)}; "
-            "give colormap=... to take the nearest colours, or channels=3 to keep RGB"
-        )
-    return max(names, key=names.count)
-
-
-@dataclass(frozen=True)
-class _Read:
+class _Read(NamedTuple):
     image: np.ndarray  # uint8 (C, size, size)
     disk_size: str  # width x height
     distance: float  # to the colour map, levels
 
 
-def _read_window(path: Path, size: int, colormap: str, check: bool) -> _Read:
-    pixels, mode = _read_pixels(path, keep_rgb=colormap == "none")
-    seen, distance = _seen_colormap(pixels, mode) if check else (colormap, 0.0)
-    if seen != colormap:
-        raise DataError(f"{path}: drawn with {seen}, other images with {colormap}; use one map or channels=3")
-    if colormap == "none":
-        image = Image.fromarray(pixels).convert("RGB")
-    else:
-        image = Image.fromarray(pixels if mode == "L" else invert_colormap(pixels, colormap, mode=mode))
-    shrink = size <= min(image.size)
-    small = image.resize((size, size), Image.Resampling.BOX if shrink else Image.Resampling.BILINEAR)
-    array = np.moveaxis(np.asarray(small).reshape(size, size, -1), -1, 0)
-    return _Read(array, "{}x{}".format(*image.size), distance)
-
-
-def _read_images(
-    root: Path, files: Sequence[WindowFile], size: int, colormap: str, *, check: bool, progress: bool
-) -> torch.Tensor:
+def _read_images(root: Path, files: Sequence[WindowFile], size: int, colormap: str) -> tuple[torch.Tensor, str]:
+    """uint8 (N, C, size, size), and the colour map."""
+    check = colormap == "auto"
+    colormap = _common_colormap(root, files) if check else colormap
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(_read_window, root / f.path, size, colormap, check) for f in files]
-        if progress:
-            with bar(len(jobs), "reading images", unit="image") as shown:
-                for _ in as_completed(jobs):
-                    shown.update()
     errors = [error for job in jobs if isinstance(error := job.exception(), DataError)]
     if errors:
         more = f" (and {count(len(errors) - 1, 'more file')} with errors)" if len(errors) > 1 else ""
@@ -377,17 +284,66 @@ def _read_images(
     if odd := [file.path for file, read in zip(files, reads, strict=True) if read.distance > usual]:
         message = f"{count(len(odd), 'image')} with colours that {colormap} lacks ({', '.join(odd[:3])})"
         warnings.warn(f"{root}: {message}: axes, a tool bar or a caption in the picture?", stacklevel=3)
-    return torch.from_numpy(np.stack([read.image for read in reads])).contiguous()
+    return torch.from_numpy(np.stack([read.image for read in reads])).contiguous(), colormap
 
 
-# ---- cache
+def _common_colormap(root: Path, files: Sequence[WindowFile]) -> str:
+    """The colour map of the set, from eight files spread over it."""
+    some = [files[i].path for i in np.unique(np.linspace(0, len(files) - 1, 8).astype(int))]
+    names, distances = zip(*(_detected_colormap(*_read_pixels(root / path)) for path in some), strict=True)
+    if all(distance > COLORMAP_TOLERANCE[name] for name, distance in zip(names, distances, strict=True)):
+        raise DataError(
+            f"{root / some[0]}: drawn with none of the colour maps {', '.join(COLORMAPS)}; "
+            "give colormap=... to take the nearest colours, or channels=3 for RGB"
+        )
+    return max(names, key=names.count)
 
 
-def _cache_folder(cache_dir: str | Path | None) -> Path:
-    return Path(cache_dir or os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib")
+def _detected_colormap(pixels: np.ndarray, mode: str) -> tuple[str, float]:
+    # Every 8th pixel is enough for a mean.
+    return ("grey", 0.0) if mode == "L" else nearest_colormap(pixels[::8, ::8], mode=mode)
 
 
-def _content_key(root: Path, files: Sequence[WindowFile], options: dict) -> str:
+def _read_window(path: Path, size: int, colormap: str, check: bool) -> _Read:
+    pixels, mode = _read_pixels(path, as_rgb=colormap == "none")
+    found, distance = _detected_colormap(pixels, mode) if check else (colormap, 0.0)
+    if found != colormap:
+        raise DataError(f"{path}: drawn with {found}, other images with {colormap}; use one map or channels=3")
+    if colormap == "none":
+        image = Image.fromarray(pixels).convert("RGB")
+    else:
+        image = Image.fromarray(pixels if mode == "L" else invert_colormap(pixels, colormap, mode=mode))
+    shrink = size <= min(image.size)
+    small = image.resize((size, size), Image.Resampling.BOX if shrink else Image.Resampling.BILINEAR)
+    array = np.moveaxis(np.asarray(small).reshape(size, size, -1), -1, 0)
+    return _Read(array, "{}x{}".format(*image.size), distance)
+
+
+def _read_pixels(path: Path, *, as_rgb: bool = False) -> tuple[np.ndarray, str]:
+    """Pixels of a file as uint8, and their mode: "L" (H, W); "RGB" or, of most JPEGs, "YCbCr" (H, W, 3)."""
+    try:
+        with Image.open(path) as image:
+            stores_rgb = image.info.get("adobe_transform") == 0
+            if image.format == "JPEG" and image.mode == "RGB" and not (as_rgb or stores_rgb):
+                image.draft("YCbCr", image.size)  # the luma as stored; on the way to RGB it is clipped
+            if image.mode.startswith("I;16"):
+                return (np.asarray(image) >> 8).astype(np.uint8), "L"
+            if image.mode in ("1", "LA"):
+                image = image.convert("L")
+            elif image.mode not in ("L", "RGB", "YCbCr"):
+                image = image.convert("RGB")
+            return np.asarray(image), image.mode
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(str(path), "it").splitlines()[0]
+        raise DataError(f"{path}: cannot be read ({reason}); delete it or export it again") from error
+
+
+# Cache ---------------------------------------------------------------------------------------------------------------
+
+
+def _cache_file(root: Path, files: Sequence[WindowFile], options: dict) -> Path:
+    """The file that caches these files read with these options, named by the contents."""
+
     def line(file: WindowFile) -> str:
         try:
             content = (root / file.path).read_bytes()
@@ -397,7 +353,8 @@ def _content_key(root: Path, files: Sequence[WindowFile], options: dict) -> str:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         lines = [json.dumps(options, sort_keys=True), *pool.map(line, files)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    key = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib") / f"{key}.safetensors"
 
 
 def _read_cache(path: Path) -> tuple[torch.Tensor, str] | None:
@@ -411,10 +368,11 @@ def _read_cache(path: Path) -> tuple[torch.Tensor, str] | None:
 
 
 def _write_cache(path: Path, images: torch.Tensor, colormap: str) -> None:
-    about = {"colormap": colormap, "sha256": _digest(images)}
     try:
         with whole_file(path) as temporary:
-            safetensors.torch.save_file({"images": images}, temporary, about)
+            safetensors.torch.save_file(
+                {"images": images}, temporary, {"colormap": colormap, "sha256": _digest(images)}
+            )
     except (OSError, safetensors.SafetensorError) as error:
         message = f"{path.parent}: cannot cache images there ({error}); point MDLIB_CACHE to another folder"
         warnings.warn(message, stacklevel=3)

@@ -24,7 +24,7 @@ from PIL import Image
 from traitlets.config import Config
 
 from mdlib import __version__
-from mdlib.data.splits import STARTS, apply_split, chosen, make_split, read_split, seen_of_test, write_split
+from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, seen_of_test, write_split
 from mdlib.data.windows import DataError, WindowSet, find_windows, load_windows
 from mdlib.experiments.kaggle_session import gpus, preset_for
 from mdlib.models.foundation import load_foundation
@@ -110,7 +110,7 @@ class Run:
         return {
             **{key: self.settings[key] for key in told},
             "data": Path(self.settings["data"]).name,
-            "training windows are": chosen(self.split),
+            "training windows are": describe_training(self.split),
             "device": device_name(),
             "time": ", ".join(f"{name} {seconds}" for name, seconds in times.items()),
         }

@@ -31,7 +31,6 @@ def study(
     system: str = "vae-diffusion",
     preset: str = "demo",
     counts: tuple[int, ...] = (5, 10, 20, 50),
-    contiguous: bool = False,
     folds: int = 1,
     parameters: dict | None = None,
 ) -> dict:
@@ -46,7 +45,6 @@ def study(
         data: folder of ID_k/ folders.
         out: folder of the study; a run folder for each number in it.
         counts: training windows a user.
-        contiguous: windows in a row, as of one short recording, instead of evenly spaced ones.
         folds: how many of the 4 folds of cross-validation; the first is the split that every run makes.
         parameters: of any notebook, the same for every number.
 
@@ -69,14 +67,14 @@ def study(
         raise DataError("rival is of one split, and folds have several: leave one of them out")
     files = find_windows(data)
     splits = {
-        (k, fold): make_split(files, windows_per_user=k, contiguous=contiguous, fold=fold)
+        (k, fold): make_split(files, windows_per_user=k, fold=fold)
         for fold in range(folds)
         for k in sorted(set(counts))
     }
     for split in splits.values():
         check_starts({**given, "data": str(data)}, split)
     get_preset(system, preset)
-    terms = {"data": str(Path(data).resolve()), "system": system, "preset": preset, "contiguous": contiguous}
+    terms = {"data": str(Path(data).resolve()), "system": system, "preset": preset}
     terms["parameters"] = given
     claim(out, terms, "a study")
     _check_splits(out, splits)
@@ -196,12 +194,11 @@ def _write(result: dict, out: Path) -> None:
 
 def _page(result: dict) -> str:
     rows, terms = result["rows"], result["terms"]
-    how = "in a row" if terms["contiguous"] else "evenly spaced"
     parts = [
         "<h1>mdlib: how few real windows are enough?</h1>",
         f"<p class=verdict>{'<br>'.join(html.escape(row['verdict']['sentence']) for row in rows)}</p>",
         table([[key, str(value)] for key, value in terms.items()]),
-        f"<p class=note>For each number the generator was trained anew on exactly those windows ({how}); validation "
+        "<p class=note>For each number the generator was trained anew on exactly those windows; validation "
         "and test windows are the same for all numbers of a fold. real x2: twice as many real windows, the added ones "
         "evenly spaced in any case, with the same classical augmentation. Folds: each has its own quarter of every "
         "recording for the test and its own generators; accuracies and gains are of all folds' test windows together, "

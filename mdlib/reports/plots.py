@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from mdlib.data.windows import WindowSet, colorize, to_uint8
+from mdlib.data.colormaps import colorize
+from mdlib.data.windows import WindowSet, to_uint8
 
 INK, ACCENT, SECOND, THIRD = "#1f2933", "#2463a4", "#c4572e", "#5f8f4e"
 

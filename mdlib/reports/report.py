@@ -5,7 +5,7 @@ import html
 import json
 from pathlib import Path
 
-from mdlib.data.splits import apply_split, chosen, read_split, seen_beyond, seen_of_test, spare_windows
+from mdlib.data.splits import apply_split, describe_training, read_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.data.windows import DataError, WindowSet, load_windows
 from mdlib.evaluation.evidence import Evidence, Protocol, concatenate, missing
 from mdlib.evaluation.protocol import evaluate, through_codec
@@ -190,7 +190,12 @@ def validate_folders(
         codec = load_pipeline(pipeline).codec
         size, channels = codec.config.image_size, codec.config.in_channels
     terms = read_split(split)
-    about = {"real": str(real), "generated": str(generated), "split": str(split), "training windows are": chosen(terms)}
+    about = {
+        "real": str(real),
+        "generated": str(generated),
+        "split": str(split),
+        "training windows are": describe_training(terms),
+    }
     for weights in filter(None, (generated, pipeline)):
         if seen := seen_of_test(weights, terms, real):
             raise DataError(f"{weights} comes from training on {seen} of the test windows: judge it by its own split")

@@ -8,9 +8,7 @@ def test_shift_by_a_stride_moves_two_steps():
     images = torch.arange(16).expand(3, 1, 2, 16)
     assert torch.equal(stride_shift(images, 2), images.roll(8, -1))
     assert torch.equal(stride_shift(images, 4), images)
-    each = stride_shift(images, torch.tensor([0, 2, -2]))
-    assert torch.equal(each[0], images[0]) and torch.equal(each[1], images[1].roll(8, -1))
-    assert torch.equal(each[2], images[2].roll(-8, -1))
+    assert torch.equal(stride_shift(images, -2), images.roll(-8, -1))
     with pytest.raises(ValueError, match="whole strides"):
         stride_shift(images, 1)
 

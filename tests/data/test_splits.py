@@ -3,19 +3,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import listed, message, picture, small_set
+from helpers import listed, message, picture, random_split, small_set
 
 from mdlib.data.splits import (
     PARTS,
     apply_split,
     folds,
     make_split,
-    measured_overlap,
-    random_split,
+    overlap,
     read_split,
     write_split,
 )
-from mdlib.data.windows import DataError, WindowSet
+from mdlib.data.windows import WindowSet
 
 
 def part_numbers(split, part, recording="walk"):
@@ -66,6 +65,7 @@ def test_windows_per_user_thins_only_the_training_part():
     full, few = make_split(files), make_split(files, windows_per_user=5)
     assert few["val"] == full["val"] and few["test"] == full["test"]
     assert set(few["train"]) < set(full["train"])
+    assert sorted(few["spare"] + few["train"]) == sorted(full["train"])
     mine = part_numbers({"train": few["train"][:5]}, "train")
     assert len(few["train"]) == 10 and np.ptp(np.diff(mine)) <= 1
     assert "user ID_1 has" in message(make_split, files, windows_per_user=99)
@@ -92,15 +92,8 @@ def test_thinning_leaves_windows_of_every_condition():
     files = [f for c in ("backpack", "bag", "phone") for f in listed(range(60), recording=c, condition=c)]
     assert len(make_split(files, windows_per_user=3)["train"]) == 3
     assert message(make_split, files, windows_per_user=2) == (
-        "windows_per_user=2 leaves no training window of bag: keep more, or take a folder of one condition"
+        "windows_per_user=2 leaves no training window of bag: choose more, or take a folder of one condition"
     )
-    assert "in a row leaves no training window of" in message(make_split, files, windows_per_user=5, contiguous=True)
-
-
-def test_a_fold_keeps_contiguous_windows_in_a_row():
-    for fold in range(4):
-        split = make_split(listed(range(100)), fold=fold, windows_per_user=12, contiguous=True)
-        assert np.diff(part_numbers(split, "train")).tolist() == [1] * 11
 
 
 @pytest.mark.parametrize("fold, test, last", [(4, 0.25, 3), (-1, 0.25, 3), (3, 0.3, 2)])
@@ -187,32 +180,11 @@ def test_a_random_split_leaks_and_blocks_do_not():
     labels = torch.tensor([f.user - 1 for f in files])
     windows = WindowSet(torch.from_numpy(images), labels, (1, 2), files, "jet", "data")
 
-    blocks = measured_overlap(windows, make_split(windows))
+    blocks = overlap(apply_split(windows, make_split(windows)))
     assert blocks["min_distance"] == 4 and blocks["test_share_overlapping"] == 0
     assert blocks["nearest_train_ratio"] == 1
 
     split = random_split(windows)
-    assert split == random_split(windows) != random_split(windows, seed=1)
-    leaky = measured_overlap(windows, split)
+    leaky = overlap(apply_split(windows, split))
     assert leaky["min_distance"] == 1 and leaky["test_share_overlapping"] > 0.8
     assert leaky["nearest_train_ratio"] < 0.5 and leaky["test_windows"] == len(split["test"])
-
-
-def test_few_windows_may_be_kept_in_a_row():
-    files = listed(range(100))
-    spaced = make_split(files, windows_per_user=6)
-    row = make_split(files, windows_per_user=6, contiguous=True)
-    numbers = part_numbers(row, "train")
-    assert numbers == list(range(numbers[0], numbers[0] + 6)) and row["test"] == spaced["test"]
-    for split in (spaced, row):
-        assert not set(split["spare"]) & set(split["train"])
-        assert len(split["spare"]) + 6 == len(make_split(files)["train"])
-
-
-def test_a_row_of_windows_is_of_one_recording():
-    files = [*listed(range(50), recording="a"), *listed(range(60), recording="b")]
-    row = make_split(files, windows_per_user=6, contiguous=True)["train"]
-    numbers = part_numbers({"train": row}, "train", "b")
-    assert numbers == list(range(numbers[0], numbers[0] + 6))
-    with pytest.raises(DataError, match="training windows in a row, windows_per_user=50 cannot be kept contiguous"):
-        make_split(files, windows_per_user=50, contiguous=True)
