@@ -35,7 +35,7 @@ MOVED = {
     "Judge": "SmallCNN",
 }
 # Arguments of prior.sample that are no plain values: this file fills them in.
-_NO_OPTIONS = {"users", "conditions", "generator", "classifier", "towards", "mix", "on_step"}
+_NO_OPTIONS = {"users", "conditions", "generator", "classifier", "towards", "share", "on_step"}
 
 
 @dataclass
@@ -218,9 +218,9 @@ class MicroDopplerPipeline(DiffusionPipeline):
         if {**self.config.sampling, **sampling}.get("classifier_scale"):
             raise DataError("between two users there is no class for a classifier: leave classifier_scale out")
         towards = self._users(self.plan([second], 1, seed)[:1] * images)
-        mix = torch.linspace(0, 1, images)
-        nearer = torch.where(mix.to(self.device) < 0.5, self._users(rows), towards)  # for a codec that is told users
-        return self._decode(self._draw(rows, towards=towards, mix=mix, **sampling), nearer)
+        share = torch.linspace(0, 1, images)
+        nearer = torch.where(share.to(self.device) < 0.5, self._users(rows), towards)  # for a codec that is told users
+        return self._decode(self._draw(rows, towards=towards, share=share, **sampling), nearer)
 
     @torch.no_grad()
     def denoising(self, user: int, frames: int = 8, seed: int = 0, **sampling) -> torch.Tensor:

@@ -131,7 +131,7 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         classifier: Callable | None = None,
         classifier_scale: float = 0.0,
         towards: torch.Tensor | None = None,
-        mix: float | torch.Tensor = 0.0,
+        share: float | torch.Tensor = 0.0,
         on_step: Callable | None = None,
     ) -> torch.Tensor:
         """Latents (B, D, h, w) for users (B,), see `mdlib.models.unet.LatentDiffusion.sample`; t/T there is 1 − t here.
@@ -142,7 +142,7 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         """
         sampler = make_sampler(scheduler, num_inference_steps, timestep_shift, users.device)
         guidance = (guidance_scale, guidance_interval, classifier, classifier_scale)
-        return self.denoise(sampler, users, conditions, generator, towards, mix, on_step, guidance)
+        return self.denoise(sampler, users, conditions, generator, towards, share, on_step, guidance)
 
     def output(self, noisy: torch.Tensor, timestep: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
         """The velocity towards noise: diffusers' flow runs in σ = 1 − t."""

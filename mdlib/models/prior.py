@@ -1,4 +1,4 @@
-"""What the priors share: checks of a sampling request, guidance by labels and classifiers, the loop from noise to data.
+"""Common to all priors: checks of a sampling request, guidance by labels and classifiers, the loop from noise to data.
 
 Legend: B batch, D latent channels, h w grid of tokens or latents, E width of a user's embedding.
 """
@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from mdlib.models.layers import drop_labels
 
 # Arguments of `sample` that are no plain values: the pipeline passes them.
-NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "mix", "on_step"}
+NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "share", "on_step"}
 
 
 class Prior:
@@ -43,8 +43,8 @@ class Prior:
             conditions: labels (B,) of carrying conditions; None is condition 0 for all.
             generator: one for the batch, or one per sample: a sample then does not depend on its batch.
             guidance_scale: s in null + s·(user − null); 1 is plain conditional sampling.
-            towards, mix: (priors that denoise) second users (B,), and where to sample between the two: 0 is `users`, 1
-                is `towards`; one number or one per sample.
+            towards, share: (priors that denoise) second users (B,), and where to sample between the two: 0 is `users`,
+                1 is `towards`; one number or one per sample.
             on_step: (priors that denoise) called as on_step(number, estimate of the sample) after every network call.
             options: see the prior.
 
@@ -69,8 +69,8 @@ class Prior:
         """Users (B,) after the label dropout of training."""
         return drop_labels(users, self.null_label, self.config.label_dropout if self.training else 0.0)
 
-    def check_request(self, users, conditions, generator, guidance_scale, towards=None, mix=0.0) -> torch.Tensor:
-        """Raise ValueError for arguments that `sample` must refuse; returns `mix` as a tensor (B,)."""
+    def check_request(self, users, conditions, generator, guidance_scale, towards=None, share=0.0) -> torch.Tensor:
+        """Raise ValueError for arguments that `sample` must refuse; returns `share` as a tensor (B,)."""
         self.users.check(users, conditions)
         if towards is not None:
             self.users.check(towards)
@@ -79,10 +79,10 @@ class Prior:
             raise ValueError("guidance needs a prior trained with label_dropout: guidance_scale must be 1")
         if isinstance(generator, list) and len(generator) != len(users):
             raise ValueError(f"{len(users)} samples need {len(users)} generators, got {len(generator)}")
-        mix = torch.as_tensor(mix, dtype=torch.float32, device=users.device)
-        if mix.shape not in ((), (len(users),)) or not ((mix >= 0) & (mix <= 1)).all():
-            raise ValueError(f"mix must lie in [0, 1], one number or one per sample, got {mix.tolist()}")
-        return mix.expand(len(users))
+        share = torch.as_tensor(share, dtype=torch.float32, device=users.device)
+        if share.shape not in ((), (len(users),)) or not ((share >= 0) & (share <= 1)).all():
+            raise ValueError(f"share must lie in [0, 1], one number or one per sample, got {share.tolist()}")
+        return share.expand(len(users))
 
 
 class LatentPrior(Prior):
@@ -96,11 +96,11 @@ class LatentPrior(Prior):
 
     consumes = "latents"
 
-    def denoise(self, sampler, users, conditions, generator, towards, mix, on_step, guidance: tuple) -> torch.Tensor:
+    def denoise(self, sampler, users, conditions, generator, towards, share, on_step, guidance: tuple) -> torch.Tensor:
         """Latents (B, D, h, w) along the timesteps of a diffusers scheduler; guidance: guidance_scale,
         guidance_interval, classifier and classifier_scale. See `sample`."""
         scale, interval, classifier, classifier_scale = guidance
-        mix = self.check_request(users, conditions, generator, scale, towards, mix)
+        share = self.check_request(users, conditions, generator, scale, towards, share)
         check_number("classifier_scale", classifier_scale, 0)
         if classifier_scale and classifier is None:
             raise ValueError("classifier_scale needs a classifier, and none was given")
@@ -111,7 +111,7 @@ class LatentPrior(Prior):
             return torch.empty(0, *self.latent_shape, device=users.device)
         embedded, null = self.users(users, conditions), self.users(self.users.null(users), conditions)
         if towards is not None:
-            embedded = embedded.lerp(self.users(towards, conditions), mix.to(embedded.dtype).unsqueeze(1))
+            embedded = embedded.lerp(self.users(towards, conditions), share.to(embedded.dtype).unsqueeze(1))
         options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
         shape = (len(users), *self.latent_shape)
         noisy = randn_tensor(shape, generator=generator, device=users.device, dtype=embedded.dtype)

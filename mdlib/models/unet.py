@@ -167,7 +167,7 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         classifier: Callable | None = None,
         classifier_scale: float = 0.0,
         towards: torch.Tensor | None = None,
-        mix: float | torch.Tensor = 0.0,
+        share: float | torch.Tensor = 0.0,
         on_step: Callable | None = None,
     ) -> torch.Tensor:
         """Latents (B, D, h, w) for users (B,), see `mdlib.models.prior.Prior.sample`.
@@ -180,11 +180,11 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
                 estimate of x_0; needed where classifier_scale is not 0.
             classifier_scale: of the classifier's gradient (Dhariwal and Nichol 2021, there with a classifier of noisy
                 latents); 0 turns it off.
-            towards, mix: interpolate between the users' embeddings.
+            towards, share: interpolate between the users' embeddings.
         """
         sampler = self._sampler(scheduler, num_inference_steps, users.device)
         guidance = (guidance_scale, guidance_interval, classifier, classifier_scale)
-        return self.denoise(sampler, users, conditions, generator, towards, mix, on_step, guidance)
+        return self.denoise(sampler, users, conditions, generator, towards, share, on_step, guidance)
 
     def _sampler(self, name: str, steps: int, device: torch.device):
         """The diffusers scheduler of that name over the noise schedule of training, with its timesteps set."""

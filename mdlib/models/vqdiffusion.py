@@ -214,10 +214,10 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         top_p: float = 1.0,
         choice_temperature: float = 4.5,
         towards: torch.Tensor | None = None,
-        mix: float | torch.Tensor = 0.0,
+        share: float | torch.Tensor = 0.0,
         on_step: Callable | None = None,
     ) -> torch.Tensor:
-        """Tokens (B, h, w) for users (B,), see `mdlib.models.prior.Prior.sample`; guidance and mix act on the log
+        """Tokens (B, h, w) for users (B,), see `mdlib.models.prior.Prior.sample`; guidance and share act on the log
         probabilities of x_0.
 
         Args:
@@ -229,7 +229,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
                 all.
             choice_temperature: noise on the certainty by which "mask_predict" chooses, falling to 0 with the steps.
         """
-        mix = self.check_request(users, conditions, generator, guidance_scale, towards, mix)
+        share = self.check_request(users, conditions, generator, guidance_scale, towards, share)
         check_choice("sampler", sampler, SAMPLERS)
         check_steps(num_inference_steps, self.num_tokens if sampler == "mask_predict" else self.noise.timesteps)
         check_number("temperature", temperature, 0, above=True)
@@ -242,7 +242,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
 
         def predict(tokens: torch.Tensor, time: int) -> torch.Tensor:
             """log p(x_0) (B, N, K) of tokens (B, N)."""
-            log_x0 = self._predict(tokens, time, users, conditions, towards, mix, guidance_scale)
+            log_x0 = self._predict(tokens, time, users, conditions, towards, share, guidance_scale)
             log_x0 = (log_x0 / temperature).log_softmax(-1)
             if on_step:
                 on_step(next(numbers), log_x0.argmax(-1).unflatten(1, self.token_shape))
@@ -256,7 +256,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
             tokens = self._ancestral(users, num_inference_steps, predict, draw)
         return tokens.unflatten(1, self.token_shape)
 
-    def _predict(self, tokens, time, users, conditions, towards, mix, scale) -> torch.Tensor:
+    def _predict(self, tokens, time, users, conditions, towards, share, scale) -> torch.Tensor:
         """log p(x_0) (B, N, K) up to a constant, of tokens (B, N), in one network call."""
         every = [users]
         every += [towards] if towards is not None else []
@@ -266,7 +266,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         log_x0 = self(tokens.repeat(len(every), 1), torch.full_like(labels, time), labels, conditions)
         user, *others = log_x0.chunk(len(every))
         if towards is not None:
-            user = torch.lerp(user, others[0], mix.view(-1, 1, 1))
+            user = torch.lerp(user, others[0], share.view(-1, 1, 1))
         return user if scale == 1 else guided(user, others[-1], scale)
 
     def _ancestral(self, users: torch.Tensor, steps: int, predict: Callable, draw: Callable) -> torch.Tensor:

@@ -82,7 +82,7 @@ def test_save_and_load(make, options, tmp_path):
 def test_sampling_options_are_plain_values(make):
     options = type(make()).sampling_options()
     assert options["guidance_scale"] == 1.0 and all(isinstance(v, int | float | str | tuple) for v in options.values())
-    assert not options.keys() & {"users", "conditions", "generator", "classifier", "towards", "mix", "on_step"}
+    assert not options.keys() & {"users", "conditions", "generator", "classifier", "towards", "share", "on_step"}
     make().sample(
         torch.tensor([0]), **options | ({"num_inference_steps": 2} if "num_inference_steps" in options else {})
     )
@@ -223,7 +223,7 @@ def test_a_share_leads_from_one_user_to_another(make):
     drawn = prior.sample(
         torch.tensor([1, 1, 1]),
         towards=torch.tensor([3, 3, 3]),
-        mix=between,
+        share=between,
         generator=generators(0, 0, 0),
         **options,
     )
@@ -231,8 +231,10 @@ def test_a_share_leads_from_one_user_to_another(make):
     torch.testing.assert_close(drawn[:2], ends, atol=1e-4, rtol=1e-4)
     distances = (drawn[2] - ends).flatten(1).norm(dim=1)
     assert (distances < (ends[0] - ends[1]).norm()).all() and (distances > 1e-3).all()
-    for mix, end in ((0.0, ends[0]), (1, ends[1])):
-        one = prior.sample(torch.tensor([1]), towards=torch.tensor([3]), mix=mix, generator=generators(0), **options)
+    for share, end in ((0.0, ends[0]), (1, ends[1])):
+        one = prior.sample(
+            torch.tensor([1]), towards=torch.tensor([3]), share=share, generator=generators(0), **options
+        )
         torch.testing.assert_close(one[0], end, atol=1e-4, rtol=1e-4)
 
 
@@ -340,8 +342,8 @@ def test_bad_sampling_options_are_refused(make, options, message):
         (dict(generator=generators(1)), "^2 samples need 2 generators, got 1$"),
         (dict(users=torch.tensor([6, 6])), "^labels must lie in 0…5, got 6…6$"),
         (dict(users=torch.tensor([-1, -1])), "^labels must lie in 0…5, got -1…-1$"),
-        (dict(towards=torch.tensor([9, 9]), mix=0.5), "0…5, got 9…9"),
-        (dict(towards=torch.tensor([2, 2]), mix=3.0), "mix must lie in"),
+        (dict(towards=torch.tensor([9, 9]), share=0.5), "0…5, got 9…9"),
+        (dict(towards=torch.tensor([2, 2]), share=3.0), "share must lie in"),
     ],
 )
 def test_bad_requests_are_refused(make, options, message):
