@@ -155,9 +155,11 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
 def check_number(name: str, value: float, low: float, high: float = math.inf, above: bool = False) -> None:
     """Raise ValueError unless `value` is a finite number in [low, high], or in (low, high] where it must be `above`."""
     inside = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
-    if not inside or (above and value == low):
-        start, end = "(" if above else "[", "]" if math.isfinite(high) else ")"
-        raise ValueError(f"{name} must be in {start}{low}, {high}{end}, got {value}")
+    if inside and not (above and value == low):
+        return
+    if math.isfinite(high):
+        raise ValueError(f"{name} must be in {'(' if above else '['}{low}, {high}], got {value}")
+    raise ValueError(f"{name} must be {f'above {low}' if above else f'{low} or more'}, got {value}")
 
 
 def check_steps(steps: int, most: int) -> None:

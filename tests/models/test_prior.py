@@ -316,7 +316,7 @@ def test_a_classifier_does_not_blow_samples_up(make, name):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(classifier_scale=-1.0), r"classifier_scale must be in \[0, inf\), got -1.0"),
+        (dict(classifier_scale=-1.0), r"classifier_scale must be 0 or more, got -1.0"),
         (dict(classifier_scale=1.0), "classifier_scale needs a classifier, and none was given"),
         (dict(guidance_interval=(0.6, 0.4)), r"guidance_interval must be two numbers in order within \[0, 1\]"),
         (dict(guidance_interval=(0.0, 2.0)), r"guidance_interval must be .* got \(0.0, 2.0\)"),
@@ -337,8 +337,8 @@ def test_bad_sampling_options_are_refused(make, options, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(guidance_scale=-1.0), r"^guidance_scale must be in \[0, inf\), got -1.0$"),
-        (dict(guidance_scale=float("nan")), r"^guidance_scale must be in \[0, inf\), got nan$"),
+        (dict(guidance_scale=-1.0), r"^guidance_scale must be 0 or more, got -1.0$"),
+        (dict(guidance_scale=float("nan")), r"^guidance_scale must be 0 or more, got nan$"),
         (dict(generator=generators(1)), "^2 samples need 2 generators, got 1$"),
         (dict(users=torch.tensor([6, 6])), "^labels must lie in 0…5, got 6…6$"),
         (dict(users=torch.tensor([-1, -1])), "^labels must lie in 0…5, got -1…-1$"),

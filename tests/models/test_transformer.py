@@ -104,9 +104,9 @@ def test_grid_and_sequence_are_inverse():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(temperature=0.0), "temperature must be in"),
+        (dict(temperature=0.0), "temperature must be above 0"),
         (dict(top_p=0.0), "top_p must be in"),
-        (dict(top_k=-1), "top_k must be in"),
+        (dict(top_k=-1), "top_k must be 0 or more"),
     ],
 )
 def test_bad_sampling_options_are_refused(options, message):
