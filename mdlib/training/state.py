@@ -179,6 +179,10 @@ def resume(state: State) -> None:
     if not state.run_dir or not (state.run_dir / "state.pt").exists():
         return
     content = torch.load(state.run_dir / "state.pt", map_location=state.device, weights_only=True)
+    if "average" not in content:
+        raise ValueError(
+            f"{state.run_dir}/state.pt is of mdlib 0.1: delete it to train again, or choose another folder"
+        )
     wanted = state.config.defining()
     if changed := [key for key in wanted if content["config"].get(key) != wanted[key]]:
         raise ValueError(
