@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdlib.models.attention import AxialAttention, TiledAttnProcessor
+from mdlib.models.unet import AxialAttention, TiledAttnProcessor
 
 HEAD = 16  # channels of a head
 

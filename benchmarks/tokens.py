@@ -20,7 +20,6 @@ from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 
 SAMPLERS = {  # of VQDiffusion
     **{f"ancestral {steps}": dict(sampler="ancestral", num_inference_steps=steps) for steps in (50, 25, 12)},
-    "ancestral 25, purity 1": dict(sampler="ancestral", num_inference_steps=25, purity=1.0),
     **{f"mask-predict {steps}": dict(sampler="mask_predict", num_inference_steps=steps) for steps in (32, 16, 8)},
 }
 

@@ -1,4 +1,4 @@
-"""Small priors that denoise, a mixture of Gaussians whose denoiser is known, and distances between sets of points."""
+"""Small priors, a mixture of Gaussians whose denoiser is known, and distances between sets of points."""
 
 import itertools
 
@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from mdlib.models.dit import LightningDiT
+from mdlib.models.transformer import TokenPrior
 from mdlib.models.unet import LatentDiffusion
+from mdlib.models.vqdiffusion import VQDiffusion
 
 
 def small_unet(kind=LatentDiffusion, **changes) -> LatentDiffusion:
@@ -17,12 +19,29 @@ def small_unet(kind=LatentDiffusion, **changes) -> LatentDiffusion:
 
 
 def small_dit(kind=LightningDiT, **changes) -> LightningDiT:
-    """With weights at random: a new one answers zero."""
+    """With weights at random: the output of a new one is zero."""
     torch.manual_seed(0)
     options = dict(latent_shape=(3, 4, 2), num_users=5, hidden_size=16, depth=2, num_heads=2)
     prior = kind(**{**options, **changes}).eval()
     for parameter in prior.parameters():
         nn.init.normal_(parameter, std=0.3)
+    return prior
+
+
+def small_transformer(kind=TokenPrior, **changes) -> TokenPrior:
+    torch.manual_seed(0)
+    options = dict(num_codes=7, token_shape=(3, 2), num_users=5, hidden_size=16, num_layers=2, num_heads=2, dropout=0.0)
+    return kind(**{**options, **changes}).eval()
+
+
+def small_vqdiffusion(kind=VQDiffusion, **changes) -> VQDiffusion:
+    """With weights at random, those that start at zero as well."""
+    torch.manual_seed(0)
+    options = dict(num_codes=7, token_shape=(3, 2), num_users=5, hidden_size=16, depth=2, num_heads=2)
+    prior = kind(**{**options, **changes}).eval()
+    for part in (*prior.blocks, prior.final_layer):
+        nn.init.normal_(part.modulation.weight, std=0.3)
+    nn.init.normal_(prior.final_layer.linear.weight, std=0.5)
     return prior
 
 

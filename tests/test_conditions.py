@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import listed, small_set, write_set
 from mdlib.evaluation.conditions import conditions
+from priors import small_dit
 from torch import nn
 
 from mdlib.data.splits import make_split
@@ -16,90 +17,15 @@ from mdlib.evaluation.augmentation_study import Arms
 from mdlib.evaluation.evidence import Evidence
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import open_run
-from mdlib.models.dit import LightningDiT
-from mdlib.models.layers import UserEmbedding, drop_labels
 from mdlib.models.transformer import TokenPrior
-from mdlib.models.unet import LatentDiffusion
-from mdlib.models.vqdiffusion import VQDiffusion
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import MicroDopplerPipeline
 from mdlib.systems import start_prior
 
-USERS = 3
-
-
-def priors(num_conditions: int) -> dict[str, nn.Module]:
-    """Small ones whose output depends on their label."""
-    torch.manual_seed(0)
-    made = {
-        "transformer": TokenPrior(8, (4, 4), USERS, 16, 1, 2, num_conditions=num_conditions),
-        "unet": LatentDiffusion(
-            (2, 8, 8), USERS, (8, 16), norm_num_groups=4, head_dim=8, num_conditions=num_conditions
-        ),
-        "dit": LightningDiT((2, 8, 8), USERS, 2, 16, 1, 2, num_conditions=num_conditions),
-        "vqdiffusion": VQDiffusion(8, (4, 4), USERS, 16, 1, 2, num_conditions=num_conditions),
-    }
-    for prior in made.values():
-        for part in prior.parameters():
-            nn.init.normal_(part, std=0.3)
-        if num_conditions > 1:
-            nn.init.normal_(prior.users.conditions, std=3.0)
-    return {name: prior.eval() for name, prior in made.items()}
-
-
-def test_one_condition_is_a_plain_table_of_users():
-    table = UserEmbedding(USERS, 1, 4)
-    labels = torch.tensor([0, 3, 2])
-    assert torch.equal(table(labels), table.weight[labels]) and list(table.state_dict()) == ["weight"]
-    assert torch.equal(drop_labels(labels, USERS, 1.0), torch.full((3,), USERS))
-
-
-def test_a_condition_adds_the_same_to_everybody_and_outlives_guidance():
-    table = UserEmbedding(USERS, 2, 4)
-    users, first, second = torch.arange(USERS + 1), torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long)
-    assert torch.equal(table(users, second), table(users, first)), "equal until they are trained"
-    nn.init.normal_(table.conditions)
-    change = table(users, second) - table(users, first)
-    torch.testing.assert_close(change, (table.conditions[1] - table.conditions[0]).expand(4, 4))
-    assert torch.equal(table(users), table(users, first))
-    assert table.null(torch.tensor([1, 2])).tolist() == [3, 3]
-    assert drop_labels(torch.tensor([1, 2]), USERS, 1.0).tolist() == [3, 3]
-    with pytest.raises(ValueError, match="^labels must lie in 0…3"):
-        table.check(torch.tensor([4]))
-    with pytest.raises(ValueError, match="^conditions must lie in 0…1"):
-        table.check(torch.tensor([0]), torch.tensor([2]))
-
-
-@pytest.mark.parametrize("name", ["transformer", "unet", "dit", "vqdiffusion"])
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_every_prior_draws_a_user_in_a_condition(name, guidance):
-    prior = priors(2)[name]
-    draw = lambda user, condition: prior.sample(
-        torch.tensor([user]),
-        conditions=torch.tensor([condition]),
-        generator=[torch.Generator().manual_seed(0)],
-        guidance_scale=guidance,
-    )
-    assert not torch.equal(draw(1, 0), draw(1, 1))
-    if guidance == 1:
-        nn.init.zeros_(prior.users.conditions)
-        assert torch.equal(draw(1, 0), draw(1, 1)), "only the vector of the condition differs"
-    with pytest.raises(ValueError, match="conditions must lie in 0…1"):
-        draw(1, 2)
-
-
-@pytest.mark.parametrize("name", ["transformer", "unet", "dit", "vqdiffusion"])
-def test_training_reaches_the_conditions(name):
-    prior = priors(2)[name].train()
-    grid = torch.zeros(8, 4, 4, dtype=torch.long) if prior.consumes == "tokens" else torch.randn(8, 2, 8, 8)
-    loss, _ = prior.loss(grid, torch.arange(8) % 4, torch.arange(8) // 4)
-    loss.backward()
-    assert (prior.users.conditions.grad.abs().sum(1) > 0).all()
-
 
 @pytest.mark.parametrize(("known", "wanted"), [(2, 2), (2, 1), (1, 2), (3, 2)])
 def test_a_prior_starts_from_other_people_with_other_conditions(known, wanted, tmp_path):
-    source, prior = priors(known)["dit"], priors(wanted)["dit"]
+    source, prior = small_dit(num_conditions=known), small_dit(num_conditions=wanted)
     source.save_pretrained(tmp_path)
     start_prior(prior, tmp_path, other_users=True)
     if wanted > 1:

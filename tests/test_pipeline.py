@@ -253,7 +253,7 @@ def test_a_pair_of_numbers_may_be_given_as_a_tuple_twice(diffusion, tmp_path):
     "options, message",
     [
         (dict(scheduler="lms"), "scheduler must be one of"),
-        (dict(guidance_scale="much"), "guidance scales must be 0 or more"),
+        (dict(guidance_scale="much"), "guidance_scale must be 0 or more"),
         (dict(num_inference_steps=2.5), "num_inference_steps must be a whole number in 1…1000, got 2.5"),
         (dict(guidance_interval=["a", "b"]), "guidance_interval must be two numbers"),
     ],

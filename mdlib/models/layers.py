@@ -1,4 +1,4 @@
-"""The few pieces more than one model needs: latent statistics, label dropout, draws, batches, the device."""
+"""Parts that several models use: latent statistics, embeddings of users, sampling of codes, batches, processes."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,10 +8,8 @@ from torch import nn
 
 
 class LatentStats(nn.Module):
-    """Per-channel mean and standard deviation of a codec's latents, kept with its weights.
-
-    A diffusion schedule assumes unit variance, so every codec normalises what it hands out.
-    """
+    """Per-channel mean and standard deviation of a codec's latents, saved with its weights. A diffusion schedule
+    assumes unit variance, so every codec normalises its latents."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -19,7 +17,7 @@ class LatentStats(nn.Module):
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
 
     def fit(self, latents: torch.Tensor) -> None:
-        """Take the statistics of `latents` (B, C, h, w)."""
+        """Compute the statistics of `latents` (B, C, h, w)."""
         self.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
         self.std.copy_(latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
 
@@ -34,11 +32,8 @@ class UserEmbedding(nn.Embedding):
     """Vectors (B, size) of users (B,) and conditions (B,): the user's vector, plus the condition's.
 
     User num_users is the null label of classifier-free guidance. The vectors of conditions (carrying a bag …) start at
-    zero and are shared by all users, so what a condition does to one person's gait is known of another's.
-
-    Args:
-        num_users: people.
-        num_conditions: carrying conditions; with 1 they have no vectors.
+    zero and are shared by all users, so that a condition can be generated for a user who was not recorded in it. With
+    one condition there are no such vectors.
     """
 
     def __init__(self, num_users: int, num_conditions: int, size: int):
@@ -48,25 +43,25 @@ class UserEmbedding(nn.Embedding):
             self.conditions = nn.Parameter(torch.zeros(num_conditions, size))
 
     def forward(self, users: torch.Tensor, conditions: torch.Tensor | None = None) -> torch.Tensor:
-        """No conditions: the first one for all."""
+        """Vectors (B, size) of users (B,) and conditions (B,); None is condition 0 for all."""
         vectors = super().forward(users)
         if self.num_conditions == 1:
             return vectors
         return vectors + self.conditions[torch.zeros_like(users) if conditions is None else conditions]
 
     def null(self, users: torch.Tensor) -> torch.Tensor:
-        """The null label (B,), as many times as there are users."""
+        """The null label, once for each of users (B,)."""
         return torch.full_like(users, self.num_embeddings - 1)
 
     def check(self, users: torch.Tensor, conditions: torch.Tensor | None = None) -> None:
-        """ValueError where one of users (B,) is neither a user nor the null label, or a condition is unknown."""
+        """Raise ValueError where one of users (B,) or conditions (B,) is unknown."""
         check_labels(users, self.num_embeddings - 1)
         if conditions is not None:
             check_labels(conditions, self.num_conditions - 1, "conditions")
 
 
 def drop_labels(users: torch.Tensor, null_label: int, probability: float) -> torch.Tensor:
-    """Replace each of users (B,) by the null label with `probability`, sample by sample (classifier-free guidance)."""
+    """Users (B,), each replaced by the null label with `probability` (classifier-free guidance)."""
     if probability <= 0:
         return users
     drop = torch.rand(users.shape, device=users.device) < probability
@@ -74,34 +69,28 @@ def drop_labels(users: torch.Tensor, null_label: int, probability: float) -> tor
 
 
 def check_labels(labels: torch.Tensor, highest: int, name: str = "labels") -> None:
-    """ValueError where a label (B,) lies outside 0…highest."""
+    """Raise ValueError where one of labels (B,) lies outside 0…highest."""
     if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= highest):
         raise ValueError(f"{name} must lie in 0…{highest}, got {int(labels.min())}…{int(labels.max())}")
 
 
 def uniform(batch: int, length: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
-    """Uniform numbers (batch, length), row i from generator i where there is one for each row.
-
-    Raises:
-        ValueError: a list of generators that is not as long as the batch.
-    """
+    """Uniform numbers (batch, length), row i from generator i where there is one per row."""
     if isinstance(generator, list):
-        if len(generator) != batch:
-            raise ValueError(f"{batch} samples need {batch} generators, got {len(generator)}")
         return torch.stack([torch.rand(length, generator=one) for one in generator])
     return torch.rand(batch, length, generator=generator)
 
 
-def inverse_cdf(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Draws (…) from softmax(logits (…, K)), each by one uniform number of share (…); in float64, so that a zero stays
-    a zero."""
+def inverse_cdf(logits: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """Samples (…) of softmax(logits (…, K)), each by a uniform number of level (…); in float64, so that a probability
+    of zero stays zero."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
-    chosen = torch.searchsorted(cumulative, share.double().unsqueeze(-1) * cumulative[..., -1:], right=True)
+    chosen = torch.searchsorted(cumulative, level.double().unsqueeze(-1) * cumulative[..., -1:], right=True)
     return chosen.squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
 
 def parts(device: torch.device, size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, ...]]:
-    """`size` rows at a time of the tensors that are given (None is left out), on `device`."""
+    """Batches of `size` rows of the tensors that are not None, on `device`."""
     for part in zip(*(tensor.split(size) for tensor in tensors if tensor is not None), strict=True):
         yield tuple(tensor.to(device) for tensor in part)
 
@@ -110,7 +99,7 @@ def parts(device: torch.device, size: int, *tensors: torch.Tensor | None) -> Ite
 
 
 def world() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -120,7 +109,7 @@ def rank() -> int:
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` over the processes; in each the same bits."""
+    """The sum of `tensor` over all processes, the same bits in each."""
     if world() == 1:
         return tensor
     total = tensor.clone(memory_format=torch.contiguous_format)
@@ -129,12 +118,12 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean of `tensor` over the processes; in each the same bits."""
+    """The mean of `tensor` over all processes, the same bits in each."""
     return all_sum(tensor) / world()
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
-    """`rows` (N, …) of every process, one under the other in the order of ranks: (N·world, …)."""
+    """`rows` (N, …) of all processes in the order of their ranks: (N·world, …)."""
     if world() == 1:
         return rows
     parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world())]
@@ -143,7 +132,7 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_from_first(tensors: Iterable[torch.Tensor]) -> None:
-    """Overwrite each tensor by the first process's."""
+    """Overwrite each tensor by that of the first process."""
     if world() == 1:
         return
     for tensor in tensors:

@@ -1,8 +1,8 @@
-"""Token prior: a causal transformer over a codec's token grid, conditional on the user.
+"""Token prior: a causal transformer over a codec's token grid, conditioned on the user.
 
-The network is transformers' GPT-2 (Radford et al. 2019) built from a configuration; nothing is downloaded. The user's
-embedding is added at every position, so the condition cannot be forgotten along the sequence. Tokens run column by
-column (time first, as they were measured), each column from the fastest Doppler row down.
+The network is transformers' GPT-2 (Radford et al. 2019), built from a configuration without pretrained weights. The
+user's embedding is added at every position. Tokens run column by column (time first, as they were measured), each
+column from the fastest Doppler row down.
 Legend: B batch, h w token grid, T = h·w tokens, K codes.
 """
 
@@ -19,19 +19,15 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mdlib.models.layers import UserEmbedding, drop_labels, inverse_cdf, uniform
+from mdlib.models.layers import UserEmbedding, inverse_cdf, uniform
+from mdlib.models.prior import Prior, check_number, guided
 
 
-class TokenPrior(ModelMixin, ConfigMixin):
+class TokenPrior(Prior, ModelMixin, ConfigMixin):
     """p(tokens | user) as a product over positions.
 
-    Args:
-        num_codes: K of the codec.
-        token_shape: (h, w) of the codec's token grid.
-        num_users: n; label n is the null label of classifier-free guidance.
-        num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
+    Args (the others are in `mdlib.models.prior.Prior`):
         hidden_size, num_layers, num_heads, dropout: GPT-2's.
-        label_dropout: share of training samples whose label is the null label.
     """
 
     consumes = "tokens"
@@ -50,12 +46,11 @@ class TokenPrior(ModelMixin, ConfigMixin):
         num_conditions: int = 1,
     ):
         super().__init__()
-        self.token_shape = tuple(token_shape)
+        self.token_shape, self.null_label = tuple(token_shape), num_users
         self.num_tokens = self.token_shape[0] * self.token_shape[1]
-        self.null_label = num_users
         self.start = num_codes  # the input at position 0: no token yet
         config = GPT2Config(
-            vocab_size=1,  # the token table is our own: it also holds the start symbol and meets the user's embedding
+            vocab_size=1,  # unused: the table below also holds the start symbol
             n_positions=self.num_tokens,
             n_embd=hidden_size,
             n_layer=num_layers,
@@ -74,13 +69,11 @@ class TokenPrior(ModelMixin, ConfigMixin):
         for table in (self.tokens, self.users, self.head):
             nn.init.normal_(table.weight, std=0.02)
 
-    def loss(
-        self, tokens: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean cross-entropy (nats a token) of tokens (B, h, w) given users (B,) and conditions (B,)."""
-        users = drop_labels(users, self.null_label, self.config.label_dropout if self.training else 0.0)
+    def loss(self, tokens, users, conditions=None):
+        """Mean cross-entropy in nats per token, see `mdlib.models.prior.Prior.loss`."""
+        self.check_shape(tokens)
         sequence = self.to_sequence(tokens)
-        logits = self(sequence, users, conditions)
+        logits = self(sequence, self.drop_users(users), conditions)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), sequence.flatten())
         return loss, {"nats_per_token": loss.detach()}
 
@@ -93,8 +86,8 @@ class TokenPrior(ModelMixin, ConfigMixin):
         return self.head(hidden)
 
     def _step(self, inputs: torch.Tensor, users: torch.Tensor, cache: DynamicCache | None = None):
-        """users: their embeddings (B, hidden)."""
-        embeddings = self.tokens(inputs) + users.unsqueeze(1)  # (B, t, hidden)
+        """Hidden states (B, t, hidden) of tokens (B, t) and embeddings of users (B, hidden), and the cache."""
+        embeddings = self.tokens(inputs) + users.unsqueeze(1)
         output = self.gpt(inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None)
         return output.last_hidden_state, output.past_key_values
 
@@ -111,56 +104,45 @@ class TokenPrior(ModelMixin, ConfigMixin):
         top_p: float = 1.0,
         use_cache: bool = True,
     ) -> torch.Tensor:
-        """Tokens (B, h, w) for users (B,) in conditions (B,).
+        """Tokens (B, h, w) for users (B,), see `mdlib.models.prior.Prior.sample`; guidance acts on the logits.
 
         Args:
-            generator: one for the batch, or one a sample: a sample then does not depend on its batch.
-            guidance_scale: s in null + s·(user − null) on the logits; 1 is plain conditional sampling.
             temperature, top_k, top_p: transformers' logits warpers; 1, 0 and 1 leave the distribution as it is.
-            use_cache: keep keys and values of earlier positions instead of recomputing them.
-
-        Raises:
-            ValueError: a sampling option outside its range, a label outside 0…num_users, too few generators.
+            use_cache: store keys and values of earlier positions instead of computing them again.
         """
         warpers = _warpers(temperature, top_k, top_p)
-        self.users.check(users, conditions)
+        self.check_request(users, conditions, generator, guidance_scale)
         if not len(users):
             return users.new_empty(0, *self.token_shape)
-        shares = uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, T)
-        guided = guidance_scale != 1.0
+        levels = uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, T)
         embedded = self.users(users, conditions)
-        if guided:
+        if guidance_scale != 1:
             embedded = torch.cat([embedded, self.users(self.users.null(users), conditions)])
         cache = DynamicCache() if use_cache else None
         sequence = users.new_full((len(users), 1), self.start)
         for position in range(self.num_tokens):
             inputs = sequence[:, -1:] if use_cache else sequence
-            hidden, cache = self._step(inputs.repeat(2, 1) if guided else inputs, embedded, cache)
-            logits = self.head(hidden[:, -1]).float()  # (B or 2B, K)
-            if guided:
-                user, null = logits.chunk(2)
-                logits = null + guidance_scale * (user - null)
-            chosen = inverse_cdf(warpers(sequence, logits), shares[:, position])
+            hidden, cache = self._step(inputs.repeat(len(embedded) // len(users), 1), embedded, cache)
+            logits = self.head(hidden[:, -1]).float()  # (B, K), or (2B, K) with guidance
+            if guidance_scale != 1:
+                logits = guided(*logits.chunk(2), guidance_scale)
+            chosen = inverse_cdf(warpers(sequence, logits), levels[:, position])
             sequence = torch.cat([sequence, chosen.unsqueeze(1)], 1)
         return self.to_grid(sequence[:, 1:])
 
     def to_sequence(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, h, w) → (B, T), column by column."""
-        if tuple(tokens.shape[1:]) != self.token_shape:
-            raise ValueError(f"this prior was made for token grids {self.token_shape}, got {tuple(tokens.shape[1:])}")
         return tokens.transpose(1, 2).flatten(1)
 
     def to_grid(self, sequence: torch.Tensor) -> torch.Tensor:
         """(B, T) → (B, h, w)."""
-        h, w = self.token_shape
-        return sequence.view(-1, w, h).transpose(1, 2)
+        return sequence.unflatten(1, self.token_shape[::-1]).transpose(1, 2)
 
 
 def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"top_k must be 0 (off) or more and top_p in (0, 1], got {top_k} and {top_p}")
+    check_number("temperature", temperature, 0, above=True)
+    check_number("top_k", top_k, 0)
+    check_number("top_p", top_p, 0, 1, above=True)
     warpers = LogitsProcessorList()
     if temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(temperature)))

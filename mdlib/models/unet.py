@@ -1,13 +1,18 @@
-"""Diffusion over a codec's latents by a UNet, conditional on the user.
+"""Diffusion over a codec's latents by a UNet, conditioned on the user.
 
 Ho et al. 2020 (DDPM), Salimans and Ho 2022 (v-prediction), Hang et al. 2023 (Min-SNR weights), Ho and Salimans 2022
-(classifier-free guidance). Network, noise schedules and samplers are diffusers'.
+(classifier-free guidance). Network, noise schedules and samplers are diffusers'. Attention "window_axial" costs less
+than full attention, O(n²) for n positions: rows of the grid are Doppler, columns are time; window attention (Liu et al.
+2021, without shifts) costs O(n·w²) with windows of w × w; axial attention (Ho et al. 2019), first along time within a
+Doppler row, then along Doppler within a time column, costs O(n·√n).
 Legend: B batch, D latent channels, h w latent grid, x_t = α_t·x_0 + σ_t·ε.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -16,13 +21,13 @@ from diffusers import (
     PNDMScheduler,
     UNet2DModel,
 )
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention_processor import Attention
 from diffusers.training_utils import compute_snr
 from torch import nn
 
-from mdlib.models.attention import use_window_axial
-from mdlib.models.denoising import LatentPrior, check_name, evenly_spread
-from mdlib.models.layers import UserEmbedding, drop_labels
+from mdlib.models.layers import UserEmbedding
+from mdlib.models.prior import LatentPrior, check_choice, check_number, check_steps, evenly_spread
 
 # timestep_spacing "trailing" starts at pure noise (Lin et al. 2024). A clipped sample would be wrong: latents have unit
 # variance, not a range.
@@ -35,25 +40,22 @@ SAMPLERS = {
 SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
 
 
-class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module
+class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
     """p(latents | user) by denoising.
 
-    Args:
-        latent_shape: (D, h, w) of the codec.
-        num_users: n; label n is the null label of classifier-free guidance.
-        num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
+    Args (the others are in `mdlib.models.prior.Prior`):
         block_out_channels: widths of the levels; n levels down-sample n − 1 times.
-        layers_per_block: residual blocks a level.
+        layers_per_block: residual blocks per level.
         norm_num_groups: groups of the group norms.
-        attention: "full" (at all levels but the first), "window_axial" (see `mdlib.models.attention`) or "none".
+        attention: "full" (at all levels but the first), "window_axial" (windows in the first half of the levels, both
+            axes in the others and the middle) or "none".
         window: side of the windows in latent positions.
         head_dim: channels of an attention head.
         dropout: of the residual blocks.
-        label_dropout: share of training samples whose label is the null label.
         prediction: what the network predicts, "epsilon" or "v_prediction".
         schedule: of the noise, "squaredcos_cap_v2", "linear" or "scaled_linear".
         num_train_timesteps: T.
-        min_snr_gamma: γ of the Min-SNR weights; 0 weighs all timesteps alike.
+        min_snr_gamma: γ of the Min-SNR weights; 0 weighs all timesteps equally.
         gradient_checkpointing: recompute the residual blocks in the backward pass: less memory, a third more time.
 
     Raises:
@@ -81,15 +83,22 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
         num_conditions: int = 1,
     ):
         super().__init__()
-        _check_names(attention, prediction, schedule)
-        if min_snr_gamma < 0 or not 0 <= label_dropout <= 1:
-            raise ValueError(
-                f"min_snr_gamma must be 0 or more and label_dropout within [0, 1], got {min_snr_gamma}, {label_dropout}"
-            )
+        check_choice("attention", attention, ("full", "window_axial", "none"))
+        check_choice("prediction", prediction, ("epsilon", "v_prediction"))
+        check_choice("schedule", schedule, SCHEDULES)
+        if prediction == "epsilon" and schedule == "squaredcos_cap_v2":
+            # At the end of this schedule α is 5e-5: the estimate of x_0 would be the network's error times 20,000.
+            raise ValueError("prediction epsilon fails at the end of squaredcos_cap_v2: choose schedule scaled_linear")
+        check_number("min_snr_gamma", min_snr_gamma, 0)
+        check_number("label_dropout", label_dropout, 0, 1)
         self.latent_shape, self.null_label = tuple(latent_shape), num_users
-        levels = len(block_out_channels)
-        attends = [attention == "window_axial" or (attention == "full" and level > 0) for level in range(levels)]
-        _check_sizes(latent_shape, block_out_channels, head_dim, attends)
+        self.timesteps, self.velocity = num_train_timesteps, prediction == "v_prediction"
+        halvings = len(block_out_channels) - 1
+        if any(side % 2**halvings for side in self.latent_shape[1:]):
+            raise ValueError(f"latents of {self.latent_shape[1:]} cannot be halved {halvings} times: use fewer levels")
+        attends = [attention == "window_axial" or (attention == "full" and level > 0) for level in range(halvings + 1)]
+        if any(here and width % head_dim for here, width in zip(attends, block_out_channels, strict=True)):
+            raise ValueError(f"block_out_channels {block_out_channels} must be multiples of head_dim {head_dim}")
         self.unet = UNet2DModel(
             in_channels=self.latent_shape[0],
             out_channels=self.latent_shape[0],
@@ -102,20 +111,20 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
             attention_head_dim=head_dim,
             add_attention=attention != "none",
             dropout=dropout,
-            resnet_time_scale_shift="scale_shift",  # time and user scale every feature, not only shift it
+            resnet_time_scale_shift="scale_shift",  # time and user also scale every feature
             class_embed_type="identity",
         )
         if attention == "window_axial":
             use_window_axial(self.unet, window)
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        # A table of our own instead of the UNet's: between two users lie points that are no label.
+        # Not the UNet's own table, which takes labels: interpolation needs vectors between those of two users.
         self.users = UserEmbedding(num_users, num_conditions, 4 * block_out_channels[0])
         nn.init.normal_(self.users.weight, std=0.5)
         self.schedule = DDPMScheduler(
             num_train_timesteps=num_train_timesteps,
             beta_schedule=schedule,
-            # The customary ends for a thousand timesteps; fewer must each take away more.
+            # The usual values for a thousand timesteps; with fewer, each adds more noise.
             beta_start=(0.00085 if schedule == "scaled_linear" else 0.0001) * 1000 / num_train_timesteps,
             beta_end=(0.012 if schedule == "scaled_linear" else 0.02) * 1000 / num_train_timesteps,
             prediction_type=prediction,
@@ -127,35 +136,22 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
         """ε or v (B, D, h, w) at noisy latents (B, D, h, w), timesteps (B,) and user embeddings (B, E)."""
         return self.unet(noisy, timesteps, class_labels=users).sample
 
-    def loss(
-        self, latents: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Min-SNR weighted mean square error at one timestep a sample, for latents (B, D, h, w), users (B,)
-        and conditions (B,)."""
-        self._check_shape(latents)
-        users = drop_labels(users, self.null_label, self.config.label_dropout if self.training else 0.0)
+    def loss(self, latents, users, conditions=None):
+        """Min-SNR weighted mean square error at one timestep per sample, see `mdlib.models.prior.Prior.loss`."""
+        self.check_shape(latents)
+        users = self.drop_users(users)
         noise = torch.randn_like(latents)
-        timesteps = self._timesteps(len(latents), latents.device)
+        timesteps = (evenly_spread(len(latents), latents.device) * self.timesteps).long().clamp_max(self.timesteps - 1)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
-        velocity = self.config.prediction == "v_prediction"
-        target = self.schedule.get_velocity(latents, noise, timesteps) if velocity else noise
-        error = (
-            (self(noisy, timesteps, self.users(users, conditions)).float() - target).square().mean((1, 2, 3))
-        )  # (B,)
-        loss = (self._weights(timesteps) * error).mean()
-        return loss, {"denoising_mse": error.mean().detach()}
-
-    def _timesteps(self, count: int, device: torch.device) -> torch.Tensor:
-        total = self.config.num_train_timesteps
-        return (evenly_spread(count, device) * total).long().clamp_max(total - 1)
-
-    def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Min-SNR-γ weights (B,) of the squared error in ε or v (Hang et al. 2023): min(SNR, γ) in x_0."""
-        gamma = self.config.min_snr_gamma
-        if not gamma:
-            return torch.ones(len(timesteps), device=timesteps.device)
-        snr = compute_snr(self.schedule, timesteps)
-        return snr.clamp_max(gamma) / (snr + 1 if self.config.prediction == "v_prediction" else snr)
+        target = self.schedule.get_velocity(latents, noise, timesteps) if self.velocity else noise
+        output = self(noisy, timesteps, self.users(users, conditions)).float()
+        error = (output - target).square().mean((1, 2, 3))  # (B,)
+        if gamma := self.config.min_snr_gamma:  # min(SNR, γ) in x_0, written for the error in ε or v
+            snr = compute_snr(self.schedule, timesteps)
+            weighted = snr.clamp_max(gamma) / (snr + 1 if self.velocity else snr) * error
+        else:
+            weighted = error
+        return weighted.mean(), {"denoising_mse": error.mean().detach()}
 
     @torch.no_grad()
     def sample(
@@ -174,89 +170,132 @@ class LatentDiffusion(LatentPrior, ModelMixin):  # ModelMixin by name: diffusers
         share: float | torch.Tensor = 0.0,
         on_step: Callable | None = None,
     ) -> torch.Tensor:
-        """Latents (B, D, h, w) for users (B,) in conditions (B,).
+        """Latents (B, D, h, w) for users (B,), see `mdlib.models.prior.Prior.sample`.
 
         Args:
-            generator: one for the batch, or one a sample: a sample then does not depend on its batch.
-            guidance_scale: s in null + s·(user − null) on all channels; 1 is plain conditional sampling.
             guidance_interval: guide only where t/T lies in it (Kynkäänniemi et al. 2024); 1 is pure noise.
             num_inference_steps: denoising steps.
             scheduler: "ddpm", "ddim", "pndm" or "dpm++" (DPM-Solver++, Lu et al. 2022).
-            classifier: log p(user | latents) as a function (latents (B, D, h, w), users (B,)) → (B,), asked at the
+            classifier: log p(user | latents) as a function (latents (B, D, h, w), users (B,)) → (B,), evaluated at the
                 estimate of x_0; needed where classifier_scale is not 0.
             classifier_scale: of the classifier's gradient (Dhariwal and Nichol 2021, there with a classifier of noisy
-                latents); 0 leaves it out.
-            towards, share: second users (B,), and how far (0 to 1, a number or (B,)) the user's embedding lies
-                towards theirs.
-            on_step: called as on_step(number, x_0 estimate (B, D, h, w)) after every denoising step.
-
-        Raises:
-            ValueError: an option outside its range, a user outside 0…num_users, too few generators.
+                latents); 0 turns it off.
+            towards, share: interpolate between the users' embeddings.
         """
-        self._check_request(
-            users, conditions, generator, guidance_scale, guidance_interval, classifier, classifier_scale
-        )
-        self._check_steps(scheduler, num_inference_steps)
-        if not len(users):
-            return torch.empty(0, *self.latent_shape, device=users.device)
-        sampler = make_sampler(scheduler, self.schedule)
-        sampler.set_timesteps(num_inference_steps, device=users.device)
-        if sampler.timesteps[-1] < 0:
-            raise ValueError(f"{scheduler} cannot take {num_inference_steps} steps: choose another number")
+        sampler = self._sampler(scheduler, num_inference_steps, users.device)
         guidance = (guidance_scale, guidance_interval, classifier, classifier_scale)
-        return self._walk(sampler, users, conditions, generator, *guidance, towards, share, on_step)
+        return self.denoise(sampler, users, conditions, generator, towards, share, on_step, guidance)
 
-    @property
-    def timesteps(self) -> int:
-        return self.config.num_train_timesteps
+    def _sampler(self, name: str, steps: int, device: torch.device):
+        """The diffusers scheduler of that name over the noise schedule of training, with its timesteps set."""
+        check_choice("scheduler", name, tuple(SAMPLERS))
+        check_steps(steps, self.timesteps)
+        if name in ("ddim", "pndm") and self.timesteps % steps:
+            # They step by T // n; timesteps that lie T / n apart would leave noise in the sample.
+            raise ValueError(f"scheduler {name} needs a number of steps that divides {self.timesteps}, got {steps}")
+        kind, options = SAMPLERS[name]
+        sampler = kind.from_config(self.schedule.config, **options)
+        sampler.set_timesteps(steps, device=device)
+        if sampler.timesteps[-1] < 0:
+            raise ValueError(f"{name} cannot take {steps} steps: choose another number")
+        return sampler
 
-    def _output(self, noisy: torch.Tensor, timestep: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+    def output(self, noisy: torch.Tensor, timestep: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
         return self(noisy, timestep, users)
 
     def estimate(self, noisy: torch.Tensor, output: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         alpha, sigma = self._alpha_sigma(timestep)
-        if self.config.prediction == "v_prediction":
-            return alpha * noisy - sigma * output
-        return (noisy - sigma * output) / alpha
+        return alpha * noisy - sigma * output if self.velocity else (noisy - sigma * output) / alpha
+
+    def class_change(self, gradient: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """−σ·∇ log p(label | x_t) in ε, 1/α of it in v (Dhariwal and Nichol 2021). The gradient at x_0 is that at x_t
+        times α, which is right for latents of unit variance."""
+        alpha, sigma = self._alpha_sigma(timestep)
+        return -sigma * gradient * (1 if self.velocity else alpha)
 
     def _alpha_sigma(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         alpha_squared = self.schedule.alphas_cumprod.to(timestep.device)[timestep.long()]
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
-    def _class_change(self, gradient: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """−σ·∇ log p(label | x_t) in ε, 1/α of it in v (Dhariwal and Nichol 2021). The gradient at x_0 comes back to
-        x_t as a factor α, which is right for latents of unit variance."""
-        alpha, sigma = self._alpha_sigma(timestep)
-        return -sigma * gradient * (1 if self.config.prediction == "v_prediction" else alpha)
 
-    def _check_steps(self, scheduler: str, steps: int) -> None:
-        check_name(scheduler, tuple(SAMPLERS), "scheduler")
-        total = self.config.num_train_timesteps
-        if not isinstance(steps, int) or not 1 <= steps <= total:
-            raise ValueError(f"num_inference_steps must be a whole number in 1…{total}, got {steps}")
-        if scheduler in ("ddim", "pndm") and total % steps:
-            # They step by T // n; timesteps that lie T / n apart would leave noise in the sample.
-            raise ValueError(f"scheduler {scheduler} needs a number of steps that divides {total}, got {steps}")
+class TiledAttnProcessor:
+    """Processor of diffusers' Attention in which a position attends to its own tile of rows × columns positions.
 
+    Norm, projections and residual are the Attention's own. A side of 0 spans the grid; where the grid is no multiple of
+    the tile, the tiles at its lower and right edge are smaller.
+    """
 
-def make_sampler(name: str, schedule: DDPMScheduler):
-    """The diffusers scheduler of that name, over the noise schedule a model was trained with."""
-    kind, options = SAMPLERS[name]
-    return kind.from_config(schedule.config, **options)
+    def __init__(self, rows: int, columns: int):
+        if rows < 0 or columns < 0:
+            raise ValueError(f"a tile's sides must be 0 (the whole grid) or more, got {rows} × {columns}")
+        self.rows, self.columns = rows, columns
 
-
-def _check_names(attention: str, prediction: str, schedule: str) -> None:
-    check_name(attention, ("full", "window_axial", "none"), "attention")
-    check_name(prediction, ("epsilon", "v_prediction"), "prediction")
-    check_name(schedule, SCHEDULES, "schedule")
-    if prediction == "epsilon" and schedule == "squaredcos_cap_v2":
-        # At the end of this schedule α is 5e-5: the estimate of x_0 would be the network's error times 20,000.
-        raise ValueError("prediction epsilon cannot start at the end of squaredcos_cap_v2: take schedule scaled_linear")
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, **_) -> torch.Tensor:
+        """(B, C, h, w) → (B, C, h, w)."""
+        height, width = hidden_states.shape[2:]
+        tile = (min(self.rows or height, height), min(self.columns or width, width))
+        flat = _tiles(attn.group_norm(hidden_states).permute(0, 2, 3, 1), tile)  # (B·tiles, r·c, C)
+        shape = (*flat.shape[:2], attn.heads, -1)
+        query, key, value = (part(flat).view(shape).transpose(1, 2) for part in (attn.to_q, attn.to_k, attn.to_v))
+        inside = _inside(height, width, tile, len(hidden_states), flat.device)
+        # Tiles stand in the batch: with more than four dimensions torch has no fused attention.
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=inside)  # (B·tiles, heads, r·c, d)
+        output = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
+        output = _grid(output, height, width, tile).permute(0, 3, 1, 2)
+        return (output + hidden_states if attn.residual_connection else output) / attn.rescale_output_factor
 
 
-def _check_sizes(latent_shape: tuple, widths: tuple[int, ...], head_dim: int, attends: list[bool]) -> None:
-    halvings = len(widths) - 1
-    if any(side % 2**halvings for side in latent_shape[1:]):
-        raise ValueError(f"latents of {tuple(latent_shape[1:])} cannot be halved {halvings} times: fewer levels")
-    if any(here and width % head_dim for here, width in zip(attends, widths, strict=True)):
-        raise ValueError(f"block_out_channels {tuple(widths)} must be multiples of head_dim {head_dim}")
+class AxialAttention(nn.Module):
+    """Attention along time, then along Doppler, each with its own norm, projections and residual."""
+
+    def __init__(self, attention: Attention):
+        super().__init__()
+        self.time, self.doppler = attention, copy.deepcopy(attention)
+        for part in self.doppler.modules():
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+        self.time.set_processor(TiledAttnProcessor(1, 0))
+        self.doppler.set_processor(TiledAttnProcessor(0, 1))
+
+    def forward(self, hidden_states: torch.Tensor, **_) -> torch.Tensor:
+        """(B, C, h, w) → (B, C, h, w)."""
+        return self.doppler(self.time(hidden_states))
+
+
+def use_window_axial(unet: UNet2DModel, window: int) -> None:
+    """Give `unet` window attention in the first half of its levels and axial attention in the second and the middle."""
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    levels = len(unet.down_blocks)
+    pairs = zip(unet.down_blocks, reversed(unet.up_blocks), strict=True)  # of each level, the finest first
+    for place, block in enumerate([*(block for pair in pairs for block in pair), unet.mid_block]):
+        for number, attention in enumerate(getattr(block, "attentions", None) or ()):
+            if place < levels + levels % 2:
+                attention.set_processor(TiledAttnProcessor(window, window))
+            else:
+                block.attentions[number] = AxialAttention(attention)
+
+
+def _tiles(grid: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
+    """(B, h, w, C) → (B·tiles, r·c, C), zeros where the grid is no multiple of the tile."""
+    rows, columns = tile
+    below, right = -grid.shape[1] % rows, -grid.shape[2] % columns
+    if below or right:
+        grid = F.pad(grid, (0, 0, 0, right, 0, below))
+    parts = grid.unflatten(2, (-1, columns)).unflatten(1, (-1, rows))
+    return parts.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # from (B, h/r, r, w/c, c, C)
+
+
+def _grid(tiles: torch.Tensor, height: int, width: int, tile: tuple[int, int]) -> torch.Tensor:
+    """(B·tiles, r·c, C) → (B, h, w, C)."""
+    rows, columns = tile
+    parts = tiles.unflatten(1, (rows, columns)).unflatten(0, (-1, -(-height // rows), -(-width // columns)))
+    return parts.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+
+def _inside(height: int, width: int, tile: tuple[int, int], count: int, device) -> torch.Tensor | None:
+    """Which keys of a tile lie in the grid, for `count` grids: bool (B·tiles, 1, 1, r·c); None when all do."""
+    if height % tile[0] == 0 and width % tile[1] == 0:
+        return None
+    ones = torch.ones(1, height, width, 1, device=device)
+    return _tiles(ones, tile)[:, None, None, :, 0].bool().repeat(count, 1, 1, 1)

@@ -7,36 +7,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers.models.embeddings import apply_rotary_emb
 from helpers import Trap
 from priors import assert_within_noise, energy, mixture_mean, mixture_points, small_dit
 from safetensors.torch import save_file
 from torch import nn
 
-from mdlib.models.dit import (
-    GatedSiLU,
-    LightningDiT,
-    ModulatedNorm,
-    dit_b,
-    dit_l,
-    dit_s,
-    dit_xl,
-    make_sampler,
-    rotate,
-    rotation,
-    sine_positions,
-)
+from mdlib.models.dit import SIZES, LightningDiT, ModulatedNorm, make_sampler, rotation, sine_positions
 
 
-@pytest.mark.parametrize(
-    "make, millions", [(dit_s, 33), (dit_b, 130), (dit_l, 458), (dit_xl, 675)], ids=["S", "B", "L", "XL"]
-)
-def test_sizes_are_the_published_ones(make, millions):
+@pytest.mark.parametrize("size, millions", [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
+def test_sizes_are_the_published_ones(size, millions):
     """Peebles and Xie 2023, table 4, with 1000 classes; SwiGLU and RMSNorm keep them."""
     with torch.device("meta"):
-        prior = make((32, 16, 16), 1000)
+        prior = LightningDiT((32, 16, 16), 1000, **SIZES[size])
     count = sum(parameter.numel() for parameter in prior.parameters())
     assert round(count / 1e6) == millions
-    if make is dit_xl:
+    if size == "XL":
         assert count + prior.positions.numel() == 675_256_736  # which counts the fixed positions
 
 
@@ -192,7 +179,7 @@ def test_published_weights_do_what_they_did(tmp_path, shape, patch, qk_norm, suf
         (dict(depth=1), "does not fit this LightningDiT: it misses blocks.1.attn.proj.bias, .* and 9 more"),
         (dict(width=32), "does not fit this LightningDiT: of another shape are blocks.0.attn.proj.bias, .* more"),
         (dict(qk_norm=True), "it does not know blocks.0.attn.k_norm.weight, blocks.0.attn.q_norm.weight, .* 1 more"),
-        (dict(shape=(3, 4, 8)), "was made for 32 tokens, this prior has 16"),
+        (dict(shape=(3, 4, 8)), "was trained on 32 tokens, this prior has 16"),
         (dict(shape=(3, 8, 8), patch=2), "of another shape are final_layer.linear.bias, .*, x_embedder.weight"),
     ],
 )
@@ -251,14 +238,6 @@ def test_the_loss_is_the_velocity_error_and_its_angle():
     angle = 1 - ((made * velocity).sum(1) / (made.norm(dim=1) * velocity.norm(dim=1))).mean()
     torch.testing.assert_close(loss, mse + 0.7 * angle, rtol=1e-4, atol=0)
     torch.testing.assert_close(logs, {"velocity_mse": mse, "cosine": angle}, rtol=1e-4, atol=0)
-
-
-def test_times_are_logit_normal_and_a_batch_is_spread_over_them():
-    prior, normal = small_dit(time_mean=-0.4, time_std=1.3), torch.distributions.Normal(-0.4, 1.3)
-    shares = normal.cdf(torch.stack([prior._times(5, "cpu") for _ in range(5000)]).logit())
-    counts = torch.stack([torch.histc(column, 10, 0, 1) for column in shares.T]) / 5000
-    assert (counts - 0.1).abs().max() < 0.02  # 4.7 standard errors
-    assert all(sorted((row * 5).long().tolist()) == [0, 1, 2, 3, 4] for row in shares[:100])  # one in each fifth
 
 
 def test_the_first_gradient_fits_in_half_precision():
@@ -466,7 +445,8 @@ def test_positions_are_those_of_row_and_column(rows, columns):
 @pytest.mark.parametrize("rows, columns", [(3, 5), (5, 3)])
 def test_attention_scores_depend_on_relative_places_alone(rows, columns):
     q, k = torch.randn(2, 16)
-    turned = rotate(torch.stack([q, k]).expand(1, rows * columns, 2, 16), rotation(16, rows, columns))[0]
+    turns = torch.view_as_complex(rotation(16, rows, columns)).unsqueeze(0)
+    turned = apply_rotary_emb(torch.stack([q, k]).expand(1, rows * columns, 2, 16), turns, use_real=False)[0]
     scores = (turned[:, 0] @ turned[:, 1].T).view(rows, columns, rows, columns)
     seen = {}
     for r, c, r2, c2 in itertools.product(range(rows), range(columns), range(rows), range(columns)):
@@ -478,17 +458,10 @@ def test_attention_scores_depend_on_relative_places_alone(rows, columns):
     assert min(b - a for a, b in itertools.pairwise(firsts)) > 1e-4  # a step down is no step to the right, nor up
 
 
-def test_gated_silu_is_what_autograd_makes_of_it():
-    both = torch.randn(2, 3, 10, dtype=torch.double, requires_grad=True)
-    a, b = both.chunk(2, dim=-1)
-    torch.testing.assert_close(GatedSiLU.apply(both), F.silu(a) * b)
-    assert torch.autograd.gradcheck(GatedSiLU.apply, both)
-
-
 def test_modulated_norm_is_the_norm_scaled_and_shifted():
     x, weight = torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True), torch.randn(12).double()
     shift, scale = torch.randn(2, 2, 1, 12, dtype=torch.double)
-    norm = ModulatedNorm(12).double()
+    norm = ModulatedNorm(12, eps=1e-6).double()
     norm.weight.data.copy_(weight)
     found, expected = norm(x, shift, scale), F.rms_norm(x, (12,), weight, eps=1e-6) * (1 + scale) + shift
     torch.testing.assert_close(found, expected)
@@ -531,9 +504,9 @@ def test_half_precision_agrees_with_full(dtype, qk_norm):
         (dict(hidden_size=18, num_heads=4), "^hidden_size 18 over num_heads 4 must be a multiple of 4$"),
         (dict(hidden_size=24, num_heads=4), "^hidden_size 24 over num_heads 4 must be a multiple of 4$"),
         (dict(num_heads=0), "^hidden_size 16 over num_heads 0 must be a multiple of 4$"),
-        (dict(label_dropout=1.5), r"^label_dropout must lie in \[0, 1\], .* got 1.5, 1.0, 1.0$"),
-        (dict(cosine_weight=-1.0), r"^label_dropout must .* cosine_weight be 0 or more .* got 0.1, -1.0, 1.0$"),
-        (dict(time_std=0.0), r"^label_dropout must .* time_std above 0, got 0.1, 1.0, 0.0$"),
+        (dict(label_dropout=1.5), r"^label_dropout must be in \[0, 1\], got 1.5$"),
+        (dict(cosine_weight=-1.0), r"^cosine_weight must be 0 or more, got -1.0$"),
+        (dict(time_std=0.0), r"^time_std must be above 0, got 0.0$"),
     ],
 )
 def test_a_prior_that_cannot_be_built_is_refused(options, message):
@@ -546,11 +519,11 @@ def test_a_prior_that_cannot_be_built_is_refused(options, message):
     "options, message",
     [
         (dict(scheduler="dpm++"), "^scheduler must be one of euler, heun, got 'dpm[+][+]'$"),
-        (dict(timestep_shift=0), r"^timestep_shift must lie in \[0.01, 100\], got 0$"),
-        (dict(timestep_shift=0.005), r"^timestep_shift must lie in \[0.01, 100\], got 0.005$"),
-        (dict(timestep_shift=math.inf), r"^timestep_shift must lie in \[0.01, 100\], got inf$"),
-        (dict(timestep_shift=math.nan), r"^timestep_shift must lie in \[0.01, 100\], got nan$"),
-        (dict(timestep_shift="0.3"), r"^timestep_shift must lie in \[0.01, 100\], got 0.3$"),
+        (dict(timestep_shift=0), r"^timestep_shift must be in \[0.01, 100\], got 0$"),
+        (dict(timestep_shift=0.005), r"^timestep_shift must be in \[0.01, 100\], got 0.005$"),
+        (dict(timestep_shift=math.inf), r"^timestep_shift must be in \[0.01, 100\], got inf$"),
+        (dict(timestep_shift=math.nan), r"^timestep_shift must be in \[0.01, 100\], got nan$"),
+        (dict(timestep_shift="0.3"), r"^timestep_shift must be in \[0.01, 100\], got 0.3$"),
     ],
 )
 def test_bad_sampling_options_are_refused(options, message):

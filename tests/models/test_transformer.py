@@ -4,16 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import generators
+from priors import small_transformer
 
 from mdlib.models.transformer import TokenPrior
 
 
 def small_prior(**changes) -> TokenPrior:
-    torch.manual_seed(0)
-    options = dict(
-        num_codes=11, token_shape=(3, 4), num_users=5, hidden_size=16, num_layers=2, num_heads=2, dropout=0.0
-    )
-    return TokenPrior(**{**options, **changes}).eval()
+    return small_transformer(**{**dict(num_codes=11, token_shape=(3, 4)), **changes})
 
 
 def test_loss_is_the_cross_entropy_of_each_token_given_those_before_it():
@@ -54,14 +51,6 @@ def test_the_cache_changes_nothing(guidance_scale):
     cached = prior.sample(labels, generator=generators(1, 2, 3), **options)
     plain = prior.sample(labels, generator=generators(1, 2, 3), use_cache=False, **options)
     assert cached.shape == (3, 3, 4) and torch.equal(cached, plain)
-
-
-def test_a_sample_does_not_depend_on_its_batch():
-    prior = small_prior()
-    together = prior.sample(torch.tensor([2, 0, 2, 4]), generator=generators(5, 6, 7, 8))
-    alone = prior.sample(torch.tensor([2]), generator=generators(7))
-    assert torch.equal(together[2], alone[0])
-    assert not torch.equal(together[0], together[2])
 
 
 def test_samples_follow_the_distribution():
@@ -105,53 +94,21 @@ def test_it_overfits_ten_sequences_and_reproduces_them():
     assert (drawn == tokens).float().mean() > 0.98
 
 
-def test_the_null_label_is_nobodys_and_the_one_that_is_trained():
-    prior = small_prior(label_dropout=1.0)
-    assert prior.null_label == 5 and prior.users.num_embeddings == 6
-    prior.train()
-    prior.loss(torch.randint(11, (4, 3, 4)), torch.tensor([0, 1, 2, 3]))[0].backward()
-    moved = prior.users.weight.grad.abs().sum(1) > 0
-    assert moved.tolist() == [False] * 5 + [True]
-
-
-def test_guidance_of_zero_is_the_null_label():
-    prior = small_prior()
-    unguided = prior.sample(torch.tensor([5, 5]), generator=generators(1, 2))
-    at_zero = prior.sample(torch.tensor([0, 3]), generator=generators(1, 2), guidance_scale=0.0)
-    assert torch.equal(at_zero, unguided)
-
-
-def test_grid_and_sequence_are_inverse_and_a_wrong_grid_is_refused():
+def test_grid_and_sequence_are_inverse():
     prior = small_prior()
     grid = torch.arange(12).view(1, 3, 4)
     assert prior.to_sequence(grid)[0, :4].tolist() == [0, 4, 8, 1]
     assert torch.equal(prior.to_grid(prior.to_sequence(grid)), grid)
-    with pytest.raises(ValueError, match=r"token grids \(3, 4\), got \(4, 3\)"):
-        prior.loss(torch.zeros(1, 4, 3, dtype=torch.long), torch.tensor([0]))
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (dict(temperature=0.0), "temperature must be above 0"),
-        (dict(top_p=0.0), "top_p in"),
-        (dict(top_k=-1), "top_k must be 0"),
-        (dict(generator=generators(1)), "2 samples need 2 generators, got 1"),
+        (dict(top_p=0.0), "top_p must be in"),
+        (dict(top_k=-1), "top_k must be 0 or more"),
     ],
 )
 def test_bad_sampling_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         small_prior().sample(torch.tensor([0, 1]), **options)
-
-
-def test_a_label_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="0…5, got 6…6"):
-        small_prior().sample(torch.tensor([6]))
-
-
-def test_save_and_load(tmp_path):
-    prior = small_prior()
-    prior.save_pretrained(tmp_path)
-    again = TokenPrior.from_pretrained(tmp_path)
-    sequence = torch.randint(11, (2, 12))
-    torch.testing.assert_close(again(sequence, torch.tensor([0, 1])), prior(sequence, torch.tensor([0, 1])))
