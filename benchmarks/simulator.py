@@ -46,7 +46,7 @@ def read(images, velocity, column_s):
 
 def _more(images, velocity, column_s):
     """v_osc: amplitude of the trunk's speed oscillation at the step rate, m/s; v_min: 5th percentile of the lower
-    envelope, m/s; fill: fraction of cells above the threshold; e_low, e_torso, e_hump, e_spike: fraction of the intensity
+    envelope, m/s; fill: fraction of cells above the threshold; e_low, e_torso, e_hump, e_spike: fraction of intensity
     from 0 to .2 m/s below the trunk, within .2 m/s of it, from there to 2.2 trunk speeds, above. `velocity` rises."""
     t, torso = np.arange(images.shape[2]), gait_metrics.ridge(images, velocity)
     period, _ = gait_metrics.step_period(images, column_s)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from mdlib.data.windows import WindowSet
@@ -208,11 +209,8 @@ def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
     as in the windows themselves."""
     whole, rest = divmod(count, len(windows))
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
-    shuffled = windows.labels[order]
-    place = torch.empty(len(windows), dtype=torch.long)
-    for user in shuffled.unique():
-        place[shuffled == user] = torch.arange(int((shuffled == user).sum()))
-    in_turn = order[place.argsort(stable=True)]
+    place = pd.Series(order).groupby(windows.labels[order].numpy()).cumcount()  # among the user's own windows
+    in_turn = order[np.argsort(place, kind="stable").to_numpy()]
     return torch.cat([torch.arange(len(windows)).repeat(whole), in_turn[:rest]])
 
 

@@ -34,7 +34,7 @@ def check_codec(
             f"{tuple(images.shape)}: load them with size={wanted[1]}, channels={wanted[0]}"
         )
     codec.eval()
-    distance, reason = _lpips(codec.device)
+    distance, reason = find_lpips(codec.device)
     latents, values = [], []
     for part, *users in parts(codec.device, batch_size, images, labels):
         real = to_float(part)
@@ -87,13 +87,13 @@ def choose_codec(vq: dict, kl: dict) -> dict:
     return {**measured, "choice": choice, "sentence": sentence}
 
 
-def _lpips(device: torch.device) -> tuple[torch.nn.Module | None, str]:
-    """LPIPS, or None and why not. Its weights are not downloaded for a check."""
+def find_lpips(device: torch.device | str) -> tuple[torch.nn.Module | None, str]:
+    """LPIPS, or None and why not. Its weights are not downloaded for a figure."""
     weights = lpips_weights("squeeze")
     if not weights.exists():
-        return None, f"{weights.name} is not in {weights.parent}"
+        return None, f"{weights.name} is not on this machine"
     try:
-        return load_lpips().to(device), ""
+        return load_lpips("squeeze").to(device), ""
     except FileNotFoundError as error:
         return None, str(error)
 

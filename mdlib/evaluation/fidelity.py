@@ -12,18 +12,19 @@ from sklearn.manifold import TSNE
 from mdlib.data.windows import WindowSet, to_float
 from mdlib.evaluation import metrics
 from mdlib.evaluation.augmentation_study import Arms
+from mdlib.evaluation.codec_quality import find_lpips
 from mdlib.evaluation.evidence import COMPARED, Evidence, alike, compared_sets
 from mdlib.evaluation.intervals import absent, figure, missing, over_users
 from mdlib.models.classifier import SmallCNN, features
 from mdlib.models.layers import parts
-from mdlib.models.perceptual import load_inception, load_lpips, lpips_weights
+from mdlib.models.perceptual import load_inception
 from mdlib.utils import best_device
 
 NAMES = ("fd", "kid", "precision", "recall", "density", "coverage")
 FLAT = {"value": "fd", "real_vs_real": "fd_real_vs_real", "train": "fd_train"}  # the Fréchet distances' own keys
 DRAWS = 4  # samples of equally many windows of each set
 PAIRS = 2000  # of a user's windows, at most
-LPIPS_NET, LPIPS_PAIRS = "squeeze", 20
+LPIPS_PAIRS = 20
 
 
 def fidelity(evidence: Evidence, arms: Arms) -> dict:
@@ -69,14 +70,9 @@ def _distances(sets: dict[str, WindowSet], each: list[dict[str, torch.Tensor]]) 
     found = {name: {} for name in NAMES}
     for key, (one, other) in COMPARED.items():
         pairs = [(own[one][rows[one]], own[other][rows[other]]) for own in each for rows in draws]
-        figures = [
-            {
-                "fd": metrics.frechet_distance(made, real),
-                "kid": metrics.kernel_distance(made, real),
-                **metrics.manifold_figures(real, made, k),
-            }
-            for made, real in pairs
-        ]
+        figures = [metrics.manifold_figures(second, first, k) for first, second in pairs]
+        for values, pair in zip(figures, pairs, strict=True):
+            values |= {"fd": metrics.frechet_distance(*pair), "kid": metrics.kernel_distance(*pair)}
         for name in NAMES:
             found[name][key] = float(np.mean([values[name] for values in figures]))
     fd = found.pop("fd")
@@ -167,14 +163,10 @@ def _fd_inception(sets: dict[str, WindowSet]) -> dict:
 
 @torch.no_grad()
 def _lpips_diversity(sets: dict[str, WindowSet], gap: int) -> dict:
-    """Diversity by LPIPS; its weights are not downloaded for that."""
-    weights, device = lpips_weights(LPIPS_NET), best_device()
-    if not weights.exists():
-        return absent(f"{weights.name} is not on this machine")
-    try:
-        network = load_lpips(LPIPS_NET).to(device)
-    except FileNotFoundError as error:
-        return absent(str(error))
+    device = best_device()
+    network, why = find_lpips(device)
+    if network is None:
+        return absent(why)
     images = lambda name, rows: to_float(sets[name].images[rows].to(device))
     mean = lambda name, one, other: float(network(images(name, one), images(name, other)).mean())
     return _diversity(sets, gap, LPIPS_PAIRS, mean)

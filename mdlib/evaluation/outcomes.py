@@ -6,18 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mdlib.data.windows import DataError
-from mdlib.evaluation.intervals import (
-    absent,
-    equivalent_count,
-    figure,
-    interval,
-    missing,
-    over_users,
-    p_value,
-    paired_bootstrap,
-    paired_gain,
-    scored,
-)
+from mdlib.evaluation import intervals
+from mdlib.evaluation.intervals import absent, figure, missing, paired_gain, scored
 
 
 @dataclass(frozen=True)
@@ -84,9 +74,11 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
         **{name: {**scored(rows, blocks), "per_seed": rows.mean(1).tolist()} for name, rows in correct.items()},
         "gain": gain,
         "gain_ci95": gain["ci95"],
-        "p_value": p_value(real, both, blocks),
+        "p_value": intervals.p_value(real, both, blocks),
         "resnet18_gain": reference,
-        "gain_other_users": over_users(np.array([row["real_plus_generated"] - row["real_only"] for row in each])),
+        "gain_other_users": intervals.over_users(
+            np.array([row["real_plus_generated"] - row["real_only"] for row in each])
+        ),
         **_against_more_real(outcomes, per_user, no_more),
         "real_windows_per_user": per_user,
         "seeds": len(real),
@@ -107,7 +99,7 @@ def _against_more_real(outcomes: Outcomes, per_user: float, no_more: str) -> dic
         found = missing("real_x2", "gain_over_x2", reason="not requested: add 2 to multiples")
     counts = per_user * np.array([1, *factors])
     arms = np.stack([both, correct["real_only"], *(correct[f"real_x{factor}"] for factor in factors)])
-    measured = equivalent_count(counts, arms.mean((1, 2))[None])[0]
-    likely = interval(equivalent_count(counts, paired_bootstrap(arms, blocks)))
+    measured = intervals.equivalent_count(counts, arms.mean((1, 2))[None])[0]
+    likely = intervals.interval(intervals.equivalent_count(counts, intervals.paired_bootstrap(arms, blocks)))
     between = {"between": [float(counts[0]), float(counts[-1])]}
     return {**found, "equivalent_real_windows": {**figure(float(measured), len(blocks), likely), **between}}
