@@ -27,16 +27,15 @@ TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is meas
 
 @dataclass(frozen=True)
 class Arms:
-    """What the classifiers of every arm got right: (seeds, N) bool, N test windows.
+    """What the classifiers of every arm got right: bool (seeds, N) of N test windows.
 
-    real_only: the classifiers of that arm; correct: by arm; fraction: of generated windows in a batch of
-    real_plus_generated; by_count, by_selection: real_plus_generated with so many generated windows a user, and with
-    those that a filter keeps (its name and the fraction kept).
+    by_count, by_selection: the arm real_plus_generated with so many generated windows a user, and with those that a
+    filter keeps (its name and the fraction kept).
     """
 
-    real_only: list[SmallCNN]
+    real_only: list[SmallCNN]  # the classifiers of that arm
     correct: dict[str, np.ndarray]
-    fraction: float
+    fraction: float  # of generated windows in a batch of real_plus_generated
     by_count: dict[int, np.ndarray] = field(default_factory=dict)
     by_selection: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)
 

@@ -69,13 +69,8 @@ def latent_figures(latents: torch.Tensor) -> dict:
 
 
 def choose_codec(vq: dict, kl: dict) -> dict:
-    """Choose the VQ codec if its PSNR is at least 1.1 times the KL codec's and more than 80 % of its codes are used,
-    else the KL codec.
-
-    Args:
-        vq: psnr_db and usage (fraction of codes used) on windows the codec was not trained on.
-        kl: psnr_db on the same windows.
-    """
+    """Choose the VQ codec (psnr_db, usage) if its PSNR is at least 1.1 times that of the KL codec (psnr_db) and it uses
+    more than 80 % of its codes, else the KL codec; all on unseen windows."""
     ratio = vq["psnr_db"] / max(kl["psnr_db"], 1e-9)
     choice = "vq" if ratio >= VQ_RATIO and vq["usage"] > VQ_USAGE else "kl"
     sentence = (

@@ -51,22 +51,17 @@ class Protocol:
 class Evidence:
     """Windows of one size and one label map.
 
-    train: the generator's training windows; val: chose its checkpoints; test: not used before the evaluation.
-    generated: windows of the same users. gap: window numbers that far apart share no step. codec: the pipeline's, None
-    where only folders are given. spare: real windows from the time of the training windows that the generator was not
-    trained on; they may share steps with training windows, and only the arms real_x2 … use them.
-
     Raises:
         DataError: a conditional codec of another number of users.
     """
 
-    train: WindowSet
-    val: WindowSet
-    test: WindowSet
+    train: WindowSet  # the generator's training windows
+    val: WindowSet  # chose its checkpoints
+    test: WindowSet  # not used before the evaluation
     generated: WindowSet
-    gap: int
-    codec: torch.nn.Module | None = None
-    spare: WindowSet | None = None
+    gap: int  # windows with numbers so far apart share no step
+    codec: torch.nn.Module | None = None  # the pipeline's
+    spare: WindowSet | None = None  # real windows between training windows, for the arms real_x2 … only
 
     def __post_init__(self):
         codec, users = self.codec, self.train.num_users

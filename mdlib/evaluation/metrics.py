@@ -30,12 +30,8 @@ def code_counts(tokens: torch.Tensor, labels: torch.Tensor, num_codes: int, num_
 
 
 def codebook_figures(counts: torch.Tensor, images_per_user: torch.Tensor) -> dict[str, float]:
-    """Use of a codebook from counts (num_users, num_codes).
-
-    usage: fraction of codes that occur; perplexity: exp of the entropy of all indices; codes_per_user: mean over users;
-    distinctive_codes_per_user: codes a user uses at least 1.5 times as often as the other users together and at least
-    once in four windows, mean over users; distinctive_codes_least: of the user with the fewest.
-    """
+    """Use of a codebook from counts (num_users, num_codes). A distinctive code is used at least 1.5 times as often by a
+    user as by the other users together, and at least once in four windows."""
     total = counts.sum(0).double()
     own = counts.double()
     rate = own / own.sum(1, keepdim=True).clamp_min(1)

@@ -1,4 +1,4 @@
-"""The test windows that every arm's classifiers got right, the figures that follow, and several folds as one."""
+"""Correctness of every arm's classifiers on test windows, the figures that follow, and several folds as one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +12,12 @@ from mdlib.evaluation.intervals import absent, figure, missing, paired_gain, sco
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The test windows that every arm's classifiers got right.
+    """Correctness of every arm's classifiers on N test windows."""
 
-    correct: by arm (seeds, N) bool, real_only and real_plus_generated among them; blocks (N,): for intervals; paths and
-    users (ids) of the N windows.
-    """
-
-    correct: dict[str, np.ndarray]
-    blocks: np.ndarray
+    correct: dict[str, np.ndarray]  # by arm, real_only and real_plus_generated among them: (seeds, N) bool
+    blocks: np.ndarray  # (N,), for intervals
     paths: tuple[str, ...]
-    users: np.ndarray
+    users: np.ndarray  # ids (N,)
 
     def to_json(self) -> dict:
         """As in report.json: by arm a string a seed, "1" where the right user was named."""
@@ -70,15 +66,14 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
         own = outcomes.users == user
         accuracy = {"real_only": float(real[:, own].mean()), "real_plus_generated": float(both[:, own].mean())}
         each.append({"user": user, "n": int(own.sum()), **accuracy})
+    of_users = np.array([row["real_plus_generated"] - row["real_only"] for row in each])
     return {
         **{name: {**scored(rows, blocks), "per_seed": rows.mean(1).tolist()} for name, rows in correct.items()},
         "gain": gain,
         "gain_ci95": gain["ci95"],
         "p_value": intervals.p_value(real, both, blocks),
         "resnet18_gain": reference,
-        "gain_other_users": intervals.over_users(
-            np.array([row["real_plus_generated"] - row["real_only"] for row in each])
-        ),
+        "gain_other_users": intervals.over_users(of_users),
         **_against_more_real(outcomes, per_user, no_more),
         "real_windows_per_user": per_user,
         "seeds": len(real),

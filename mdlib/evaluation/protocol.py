@@ -160,12 +160,7 @@ def identity(evidence: Evidence, classifiers: list[SmallCNN]) -> dict:
 
 
 def memorisation(evidence: Evidence) -> dict:
-    """Are generated windows nearer to training windows than real test windows are? See `metrics.nearest_train`.
-
-    nearest_train_ratio: median distance of generated windows over that of test windows; copies: fraction of generated
-    windows nearer than all but 1 % of the test windows; nearest: the nearest generated windows, each with its training
-    window.
-    """
+    """Distance of generated windows to training windows (`metrics.nearest_train`), relative to that of test windows."""
     generated, rows = metrics.nearest_train(evidence.generated, evidence.train)
     test, _ = metrics.nearest_train(evidence.test, evidence.train)
     copies = (generated < torch.quantile(test, COPY_QUANTILE)).double().numpy()

@@ -322,7 +322,7 @@ def test_what_cannot_be_read_is_null_with_its_reason(evidence, real):
     rgb = {name: replace(part, images=part.images.expand(-1, 3, -1, -1)) for name, part in rgb.items()}
     found = physics(replace(evidence, **rgb))
     assert found.keys() == set(gait_metrics.NAMES)
-    assert {figure["reason"] for figure in found.values()} == {"not read off RGB windows: take channels=1"}
+    assert {figure["reason"] for figure in found.values()} == {"not measured on RGB windows: set channels=1"}
     with pytest.raises(ValueError, match="3 channels"):
         measure(rgb["train"])
 
