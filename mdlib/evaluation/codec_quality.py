@@ -137,14 +137,14 @@ class Codebook:
         """Fraction of the windows with `code` in each cell (h, w)."""
         return (self.tokens == code).double().mean(0)
 
-    def windows_with(self, code: int, most: int = 6) -> list[int]:
-        """Rows of at most `most` windows that hold `code` most often, one a user: neighbouring windows look alike."""
+    def windows_with(self, code: int) -> list[int]:
+        """Rows of at most six windows that hold `code` most often, one a user: neighbouring windows look alike."""
         times = (self.tokens == code).sum((1, 2))
         rows: dict[int, int] = {}
         for row in times.argsort(descending=True, stable=True).tolist():
             if times[row]:
                 rows.setdefault(int(self.windows.labels[row]), row)
-        return list(rows.values())[:most]
+        return list(rows.values())[:6]
 
 
 @torch.no_grad()

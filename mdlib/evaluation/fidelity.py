@@ -25,6 +25,7 @@ FLAT = {"value": "fd", "real_vs_real": "fd_real_vs_real", "train": "fd_train"}  
 DRAWS = 4  # samples of equally many windows of each set
 PAIRS = 2000  # of a user's windows, at most
 LPIPS_PAIRS = 20
+MAP_USERS, MAP_WINDOWS = 8, 12  # shown in the map: users, and windows of each in either set
 
 
 def fidelity(evidence: Evidence, arms: Arms) -> dict:
@@ -84,17 +85,15 @@ def _distances(sets: dict[str, WindowSet], each: list[dict[str, torch.Tensor]]) 
     }
 
 
-def neighbourhood_map(
-    features_of: dict[str, torch.Tensor], sets: dict[str, WindowSet], users: int = 8, each: int = 12
-) -> list[dict]:
+def neighbourhood_map(features_of: dict[str, torch.Tensor], sets: dict[str, WindowSet]) -> list[dict]:
     """Some generated and unseen windows of the first users by t-SNE (van der Maaten & Hinton 2008) of one classifier's
     features: user, generated (or real), x and y. Distances in it mean nothing."""
     points, rows = [], []
     for name in ("generated", "unseen"):
         part = sets[name]
-        for label in range(min(users, part.num_users)):
+        for label in range(min(MAP_USERS, part.num_users)):
             mine = torch.nonzero(part.labels == label).flatten()
-            chosen = mine[torch.linspace(0, len(mine) - 1, min(each, len(mine))).round().long()]
+            chosen = mine[torch.linspace(0, len(mine) - 1, min(MAP_WINDOWS, len(mine))).round().long()]
             rows.append(features_of[name][chosen])
             points += [{"user": part.users[label], "generated": name == "generated"} for _ in chosen]
     if len(points) < 8:

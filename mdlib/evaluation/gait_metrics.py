@@ -34,6 +34,7 @@ FIGURES = {  # of the report: the metric that `read` returns, and its unit
 }
 NAMES = (*list(FIGURES)[:4], "envelopes", *list(FIGURES)[4:], "plausible")
 GATES = {"foot_ratio": (2.4, 5.0), "acf_step": (0.15, np.inf), "e_outside": (-np.inf, 0.02)}  # range of a walking adult
+DRAWS = 8  # samples of equally many windows of each set
 SPREAD = (5, 25, 50, 75, 95)  # percentiles of a user's windows
 
 
@@ -116,14 +117,14 @@ def _figure(name: str, sets: dict[str, pd.DataFrame], num_users: int) -> dict:
     }
 
 
-def _distances(own: dict[str, np.ndarray], n: int, draws: int = 8) -> np.ndarray:
-    """One user's distances in the order of COMPARED: n windows sampled from each set, mean over draws."""
+def _distances(own: dict[str, np.ndarray], n: int) -> np.ndarray:
+    """One user's distances in the order of COMPARED: n windows sampled from each set, mean over DRAWS."""
     total = np.zeros(len(COMPARED))
-    for seed in range(draws):
+    for seed in range(DRAWS):
         rngs = np.random.default_rng(seed).spawn(len(own))  # a set's sample must not depend on another set's size
         sample = {part: rng.choice(own[part], n, replace=False) for part, rng in zip(sorted(own), rngs, strict=True)}
         total += [wasserstein_distance(sample[one], sample[other]) for one, other in COMPARED.values()]
-    return total / draws
+    return total / DRAWS
 
 
 def _mean(upper: dict, lower: dict) -> dict:

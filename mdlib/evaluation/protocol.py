@@ -82,13 +82,11 @@ def evaluate(
 
 
 @torch.no_grad()
-def through_codec(
-    codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None, batch_size: int = 64
-) -> torch.Tensor:
+def through_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
     """Reconstructions in [−1, 1] of uint8 images (N, C, H, W); labels (N,) for a conditional codec."""
     tokens = hasattr(codec, "encode_tokens")
     encode, decode = (codec.encode_tokens, codec.decode_tokens) if tokens else (codec.encode, codec.decode)
-    batches = parts(codec.device, batch_size, images, labels)
+    batches = parts(codec.device, 64, images, labels)
     return torch.cat([decode(encode(to_float(part), *users), *users).cpu() for part, *users in batches])
 
 
