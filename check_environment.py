@@ -1,11 +1,10 @@
-"""Print what works in a Python environment and what to do about what does not. Standard library only.
+"""Report what works in a Python environment and what to do about the rest. Standard library only.
 
-    python check_environment.py            a table; the exit code is 1 if something fails
+    python check_environment.py            a table; the exit code is 1 if a check fails
     python check_environment.py --json     {"ok": bool, "python": path, "checks": [...]}
 
-The command looks at .venv beside this file if it is there, else at the Python that runs it (or at --python);
-`check()` looks at the Python that calls it, and at what that process has loaded. Nothing is imported here: torch
-and the rest are tried in another process, so that one that crashes is a line of the table.
+The command reports on .venv next to this file, else on the Python that runs it; --python names another one. `check()`
+reports on the Python that calls it. One other process imports the packages: if it crashes, the report says where.
 """
 
 from __future__ import annotations
@@ -21,539 +20,318 @@ import shutil
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import setup_environment as setup
 
-LPIPS_BACKBONES = {
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-    "alex": "alexnet-owt-7be5be79.pth",
-    "vgg": "vgg16-397923af.pth",
-}
+LPIPS_BACKBONES = ["squeezenet1_1-b8a52dc0.pth", "alexnet-owt-7be5be79.pth", "vgg16-397923af.pth"]
 GIB = 1 << 30
 LEAST_DISK, LEAST_MEMORY, LEAST_CORES, LEAST_SHARED = 5 * GIB, 6 * GIB, 2, GIB // 4
 WORKING = Path("/kaggle/working")
 KAGGLE_OUTPUT, KAGGLE_HOURS = 20 * GIB, 12
 LAUNCHER_PORT = 29500  # of accelerate and torchrun
-EXPECTED = {"t4x2": ("T4", 2), "p100": ("P100", 1), "gpu": ("", 1), "cpu": ("", 0)}  # GPU name, least number
-
-# Why each check can fail: the breakages that are met again and again, in one line each.
+# The machines of the presets: GPU name, at least this number of GPUs, each with at least this memory in MiB.
+EXPECTED = {"cpu": ("", 0, 0), "gpu": ("", 1, 0), "t4x2": ("T4", 2, 0), "p100": ("P100", 1, 0)}
+EXPECTED.update({"gpu-6gb": ("", 1, 5500), "gpu-8gb": ("", 1, 7500), "gpu-16gb": ("", 1, 14500)})
+# Why a check fails: the usual reason, in one line each.
 CAUSES = {
-    "kernels": "a build of torch holds kernels for some GPUs only: it sees the others, and fails at the first sum",
-    "replaced": "a later pip install exchanged torch, or brought parts of a second CUDA",
+    "kernels": "a build of torch has kernels for some GPUs only: on the others the first sum fails",
+    "replaced": "a later pip install replaced torch, or added parts of a second CUDA",
     "pair": "torchvision and torchaudio are compiled for one build of torch; diffusers and transformers fail with them",
     "window": "huggingface-hub, transformers and diffusers accept only certain releases of one another",
-    "loaded": "pip changed the files of a package that this process had imported already",
+    "loaded": "pip changed the files of a package that this process had already imported",
     "accelerator": "Kaggle gives another accelerator, or none, without an error",
     "driver": "CUDA 12 needs driver 525 or later, CUDA 13 driver 580",
-    "data": "the place of a data set below /kaggle/input differs between sessions and accounts",
+    "data": "the path of a data set below /kaggle/input differs between sessions and accounts",
     "download": "weights are downloaded when they are first used, which fails without a network",
-    "launcher": "notebook_launcher forks: CUDA must not have started, its port must be free, the GPU too",
+    "launcher": "notebook_launcher forks: CUDA must not have started, and its port and the GPUs must be free",
     "precision": "before capability 8.0 bf16 is emulated, before 7.0 nothing is compiled for the GPU",
-    "resources": "a run that fills disk or memory, or outlasts the session, is ended without its results",
-    "widgets": "the page draws widgets of one major version; another shows 'Loading widget...' for ever",
-    "package": "the package is missing, damaged or outside the range that mdlib was tried with",
+    "resources": "a run that fills the disk or the memory, or outlasts the session, ends without its results",
+    "widgets": "the page shows widgets of one major version; another one stays at 'Loading widget...'",
+    "package": "the package is missing, damaged or outside the range that mdlib supports",
 }
 
 
-def row(name: str, status: str, detail: str, remedy: str = "", cause: str = "package") -> dict:
-    """status: 'ok', 'warn' (goes on without it) or 'fail'. cause: a key of CAUSES, of what is not ok."""
-    told = "" if status == "ok" else CAUSES[cause]
-    return {"name": name, "status": status, "detail": detail, "cause": told, "remedy": remedy}
+def row(name: str, detail: str, remedy: str | None = "", cause: str = "package", status: str = "warn") -> dict:
+    """A line of the report. Without a remedy the status is 'ok'; 'warn' means that mdlib works without it."""
+    status, cause = (status, cause) if remedy else ("ok", "")
+    return {"name": name, "status": status, "detail": detail, "cause": CAUSES.get(cause, ""), "remedy": remedy or ""}
 
 
 def check(python: Path | str | None = None, *, expect: str = "", precision: str = "") -> list[dict]:
-    """Look at an interpreter (default: this one, with what it has loaded) and at this machine; nothing is changed.
+    """Check an interpreter (default: this one, and the modules it has loaded) and this machine; nothing is changed.
 
-    expect: the accelerator that should be there, of EXPECTED; '' is content with any.
-    precision: what will be asked of accelerate: 'no', 'fp16', 'bf16' or ''.
-
-    Returns a list of {"name", "status": "ok" | "warn" | "fail", "detail", "cause", "remedy"}, one for each check;
-    cause and remedy are empty where nothing has to be done.
+    expect: the machine, a key of EXPECTED; '' accepts any. precision: 'no', 'fp16', 'bf16', or '' for accelerate's.
+    Returns a list of {"name", "status": "ok" | "warn" | "fail", "detail", "cause", "remedy"}; cause and remedy are ''
+    if the status is ok.
     """
+    if expect not in ("", *EXPECTED):
+        raise setup.Stop(f"unknown machine {expect!r}: choose from {', '.join(EXPECTED)}")
     here, python = python is None, Path(python or sys.executable)
-    path = str(Path(sys.modules["mdlib"].__file__).parents[1]) if here and "mdlib" in sys.modules else ""
     with ThreadPoolExecutor() as pool:
         online = pool.submit(setup.index_answers, python)
+        conflicts = pool.submit(setup.unmet_requirements, python)
         try:
             setup.refuse_old_python(sys.version_info)
-            s = setup.detect(setup.read_pins(), python, mend=True, more=("torchaudio", "mdlib"), path=path)
-            if s.python is None:
-                raise setup.Stop(f"{python} is not there")
+            s = setup.State(setup.read_pins(), python)
+            if not s.exists:
+                raise setup.Stop(f"{python} does not exist")
         except setup.Stop as stop:
-            return [row("python", "fail", stop.args[0], f"use Python {setup.TESTED_PYTHON}"), *check_machine()]
-    s = replace(s, mend=bool(s.host))  # elsewhere a CPU build beside a GPU is a warning
-    version = ".".join(map(str, s.interpreter["version"]))
-    packages = [name for name in s.pins.accepted if name not in ("torch", "torchvision")]
-    return [
-        row("python", "ok", f"{version} ({s.interpreter['executable']})"),
-        *check_machine(),
-        check_torch(s),
-        *check_replaced(s),
-        *check_devices(s),
-        *check_gpus(s),
-        *check_accelerator(s, expect),
-        *check_precision(s, precision),
-        *check_launcher(s, here),
-        check_pair(s),
-        *check_audio(s),
-        *(check_package(name, s) for name in packages),
-        check_window(s),
-        *(check_loaded(s) if here else ()),
-        check_network(online.result(), s),
-        check_backbones(online.result()),
-        *check_inputs(),
-        *check_widgets(s),
-        check_mdlib(s),
-    ]
+            return [row("python", stop.args[0], f"use Python {setup.TESTED_PYTHON}", status="fail"), *check_machine()]
+    s.strict = bool(s.host)  # elsewhere a CPU build of torch next to a GPU is a warning
+    version, path = ".".join(map(str, s.interpreter["version"])), s.interpreter["executable"]
+    label = ".venv" if s.ours else "the running Python" if python == Path(sys.executable) else "another Python"
+    rows = [row("python", f"{version}, {label} ({path})"), *check_machine()]
+    rows += [*check_torch(s, conflicts.result()), *check_gpus(s, expect, here, precision)]
+    return [*rows, *check_packages(s, here, conflicts.result()), *check_files(online.result())]
 
 
-def repair(s: setup.State) -> str:
-    """What to type. Beside .venv pip is held back from what has not to be changed."""
-    return "python setup_environment.py repair" + ("" if s.ours else f" --python {shlex.quote(str(s.python))}")
-
-
-# -- machine ---------------------------------------------------------------------------------------
-
-
-def check_machine() -> list[dict]:
-    return [check_cores(), check_memory(), check_disk(), *check_shared_memory(), *check_kaggle()]
-
-
-def check_cores() -> dict:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    detail = f"{cores} on {platform.machine()}"
-    if cores < LEAST_CORES:
-        return row("cores", "warn", detail, "expect to wait longer", "resources")
-    return row("cores", "ok", detail)
-
-
-def memory_limit() -> int | None:
-    """Bytes this process may use: of the machine or of its container; None where the system does not say."""
-    limits = []
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(path).read_text()))
-        except (OSError, ValueError):
-            continue
-    return min(limits) if limits else None
-
-
-def check_memory() -> dict:
-    limit = memory_limit()
-    if limit is None:
-        return row("memory", "ok", "unknown")
-    if limit < LEAST_MEMORY:
-        remedy = "close other programs, or take a smaller preset"
-        return row("memory", "warn", f"{limit / GIB:.1f} GiB", remedy, "resources")
-    return row("memory", "ok", f"{limit / GIB:.1f} GiB")
-
-
-def check_disk() -> dict:
-    place = WORKING if WORKING.is_dir() else setup.ROOT
-    free = shutil.disk_usage(place).free
-    if free < LEAST_DISK:
-        remedy = f"make room: an environment takes 6 GiB, a run 1 GiB ({place})"
-        return row("disk", "warn", f"{free / GIB:.1f} GiB free", remedy, "resources")
-    return row("disk", "ok", f"{free / GIB:.0f} GiB free")
-
-
-def check_shared_memory() -> list[dict]:
-    """What processes on two GPUs, and workers that load data, hand one another."""
-    place = Path("/dev/shm")
-    if not place.is_dir():
-        return []
-    size = shutil.disk_usage(place).total
-    if size < LEAST_SHARED:
-        remedy = "start the container with --shm-size=1g, or train in one process without workers"
-        return [row("shared memory", "warn", f"{size / GIB:.2f} GiB", remedy, "resources")]
-    return [row("shared memory", "ok", f"{size / GIB:.1f} GiB")]
-
-
-def session_hours() -> float | None:
-    """How long this container has been running; None where the system does not say."""
+def session_hours() -> float:
+    """How long this container has been running; 0 if unknown."""
     try:
         started = int(Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return (float(Path("/proc/uptime").read_text().split()[0]) - started) / 3600
     except (OSError, ValueError, IndexError):
-        return None
+        return 0.0
 
 
-def check_kaggle() -> list[dict]:
-    """The limits of a Kaggle session: 12 hours, 20 GB of output with the checkpoints in it."""
-    if setup.hosted() != "Kaggle":
-        return []
-    hours, used = session_hours(), sum(f.stat().st_size for f in WORKING.rglob("*") if f.is_file())
-    rows = []
-    if hours is not None:
-        late = hours > KAGGLE_HOURS - 2
-        remedy = "save a version now and go on in a new session: a run resumes from its folder" if late else ""
-        detail = f"{hours:.1f} of {KAGGLE_HOURS} hours"
-        rows.append(row("session", "warn" if late else "ok", detail, remedy, "resources"))
-    full = used > KAGGLE_OUTPUT - LEAST_DISK
-    remedy = f"remove what is not needed below {WORKING}" if full else ""
-    rows.append(row("output", "warn" if full else "ok", f"{used / GIB:.1f} of 20 GiB", remedy, "resources"))
-    return rows
+def check_machine():
+    """Cores, memory, disk, shared memory and the limits of a Kaggle session."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    for file in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        text = file.read_text().strip() if file.is_file() else ""  # of the container
+        limits += [int(text)] if text.isdigit() else []
+    memory, place, shared = min(limits, default=0), WORKING if WORKING.is_dir() else setup.ROOT, Path("/dev/shm")
+    free, size = shutil.disk_usage(place).free, shutil.disk_usage(shared).total if shared.is_dir() else 0
+    room, more = f"free some space: an environment takes 6 GiB, a run 1 GiB ({place})", "use a smaller preset"
+    table = [
+        ("cores", f"{cores} on {platform.machine()}", cores < LEAST_CORES, "expect to wait longer"),
+        ("memory", f"{memory / GIB:.1f} GiB" if memory else "unknown", 0 < memory < LEAST_MEMORY, more),
+        ("disk", f"{free / GIB:.1f} GiB free", free < LEAST_DISK, room),
+    ]
+    if size:  # several GPUs and data workers exchange data here
+        remedy = "start the container with --shm-size=1g, or train in one process without workers"
+        table.append(("shared memory", f"{size / GIB:.2f} GiB", size < LEAST_SHARED, remedy))
+    if setup.hosted() == "Kaggle":
+        hours, used = session_hours(), sum(f.stat().st_size for f in WORKING.rglob("*") if f.is_file())
+        remedy = "save a version now and resume its run folder in a new session"
+        table.append(("session", f"{hours:.1f} of {KAGGLE_HOURS} hours", hours > KAGGLE_HOURS - 2, remedy))
+        full = used > KAGGLE_OUTPUT - LEAST_DISK
+        table.append(("output", f"{used / GIB:.1f} of 20 GiB", full, f"delete files below {WORKING}"))
+    return [row(name, detail, remedy if bad else "", "resources") for name, detail, bad, remedy in table]
 
 
-# -- torch -----------------------------------------------------------------------------------------
-
-
-def check_torch(s: setup.State) -> dict:
-    trouble = setup.torch_trouble(s)
+def check_torch(s: setup.State, conflicts):
+    """torch, torchvision and torchaudio, and a convolution, a sum and a backward pass on every device."""
+    trouble, hosted = setup.torch_trouble(s), setup.hosted_remedy(s)
     cause = "driver" if trouble.startswith("driver") else "kernels" if "kernel" in trouble else "package"
-    if setup.hosted_trouble(s):
-        return row("torch", "fail", trouble, setup.use_another_session(s), "accelerator")
-    if trouble:
-        return row("torch", "fail", trouble, repair(s), cause)
-    build = f"CUDA {s.torch['cuda']}" if s.torch["cuda"] else "CPU build"
-    return row("torch", "ok", f"{s.torch['version']}, {build}")
-
-
-def check_replaced(s: setup.State) -> list[dict]:
-    """Whether torch is still the one that was set up, and belongs to one CUDA alone."""
-    found = []
-    try:
-        noted = json.loads((s.folder / "torch.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        noted = {}
-    have = {"torch": s.torch.get("version"), "cuda": s.torch.get("cuda")}
-    if noted and not s.torch["error"] and noted != have:
-        found.append(f"{noted['torch']} was set up, {have['torch']} is there")
+    build = f"CUDA {s.torch.get('cuda')}" if s.torch.get("cuda") else "CPU build"
+    remedy = trouble and (hosted or s.repair)
+    yield row("torch", trouble or f"{s.torch['version']}, {build}", remedy, "accelerator" if hosted else cause, "fail")
+    pair = "not checked: it needs a torch that works" if trouble else setup.pair_trouble(s)
+    other = [wanted for name, wanted, _ in conflicts if name == "torchvision" and wanted.startswith("torch=")]
+    if other and not pair:
+        detail = f"{s.installed['torchvision']} is built for {other[0]}, found torch {s.torch['version']}"
+        yield row("torchvision", detail, f"{s.repair}, if images cannot be read", "pair")
+    else:
+        detail = pair or f"{s.modules['torchvision']['version']}, same build as torch"
+        yield row("torchvision", detail, pair and s.repair, "pair", "fail")
+    if "torchaudio" in s.installed:  # mdlib does not use it, but a broken one can break transformers
+        error, uninstall = s.modules["torchaudio"]["error"], [str(s.python), "-m", "pip", "uninstall", "torchaudio"]
+        yield row("torchaudio", error or s.installed["torchaudio"], error and shlex.join(uninstall), "pair")
+    file, have = s.folder / "constraints.txt", s.installed.get("torch")
+    held = re.findall(r"^torch===(.+)$", file.read_text(encoding="utf-8") if file.is_file() else "", re.MULTILINE)
+    changed = [f"{version} was set up, found {have}" for version in held if version != have]
     families = sorted(set(re.findall(r"^nvidia-\S+-(cu\d\d)$", "\n".join(s.installed), re.MULTILINE)))
-    if len(families) > 1:
-        found.append(f"libraries of {' and '.join(families)} lie beside one another")
-    if found:
-        return [row("torch since set-up", "warn", "; ".join(found), repair(s), "replaced")]
-    return [row("torch since set-up", "ok", "the same")] if noted else []
-
-
-def check_devices(s: setup.State) -> list[dict]:
-    """A convolution, a sum and a backward pass on the CPU and on every GPU."""
-    rows = []
+    changed += [f"libraries of {' and '.join(families)} are installed together"] if len(families) > 1 else []
+    if held or changed:
+        yield row("torch since set-up", "; ".join(changed) or "the same", changed and s.repair, "replaced")
     for device, error in s.torch.get("ops", {}).items():
-        if error:
-            remedy = "restart the process that holds the GPU, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
-            remedy = repair(s) if device == "cpu" or "no kernel image" in error else remedy
-            rows.append(row(f"compute on {device}", "fail", error, remedy, "kernels"))
-        else:
-            rows.append(row(f"compute on {device}", "ok", "convolution, sum and backward run"))
-    return rows
+        restart = "restart the process that uses the GPU, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        remedy = error and (s.repair if device == "cpu" or "no kernel image" in error else restart)
+        yield row(f"compute on {device}", error or "convolution, sum and backward work", remedy, "kernels", "fail")
 
 
 def precision_of(capability: tuple[int, int]) -> str:
-    """The precision that a GPU is fast in. Before 8.0 bf16 is emulated, though torch says it is supported."""
-    if capability >= (8, 0):
-        return "bf16"
-    return "fp16" if capability >= (7, 0) else "no"
+    """The fast precision of a GPU. Before 8.0 bf16 is emulated, although torch reports it as supported."""
+    return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "no"
 
 
-def check_gpus(s: setup.State) -> list[dict]:
-    """What each GPU can do, and whether torch sees it."""
+def accelerate_setting(name: str) -> str:
+    """A setting of accelerate, from the environment or its configuration file; '' without one."""
+    file = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "accelerate", "default_config.yaml").expanduser()
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = re.search(rf"^\s*{name}: *['\"]?(\w+)", text, re.MULTILINE)
+    return os.environ.get(f"ACCELERATE_{name.upper()}", found[1] if found else "").lower()
+
+
+def check_gpus(s: setup.State, expect: str, here: bool, precision: str):
+    """GPUs: whether torch uses them, they are expected, the precision suits them and several processes can start."""
+    seen = sum(device != "cpu" for device in s.torch.get("ops", {}))
     if not s.gpus:
-        return [row("gpu", "ok", "none: the presets demo and smoke are made for a CPU")]
-    visible = visible_gpus(s)
-    rows = []
+        yield row("gpu", "none: use the presets demo and smoke")
     for index, gpu in enumerate(s.gpus):
-        capability = ".".join(map(str, gpu.capability))
-        fast = {"no": "fp32, no torch.compile"}.get(precision_of(gpu.capability), precision_of(gpu.capability))
-        detail = f"{gpu.name}, capability {capability}, driver {gpu.driver}, use {fast}"
+        fast = precision_of(gpu.capability).replace("no", "fp32, no torch.compile")
+        detail = f"{gpu.name}, capability {gpu.capability[0]}.{gpu.capability[1]}, driver {gpu.driver}, use {fast}"
+        remedy, cause = "", "accelerator"
         if gpu.driver < setup.OLDEST_DRIVER:
+            detail, cause = f"{detail}; the driver is too old", "driver"
             remedy = f"update its driver to {setup.OLDEST_DRIVER} or later; until then everything runs on the CPU"
-            rows.append(row(f"gpu {index}", "warn", f"{detail}; the driver is too old", remedy, "driver"))
-        elif visible:
-            rows.append(row(f"gpu {index}", "ok", detail))
-        else:
-            remedy = s.torch.get("warning") or repair(s)
-            rows.append(row(f"gpu {index}", "warn", f"{detail}; torch does not see it", remedy, "accelerator"))
-    missing = {k: v for k, v in setup.variables(s).items() if os.environ.get(k) != v}
+        elif not seen:
+            detail, remedy = f"{detail}; torch does not see it", s.torch.get("warning") or s.repair
+        yield row(f"gpu {index}", detail, remedy, cause)
+    missing = " ".join(f"{name}={value}" for name, value in s.variables.items() if os.environ.get(name) != value)
+    headers = s.interpreter["compiles"] or os.environ.get("TORCH_DISABLE_NATIVE_JIT")
     if missing:
-        remedy = f"set {' '.join(f'{name}={value}' for name, value in missing.items())} before Python starts"
-        rows.append(row("triton", "warn", "a GPU is too old for it", remedy, "precision"))
-    elif visible and not s.interpreter["compiles"] and not os.environ.get("TORCH_DISABLE_NATIVE_JIT"):
-        if setup.satisfies(s.installed.get("torch", "0"), ">=2.13"):
-            detail = "no compiler or no Python.h, which torch 2.13 and later call while they run"
-            remedy = "set TORCH_DISABLE_NATIVE_JIT=1 before Python starts"
-            rows.append(row("triton", "warn", detail, remedy, "precision"))
-    return rows
-
-
-def visible_gpus(s: setup.State) -> int:
-    return sum(device != "cpu" for device in s.torch.get("ops", {}))
-
-
-def check_accelerator(s: setup.State, expect: str) -> list[dict]:
-    """Whether the GPUs are those that were asked for."""
-    if not expect:
-        return []
-    if expect not in EXPECTED:
-        raise setup.Stop(f"unknown accelerator {expect!r}: choose among {', '.join(EXPECTED)}")
-    name, number = EXPECTED[expect]
-    have = ", ".join(gpu.name for gpu in s.gpus) or "no GPU"
-    right = [gpu for gpu in s.gpus if name in gpu.name]
-    if len(right) >= number and visible_gpus(s) >= number and (number or not s.gpus):
-        return [row("accelerator", "ok", f"{expect}: {have}")]
-    detail = f"{expect} was expected, {have} is there, torch sees {visible_gpus(s)}"
-    remedy = "choose the accelerator in the notebook's settings"
-    if s.host == "Kaggle":
-        remedy += "; verify the account's phone number; look at machine_shape and docker_image of kernel-metadata.json"
-    return [row("accelerator", "fail", detail, remedy, "accelerator")]
-
-
-def asked_of_accelerate(setting: str, environment: str) -> str:
-    """A setting of accelerate, from the environment or from its configuration file; '' if there is none."""
-    if environment in os.environ:
-        return os.environ[environment].lower()
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    try:
-        text = Path(home, "accelerate", "default_config.yaml").expanduser().read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    found = re.search(rf"^\s*{setting}: *['\"]?(\w+)", text, re.MULTILINE)
-    return found[1].lower() if found else ""
-
-
-def check_precision(s: setup.State, precision: str) -> list[dict]:
-    """Whether what is asked for is more than the oldest GPU can do."""
-    wanted = precision or asked_of_accelerate("mixed_precision", "ACCELERATE_MIXED_PRECISION")
-    compiler = asked_of_accelerate("dynamo_backend", "ACCELERATE_DYNAMO_BACKEND")
+        yield row("triton", "a GPU is too old for it", f"set {missing} before Python starts", "precision")
+    elif seen and not headers and setup.satisfies(s.installed.get("torch"), ">=2.13"):
+        detail = "no compiler or no Python.h, which torch 2.13 and later use at run time"
+        yield row("triton", detail, "set TORCH_DISABLE_NATIVE_JIT=1 before Python starts", "precision")
+    if expect:
+        name, number, memory = EXPECTED[expect]
+        have = ", ".join(gpu.name for gpu in s.gpus) or "no GPU"
+        fits = sum(name in gpu.name and gpu.memory >= memory for gpu in s.gpus)
+        right = min(fits, seen) >= number and (number > 0 or not s.gpus)
+        remedy = "choose the accelerator in the notebook's settings"
+        if s.host == "Kaggle":
+            remedy += "; verify the account's phone number; check machine_shape and docker_image of the metadata"
+        detail = f"{expect}: {have}" if right else f"expected {expect}, found {have}; torch sees {seen}"
+        yield row("accelerator", detail, "" if right else remedy, "accelerator", "fail")
     if not s.gpus:
-        return []
+        return
+    wanted, compiler = precision or accelerate_setting("mixed_precision"), accelerate_setting("dynamo_backend")
     oldest = min(gpu.capability for gpu in s.gpus)
-    fast = precision_of(oldest)
-    told = ".".join(map(str, oldest))
-    if wanted == "bf16" and fast != "bf16":
-        return [row("precision", "fail", f"bf16 on capability {told}", f"mixed_precision={fast}", "precision")]
-    if compiler not in ("", "no") and oldest < (7, 0):
-        remedy = "ACCELERATE_DYNAMO_BACKEND=no"
-        return [row("precision", "fail", f"torch.compile ({compiler}) on capability {told}", remedy, "precision")]
-    return [row("precision", "ok", wanted)] if wanted else []
-
-
-def check_launcher(s: setup.State, here: bool) -> list[dict]:
-    """What keeps several processes from starting on the GPUs."""
-    if not s.gpus:
-        return []
-    found = []
-    torch = sys.modules.get("torch")
+    detail, remedy = wanted, ""
+    if wanted == "bf16" and precision_of(oldest) != "bf16":
+        detail, remedy = "bf16", f"mixed_precision={precision_of(oldest)}"
+    elif compiler not in ("", "no") and oldest < (7, 0):
+        detail, remedy = f"torch.compile ({compiler})", "ACCELERATE_DYNAMO_BACKEND=no"
+    if detail:
+        yield row("precision", f"{detail} on capability {oldest[0]}.{oldest[1]}", remedy, "precision", "fail")
+    torch, found = sys.modules.get("torch"), []
     if here and len(s.gpus) > 1 and torch is not None and torch.cuda.is_initialized():
         found.append("this process has started CUDA")
+    if len(s.gpus) > 1 and not setup.satisfies(s.installed.get("accelerate"), ">=1.14"):
+        found.append("notebook_launcher fails before accelerate 1.14")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", LAUNCHER_PORT))
         except OSError:
             found.append(f"port {LAUNCHER_PORT} is taken")
-    holders = [line.partition(",")[0] for line in setup.ask_driver("compute-apps=pid,used_memory").splitlines()]
-    others = [pid for pid in holders if pid.strip().isdigit() and int(pid) != os.getpid()]
-    if others:
-        found.append(f"processes {', '.join(others)} hold a GPU")
-    if not found:
-        return [row("launcher", "ok", "several processes can start")]
-    remedy = (
-        "train in processes of their own: accelerate launch --multi_gpu (--main_process_port 29501); end stale ones"
-    )
-    return [row("launcher", "warn", "; ".join(found), remedy, "launcher")]
+    holders = re.findall(r"^\s*(\d+)", setup.ask_driver("compute-apps=pid,used_memory"), re.MULTILINE)
+    others = ", ".join(pid for pid in holders if int(pid) != os.getpid())
+    found += [f"processes {others} use a GPU"] if others else []
+    remedy = "use accelerate launch --multi_gpu (--main_process_port 29501), and end processes of earlier runs"
+    yield row("launcher", "; ".join(found) or "several processes can start", found and remedy, "launcher")
 
 
-def check_pair(s: setup.State) -> dict:
-    if setup.torch_trouble(s):
-        return row("torchvision", "fail", "cannot be tried without a torch that works", repair(s), "pair")
-    trouble = setup.pair_trouble(s)
-    if trouble:
-        return row("torchvision", "fail", trouble, repair(s), "pair")
-    other = [wanted for package, wanted, _ in s.conflicts if package == "torchvision" and wanted.startswith("torch=")]
-    if other:
-        detail = f"{s.installed['torchvision']} was made for {other[0]}, torch is {s.torch['version']}"
-        return row("torchvision", "warn", detail, f"{repair(s)}, if images cannot be read", "pair")
-    return row("torchvision", "ok", f"{s.modules['torchvision']['version']}, of the same build as torch")
-
-
-def check_audio(s: setup.State) -> list[dict]:
-    """torchaudio is not needed; where it is installed and broken, transformers may fail with it."""
-    if "torchaudio" not in s.installed:
-        return []
-    error = s.modules["torchaudio"]["error"]
-    if error:
-        remedy = shlex.join([str(s.python), "-m", "pip", "uninstall", "torchaudio"])
-        return [row("torchaudio", "warn", error, remedy, "pair")]
-    return [row("torchaudio", "ok", s.installed["torchaudio"])]
-
-
-# -- packages --------------------------------------------------------------------------------------
-
-
-def check_package(name: str, s: setup.State) -> dict:
-    """Whether a distribution imports and lies in the range of pyproject.toml."""
-    accepted, version = s.pins.accepted[name], s.installed.get(name)
-    error = s.modules[setup.module_of(name)]["error"]
-    bad = "warn" if name in setup.OPTIONAL else "fail"
-    without = f" ({setup.OPTIONAL[name]})" if name in setup.OPTIONAL else ""
-    if version is None:
-        return row(name, bad, f"missing{without}", repair(s))
-    if error:
-        cause = "pair" if "torchvision::" in error else "window" if setup.HUB_ERROR.search(error) else "package"
-        return row(name, bad, f"{version} does not import{without}: {error}", repair(s), cause)
-    if name in s.half and s.ours:
-        return row(name, "warn", f"{version} is half installed", repair(s))
-    if not setup.satisfies(version, accepted):
-        return row(name, "warn", f"{version} is outside {accepted}", repair(s))
-    return row(name, "ok", version)
-
-
-def check_window(s: setup.State) -> dict:
-    """Whether the packages' own requirements are met by one another."""
-    ours = [c for c in s.conflicts if c[0] in s.pins.accepted and c[0] != "torchvision"]
-    if not ours:
-        return row("requirements", "ok", "met by one another")
-    told = "; ".join(f"{package} wants {wanted}, {have or 'nothing'} is there" for package, wanted, have in ours)
-    return row("requirements", "warn", told, repair(s), "window")
-
-
-def check_loaded(s: setup.State) -> list[dict]:
-    """Whether what this process has loaded is still what lies on disk."""
-    changed = []
-    for name in s.pins.accepted:
-        module = sys.modules.get(setup.module_of(name))
-        memory = str(getattr(module, "__version__", "") or "")
-        disk = s.installed.get(name, "")
-        if re.match(r"\d", memory) and disk and setup.release(memory) != setup.release(disk):
-            changed.append(f"{name} {memory} is loaded, {disk} on disk")
-    if changed:
-        remedy = "restart the kernel, and install before anything is imported"
-        return [row("loaded modules", "fail", "; ".join(changed), remedy, "loaded")]
-    return [row("loaded modules", "ok", "as on disk")]
-
-
-def check_network(online: bool, s: setup.State) -> dict:
-    offline = "" if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0") else ", HF_HUB_OFFLINE is set"
-    if online:
-        return row("network", "ok", f"the package index answers{offline}")
-    return row("network", "ok", f"the package index does not answer: nothing can be downloaded{offline}")
-
-
-def checkpoints() -> Path:
-    """Where torch.hub keeps downloaded weights."""
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser() / "hub" / "checkpoints"
+def check_packages(s: setup.State, here: bool, conflicts):
+    """Whether each package imports, is in the range of pyproject.toml, fits the others, and is the one loaded."""
+    loaded = []
+    for name, accepted in s.pins.accepted.items():
+        version, module = s.installed.get(name, ""), setup.module_of(name)
+        memory = str(getattr(sys.modules.get(module), "__version__", ""))
+        if re.match(r"\d", memory) and version and setup.release(memory) != setup.release(version):
+            loaded.append(f"{name} {memory} is loaded, {version} is on disk")
+        error, cause, status, detail = s.modules[module]["error"] or "", "package", "warn", version
+        if error or not version:
+            status = "warn" if name in setup.OPTIONAL else "fail"
+            without = f" ({setup.OPTIONAL[name]})" if name in setup.OPTIONAL else ""
+            detail = f"{version} does not import{without}: {error}" if version else f"missing{without}"
+            window = "window" if setup.HUB_ERROR.search(error) and version else cause
+            cause = "pair" if "torchvision::" in error else window
+        elif name in s.half and s.ours:
+            detail = f"{version} is half installed"
+        elif not setup.satisfies(version, accepted):
+            detail = f"{version} is outside {accepted}"
+        if name not in ("torch", "torchvision"):
+            yield row(name, detail, detail != version and s.repair, cause, status)
+    text = {True: [], False: []}
+    for package, wanted, have in conflicts:
+        text[package in s.pins.accepted].append(f"{package} requires {wanted}, found {have or 'nothing'}")
+    yield row("requirements", "; ".join(text[True]) or "all are met", text[True] and s.repair, "window")
+    if text[False]:
+        yield row("other packages", f"not used by mdlib, with unmet requirements: {'; '.join(text[False][:3])}")
+    if here:
+        restart = "restart the kernel, and install before anything is imported"
+        yield row("loaded modules", "; ".join(loaded) or "as on disk", loaded and restart, "loaded", "fail")
+    error = s.modules["mdlib"]["error"] if not here or "mdlib" not in sys.modules else ""
+    yield row("mdlib", error or "imports", error and s.repair, status="fail")
+    major, version = {"Kaggle": 8, "Colab": 7}.get(s.host), s.installed.get("ipywidgets")
+    if major and version:
+        wrong = setup.release(version)[0] != major
+        remedy = f"start a fresh {s.host} session, and do not install ipywidgets in it"
+        batch = "; a batch run shows pictures" if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" else ""
+        yield row("widgets", f"{version}, {s.host} shows version {major}{batch}", wrong and remedy, "widgets")
 
 
 def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_backbones(online: bool) -> dict:
-    """The weights' names end in the beginning of their SHA-256."""
-    folder = checkpoints()
-    there = {net: folder / file for net, file in LPIPS_BACKBONES.items() if (folder / file).is_file()}
-    damaged = [str(file) for file in there.values() if not sha256(file).startswith(file.stem.rpartition("-")[2])]
-    if damaged:
-        return row("lpips weights", "warn", f"{', '.join(damaged)}: not whole", "delete it", "download")
-    if there:
-        return row("lpips weights", "ok", ", ".join(there))
-    file = LPIPS_BACKBONES["squeeze"]
-    remedy = "LPIPS downloads them when it is first used" if online else f"put {file} (5 MB) into {folder}"
-    return row("lpips weights", "warn", "no backbone is there yet", remedy, "download")
-
-
-# -- Kaggle's inputs, widgets ----------------------------------------------------------------------
-
-
-def find_people(base: Path, depth: int = 5) -> list[Path]:
-    """The folders below a base that hold folders of users (ID_k)."""
-    folders = [entry for entry in sorted(base.iterdir()) if entry.is_dir()] if base.is_dir() else []
-    if any(re.fullmatch(r"ID_\d+", folder.name) for folder in folders):
-        return [base]
-    return [found for folder in folders if depth for found in find_people(folder, depth - 1)]
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # Python 3.11
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """The files that differ from the SHA-256 sums (as of sha256sum) that a folder holds of itself."""
+    """The files of a folder that differ from its SHA256SUMS."""
     manifest = folder / "SHA256SUMS"
     text = manifest.read_text(encoding="utf-8") if manifest.is_file() else ""
     sums = re.findall(r"^([0-9a-f]{64}) [ *](.+)$", text, re.MULTILINE)
     return [name for digest, name in sums if not (folder / name).is_file() or sha256(folder / name) != digest]
 
 
-def check_inputs() -> list[dict]:
-    """Where data and wheels are below /kaggle/input: found by what they hold, never by their path."""
-    if not setup.INPUTS.is_dir():
-        return []
-    rows = []
-    for name, found, choose in (
-        (
-            "data",
-            find_people(setup.INPUTS),
-            "choose by the notebooks' parameter data; of conditions give the folder above",
-        ),
-        ("wheelhouse", setup.find_marked(setup.WHEELHOUSE_MARKER, setup.INPUTS), "choose by --wheelhouse"),
-    ):
-        told = ", ".join(map(str, found)) or f"none below {setup.INPUTS}"
-        damaged = [f"{folder / file}" for folder in found for file in damaged_files(folder)]
+def check_files(online: bool):
+    """The network, LPIPS weights, and data and wheels below /kaggle/input, found by what they hold."""
+    offline = "" if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0") else ", HF_HUB_OFFLINE is set"
+    answer = "answers" if online else "does not answer: nothing can be downloaded"
+    yield row("network", f"the package index {answer}{offline}")
+    torch_home = os.environ.get("TORCH_HOME") or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/torch"
+    folder = Path(torch_home).expanduser() / "hub" / "checkpoints"
+    there = [folder / name for name in LPIPS_BACKBONES if (folder / name).is_file()]
+    # The names end with the first digits of the SHA-256.
+    damaged = [str(file) for file in there if not sha256(file).startswith(file.stem.rpartition("-")[2])]
+    detail, remedy = ", ".join(file.name for file in there), ""
+    if damaged:
+        detail, remedy = f"{', '.join(damaged)}: incomplete", "delete the file"
+    elif not there:
+        download = f"put {LPIPS_BACKBONES[0]} (5 MB) into {folder}"
+        detail, remedy = "none on disk", "LPIPS downloads them when it is first used" if online else download
+    yield row("lpips weights", detail, remedy, "download")
+    choose = "choose by the notebooks' parameter data; for conditions give the folder above"
+    inputs = (("data", "ID_[0-9]*/", choose), ("wheelhouse", setup.WHEELHOUSE_MARKER, "choose one with --wheelhouse"))
+    for name, marker, remedy in inputs if setup.INPUTS.is_dir() else ():
+        found = setup.find_marked(marker, setup.INPUTS)
+        damaged = [str(folder / file) for folder in found for file in damaged_files(folder)]
+        detail = ", ".join(map(str, found)) or f"none below {setup.INPUTS}"
         if damaged:
-            detail = f"{len(damaged)} files differ from their sums: {', '.join(damaged[:3])}"
-            rows.append(row(name, "fail", detail, "upload the data set again, or attach another version", "data"))
-        elif len(found) > 1:
-            rows.append(row(name, "warn", told, choose, "data"))
+            detail = f"{len(damaged)} files differ from SHA256SUMS: {', '.join(damaged[:3])}"
+            yield row(name, detail, "upload the data set again, or attach another version", "data", "fail")
         else:
-            rows.append(row(name, "ok", told))
-    return rows
-
-
-def check_widgets(s: setup.State) -> list[dict]:
-    """Whether ipywidgets is of the major version that the host's page can draw."""
-    major = {"Kaggle": 8, "Colab": 7}.get(s.host)
-    version = s.installed.get("ipywidgets")
-    if major is None or version is None:
-        return []
-    kind = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    if setup.release(version)[0] != major:
-        remedy = f"start a fresh {s.host} session, and do not install ipywidgets in it"
-        return [row("widgets", "warn", f"{version}, {s.host} draws version {major}", remedy, "widgets")]
-    return [row("widgets", "ok", f"{version}; {'drawn' if kind == 'Interactive' else 'a batch run shows pictures'}")]
-
-
-def check_mdlib(s: setup.State) -> dict:
-    facts = s.modules["mdlib"]
-    if facts["error"] is None:
-        return row("mdlib", "ok", f"{facts['version']} imports")
-    return row("mdlib", "fail", facts["error"], repair(s))
-
-
-# -- command ---------------------------------------------------------------------------------------
-
-
-def as_table(rows: list[dict]) -> str:
-    width = max(len(r["name"]) for r in rows)
-    lines = []
-    for r in rows:
-        lines.append(f"{r['status']:<4}  {r['name']:<{width}}  {r['detail']}")
-        lines += [
-            f"{'':<4}  {'':<{width}}  {mark} {r[key]}" for mark, key in (("::", "cause"), ("->", "remedy")) if r[key]
-        ]
-    bad = [r["name"] for r in rows if r["status"] == "fail"]
-    lines.append(f"not ready: {', '.join(bad)}" if bad else "ready")
-    return "\n".join(lines)
+            yield row(name, detail, len(found) > 1 and remedy, "data")
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--python", help="the interpreter to look at (default: that of .venv, else this one)")
-    parser.add_argument("--expect", default="", choices=EXPECTED, help="fail if the accelerator is another one")
+    parser.add_argument("--python", help="the interpreter to report on (default: that of .venv, else this one)")
+    parser.add_argument("--expect", default="", choices=EXPECTED, help="fail on another machine than this one")
     args = parser.parse_args(argv)
-    python = args.python or (setup.venv_python() if setup.venv_python().exists() else sys.executable)
+    python = Path(args.python or (setup.venv_python() if setup.venv_python().exists() else sys.executable))
     rows = check(python, expect=args.expect)
-    ok = not any(r["status"] == "fail" for r in rows)
-    print(json.dumps({"ok": ok, "python": str(python), "checks": rows}, indent=1) if args.json else as_table(rows))
-    return 0 if ok else 1
+    bad = [r["name"] for r in rows if r["status"] == "fail"]
+    if args.json:
+        print(json.dumps({"ok": not bad, "python": str(python), "checks": rows}, indent=1))
+        return int(bool(bad))
+    print(f"Environment: Python {rows[0]['detail']}")
+    width = max(len(r["name"]) for r in rows)
+    for r in rows:
+        print(f"{r['status']:<4}  {r['name']:<{width}}  {r['detail']}")
+        notes = [f"{mark} {r[key]}" for mark, key in (("::", "cause"), ("->", "remedy")) if r[key]]
+        print(*(f"{'':<{width + 8}}{note}\n" for note in notes), sep="", end="")
+    if setup.is_ours(python) and not setup.is_ours(Path(sys.executable)):
+        print(f"note: {sys.executable} runs this report; to use .venv, activate it: {setup.ACTIVATE}")
+    print(f"not ready: {', '.join(bad)}" if bad else "ready")
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

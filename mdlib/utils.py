@@ -1,4 +1,4 @@
-"""Whole-file writes, the progress bar, the device, and what a session may take (time and disk space)."""
+"""Whole-file writes, the progress bar, the device, and the limits of a session (time and disk space)."""
 
 import os
 import shutil
@@ -11,13 +11,13 @@ from tqdm.auto import tqdm as notebook_or_terminal
 from tqdm.std import tqdm as text_bar
 
 DEADLINE = "MDLIB_DEADLINE"  # environment variable: when to stop, in seconds since 1970; absent or empty: never
-KEPT = Path("/kaggle/working")  # what Kaggle keeps of a session, up to KEPT_BYTES
+KEPT = Path("/kaggle/working")  # the folder that Kaggle saves at the end of a session, up to KEPT_BYTES
 KEPT_BYTES = 20 * 10**9
 
 
 @contextmanager
 def whole_file(path: str | Path):
-    """A temporary name to write to; once written and flushed to disk it takes the place of `path`, or goes away."""
+    """`with` a temporary name to write to; the complete file then replaces `path`. On an error it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -31,8 +31,7 @@ def whole_file(path: str | Path):
 
 
 def bar(total: int, description: str, initial: int = 0, unit: str = "step", show: bool = True):
-    """A tqdm bar over `total` units. Batch runs (papermill, Kaggle's Save & Run All) get plain text on stdout:
-    a widget bar would be a dead picture there."""
+    """A tqdm bar over `total` units; plain text on stdout in batch runs, where a widget would stay empty."""
     common = dict(total=total, desc=description, initial=initial, unit=unit, disable=not show)
     if batch_run():
         line = "{desc}: {n_fmt}/{total_fmt} {percentage:3.0f}% [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -41,31 +40,30 @@ def bar(total: int, description: str, initial: int = 0, unit: str = "step", show
 
 
 def batch_run() -> bool:
-    """True when nobody can see widgets: under papermill through `mdlib.experiments.run`, or a Kaggle batch kernel."""
+    """Whether a notebook runs unattended: under papermill (`mdlib.experiments`), or in a Kaggle batch session."""
     return os.environ.get("MDLIB_BATCH") == "1" or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch"
 
 
 def best_device() -> str:
-    """ "cuda" where there is a GPU, else "cpu"."""
+    """Return "cuda" if there is a GPU, else "cpu"."""
     import torch  # slow to import, and the simulator does without
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def has_deadline() -> bool:
+    """Whether the session has a time limit."""
     return bool(os.environ.get(DEADLINE))
 
 
 def time_is_up() -> bool:
+    """Whether the session's time limit has passed."""
     return has_deadline() and time.time() >= float(os.environ[DEADLINE])
 
 
 def end_session(state: str) -> None:
-    """Print what was reached, and leave: a notebook stops there without an error, so that its output is kept.
-
-    Raises:
-        SystemExit: with code 0; papermill takes it for a success and skips the cells that follow.
-    """
+    """Print `state` and how to resume, and raise SystemExit(0): papermill takes it for success, saves the notebook's
+    output and skips the remaining cells."""
     print(
         f"The session's time is up. {state}. Run the notebook again with this session's output attached as input "
         "(kaggle/push.py kernel NOTEBOOK --resume): it goes on there.",
@@ -75,13 +73,10 @@ def end_session(state: str) -> None:
 
 
 def room(folder: str | Path) -> int:
-    """Bytes that may still be written to `folder`: what its disk has left and, where Kaggle keeps it, its allowance."""
+    """Bytes that can still be written to `folder`: free on its disk and, on Kaggle, left of the session's output."""
     folder = Path(folder).resolve()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if folder.is_relative_to(KEPT):
-        free = min(free, KEPT_BYTES - size(KEPT))
-    return max(0, free)
+    free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free
+    return max(0, min(free, KEPT_BYTES - size(KEPT)) if folder.is_relative_to(KEPT) else free)
 
 
 def size(folder: Path) -> int:
@@ -90,7 +85,7 @@ def size(folder: Path) -> int:
 
 
 def require_room(folder: str | Path, needed: int, what: str) -> None:
-    """OSError where `folder` has no room for `needed` bytes."""
+    """Raise OSError if `folder` has no room for `needed` bytes."""
     if (left := room(folder)) < needed:
         raise OSError(
             f"{folder}: {what} takes up to {needed / 1e9:.1f} GB and {left / 1e9:.1f} GB are left: make room there, or "

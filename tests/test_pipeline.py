@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from mdlib.data.windows import DataError, load_windows
@@ -54,7 +55,8 @@ def test_users_are_named_as_on_disk(pipeline):
     made = pipeline(users=[12, 3], images_per_user=2, seed=1)
     assert made.users == [12, 12, 3, 3]
     assert [image.size for image in made.images] == [(64, 64)] * 4 and made.images[0].mode == "RGB"
-    assert made.manifest[1] == {"user": 12, "condition": "", "number": 2, "seed": 1}
+    path = "ID_12/ID12_generated_seed1_2.png"
+    assert made.manifest[1] == {"path": path, "user": 12, "condition": "", "number": 2, "seed": 1}
 
 
 def test_a_window_depends_on_seed_user_and_number_alone(pipeline):
@@ -66,7 +68,7 @@ def test_a_window_depends_on_seed_user_and_number_alone(pipeline):
 
 
 def test_an_unknown_user_is_one_line(pipeline):
-    with pytest.raises(DataError, match="knows users 3, 7, 12; it was not trained on 4-5"):
+    with pytest.raises(DataError, match="knows users 3, 7, 12; it was not trained on 4, 5"):
         pipeline(users=[3, 4, 5])
 
 
@@ -75,7 +77,8 @@ def test_saved_and_loaded_it_makes_the_same_windows(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     again = load_pipeline(tmp_path)
     assert again.config.users == [3, 7, 12] and again.config.colormap == "jet"
-    torch.testing.assert_close(again(users=[7], images_per_user=3, output_type="pt").images, expected)
+    for loaded in (again, DiffusionPipeline.from_pretrained(tmp_path).to(again.device)):
+        torch.testing.assert_close(loaded([7], images_per_user=3, output_type="pt").images, expected)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["codec"] == ["mdlib.models.vqvae", "VQVAE"] and index["prior"] == [
         "mdlib.models.transformer",
@@ -83,6 +86,11 @@ def test_saved_and_loaded_it_makes_the_same_windows(pipeline, tmp_path):
     ]
     written = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert written == {".json", ".safetensors"}, "nothing that must be unpickled"
+
+
+def test_options_of_other_pipelines_are_refused_in_one_line(pipeline):
+    with pytest.raises(DataError, match="no sampling option generator; there are guidance_scale, temperature"):
+        pipeline([7], generator=torch.Generator())
 
 
 def test_no_pipeline_is_one_line(tmp_path):
@@ -122,11 +130,11 @@ def test_generation_stops_when_the_sessions_time_is_up(pipeline, tmp_path, monke
 
 def test_windows_of_another_pipeline_or_of_other_options_are_not_mixed_in(pipeline, tmp_path):
     pipeline.generate_folder(tmp_path, per_user=2)
-    with pytest.raises(DataError, match="windows made otherwise .*temperature.*choose another folder"):
+    with pytest.raises(DataError, match="windows generated with other settings .*temperature.*choose another folder"):
         pipeline.generate_folder(tmp_path, per_user=2, temperature=0.5)
     with torch.no_grad():
         pipeline.prior.head.weight.add_(1)
-    with pytest.raises(DataError, match="windows made otherwise .*weights"):
+    with pytest.raises(DataError, match="windows generated with other settings .*weights"):
         pipeline.generate_folder(tmp_path, per_user=2)
 
 
@@ -141,13 +149,13 @@ def test_a_corrected_option_is_accepted_and_an_unknown_one_named(pipeline, tmp_p
 def test_chosen_windows_keep_to_a_folder_of_their_own(pipeline, tmp_path):
     pipeline.generate_folder(tmp_path / "all", per_user=2)
     drawn = pipeline([7], seed=3, output_type="pt")
-    with pytest.raises(DataError, match="windows made otherwise .seed differ"):
+    with pytest.raises(DataError, match="windows generated with other settings .seed."):
         pipeline.save_windows(tmp_path / "all", drawn.manifest, drawn.images)
     (row,) = copy_windows(tmp_path / "all", ["ID_3/ID3_generated_seed0_2.png"], tmp_path / "chosen")
     assert (row["user"], row["number"], row["seed"]) == ("3", "2", "0")
-    with pytest.raises(DataError, match="chosen does not tell what made its windows .*nothing.png"):
+    with pytest.raises(DataError, match="chosen has no record of how its windows were generated .*nothing.png"):
         copy_windows(tmp_path / "chosen", ["ID_3/nothing.png"], tmp_path / "more")
-    with pytest.raises(DataError, match="does not tell what made its windows"):
+    with pytest.raises(DataError, match="has no record of how its windows were generated"):
         copy_windows(tmp_path, ["ID_3/window.png"], tmp_path / "more")
     assert not (tmp_path / "more").exists()
 

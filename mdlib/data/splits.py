@@ -70,11 +70,12 @@ def make_split(
     parts: dict[str, list[WindowFile]] = {part: [] for part in (*PARTS, "dropped", "spare")}
     users = _by(every, lambda f: f.user)
     for user, files in sorted(users.items()):
-        mine = _split_user([f for f in files if (user, f.condition) not in excluded], val, test, gap, fold)
+        usable = [f for f in files if (user, f.condition) not in excluded]
+        mine = _split_user(usable, val, test, gap, fold)
         mine["test"] = [f for f in files if (user, f.condition) in excluded] + mine["test"]
         if not all(mine[part] for part in PARTS):
             raise DataError(
-                f"user ID_{user} has {count(len(files), 'window')}, too few for train, val and test {gap} apart"
+                f"user ID_{user} has {count(len(usable), 'window')}, too few for train, val and test {gap} apart"
                 f"{f' in fold {fold}' if fold else ''}: {3 * gap if fold else 2 * gap + 1} in a row are needed, add "
                 "windows or leave the user out"
             )

@@ -31,9 +31,9 @@ from mdlib.models.foundation import load_foundation
 from mdlib.models.perceptual import load_lpips
 from mdlib.systems.presets import Preset
 from mdlib.systems.registry import get_preset, get_system, make_codec, make_prior, start_codec, start_prior
+from mdlib.training.distributed import check_batch, processes, python_path
 from mdlib.training.fit import precision
 from mdlib.training.joint import JointFineTuning
-from mdlib.training.launch import check_batch, processes, python_path
 from mdlib.utils import whole_file
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"

@@ -26,9 +26,9 @@ from mdlib.models.foundation import make_foundation
 from mdlib.models.layers import world
 from mdlib.models.teacher import FeatureDistance
 from mdlib.systems.registry import load_codec, make_codec, make_prior, seeded
+from mdlib.training.distributed import ERROR, check_batch, launch, processes
 from mdlib.training.fit import Batches, TrainConfig, fit_stages
 from mdlib.training.latents import encode_all
-from mdlib.training.launch import ERROR, check_batch, launch, processes
 from mdlib.utils import best_device, whole_file
 
 

@@ -1,56 +1,107 @@
-"""Several processes train one model, each on its part of every batch: what they tell one another.
+"""Training in several processes: how they are started, and what they exchange.
 
-Plain torch.distributed. Without a process group, or with one process, every function leaves things as they are. All
-processes make the same calls in the same order, with tensors of the same shapes; "the first" is the one of rank 0.
+A process that has used CUDA cannot be forked, and a notebook's has: so a module is started afresh in each process.
+Without a process group, or with one process, the collectives do nothing. All processes call them in the same order
+with tensors of the same shapes; "the first" has rank 0.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from mdlib.models.layers import rank, world
 
 T = TypeVar("T")
+ERROR = "mdlib: "  # starts the line in which a process prints why it fails
+
+
+def processes() -> int:
+    """The number of processes of a training: one for each GPU, if they can use NCCL; 1 within one of them."""
+    if "WORLD_SIZE" in os.environ or not (dist.is_available() and dist.is_nccl_available()):
+        return 1
+    return max(1, torch.cuda.device_count())
+
+
+def check_batch(size: int) -> None:
+    """ValueError if a batch of `size` cannot be divided among the processes of a training."""
+    if size % (number := processes()):
+        raise ValueError(
+            f"{number} GPUs cannot share a batch of {size}: give a batch_size that {number} divides, in codec_options "
+            "or prior_options, or fewer GPUs by CUDA_VISIBLE_DEVICES"
+        )
+
+
+def launch(number: int, module: str, *arguments) -> None:
+    """Run `python -m module arguments` in `number` processes that train together, by Accelerate's launcher, and print
+    their lines as they come. The processes end with this call, however it ends.
+
+    Raises:
+        RuntimeError: one of them failed, with the exit code and why: the first line that starts with ERROR, or else
+            the last one.
+    """
+    torch.cuda.empty_cache()  # memory cached here would be missing in the process that trains on this GPU
+    # What the launcher would otherwise read from a configuration file or warn of; TrainConfig's precision counts.
+    options = dict(gpu_ids="all", num_processes=number, num_machines=1, machine_rank=0, mixed_precision="no")
+    options |= dict(dynamo_backend="no", num_cpu_threads_per_process=max(1, torch.get_num_threads() // number))
+    options |= dict(main_process_port=get_free_port())  # Accelerate before 1.7 cannot choose one
+    words = ["accelerate.commands.launch", "--multi_gpu"] + [f"--{key}={value}" for key, value in options.items()]
+    # Lines come at once, and the progress bar is text.
+    variables = {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "MDLIB_BATCH": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", *words, "-m", module, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | variables,
+        start_new_session=True,  # a notebook's interrupt reaches the notebook alone, which ends them
+    ) as started:
+        why = last = ""
+        try:
+            for line in map(str.rstrip, started.stdout):
+                if line:
+                    print(line, flush=True)
+                if line.startswith(ERROR):
+                    why = why or line.removeprefix(ERROR)
+                if any(map(str.isalpha, line)):  # the launcher ends with a rule
+                    last = line.strip()
+        except BaseException:
+            started.terminate()  # the launcher ends its processes
+            started.communicate()
+            raise
+    if started.returncode:
+        raise RuntimeError(f"training in {number} processes ended with exit code {started.returncode}: {why or last}")
+
+
+def python_path() -> str:
+    """PYTHONPATH by which another process finds this mdlib, also when it is not installed."""
+    here = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
 
 
 def mean_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes, all in one message.
-
-    A parameter that one process's part of the batch did not reach counts there as zero; one that no part reached
-    stays without gradient, so the optimizer leaves it alone as it would in a single process.
-    """
-    if world() == 1:
-        return
-    parameters = [p for p in parameters if p.requires_grad]
-    reached = parameters[0].new_tensor([p.grad is not None for p in parameters])
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([reached, *(part.flatten() for part in parts)])
-    dist.all_reduce(flat)
-    reached, *means = (flat / world()).split([len(parameters), *(p.numel() for p in parameters)])
-    for p, part, mean, anywhere in zip(parameters, parts, means, reached.tolist(), strict=True):
-        if anywhere:
-            p.grad = part.copy_(mean.view_as(p))
+    """Replace every gradient by its mean over the processes, all in one message. The same parameters must have
+    gradients in each."""
+    if world() > 1:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        means = (flat / world()).split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """Call `function` in the first process only; every process waits for its answer and returns it.
-
-    Raises:
-        RuntimeError: in the other processes, where `function` raised in the first.
-    """
-    if world() == 1:
-        return function()
-    message = [None, ""]
-    if rank() == 0:
-        try:
-            message[0] = function()
-        except Exception as error:
-            dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"], src=0)
-            raise
-    dist.broadcast_object_list(message, src=0)
-    answer, failure = message
-    if failure:
-        raise RuntimeError(f"the first process stopped: {failure}")
-    return answer
+    """Call `function` in the first process only; all return its value. If it raises, the launcher ends the others."""
+    value = [function() if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(value, src=0)
+    return value[0]

@@ -1,79 +1,37 @@
 """One training loop for every model: `fit(model, data, config, run_dir)`.
 
-A step is a pure function of (state, step number): data order depends on (seed, epoch), noise on (seed, step). So a
-run that was killed and resumed on the same CPU ends bit for bit like one that was not, but for a budget of time, under
-which the learning rate follows the clock. Nothing else about randomness is saved.
-
-Started by `accelerate launch --multi_gpu` or `torchrun`, `fit` trains one model in all processes: a step's batch is cut
-into as many parts as there are processes, and the gradients are averaged before the step. Models are trained by `loss`,
-not by `forward`, so there is no wrapper around them.
+A step is a pure function of the state and the step number: data order depends on (seed, epoch), noise on (seed, step).
+A run that is killed and resumed on the same CPU therefore ends bit for bit like an uninterrupted one, except under a
+time budget, where the learning rate follows the clock. Models are trained by `loss`, not by `forward`: nothing wraps
+them, also where several processes train one (`accelerate launch --multi_gpu`, `torchrun`).
 """
 
 import csv
+import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import is_wandb_available
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 
-from mdlib.models.layers import all_mean, broadcast_from_first, rank, world
+from mdlib.models.layers import all_mean, rank, world
+from mdlib.training import state as checkpoints
 from mdlib.training.distributed import mean_gradients, on_first
-from mdlib.utils import bar, end_session, has_deadline, require_room, time_is_up, whole_file
+from mdlib.training.state import State, TrainConfig, precision
+from mdlib.utils import bar, end_session, has_deadline, time_is_up, whole_file
 
-# On several GPUs: fork_rng keeps the random numbers of all, as it is meant to.
+__all__ = ["Batches", "TrainConfig", "batch_order", "fit", "fit_stages", "precision", "read_history", "write_history"]
+
+# On several GPUs: fork_rng saves the random state of all, as it should.
 warnings.filterwarnings("ignore", "CUDA reports that you have .* fork_rng")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How to train; what is trained is the model's own configuration."""
-
-    steps: int = 1000  # optimizer steps, not batches and not epochs
-    batch_size: int = 32  # samples a forward pass of a process; in a preset of all together (mdlib.experiments.steps)
-    accumulation: int = 1  # forward passes an optimizer step
-    learning_rate: float = 1e-3  # peak
-    warmup_steps: int = 50  # optimizer steps, linear
-    weight_decay: float = 1e-4
-    beta2: float = 0.99  # AdamW's second moment; 0.99 suits runs of a few thousand steps
-    clip: float = 1.0  # gradient norm
-    user_rate: float = 1.0  # learning rate of a prior's user embeddings over that of all else
-    ema_decay: float = 0.0  # 0 keeps no average
-    mixed_precision: str = "no"  # no | fp16 | bf16 | auto (fp16 where the GPU gains from it, else no)
-    seed: int = 0
-    evaluate_every: int = 100  # optimizer steps between held-out losses
-    save_every: int = 200  # optimizer steps between checkpoints
-    patience: int = 0  # held-out evaluations without a better loss before stopping; 0 never stops early
-    keep_best: bool = True  # end with the weights of the lowest held-out loss
-    max_minutes: float = 0.0  # wall-clock budget over all resumes, the learning rate falls within it; 0 is none
-    snapshots: bool = False  # keep the weights on the way, each time training has taken twice as long
-    tracker: str = "tensorboard"  # tensorboard | wandb | none
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "evaluate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if self.user_rate <= 0:
-            raise ValueError(f"TrainConfig.user_rate must be above 0, got {self.user_rate}")
-        if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1:
-            raise ValueError("TrainConfig needs learning_rate > 0 and ema_decay in [0, 1)")
-        if self.mixed_precision not in ("no", "fp16", "bf16", "auto"):
-            raise ValueError(f"TrainConfig.mixed_precision is no, fp16, bf16 or auto, not {self.mixed_precision!r}")
-        if self.tracker not in ("tensorboard", "wandb", "none"):
-            raise ValueError(f"TrainConfig.tracker must be tensorboard, wandb or none, got {self.tracker!r}")
-
-
-@dataclass(frozen=True)
 class Batches:
-    """A training set in memory: tensors of equal length, and what to do with a drawn batch.
+    """A training set in memory: tensors of equal length.
 
     transform: called as transform(*batch, generator) → the arguments of `model.loss`; conversion and augmentation.
     """
@@ -93,20 +51,8 @@ class Batches:
         return Batches(tuple(tensor.to(device) for tensor in self.tensors), self.transform)
 
     def take(self, index: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        batch = tuple(tensor[index.to(tensor.device)] for tensor in self.tensors)
+        batch = tuple(tensor[index] for tensor in self.tensors)
         return tuple(self.transform(*batch, generator)) if self.transform else batch
-
-
-def batch_order(step: int, batch_size: int, length: int, seed: int) -> torch.Tensor:
-    """Indices of batch number `step`: a window on the endless row of epochs, each a permutation by (seed, epoch)."""
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // length
-    index = torch.empty(batch_size, dtype=torch.long)
-    for epoch in epochs.unique().tolist():
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(_mix(seed, epoch, 1)))
-        here = epochs == epoch
-        index[here] = order[positions[here] % length]
-    return index
 
 
 def fit(
@@ -122,43 +68,224 @@ def fit(
     progress: bool = True,
     launch: Callable[[], None] | None = None,
 ) -> list[dict]:
-    """Train `model` in place by its `loss(*batch) → (loss, logs)`; returns the history, one dict an evaluation.
+    """Train `model` in place by its `loss(*batch) → (loss, logs)`. Returns the history, one dict an evaluation.
 
-    At the end the model, in eval mode, holds the weights of the best held-out loss (with `run_dir` and `held_out`),
-    or else the last ones, averaged where `ema_decay` is set.
+    The model ends in eval mode with the weights of the best held-out loss (with `run_dir` and `held_out`), or else
+    with the last ones, averaged where `ema_decay` is set.
 
-    Under several processes of one machine each calls it with the same arguments. A step then sees batch_size ×
-    accumulation × processes samples and moves the weights as one process of that batch would; only noise and dropout
-    are drawn anew in each process, and batch norms see their own process's part. The first process alone evaluates,
-    previews and writes files; all return the same history and end with the same weights. A run goes on under another
-    number of processes only where batch_size × processes stays what it was.
+    Several processes each call it with the same arguments and take their part of every batch of batch_size ×
+    processes. The weights change as by one process with that batch; only noise and dropout differ between processes,
+    and batch norms see their own part. The first process evaluates and writes files; all return the same.
 
     Args:
-        run_dir: receives state.pt (resume), best.safetensors, history.csv, tensorboard/ and, where asked for,
-            snapshots/STEP.safetensors (averaged weights at evaluations). Called again with the
-            same folder, `fit` goes on where it stopped; a finished run returns at once. None keeps nothing on disk.
-        held_out: its mean loss decides what is best and when to stop early.
-        evaluate: further held-out figures of the model (in eval mode, averaged weights).
-        preview: called as preview(model, step) at each evaluation, to draw samples.
-        name: what the progress bar is called.
-        progress: show the bar.
-        launch: trains in other processes that call `fit` with this `run_dir` and global batch, and returns when they
-            end. Called where anything is left to train; this process then takes the weights from their checkpoint.
+        run_dir: receives state.pt (checkpoint), best.safetensors, history.csv, tensorboard/ and snapshots/. Called
+            again with the same folder and batch_size × processes, `fit` resumes; a finished run returns at once.
+        held_out: its mean loss decides which weights are best and when to stop early.
+        evaluate: returns further figures of the model (in eval mode, averaged weights) for the history.
+        preview: called as preview(model, step) at each evaluation.
+        launch: trains in other processes that call `fit` with this `run_dir` and global batch. Called if anything is
+            left to train; this process then loads their checkpoint.
 
     Raises:
-        FloatingPointError: the loss is not finite, in any process (with the step and the remedy).
-        ModuleNotFoundError: the tracker is wandb, whose package is not there.
+        FloatingPointError: the loss is not finite, in any process; no checkpoint and no history row contains it.
         OSError: the disk has no room for the checkpoints.
-        RuntimeError: in the other processes, where the first could not evaluate, preview or write; or what was launched
-            left something to train.
-        SystemExit: the session's time is up (`mdlib.utils`); the checkpoint in `run_dir` was written.
+        RuntimeError: `launch` left something to train.
+        SystemExit: the session's time is up (`mdlib.utils`); a checkpoint was written to `run_dir`.
         ValueError: `run_dir` holds a run of another configuration.
     """
-    if run_dir is not None:
-        run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng():  # the caller's random numbers stay the caller's
-        return _Fit(model, data, config, run_dir, held_out, evaluate, preview, name, progress, launch).run()
+    with torch.random.fork_rng():  # the caller's random state is left alone
+        state = checkpoints.start(model, config, run_dir)
+        if state.unfinished and launch:
+            _train_elsewhere(launch, state, name)
+        elif state.unfinished:
+            on_first(lambda: checkpoints.check_room(state, name))
+            log, end_log = _tracker(config, state.run_dir)
+            data, held_out = data.to(state.device), held_out and held_out.to(state.device)
+            losses = []  # those not yet known to be finite: looking at one makes the host wait for the GPU
+            clock, late = time.monotonic() - state.seconds, False
+            model.train()
+            with bar(config.steps, name, initial=state.step, show=progress and rank() == 0) as shown:
+                while state.unfinished and not late:
+                    _set_learning_rate(state)
+                    logs = _step(state, data, losses)
+                    shown.update()
+                    state.seconds = time.monotonic() - clock
+                    if config.max_minutes:
+                        state.seconds = on_first(lambda: state.seconds)  # clocks differ, and all processes must agree
+                    if state.budget_spent:
+                        state.stopped = f"the budget of {config.max_minutes:g} minutes is spent"
+                    late = bool(state.run_dir and has_deadline() and on_first(time_is_up)) and state.unfinished
+
+                    evaluates = not state.unfinished or state.step % config.evaluate_every == 0
+                    saves = not state.unfinished or late or state.step % config.save_every == 0
+                    if evaluates or saves or len(losses) >= 20:
+                        _require_finite(losses, state, name)
+                    if evaluates:
+                        shown.set_postfix(_evaluate(state, logs, held_out, evaluate, preview, log), refresh=False)
+                        model.train()
+                    if state.run_dir and (saves or state.stopped):
+                        on_first(lambda: checkpoints.save(state))
+            end_log()
+            if late:
+                _end_session(state, name)
+        checkpoints.load_final_weights(state, found_best=bool(run_dir and held_out))
+    return state.history
+
+
+def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Update the weights by `accumulation` batches; noise and dropout come from (seed, step, rank). Appends the losses
+    and returns the last batch's logs. Nothing here waits for a GPU."""
+    config = state.config
+    _seed(_mix(config.seed, state.step, 2 + 8 * rank()), state.device)
+    generator = torch.Generator().manual_seed(_mix(config.seed, state.step, 3 + 8 * rank()))
+    state.optimizer.zero_grad()
+    for part in range(config.accumulation):
+        number = state.step * config.accumulation + part
+        index = batch_order(number, config.batch_size * world(), len(data), config.seed, state.device)
+        with state.autocast:
+            loss, logs = state.model.loss(*data.take(index.chunk(world())[rank()], generator))
+        state.scaler.scale(loss / config.accumulation).backward()
+        losses.append(loss.detach())
+    mean_gradients(state.model.parameters())  # before fp16's scale is taken out: all see one process's overflow
+    state.scaler.unscale_(state.optimizer)
+    # Clip each group by itself (a discriminator's gradient must not shrink others), as clip_grad_norm_, but leaner.
+    for group in state.optimizer.param_groups:
+        if gradients := [parameter.grad for parameter in group["params"] if parameter.grad is not None]:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            torch._foreach_mul_(gradients, (config.clip / (norm + 1e-6)).clamp(max=1.0))
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.step += 1
+    if state.average:  # with a decay that rises from 0 to ema_decay
+        decay = 0.0 if state.step == 1 else min(state.step / (state.step + 9), config.ema_decay)
+        change = torch._foreach_sub(state.average, state.weights)
+        torch._foreach_mul_(change, 1 - decay)
+        torch._foreach_sub_(state.average, change)
+    return logs
+
+
+def batch_order(step: int, batch_size: int, length: int, seed: int, device="cpu") -> torch.Tensor:
+    """Indices of batch number `step`, on `device`: epoch after epoch, each a permutation by (seed, epoch)."""
+    first, last, parts = step * batch_size, (step + 1) * batch_size, []
+    while first < last:
+        epoch, place = divmod(first, length)
+        parts.append(_epoch_order(epoch, length, seed, device)[place : place + last - first])
+        first += len(parts[-1])
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(epoch: int, length: int, seed: int, device) -> torch.Tensor:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(_mix(seed, epoch, 1))).to(device)
+
+
+def _set_learning_rate(state: State) -> None:
+    """Linear warm-up, then a cosine to 0. Under a time budget it falls with the steps or with the time, whichever is
+    further, so that training ends at a low rate; it warms up with the steps."""
+    steps, warmup, budget = state.config.steps, state.config.warmup_steps, 60 * state.config.max_minutes
+
+    def shape(step: float) -> float:
+        if step < warmup:
+            return step / warmup
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * ((step - warmup) / max(1, steps - warmup)))))
+
+    elapsed = min(steps, steps * state.seconds / budget) if budget else 0
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * min(shape(state.step), shape(max(state.step, elapsed)))
+
+
+def _require_finite(losses: list[torch.Tensor], state: State, name: str) -> None:
+    """FloatingPointError if a loss since the last look is not finite, in any process; empties the list."""
+    first = state.step - len(losses) // state.config.accumulation
+    for number, value in enumerate(all_mean(torch.stack(losses)).tolist()):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name}: the loss became {value} at step {first + number // state.config.accumulation}: lower "
+                "learning_rate, or set mixed_precision='no' when it was fp16"
+            )
+    losses.clear()
+
+
+def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str, str]:
+    """Append a row to the history and return what the bar shows of it. The first process measures; what it decides
+    holds in all."""
+    _set_learning_rate(state)
+    rate, row = state.optimizer.param_groups[0]["lr"], {}
+    if logs:
+        values = torch.stack([torch.as_tensor(value, device=state.device).double() for value in logs.values()])
+        row = dict(zip(logs, all_mean(values).tolist(), strict=True))
+    row = {"step": state.step, "seconds": round(state.seconds, 2), "learning_rate": rate, **row}
+
+    def measure() -> tuple:
+        state.model.eval()
+        checkpoints.swap_average(state)
+        with torch.no_grad():
+            if held_out:
+                row.update(_held_out_logs(state, held_out))
+                checkpoints.keep_best(state, row["held_out_loss"])
+            if evaluate:
+                row.update(evaluate(state.model))
+            if preview:
+                preview(state.model, state.step)
+        state.history.append(row)
+        checkpoints.save_snapshot(state)
+        checkpoints.swap_average(state)
+        if state.run_dir:
+            write_history(state.history, state.run_dir / "history.csv")
+        log(row)
+        return state.history, state.best, state.stale, state.stopped
+
+    state.history, state.best, state.stale, state.stopped = on_first(measure)
+    shown = {key: f"{value:.3g}" for key, value in state.history[-1].items() if key in ("held_out_loss", *logs)}
+    if budget := state.config.max_minutes:
+        shown["minutes"] = f"{state.seconds / 60:.1f}/{budget:g}"
+    return shown
+
+
+def _held_out_logs(state: State, held_out: Batches) -> dict[str, float]:
+    """Mean loss and logs over the held-out set, with the same noise at every evaluation."""
+    _seed(_mix(state.config.seed, 0, 4), state.device)
+    generator, sums = torch.Generator().manual_seed(_mix(state.config.seed, 0, 5)), {}
+    for index in torch.arange(len(held_out), device=state.device).split(state.config.batch_size):
+        with state.autocast:
+            loss, logs = state.model.loss(*held_out.take(index, generator))
+        for key, value in {"loss": loss, **logs}.items():
+            sums[key] = sums.get(key, 0.0) + float(value) * len(index)
+    return {f"held_out_{key}": value / len(held_out) for key, value in sums.items()}
+
+
+def _tracker(config: TrainConfig, run_dir: Path | None) -> tuple[Callable[[dict], None], Callable[[], None]]:
+    """Functions that log a row of the history to TensorBoard or Weights & Biases, and close the log."""
+    if not run_dir or config.tracker == "none" or rank() > 0:
+        return lambda row: None, lambda: None
+    if config.tracker == "wandb":
+        import wandb
+
+        title = " ".join(run_dir.parts[-2:])
+        run = wandb.init(project="mdlib", dir=str(run_dir), name=title, config=asdict(config))
+        return lambda row: run.log(row, step=row["step"]), run.finish
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(run_dir / "tensorboard")
+    return lambda row: [writer.add_scalar(key, row[key], row["step"]) for key in row if key != "step"], writer.close
+
+
+def _train_elsewhere(launch: Callable[[], None], state: State, name: str) -> None:
+    """Let other processes train, and load what they reached."""
+    if time_is_up():
+        _end_session(state, name)
+    launch()
+    checkpoints.resume(state)
+    if state.unfinished and time_is_up():
+        raise SystemExit(0)  # the other processes have printed why
+    if state.unfinished:
+        raise RuntimeError(f"{name}: the processes that train it ended at step {state.step} of {state.config.steps}")
+
+
+def _end_session(state: State, name: str) -> None:
+    if rank() > 0:
+        raise SystemExit(0)  # the first process prints why
+    end_session(f"{name} stopped at step {state.step} of {state.config.steps}, saved in {state.run_dir}")
 
 
 def fit_stages(
@@ -169,29 +296,29 @@ def fit_stages(
     stages: tuple[tuple[float, dict], ...] = (),
     **options,
 ) -> list[dict]:
-    """`fit`, stage after stage; without stages one `fit` in `run_dir`.
+    """`fit`, stage after stage; without stages one `fit` in `run_dir`. Returns the joined history.
 
-    Before each stage `model.configure(**its options)` changes the model's loss. A stage has its share of the steps, a
-    learning rate that warms up and falls anew, and a folder stage-N of its own in `run_dir`. max_minutes is of all: a
-    stage has its share of it and what earlier ones left, and when that is spent it does not begin.
+    Before each stage `model.configure(**its options)` changes the model's loss. A stage has its fraction of the steps,
+    a learning rate that warms up and falls again, and the folder stage-N in `run_dir`. max_minutes is for all stages:
+    each has its fraction of it and what earlier ones left; once it is spent no further stage starts.
 
     Args:
-        stages: pairs of a share of config.steps and options.
+        stages: pairs of a fraction of config.steps and options of `model.configure`.
         options: as for `fit`.
     """
     if not stages:
         return fit(model, data, config, run_dir, **options)
     history, done, seconds = [], 0, 0.0
-    whole = sum(share for share, _ in stages)
-    for number, (share, changes) in enumerate(stages, 1):
-        until = sum(share for share, _ in stages[:number]) / whole
+    whole = sum(fraction for fraction, _ in stages)
+    for number, (fraction, changes) in enumerate(stages, 1):
+        until = sum(fraction for fraction, _ in stages[:number]) / whole
         left = config.max_minutes and config.max_minutes * until - seconds / 60
-        if history and config.max_minutes and left < 0.01 / 60:  # seconds are kept to a hundredth
+        if history and config.max_minutes and left < 0.01 / 60:  # seconds are rounded to a hundredth
             break
         if config.max_minutes and (Path(run_dir) / f"stage-{number + 1}" / "state.pt").exists():
-            left = 1e-9  # its weights went on in the next stage: a larger budget comes too late for it
+            left = 1e-9  # the next stage has started from its weights: a larger budget comes too late for it
         model.configure(**changes)
-        steps = max(1, round(share * config.steps))
+        steps = max(1, round(fraction * config.steps))
         warmup = min(config.warmup_steps, max(1, steps // 10))
         part = replace(config, steps=steps, warmup_steps=warmup, max_minutes=left)
         rows = fit(model, data, part, Path(run_dir) / f"stage-{number}", **options)
@@ -201,293 +328,8 @@ def fit_stages(
     return history
 
 
-class _Fit:
-    """The state of one `fit` call, and its phases in reading order."""
-
-    def __init__(self, model, data, config, run_dir, held_out, evaluate, preview, name, progress, launch):
-        self.config, self.run_dir, self.name, self.data, self.held_out = config, run_dir, name, data, held_out
-        self.evaluate, self.preview, self.progress, self.launch = evaluate, preview, progress, launch
-        self.tracker = config.tracker if run_dir and config.tracker != "none" else None
-        if self.tracker == "wandb" and not is_wandb_available():  # Accelerate would go on without a word
-            raise ModuleNotFoundError("tracker wandb needs the package wandb: pip install wandb, or take tensorboard")
-        # Accelerate keeps one precision a process; a notebook trains models of several, one after the other.
-        AcceleratorState._reset_state()
-        self.accelerator = Accelerator(
-            mixed_precision=precision(config.mixed_precision),
-            log_with=self.tracker,
-            project_dir=run_dir,
-            cpu=not torch.cuda.is_available(),
-        )
-        device = self.accelerator.device
-        # Several processes on a CPU are given the device "cpu:0", to which torch.load cannot load.
-        self.device = torch.device("cpu") if device.type == "cpu" else device
-        on_cpu = self.device.type == "cpu"  # there channels last is the faster layout of a convolution
-        self.model = model.to(self.device, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
-        broadcast_from_first(self.model.state_dict().values())
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config),
-            lr=config.learning_rate,
-            betas=(0.9, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),  # one call instead of a dozen for each tensor
-        )
-        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # half precision, but no wrapper
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-        self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay) if config.ema_decay else None
-        self.step, self.history, self.seconds = 0, [], 0.0
-        self.best, self.stale, self.stopped = float("inf"), 0, ""
-
-    def run(self) -> list[dict]:
-        self._resume()
-        if self._unfinished() and self.launch:
-            self._follow()
-        elif self._unfinished():
-            self._train()
-        self._load_final_weights()
-        return self.history
-
-    def _unfinished(self) -> bool:
-        return self.step < self.config.steps and not self.stopped
-
-    def _follow(self) -> None:
-        """Let other processes train, and take over what they reached."""
-        if time_is_up():
-            self._end_session()
-        self.launch()
-        self._resume()
-        if self._unfinished() and time_is_up():
-            raise SystemExit(0)  # they have told it
-        if self._unfinished():
-            raise RuntimeError(
-                f"{self.name}: the processes that train it ended at step {self.step} of {self.config.steps}"
-            )
-
-    def _train(self) -> None:
-        on_first(self._require_room)
-        self.data = self.data.to(self.device)  # not before: where others train, the GPU's memory is theirs
-        self.held_out = self.held_out.to(self.device) if self.held_out else None
-        if self.tracker:
-            self._begin_logs()
-        started, before, late = time.monotonic(), self.seconds, False
-        show = self.progress and rank() == 0
-        with bar(self.config.steps, self.name, initial=self.step, show=show) as progress:
-            while self.step < self.config.steps and not self.stopped and not late:
-                logs = self._optimizer_step()
-                progress.update()
-                self.seconds = before + time.monotonic() - started
-                if self.config.max_minutes:
-                    self.seconds = on_first(lambda: self.seconds)  # clocks differ, and all must do alike
-                    self._hurry()
-                if self._budget_spent():
-                    self.stopped = f"the budget of {self.config.max_minutes:g} minutes is spent"
-                last = self.step == self.config.steps
-                if last or self.stopped or self.step % self.config.evaluate_every == 0:
-                    progress.set_postfix(self._evaluate(logs), refresh=False)
-                if self.run_dir and has_deadline():
-                    late = on_first(time_is_up) and not (last or self.stopped)
-                if last or late or self.stopped or self.step % self.config.save_every == 0:
-                    on_first(self._save)
-        for tracker in self.accelerator.trackers:  # end_training() would end the process group too
-            tracker.finish()
-        if late:
-            self._end_session()
-
-    def _end_session(self) -> None:
-        if rank() > 0:
-            raise SystemExit(0)  # the first process tells it
-        end_session(f"{self.name} stopped at step {self.step} of {self.config.steps}, kept in {self.run_dir}")
-
-    def _begin_logs(self) -> None:
-        options = {"wandb": {"dir": str(self.run_dir), "name": " ".join(self.run_dir.parts[-2:])}}
-        project = "tensorboard" if self.tracker == "tensorboard" else "mdlib"  # of TensorBoard it is a folder
-        self.accelerator.init_trackers(project, asdict(self.config), options)
-
-    def _require_room(self) -> None:
-        """Room for a checkpoint and the best weights, each twice: a new file is whole before the old one goes."""
-        if not self.run_dir:
-            return
-        weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        trained = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
-        state = weights + 2 * trained + (weights if self.ema else 0)
-        files = (1 if (self.run_dir / "state.pt").exists() else 2) * (state + weights)
-        require_room(self.run_dir, files, f"training the {self.name}")
-
-    def _optimizer_step(self) -> dict[str, torch.Tensor]:
-        """One update of the weights from `accumulation` batches; noise and dropout come from (seed, step, rank)."""
-        torch.manual_seed(_mix(self.config.seed, self.step, 2 + 8 * rank()))
-        generator = torch.Generator().manual_seed(_mix(self.config.seed, self.step, 3 + 8 * rank()))
-        self.model.train()
-        self.optimizer.zero_grad()
-        for part in range(self.config.accumulation):
-            number = self.step * self.config.accumulation + part
-            index = batch_order(number, self.config.batch_size * world(), len(self.data), self.config.seed)
-            index = index.chunk(world())[rank()]
-            with self.accelerator.autocast():
-                loss, logs = self.model.loss(*self.data.take(index, generator))
-            self.accelerator.backward(loss / self.config.accumulation)
-        loss = all_mean(loss.detach())  # not finite in one process is not finite in all: they stop together
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"{self.name}: the loss became {loss.item()} at step {self.step}: lower learning_rate, "
-                "or set mixed_precision='no' when it was fp16"
-            )
-        mean_gradients(self.model.parameters())  # before fp16's scale is taken out: all see one process's overflow
-        self.accelerator.unscale_gradients()
-        for group in self.optimizer.param_groups:  # each by itself: a discriminator's gradient must not shrink others
-            torch.nn.utils.clip_grad_norm_(group["params"], self.config.clip)
-        self.optimizer.step()
-        self.schedule.step()
-        if self.ema:
-            self.ema.step(self.model.parameters())
-        self.step += 1
-        return logs
-
-    def _hurry(self) -> None:
-        """Under a budget of time the learning rate falls with the steps or with the time, whichever is further: weights
-        of a high rate would be the noisier ones. It warms up with the steps."""
-        position = min(self.config.steps, self.config.steps * self.seconds / (60 * self.config.max_minutes))
-        lists = (self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas)
-        for group, peak, shape in zip(*lists, strict=True):
-            group["lr"] = peak * min(shape(self.step), shape(max(self.step, position)))
-
-    def _evaluate(self, logs: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Append one row to the history; the first process measures, and what it decides all do."""
-        values = torch.tensor([float(value) for value in logs.values()], dtype=torch.float64, device=self.device)
-        logs = dict(zip(logs, all_mean(values).tolist(), strict=True))
-        self.history, self.best, self.stale, self.stopped = on_first(lambda: self._measure(logs))
-        row = self.history[-1]
-        shown = {key: f"{row[key]:.3g}" for key in ("held_out_loss", *logs) if key in row}
-        if self.config.max_minutes:
-            shown["minutes"] = f"{self.seconds / 60:.1f}/{self.config.max_minutes:g}"
-        return shown
-
-    def _measure(self, logs: dict[str, float]) -> tuple[list[dict], float, int, str]:
-        """The history with its new row, and best, stale and stopped; keeps the weights of the lowest held-out loss."""
-        row = {
-            "step": self.step,
-            "seconds": round(self.seconds, 2),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            **logs,
-        }
-        with _averaged(self.ema, self.model), torch.no_grad():
-            self.model.eval()
-            if self.held_out:
-                row |= self._held_out_logs()
-            if self.evaluate:
-                row |= self.evaluate(self.model)
-            self._keep_if_best(row.get("held_out_loss"))
-            if self.preview:
-                self.preview(self.model, self.step)
-            self.history.append(row)
-            if self.config.snapshots and self.run_dir:
-                self._keep_snapshot()
-        if self.run_dir:
-            write_history(self.history, self.run_dir / "history.csv")
-        self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=self.step)
-        return self.history, self.best, self.stale, self.stopped
-
-    def _held_out_logs(self) -> dict[str, float]:
-        """Mean loss and logs over the whole held-out set, with the same noise at every evaluation."""
-        torch.manual_seed(_mix(self.config.seed, 0, 4))
-        generator = torch.Generator().manual_seed(_mix(self.config.seed, 0, 5))
-        totals: dict[str, float] = {}
-        for index in torch.arange(len(self.held_out)).split(self.config.batch_size):
-            loss, logs = self.model.loss(*self.held_out.take(index, generator))
-            for key, value in {"loss": loss, **logs}.items():
-                totals[f"held_out_{key}"] = totals.get(f"held_out_{key}", 0.0) + float(value) * len(index)
-        return {key: value / len(self.held_out) for key, value in totals.items()}
-
-    def _keep_if_best(self, loss: float | None) -> None:
-        if loss is None:
-            return
-        if loss < self.best:
-            self.best, self.stale = loss, 0
-            if self.config.keep_best and self.run_dir:
-                self._save_weights(self.run_dir / "best.safetensors")
-            return
-        self.stale += 1
-        if self.config.patience and self.stale >= self.config.patience:
-            self.stopped = f"no better held-out loss for {self.stale} evaluations"
-
-    def _keep_snapshot(self) -> None:
-        folder = self.run_dir / "snapshots"
-        folder.mkdir(exist_ok=True)
-        kept = {int(path.stem) for path in folder.glob("*.safetensors")}
-        if self.seconds >= 2 * max((row["seconds"] for row in self.history if row["step"] in kept), default=0):
-            self._save_weights(folder / f"{self.step}.safetensors")
-
-    def _save_weights(self, file: Path) -> None:
-        tensors = {key: value.contiguous() for key, value in self.model.state_dict().items()}
-        with whole_file(file) as path:
-            save_file(tensors, path)
-
-    def _load_final_weights(self) -> None:
-        best = self.run_dir / "best.safetensors" if self.run_dir and self.config.keep_best else None
-        if best and self.held_out and best.exists():
-            self.model.load_state_dict(load_file(best, device=str(self.device)))
-        elif self.ema:
-            self.ema.copy_to(self.model.parameters())
-        broadcast_from_first(self.model.state_dict().values())  # a batch norm's averages are each process's own
-        self.model.eval()
-
-    # Checkpoints -----------------------------------------------------------------------------------------------
-
-    def _save(self) -> None:
-        if not self.run_dir:
-            return
-        scaler = self.accelerator.scaler
-        state = {
-            "config": _identity(self.config),
-            "step": self.step,
-            "seconds": self.seconds,
-            "stopped": self.stopped,
-            "best": self.best,
-            "stale": self.stale,
-            "history": self.history,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "scaler": scaler.state_dict() if scaler else None,
-        }
-        with whole_file(self.run_dir / "state.pt") as path:
-            torch.save(state, path)
-
-    def _resume(self) -> None:
-        if not self.run_dir or not (self.run_dir / "state.pt").exists():
-            return
-        path = self.run_dir / "state.pt"
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["config"] != _identity(self.config):
-            changed = [key for key, value in _identity(self.config).items() if state["config"].get(key) != value]
-            raise ValueError(
-                f"{self.run_dir} holds a run with other settings ({', '.join(changed)}): choose another folder, "
-                "delete this one, or restore the settings and the number of processes"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
-        self.best, self.stale, self.stopped = state["best"], state["stale"], state["stopped"]
-        if self.stopped.startswith("the budget") and not self._budget_spent():
-            self.stopped = ""  # a larger budget was granted
-        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = rate  # a budget had lowered it
-        if self.config.max_minutes:
-            self._hurry()
-
-    def _budget_spent(self) -> bool:
-        limit = 60 * self.config.max_minutes
-        return bool(limit) and self.seconds > limit
-
-
 def write_history(history: list[dict], path: Path) -> None:
-    """The history as a CSV file, a row an evaluation."""
+    """Write the history as a CSV file, a row an evaluation."""
     columns = list(dict.fromkeys(key for row in history for key in row))
     with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -496,65 +338,16 @@ def write_history(history: list[dict], path: Path) -> None:
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    """What `write_history` left in a run folder; what a row did not measure is not in it."""
+    """The history of a run folder, as `write_history` left it; a row lacks what it did not measure."""
     with open(folder / "history.csv", newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def _parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list[dict]:
-    """AdamW's parameter groups: the model's own `parameter_groups()` where it has them; else all in one, or users'
-    embeddings apart where they have a rate of their own."""
-    own = getattr(model, "parameter_groups", None)
-    groups = own() if own else [{"params": list(model.parameters())}]
-    if config.user_rate != 1:
-        if own or not hasattr(model, "users"):
-            raise ValueError("TrainConfig.user_rate is of a prior that is told users")
-        users = list(model.users.parameters())
-        known = {id(parameter) for parameter in users}
-        others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-        groups = [{"params": others}, {"params": users, "lr": config.user_rate * config.learning_rate}]
-    return [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-
-
-@contextmanager
-def _averaged(ema: EMAModel | None, model: torch.nn.Module):
-    """`with` the averaged weights in the model; without an average it changes nothing."""
-    if not ema:
-        yield
-        return
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    try:
-        yield
-    finally:
-        ema.restore(model.parameters())
-
-
-def precision(wanted: str) -> str:
-    """`wanted`, or for "auto" fp16 on a GPU with tensor cores (compute capability 7 and above) and float32 elsewhere:
-    older GPUs gain nothing from half precision.
-
-    Raises:
-        ValueError: half precision without a GPU, or bf16 on one that emulates it, as all below capability 8 do.
-    """
-    generation = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-    if wanted == "auto":
-        return "fp16" if generation >= 7 else "no"
-    if wanted in ("fp16", "bf16") and not generation:
-        raise ValueError(f"training in {wanted} needs a GPU")
-    if wanted == "bf16" and generation < 8:
-        raise ValueError(f"{torch.cuda.get_device_name()} only emulates bf16, and slowly: take fp16")
-    return wanted
-
-
-def _identity(config: TrainConfig) -> dict:
-    """The settings that make a run what it is; budget, tracker, snapshots and checkpoint rhythm may change on resume.
-
-    Its batch_size is that of all processes: it decides which samples a step sees.
-    """
-    free = ("max_minutes", "tracker", "save_every", "snapshots")
-    settings = {key: value for key, value in asdict(config).items() if key not in free}
-    return settings | {"batch_size": config.batch_size * world()}
+def _seed(value: int, device: torch.device) -> None:
+    """As torch.manual_seed, which formats a stack trace at each call where CUDA is not in use."""
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
 
 
 def _mix(seed: int, number: int, stream: int) -> int:

@@ -1,7 +1,7 @@
-"""Codec and prior trained together, after each was trained alone.
+"""Joint fine-tuning of a trained codec and a trained prior.
 
-The prior's loss reaches the encoder, so that latents become easier to predict. Making them small would be the easiest
-way to that; normalising each batch by its own statistics closes it (REPA-E, Leng et al. 2025).
+The prior's loss reaches the encoder, so that latents become easier to predict. Small latents would be the easiest to
+predict: normalising each batch by its own statistics rules that out (REPA-E, Leng et al. 2025).
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class JointFineTuning(nn.Module):
-    """The sum of a codec's and a prior's losses, end to end; afterwards call `codec.calibrate` anew.
+    """The sum of a codec's and a prior's losses, end to end. Call `codec.calibrate` again afterwards.
 
     Args:
         codec: of continuous latents (`mdlib.models.kl`); a codebook's codes carry no gradient.

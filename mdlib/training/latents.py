@@ -1,4 +1,4 @@
-"""What a codec makes of a set of windows, computed once and kept beside it; and back."""
+"""A codec's tokens or latents of a set of windows, computed once and cached; and their images."""
 
 import hashlib
 from pathlib import Path
@@ -23,15 +23,14 @@ def encode_all(
     """Tokens (N, h, w) or latents (N, D, h, w) of uint8 images (N, C, H, W).
 
     Args:
-        kind: "tokens" or "latents", what the prior consumes.
-        cache: folder that keeps the result, keyed by the codec's weights and the images; None keeps nothing.
-        labels: (N,), for a conditional codec.
+        kind: "tokens" or "latents".
+        cache: folder for the result, in a file named by the codec's weights and the data; None: no cache.
+        labels: users (N,), for a conditional codec.
     """
     path = Path(cache) / f"{kind}-{fingerprint(codec, images, labels)}.safetensors" if cache else None
     if path and path.exists():
         return load_file(path)[kind]
-    codec.eval()
-    encode = codec.encode_tokens if kind == "tokens" else codec.encode
+    encode = codec.eval().encode_tokens if kind == "tokens" else codec.eval().encode
     batches = parts(codec.device, batch_size, images, labels)
     result = torch.cat([encode(to_float(part), *users).cpu() for part, *users in batches])
     if path:
@@ -42,9 +41,9 @@ def encode_all(
 
 @torch.no_grad()
 def decode_all(codec, latents: torch.Tensor, batch_size: int = 64, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """Images (N, C, H, W) in [−1, 1] of normalised latents (N, D, h, w); labels (N,) for a conditional codec."""
-    codec.eval()
-    return torch.cat([codec.decode(*part).cpu() for part in parts(codec.device, batch_size, latents, labels)])
+    """Images (N, C, H, W) in [−1, 1] of normalised latents (N, D, h, w); users (N,) for a conditional codec."""
+    decode = codec.eval().decode
+    return torch.cat([decode(*part).cpu() for part in parts(codec.device, batch_size, latents, labels)])
 
 
 def fingerprint(model: torch.nn.Module, *tensors: torch.Tensor | None) -> str:

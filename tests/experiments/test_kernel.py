@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import torch
 from helpers import ROOT, message, write_set
-from test_train import CONFIG, line, points, same
+from test_fit import CONFIG, line, points, same
 from tqdm.std import tqdm as text_bar
 
 from mdlib import utils

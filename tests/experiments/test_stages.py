@@ -11,19 +11,20 @@ import psutil
 import pytest
 import torch
 from helpers import write_set
-from test_train import CONFIG, line, points, same
+from test_fit import CONFIG, line, points, same
 
 from mdlib import utils
 from mdlib.experiments import steps
 from mdlib.experiments.run import open_run
 from mdlib.pipeline import MicroDopplerPipeline
-from mdlib.training import launch
-from mdlib.training.fit import _Fit, fit
+from mdlib.training import distributed
+from mdlib.training import fit as training
+from mdlib.training.fit import fit
 
-TRAINS = _Fit._train
+STEP = training._step
 
 
-def no_training(self):
+def no_training(*_):
     raise AssertionError("the notebook's own process trains")
 
 
@@ -41,13 +42,13 @@ def launched(tmp_path_factory):
         seen.alone_history = steps.train_stage(seen.alone)
 
         def train(name, stage):
-            patch.setattr(_Fit, "_train", no_training)
+            patch.setattr(training, "_step", no_training)
             try:
                 with redirect_stdout(StringIO()) as printed:
                     return steps.train_stage(stage)
             finally:
                 seen.told[name] = printed.getvalue()
-                patch.setattr(_Fit, "_train", TRAINS)
+                patch.setattr(training, "_step", STEP)
 
         patch.setattr(steps, "processes", lambda: 2)
         seen.run = open_run(folder / "two", data=str(people), preset="smoke")
@@ -85,7 +86,7 @@ def test_their_progress_comes_as_lines_of_text(launched):
 def test_a_session_whose_time_is_up_ends_for_all(launched):
     assert launched.end.value.code == 0
     told = launched.told["first session"]
-    assert told.count("The session's time is up. codec stopped at step 1 of 6, kept in") == 1 and "Error" not in told
+    assert told.count("The session's time is up. codec stopped at step 1 of 6, saved in") == 1 and "Error" not in told
     assert "codec: 1/6" in launched.told["codec"], "the next session goes on there"
 
 
@@ -131,7 +132,7 @@ def test_a_failure_is_one_line_with_its_exit_code_and_all_output_is_shown(module
         "    sys.exit(3)\n"
     )
     with pytest.raises(RuntimeError) as error:
-        launch.launch(2, name, "a run", 0.5)
+        distributed.launch(2, name, "a run", 0.5)
     assert str(error.value) == "training in 2 processes ended with exit code 1: ValueError: no such user"
     printed = capsys.readouterr().out
     for rank in "01":
@@ -142,7 +143,7 @@ def test_a_failure_is_one_line_with_its_exit_code_and_all_output_is_shown(module
 def test_a_process_that_was_killed_is_told_of(module):
     name = module("import os, signal\nos.environ['RANK'] == '0' and os.kill(os.getpid(), signal.SIGKILL)\n")
     with pytest.raises(RuntimeError, match="exit code 1: .*SIGKILL"):
-        launch.launch(2, name)
+        distributed.launch(2, name)
 
 
 def test_an_interrupt_ends_the_processes_too(module, monkeypatch):
@@ -153,9 +154,9 @@ def test_an_interrupt_ends_the_processes_too(module, monkeypatch):
         if len(ready) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch, "print", interrupt_when_both_are_ready, raising=False)
+    monkeypatch.setattr(distributed, "print", interrupt_when_both_are_ready, raising=False)
     with pytest.raises(KeyboardInterrupt):
-        launch.launch(2, name)
+        distributed.launch(2, name)
     assert len(ready) == 2 and not any(map(psutil.pid_exists, ready))
 
 
@@ -175,7 +176,7 @@ def test_a_process_for_each_gpu_and_none_within_a_launched_one(gpus, launched_al
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if launched_already:
         monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launch.processes() == number
+    assert distributed.processes() == number
     started = []
     monkeypatch.setattr(steps, "launch", lambda *words: started.append(words))
     monkeypatch.setattr(steps, "fit_stages", lambda *arguments, launch, **options: launch and launch())
@@ -195,7 +196,7 @@ def test_a_process_for_each_gpu_and_none_within_a_launched_one(gpus, launched_al
 def test_gpus_that_cannot_share_a_batch_are_told_of_before_anything_is_trained(tmp_path, monkeypatch):
     people = write_set(tmp_path / "people", numbers=range(1, 33))
     run = open_run(tmp_path / "run", data=str(people), preset="smoke")
-    monkeypatch.setattr(launch, "processes", lambda: 3)
+    monkeypatch.setattr(distributed, "processes", lambda: 3)
     for refused in (
         lambda: steps.codec_stage(run),
         lambda: open_run(tmp_path / "new", data=str(people), preset="smoke"),
@@ -210,11 +211,11 @@ def test_fit_takes_over_what_others_trained_and_starts_nothing_where_all_is_done
 
     def others():
         calls.append(1)
-        monkeypatch.setattr(_Fit, "_train", TRAINS)
+        monkeypatch.setattr(training, "_step", STEP)
         fit(there, points(), CONFIG, tmp_path, held_out=points(20), progress=False)
-        monkeypatch.setattr(_Fit, "_train", no_training)
+        monkeypatch.setattr(training, "_step", no_training)
 
-    monkeypatch.setattr(_Fit, "_train", no_training)
+    monkeypatch.setattr(training, "_step", no_training)
     for _ in range(2):
         history = fit(here, points(), CONFIG, tmp_path, held_out=points(20), launch=others)
         assert same(here, there) and history[-1]["step"] == CONFIG.steps

@@ -177,7 +177,7 @@ def test_what_cannot_be_done_is_told_in_one_line(users, monkeypatch, tmp_path):
     users.dials["temperature"].value = 0.5
     users.keep[0].value = True
     users.button.click()
-    assert "windows made otherwise (temperature differ)" in users.message.line.value
+    assert "windows generated with other settings (temperature)" in users.message.line.value
 
 
 def test_an_error_within_a_redrawn_page_is_not_lost(codes, monkeypatch):

@@ -1,4 +1,4 @@
-"""check_environment.py with pretended probes."""
+"""check_environment.py with simulated probes."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ PINS = setup.read_pins()
 def healthy():
     facts = {
         "interpreter": {"executable": "python", "version": [3, 12, 1], "compiles": True},
-        "conflicts": {"all": []},
+        "conflicts": [],
         "torchaudio": {"error": "ModuleNotFoundError: No module named 'torchaudio'"},
         "installed": {name: PINS.wanted[name].lstrip("=") for name in PINS.accepted},
         "half": {},
-        "project": {"mdlib": None},
+        "project": None,
         "mdlib": {"error": None, "version": "0.1.0"},
     }
     facts |= {setup.module_of(name): {"error": None, "version": "1"} for name in PINS.accepted}
@@ -38,9 +38,15 @@ def healthy():
 
 @pytest.fixture
 def facts(monkeypatch, tmp_path):
-    """What the probe will say; a test spoils it."""
+    """What the probe reports; a test changes it."""
     found = healthy()
-    monkeypatch.setattr(setup, "ask", lambda python, modules=(), **options: found)
+
+    def ask(python, names=()):
+        general = ("interpreter", "installed", "half", "project")
+        return {name: found[name] for name in general} | {"modules": {name: found.get(name) for name in names}}
+
+    monkeypatch.setattr(setup, "ask", ask)
+    monkeypatch.setattr(setup, "unmet_requirements", lambda python: found["conflicts"])
     monkeypatch.setattr(setup, "find_gpus", lambda: ())
     monkeypatch.setattr(setup, "ask_driver", lambda query: "")
     monkeypatch.setattr(setup, "index_answers", lambda python: True)
@@ -57,7 +63,7 @@ def facts(monkeypatch, tmp_path):
 
 @pytest.fixture
 def gpus(facts, monkeypatch):
-    """Put GPUs in place, which torch sees."""
+    """Simulate GPUs, which torch sees."""
 
     def put(*found):
         monkeypatch.setattr(setup, "find_gpus", lambda: found)
@@ -66,7 +72,7 @@ def gpus(facts, monkeypatch):
     return put
 
 
-T4, P100 = setup.Gpu("Tesla T4", (7, 5), 580), setup.Gpu("Tesla P100-PCIE-16GB", (6, 0), 580)
+T4, P100 = setup.Gpu("Tesla T4", (7, 5), 580, 15360), setup.Gpu("Tesla P100-PCIE-16GB", (6, 0), 580, 16384)
 
 
 def by_name(rows):
@@ -76,6 +82,23 @@ def by_name(rows):
 def test_all_is_well(facts, capsys):
     assert check_environment.main([]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "ready"
+
+
+def test_the_report_names_its_environment(facts, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(setup, "VENV", tmp_path / ".venv")
+    assert check_environment.main([]) == 0
+    assert "the running Python" in capsys.readouterr().out.splitlines()[0]
+    setup.venv_python().parent.mkdir(parents=True)
+    setup.venv_python().touch()
+    assert check_environment.main([]) == 0
+    first, *_, note, last = capsys.readouterr().out.splitlines()
+    assert ".venv" in first and "activate it: source .venv/bin/activate" in note and last == "ready"
+
+
+def test_the_machines_are_those_of_the_presets():
+    assert set(check_environment.EXPECTED) >= {"cpu", "gpu", "t4x2", "p100", "gpu-6gb", "gpu-8gb", "gpu-16gb"}
+    with pytest.raises(setup.Stop, match="unknown machine 'tpu': choose from cpu, gpu"):
+        check_environment.check(expect="tpu")
 
 
 def test_json_holds_the_rows_of_check(facts, capsys):
@@ -119,7 +142,7 @@ def test_a_missing_required_package_fails(facts):
     assert by_name(check_environment.check())["accelerate"]["status"] == "fail"
 
 
-def test_a_version_outside_its_range_is_told(facts):
+def test_a_version_outside_its_range_is_reported(facts):
     facts["installed"]["transformers"] = "4.40.0"
     row = by_name(check_environment.check())["transformers"]
     assert row["status"] == "warn" and PINS.accepted["transformers"] in row["detail"]
@@ -133,7 +156,7 @@ def test_a_gpu_that_fails_to_compute_fails(facts, monkeypatch):
     assert "fp16" in rows["gpu 0"]["detail"]
 
 
-def test_a_gpu_that_torch_does_not_see_is_told(facts, monkeypatch):
+def test_a_gpu_that_torch_does_not_see_is_reported(facts, monkeypatch):
     monkeypatch.setattr(setup, "find_gpus", lambda: (setup.Gpu("Tesla T4", (7, 5), 580),))
     facts["torch"] |= {"version": "2.13.0+cpu", "cuda": None, "arch_list": []}
     facts["torchvision"]["version"] = "0.28.0+cpu"
@@ -148,16 +171,16 @@ def test_precision_is_what_the_gpu_is_fast_in(capability, advice):
 
 
 def test_lpips_weights_are_found_in_torch_home_and_hashed(facts, tmp_path, monkeypatch):
-    monkeypatch.setitem(check_environment.LPIPS_BACKBONES, "squeeze", "squeezenet1_1-9a129038.pth")
+    monkeypatch.setattr(check_environment, "LPIPS_BACKBONES", ["squeezenet1_1-9a129038.pth"])
     assert by_name(check_environment.check())["lpips weights"]["status"] == "warn"
-    file = tmp_path / "hub" / "checkpoints" / check_environment.LPIPS_BACKBONES["squeeze"]
+    file = tmp_path / "hub" / "checkpoints" / check_environment.LPIPS_BACKBONES[0]
     file.parent.mkdir(parents=True)
     file.write_bytes(b"weights")
     row = by_name(check_environment.check())["lpips weights"]
     assert row["status"] == "ok" and "squeeze" in row["detail"]
     file.write_bytes(b"weig")  # a download that was cut off
     row = by_name(check_environment.check())["lpips weights"]
-    assert row["status"] == "warn" and "not whole" in row["detail"]
+    assert row["status"] == "warn" and "incomplete" in row["detail"]
 
 
 def test_an_old_python_fails(facts, monkeypatch):
@@ -186,21 +209,21 @@ def test_a_build_without_kernels_for_the_gpu(facts, gpus):
     assert status == "fail" and "no kernels for Tesla P100" in text and "repair --python" in text
 
 
-def test_a_torch_that_was_exchanged_after_set_up(facts):
+def test_a_torch_that_was_replaced_after_set_up(facts):
     assert "torch since set-up" not in by_name(check_environment.check("/opt/other/bin/python"))
-    file = setup.folder_of(Path("/opt/other/bin/python")) / "torch.json"
+    file = setup.State(PINS, Path("/opt/other/bin/python")).folder / "constraints.txt"
     file.parent.mkdir(parents=True)
-    file.write_text('{"torch": "2.13.0+cu130", "cuda": "13.0"}')
+    file.write_text("numpy===2.4.6\ntorch===2.13.0\n")
     assert found("torch since set-up")[0] == "ok"
-    file.write_text('{"torch": "2.13.0+cu126", "cuda": "12.6"}')
-    assert "2.13.0+cu126 was set up, 2.13.0+cu130 is there" in found("torch since set-up")[1]
+    file.write_text("torch===2.13.0+cu126\n")
+    assert "2.13.0+cu126 was set up, found 2.13.0" in found("torch since set-up")[1]
     file.unlink()
     facts["installed"] |= {"nvidia-cudnn-cu12": "9", "nvidia-nccl-cu13": "2", "nvidia-cublas": "13"}
     assert "cu12 and cu13" in found("torch since set-up")[1]
 
 
-def test_a_torchvision_made_for_another_torch_and_a_broken_torchaudio(facts):
-    facts["conflicts"]["all"] = [["torchvision", "torch==2.12.0", "2.13.0"]]
+def test_a_torchvision_built_for_another_torch_and_a_broken_torchaudio(facts):
+    facts["conflicts"] = [["torchvision", "torch==2.12.0", "2.13.0"]]
     assert found("torchvision")[0] == "warn" and "torch==2.12.0" in found("torchvision")[1]
     facts["torchvision"] = {"error": "RuntimeError: operator torchvision::nms does not exist"}
     status, text = found("torchvision")
@@ -212,14 +235,16 @@ def test_a_torchvision_made_for_another_torch_and_a_broken_torchaudio(facts):
 
 
 def test_hub_and_its_family_out_of_their_windows(facts):
-    facts["conflicts"]["all"] = [["diffusers", "huggingface-hub<2", "2.4.0"], ["some-game", "numpy<2", "2.4"]]
+    facts["conflicts"] = [["diffusers", "huggingface-hub<2", "2.4.0"], ["some-game", "numpy<2", "2.4"]]
     status, text = found("requirements")
-    assert status == "warn" and "diffusers wants huggingface-hub<2, 2.4.0 is there" in text and "game" not in text
+    assert status == "warn" and "diffusers requires huggingface-hub<2, found 2.4.0" in text and "game" not in text
+    status, text = found("other packages")
+    assert status == "ok" and "some-game requires numpy<2, found 2.4" in text
     facts["diffusers"]["error"] = "ImportError: cannot import name 'cached_download' from 'huggingface_hub'"
     assert "accept only certain releases of one another" in found("diffusers")[1]
 
 
-def test_a_package_exchanged_under_this_process(facts):
+def test_a_package_replaced_under_this_process(facts):
     for name in PINS.accepted:
         module = sys.modules.get(setup.module_of(name))
         if module is not None:
@@ -229,7 +254,7 @@ def test_a_package_exchanged_under_this_process(facts):
 
     facts["installed"]["numpy"] = "1.99.0"
     row = by_name(check_environment.check())["loaded modules"]
-    assert row["status"] == "fail" and f"numpy {numpy.__version__} is loaded, 1.99.0 on disk" in row["detail"]
+    assert row["status"] == "fail" and f"numpy {numpy.__version__} is loaded, 1.99.0 is on disk" in row["detail"]
     assert "loaded modules" not in by_name(check_environment.check("/opt/other/bin/python"))
 
 
@@ -238,7 +263,12 @@ def test_another_accelerator_than_the_one_asked_for(facts, gpus, monkeypatch, ca
     assert found("accelerator", expect="t4x2")[0] == "ok"
     assert found("accelerator", expect="cpu")[0] == "fail"
     gpus(T4)
-    assert found("accelerator", expect="gpu")[0] == "ok"
+    for fits in ("gpu", "gpu-6gb", "gpu-8gb", "gpu-16gb"):
+        assert found("accelerator", expect=fits)[0] == "ok"
+    gpus(T4._replace(memory=8192))
+    assert found("accelerator", expect="gpu-8gb")[0] == "ok"
+    assert found("accelerator", expect="gpu-16gb")[0] == "fail"
+    gpus(T4)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     status, text = found("accelerator", expect="t4x2")
     assert status == "fail" and "phone number" in text and "machine_shape" in text and "docker_image" in text
@@ -246,7 +276,7 @@ def test_another_accelerator_than_the_one_asked_for(facts, gpus, monkeypatch, ca
     assert "not ready: accelerator" in capsys.readouterr().out
 
 
-def test_an_image_without_cuda_beside_a_gpu_fails_on_kaggle(facts, gpus, monkeypatch):
+def test_an_image_without_cuda_next_to_a_gpu_fails_on_kaggle(facts, gpus, monkeypatch):
     gpus(T4)
     facts["torch"] |= {"version": "2.10.0+cpu", "cuda": None, "arch_list": [], "ops": {"cpu": None}}
     assert found("torch")[0] == "ok"
@@ -290,7 +320,9 @@ def test_what_keeps_processes_from_starting(facts, gpus, monkeypatch):
         assert "is taken" in found("launcher")[1]
     monkeypatch.setattr(setup, "ask_driver", lambda query: "4242, 900 MiB\n" if "apps" in query else "")
     status, text = found("launcher")
-    assert status == "warn" and "processes 4242 hold a GPU" in text and "accelerate launch" in text
+    assert status == "warn" and "processes 4242 use a GPU" in text and "accelerate launch" in text
+    facts["installed"]["accelerate"] = "1.13.0"
+    assert "notebook_launcher fails before accelerate 1.14" in found("launcher")[1]
     torch = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True), __version__="2.13.0")
     monkeypatch.setitem(sys.modules, "torch", torch)
     assert "this process has started CUDA" in by_name(check_environment.check())["launcher"]["detail"]
@@ -314,7 +346,7 @@ def test_more_precision_or_compiling_than_the_gpu_can_do(facts, gpus, monkeypatc
     assert status == "warn" and "TORCH_DISABLE_NATIVE_JIT=1" in text
 
 
-def test_no_compiler_beside_a_torch_that_compiles(facts, gpus):
+def test_no_compiler_next_to_a_torch_that_compiles(facts, gpus):
     gpus(T4)
     assert "triton" not in by_name(check_environment.check("/opt/other/bin/python"))
     facts["interpreter"]["compiles"] = False
@@ -338,7 +370,7 @@ def test_little_memory_disk_and_cores(facts, monkeypatch):
         assert found(name)[0] == "warn"
 
 
-def test_widgets_of_another_major_than_the_page_draws(facts, monkeypatch):
+def test_widgets_of_another_major_than_the_page_shows(facts, monkeypatch):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     assert found("widgets")[0] == "ok"
     facts["installed"]["ipywidgets"] = "7.7.1"
@@ -349,7 +381,7 @@ def test_widgets_of_another_major_than_the_page_draws(facts, monkeypatch):
     assert found("widgets")[0] == "ok"
 
 
-def test_offline_is_told_and_where_weights_belong(facts, monkeypatch):
+def test_offline_is_reported_with_the_place_of_the_weights(facts, monkeypatch):
     monkeypatch.setattr(setup, "index_answers", lambda python: False)
     assert "nothing can be downloaded" in found("network")[1]
     assert "squeezenet1_1-b8a52dc0.pth" in found("lpips weights")[1]

@@ -1,9 +1,9 @@
-"""Environments broken for real and mended by `repair`: minutes and gigabytes, with a package index.
+"""Environments that are broken and then fixed by `repair`: takes half an hour, gigabytes and a package index.
 
     python -m pytest -m slow -s tests/test_repair_for_real.py
 
-A copy of the repository gets a .venv of its own; every test works on a copy of both (of hard links: pip replaces
-files, it does not write into them), made at the same place, so that paths within stay right.
+A copy of the repository gets its own .venv; every test works on a copy of both in the same folder, so that paths stay
+valid. The copies are hard links: pip replaces files, it does not write into them.
 """
 
 import json
@@ -60,7 +60,7 @@ class Copy:
         return done
 
     def failures(self):
-        """{check: detail} of what check_environment.py calls a failure or a warning, but for weights and machine."""
+        """{check: detail} of the failures and warnings of check_environment.py, except weights and machine."""
         done = self.run(
             sys.executable,
             "-c",
@@ -74,7 +74,7 @@ class Copy:
         return setup.ask(self.python)["installed"]
 
     def torch_file(self):
-        """Identifies the very file of torch's library: another one if torch was installed again."""
+        """The inode of torch's library: it changes if torch is reinstalled."""
         return next(self.folder.glob(".venv/lib/python*/site-packages/torch/_C.*.so")).stat().st_ino
 
     def packages(self):
@@ -83,36 +83,36 @@ class Copy:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A copy of the repository with a complete environment, kept aside, and the place it was made for."""
+    """A copy of the repository with a complete environment, stored elsewhere, and the folder it belongs to."""
     place = tmp_path_factory.mktemp("repair")
-    tree, kept = place / "mdlib", place / "kept"
+    tree, stored = place / "mdlib", place / "stored"
     names = ("setup_environment.py", "check_environment.py", "pyproject.toml", "README.md", "LICENSE", "mdlib")
     tree.mkdir()
     for name in names:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tree / name)
-    made = Copy(tree).setup("install")
-    assert made.returncode == 0, made.stderr
+    done = Copy(tree).setup("install")
+    assert done.returncode == 0, done.stderr
     assert Copy(tree).failures() == {}
     for name in ("setup.log", "constraints.txt"):  # written into, so not to be shared by links
         (tree / ".venv" / name).unlink()
-    tree.rename(kept)
-    yield kept, tree
+    tree.rename(stored)
+    yield stored, tree
     shutil.rmtree(place)
 
 
 @pytest.fixture
 def copy(good, request, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    kept, tree = good
-    shutil.copytree(kept, tree, copy_function=os.link, symlinks=True)
+    stored, tree = good
+    shutil.copytree(stored, tree, copy_function=os.link, symlinks=True)
     print(f"\n== {request.node.name.removeprefix('test_').replace('_', ' ')}")
     yield Copy(tree)
     shutil.rmtree(tree)
 
 
-def mended(copy, row, why):
-    """`repair` finds one trouble and mends it; everything works afterwards, and torch is the one it was."""
+def assert_repaired(copy, row, why):
+    """`repair` runs one step; then everything works, and torch has not changed."""
     before = copy.torch_file()
     done = copy.setup("repair")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -127,25 +127,25 @@ def mended(copy, row, why):
 def test_a_torchvision_of_another_torch(copy):
     copy.pip("install", "--no-deps", "torchvision===0.27.0")
     assert "torchvision::nms" in copy.failures()["torchvision"]
-    mended(copy, "torchvision to match torch", "torchvision::nms")
+    assert_repaired(copy, "torchvision to match torch", "torchvision::nms")
 
 
 def test_old_pins_that_import_cached_download(copy):
     copy.pip("install", "--no-deps", "diffusers==0.27.2")
     assert "cached_download" in copy.failures()["diffusers"]
-    mended(copy, "packages", "diffusers 0.27.2")
+    assert_repaired(copy, "packages", "diffusers 0.27.2")
 
 
 def test_a_hub_outside_the_window(copy):
     copy.pip("install", "--no-deps", "huggingface-hub==0.25.2")
     failures = copy.failures()
-    assert "huggingface" in failures["transformers"] and "0.25.2 is there" in failures["requirements"]
-    mended(copy, "packages", "huggingface-hub 0.25.2")
+    assert "huggingface" in failures["transformers"] and "found 0.25.2" in failures["requirements"]
+    assert_repaired(copy, "packages", "huggingface-hub 0.25.2")
 
 
 def test_lpips_removed(copy):
     copy.pip("uninstall", "--yes", "lpips")
-    mended(copy, "packages", "lpips missing")
+    assert_repaired(copy, "packages", "lpips missing")
 
 
 def test_an_install_that_was_killed(copy):
@@ -153,17 +153,17 @@ def test_an_install_that_was_killed(copy):
     for name in ("INSTALLER", "RECORD"):
         next(copy.packages().glob(f"accelerate-*.dist-info/{name}")).unlink()
     shutil.rmtree(copy.packages() / "accelerate" / "utils")
-    mended(copy, "half-installed packages", "accelerate")
+    assert_repaired(copy, "half-installed packages", "accelerate")
 
 
 def test_another_numpy_and_pandas(copy):
     copy.pip("install", "--no-deps", f"numpy=={OLD_NUMPY}", f"pandas=={OLD_PANDAS}")
-    mended(copy, "packages", f"numpy {OLD_NUMPY}, pandas {OLD_PANDAS}")
+    assert_repaired(copy, "packages", f"numpy {OLD_NUMPY}, pandas {OLD_PANDAS}")
 
 
 def test_files_of_a_dependency_lost(copy):
     shutil.rmtree(copy.packages() / "filelock")
-    mended(copy, "imports", "filelock")
+    assert_repaired(copy, "imports", "filelock")
 
 
 def test_a_Python_that_is_not_ours_offline_and_from_a_wheelhouse(copy, tmp_path):
@@ -184,6 +184,6 @@ def test_a_Python_that_is_not_ours_offline_and_from_a_wheelhouse(copy, tmp_path)
         done = copy.setup("repair", "--python", copy.python, "--wheelhouse", wheels, **nowhere)
         assert done.returncode == 0, done.stderr
         assert copy.versions() == {**before, "lpips": "0.1.4"}
-        assert setup.ask(copy.python, ("lpips", "mdlib"))["mdlib"]["error"] is None
+        assert setup.ask(copy.python, ("lpips", "mdlib"))["modules"]["mdlib"]["error"] is None
     finally:
         shutil.rmtree(foreign)

@@ -1,6 +1,6 @@
-"""What test_train_ddp.py starts in two processes: `torchrun --nproc_per_node=2 two_processes.py FOLDER`.
+"""What test_distributed.py starts in two processes: `torchrun --nproc_per_node=2 two_processes.py FOLDER`.
 
-Each process leaves what it saw in FOLDER/<rank>.pt; then a loss fails in one of them.
+Each process writes what it saw to FOLDER/<rank>.pt; then a loss fails in one of them.
 """
 
 import os
@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from accelerate.state import AcceleratorState
-from test_train import CONFIG, Line, line, points
+from accelerate import PartialState
+from test_fit import CONFIG, Line, line, points
 from torch import nn
 
 import mdlib.training.fit
@@ -27,11 +27,11 @@ QUIET = Batches(points().tensors)  # without noise
 
 @contextmanager
 def alone():
-    """As a process that nobody else trains with."""
+    """As a process that trains alone."""
     kept = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     yield
     os.environ.update(kept)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
 
 
 def without_noise() -> Line:
@@ -49,17 +49,15 @@ def small_codec() -> VQVAE:
 
 
 class Uneven(nn.Module):
-    """A batch norm, a weight that only the second process's part reaches, and one that no part reaches."""
+    """A batch norm, and a weight that the loss does not reach."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
-        self.second_only, self.never = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))
+        self.first, self.norm, self.never = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Parameter(torch.ones(3))
 
     def loss(self, x, y):
-        hidden = self.norm(self.first(x))
-        return ((hidden * self.second_only if RANK == 1 else hidden) - y).square().mean(), {}
+        return (self.norm(self.first(x)) - y).square().mean(), {}
 
 
 class FailsInOne(Line):
@@ -79,7 +77,7 @@ def train(model, data, config, *where, **others) -> tuple[dict, list]:
 def error(*arguments, **others) -> str:
     try:
         train(*arguments, **others)
-    except Exception as raised:
+    except (Exception, SystemExit) as raised:
         return f"{type(raised).__name__}: {raised}"
     return "none"
 
@@ -119,14 +117,21 @@ def written(folder: Path) -> list[str]:
     return names
 
 
-def fails_at_step_9(model, step):
-    if step == 9:
-        raise KeyError("nothing to draw")
+def broken(*arguments, **others) -> str:
+    """How training ends when the first process finds the session's time up at step 9."""
+
+    def end(model, step):
+        os.environ["MDLIB_DEADLINE"] = "1" if step == 9 else "9e12"
+
+    os.environ["MDLIB_DEADLINE"] = "9e12"
+    ended = error(*arguments, **others, preview=end)
+    os.environ["MDLIB_DEADLINE"] = ""
+    return ended
 
 
 def together() -> dict:
     """Everything that two processes do."""
-    held, broken = dict(held_out=points(20)), (line(), points(), HALF, FOLDER / "broken")
+    held = dict(held_out=points(20))
     infinite_in_one = Batches(QUIET.tensors, lambda x, y, g: (x * (torch.inf if RANK == 1 else 1), y))
     seen = dict(
         together=comparable(HALF),
@@ -140,8 +145,8 @@ def together() -> dict:
             evaluate=lambda model: {"rank": RANK},
         ),
         unbroken=train(line(), points(), HALF, FOLDER / "unbroken", **held),
-        broken=error(*broken, **held, preview=fails_at_step_9),
-        resumed=train(line(), *broken[1:], **held),
+        broken=broken(line(), points(), HALF, FOLDER / "broken", **held),
+        resumed=train(line(), points(), HALF, FOLDER / "broken", **held),
         infinite=error(line(), infinite_in_one, HALF, name="Line"),
         uneven=train(Uneven(), points(), replace(HALF, weight_decay=0.1, ema_decay=0.0)),
     )  # fmt: skip
