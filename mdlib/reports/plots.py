@@ -107,7 +107,7 @@ def to_png(*figures: Figure) -> bytes:
 
 def _png(image: Image.Image) -> bytes:
     buffer = BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -134,9 +134,8 @@ def sheet(folder: str | Path, rows: list[dict]) -> Figure:
 
 def real_and_generated(real: WindowSet, generated: WindowSet, users: list[int] | None = None, each: int = 4) -> Figure:
     """Contact sheet: a row a user, real windows on the left, generated ones on the right."""
-    pairs = {user: (real.of_user(user), generated.of_user(user)) for user in users or real.users[:8]}
-    lines = {user: _some(one, each, "real") + _some(other, each, "generated") for user, (one, other) in pairs.items()}
-    return _pictures([(f"ID_{user}", images) for user, images in lines.items()], 1.2)
+    some = lambda user: _some(real.of_user(user), each, "real") + _some(generated.of_user(user), each, "generated")
+    return _pictures([(f"ID_{user}", some(user)) for user in users or real.users[:8]], 1.2)
 
 
 def side_by_side(sets: dict[str, WindowSet], users: int = 2, each: int = 4) -> Figure:
@@ -147,11 +146,9 @@ def side_by_side(sets: dict[str, WindowSet], users: int = 2, each: int = 4) -> F
 
 def reconstructions(real: torch.Tensor, decoded: torch.Tensor, colormap: str = "jet") -> Figure:
     """Windows (N, C, H, W) above their codec round trips, and the absolute difference below."""
-    difference = colormaps["magma"]((decoded - real).abs().mean(1).clamp(0, 1).numpy())[..., :3]
-    lines = {
-        name: [picture(image, colormap) for image in part] for name, part in (("real", real), ("round trip", decoded))
-    }
-    lines["|difference|"] = list(difference)
+    lines = {"real": [picture(image, colormap) for image in real]}
+    lines["round trip"] = [picture(image, colormap) for image in decoded]
+    lines["|difference|"] = colormaps["magma"]((decoded - real).abs().mean(1).clamp(0, 1).numpy())[..., :3]
     return _pictures([(name, [(image, "") for image in images]) for name, images in lines.items()])
 
 
