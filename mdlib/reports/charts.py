@@ -142,7 +142,7 @@ def user_spreads(physics: dict, users: list[int], names: tuple[str, ...], most: 
         style(axis, title=f"{describe('physics', name)['label']}, {physics[name]['unit']}".rstrip(", "))
     for axis in axes[len(names) :]:
         axis.set_axis_off()
-    axes[0].set_ylabel("dark: real, blue: generated", fontsize=7)
+    figure.suptitle("dark: real, blue: generated", fontsize=8, color=INK)
     return figure
 
 
