@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import listed, small_set, write_set
-from mdlib.evaluation.conditions import conditions
 from torch import nn
 
 from mdlib.data.splits import make_split
 from mdlib.data.windows import DataError, find_windows, load_windows
-from mdlib.evaluation.augmentation_study import Arms
+from mdlib.evaluation.augmentation_study import Arms, conditions
 from mdlib.evaluation.evidence import Evidence
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import open_run

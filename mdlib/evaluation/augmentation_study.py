@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from mdlib.data.windows import WindowSet
@@ -26,16 +27,15 @@ TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is meas
 
 @dataclass(frozen=True)
 class Arms:
-    """What the classifiers of every arm got right: (seeds, N) bool, N test windows.
+    """What the classifiers of every arm got right: bool (seeds, N) of N test windows.
 
-    real_only: the classifiers of that arm; correct: by arm; fraction: of generated windows in a batch of
-    real_plus_generated; by_count, by_selection: real_plus_generated with so many generated windows a user, and with
-    those that a filter keeps (its name and the fraction kept).
+    by_count, by_selection: the arm real_plus_generated with so many generated windows a user, and with those that a
+    filter keeps (its name and the fraction kept).
     """
 
-    real_only: list[SmallCNN]
+    real_only: list[SmallCNN]  # the classifiers of that arm
     correct: dict[str, np.ndarray]
-    fraction: float
+    fraction: float  # of generated windows in a batch of real_plus_generated
     by_count: dict[int, np.ndarray] = field(default_factory=dict)
     by_selection: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)
 
@@ -208,11 +208,8 @@ def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
     as in the windows themselves."""
     whole, rest = divmod(count, len(windows))
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
-    shuffled = windows.labels[order]
-    place = torch.empty(len(windows), dtype=torch.long)
-    for user in shuffled.unique():
-        place[shuffled == user] = torch.arange(int((shuffled == user).sum()))
-    in_turn = order[place.argsort(stable=True)]
+    place = pd.Series(order).groupby(windows.labels[order].numpy()).cumcount()  # among the user's own windows
+    in_turn = order[np.argsort(place, kind="stable").to_numpy()]
     return torch.cat([torch.arange(len(windows)).repeat(whole), in_turn[:rest]])
 
 

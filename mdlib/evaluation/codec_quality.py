@@ -34,7 +34,7 @@ def check_codec(
             f"{tuple(images.shape)}: load them with size={wanted[1]}, channels={wanted[0]}"
         )
     codec.eval()
-    distance, reason = _lpips(codec.device)
+    distance, reason = find_lpips(codec.device)
     latents, values = [], []
     for part, *users in parts(codec.device, batch_size, images, labels):
         real = to_float(part)
@@ -69,13 +69,8 @@ def latent_figures(latents: torch.Tensor) -> dict:
 
 
 def choose_codec(vq: dict, kl: dict) -> dict:
-    """Choose the VQ codec if its PSNR is at least 1.1 times the KL codec's and more than 80 % of its codes are used,
-    else the KL codec.
-
-    Args:
-        vq: psnr_db and usage (fraction of codes used) on windows the codec was not trained on.
-        kl: psnr_db on the same windows.
-    """
+    """Choose the VQ codec (psnr_db, usage) if its PSNR is at least 1.1 times that of the KL codec (psnr_db) and it uses
+    more than 80 % of its codes, else the KL codec; all on unseen windows."""
     ratio = vq["psnr_db"] / max(kl["psnr_db"], 1e-9)
     choice = "vq" if ratio >= VQ_RATIO and vq["usage"] > VQ_USAGE else "kl"
     sentence = (
@@ -87,13 +82,13 @@ def choose_codec(vq: dict, kl: dict) -> dict:
     return {**measured, "choice": choice, "sentence": sentence}
 
 
-def _lpips(device: torch.device) -> tuple[torch.nn.Module | None, str]:
-    """LPIPS, or None and why not. Its weights are not downloaded for a check."""
+def find_lpips(device: torch.device | str) -> tuple[torch.nn.Module | None, str]:
+    """LPIPS, or None and why not. Its weights are not downloaded for a figure."""
     weights = lpips_weights("squeeze")
     if not weights.exists():
-        return None, f"{weights.name} is not in {weights.parent}"
+        return None, f"{weights.name} is not on this machine"
     try:
-        return load_lpips().to(device), ""
+        return load_lpips("squeeze").to(device), ""
     except FileNotFoundError as error:
         return None, str(error)
 
@@ -142,14 +137,14 @@ class Codebook:
         """Fraction of the windows with `code` in each cell (h, w)."""
         return (self.tokens == code).double().mean(0)
 
-    def windows_with(self, code: int, most: int = 6) -> list[int]:
-        """Rows of at most `most` windows that hold `code` most often, one a user: neighbouring windows look alike."""
+    def windows_with(self, code: int) -> list[int]:
+        """Rows of at most six windows that hold `code` most often, one a user: neighbouring windows look alike."""
         times = (self.tokens == code).sum((1, 2))
         rows: dict[int, int] = {}
         for row in times.argsort(descending=True, stable=True).tolist():
             if times[row]:
                 rows.setdefault(int(self.windows.labels[row]), row)
-        return list(rows.values())[:most]
+        return list(rows.values())[:6]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 
 from mdlib.data.windows import DataError, WindowSet
@@ -18,26 +19,19 @@ REFERENCES = ("auto", "resnet18", "none")
 class Protocol:
     """How much work the evaluation does.
 
-    Args:
-        evaluation_steps: optimizer steps of each classifier.
-        seeds: classifiers an arm.
-        fractions: of generated windows in a batch; the classifier that does best on validation windows decides.
-        counts: generated windows a user for which the gain is measured, besides all; None: 1, 2, 5, 10 times the real.
-        keep: fractions of the generated windows, best first, for which each filter's gain is measured.
-        multiples: of the real windows, for the arms real_x2 …, where there are enough spare ones.
-        reference: auto (ResNet-18 on a GPU), resnet18 or none.
-
     Raises:
         DataError: a value out of range.
     """
 
-    evaluation_steps: int = 400
-    seeds: int = 3
-    fractions: tuple[float, ...] = (0.125, 0.25, 0.5)
-    counts: tuple[int, ...] | None = None
-    keep: tuple[float, ...] = ()
-    multiples: tuple[int, ...] = (2,)
-    reference: str = "auto"
+    evaluation_steps: int = 400  # optimizer steps of each classifier
+    seeds: int = 3  # classifiers an arm
+    fractions: tuple[float, ...] = (0.125, 0.25, 0.5)  # of generated windows in a batch; validation windows choose
+    counts: tuple[int, ...] | None = (
+        None  # generated windows a user to measure the gain with; None: 1, 2, 5, 10 a real one
+    )
+    keep: tuple[float, ...] = ()  # fractions of the generated windows, best first, to measure each filter's gain with
+    multiples: tuple[int, ...] = (2,)  # of the real windows, for the arms real_x2 …, where there are spare ones
+    reference: str = "auto"  # ResNet-18 on a GPU; resnet18: always; none: never
 
     def __post_init__(self):
         if self.seeds < 1:
@@ -57,22 +51,17 @@ class Protocol:
 class Evidence:
     """Windows of one size and one label map.
 
-    train: the generator's training windows; val: chose its checkpoints; test: not used before the evaluation.
-    generated: windows of the same users. gap: window numbers that far apart share no step. codec: the pipeline's, None
-    where only folders are given. spare: real windows from the time of the training windows that the generator was not
-    trained on; they may share steps with training windows, and only the arms real_x2 … use them.
-
     Raises:
         DataError: a conditional codec of another number of users.
     """
 
-    train: WindowSet
-    val: WindowSet
-    test: WindowSet
+    train: WindowSet  # the generator's training windows
+    val: WindowSet  # chose its checkpoints
+    test: WindowSet  # not used before the evaluation
     generated: WindowSet
-    gap: int
-    codec: torch.nn.Module | None = None
-    spare: WindowSet | None = None
+    gap: int  # windows with numbers so far apart share no step
+    codec: torch.nn.Module | None = None  # the pipeline's
+    spare: WindowSet | None = None  # real windows between training windows, for the arms real_x2 … only
 
     def __post_init__(self):
         codec, users = self.codec, self.train.num_users
@@ -133,12 +122,10 @@ def concatenate(first: WindowSet, second: WindowSet) -> WindowSet:
 
 def first_of_each(windows: WindowSet, count: int) -> WindowSet:
     """`count` windows of each user, from the user's conditions in turn."""
-    queues: dict[tuple, list[int]] = {}
-    for row, (label, file) in enumerate(zip(windows.labels.tolist(), windows.files, strict=True)):
-        queues.setdefault((label, file.condition), []).append(row)
-    in_turn = sorted((label, place, row) for (label, _), rows in queues.items() for place, row in enumerate(rows))
-    taken = [[row for label, _, row in in_turn if label == user][:count] for user in range(windows.num_users)]
-    return windows.select(sorted(row for rows in taken for row in rows))
+    frame = pd.DataFrame({"user": windows.labels.numpy(), "condition": [file.condition for file in windows.files]})
+    frame["place"] = frame.groupby(["user", "condition"]).cumcount()
+    first = frame.sort_values(["user", "place"], kind="stable").groupby("user").head(count)
+    return windows.select(sorted(first.index))
 
 
 def compared_sets(evidence: Evidence) -> tuple[dict[str, WindowSet], dict[str, list[int]]]:

@@ -12,18 +12,20 @@ from sklearn.manifold import TSNE
 from mdlib.data.windows import WindowSet, to_float
 from mdlib.evaluation import metrics
 from mdlib.evaluation.augmentation_study import Arms
+from mdlib.evaluation.codec_quality import find_lpips
 from mdlib.evaluation.evidence import COMPARED, Evidence, alike, compared_sets
 from mdlib.evaluation.intervals import absent, figure, missing, over_users
 from mdlib.models.classifier import SmallCNN, features
 from mdlib.models.layers import parts
-from mdlib.models.perceptual import load_inception, load_lpips, lpips_weights
+from mdlib.models.perceptual import load_inception
 from mdlib.utils import best_device
 
 NAMES = ("fd", "kid", "precision", "recall", "density", "coverage")
 FLAT = {"value": "fd", "real_vs_real": "fd_real_vs_real", "train": "fd_train"}  # the Fréchet distances' own keys
 DRAWS = 4  # samples of equally many windows of each set
 PAIRS = 2000  # of a user's windows, at most
-LPIPS_NET, LPIPS_PAIRS = "squeeze", 20
+LPIPS_PAIRS = 20
+MAP_USERS, MAP_WINDOWS = 8, 12  # shown in the map: users, and windows of each in either set
 
 
 def fidelity(evidence: Evidence, arms: Arms) -> dict:
@@ -69,14 +71,9 @@ def _distances(sets: dict[str, WindowSet], each: list[dict[str, torch.Tensor]]) 
     found = {name: {} for name in NAMES}
     for key, (one, other) in COMPARED.items():
         pairs = [(own[one][rows[one]], own[other][rows[other]]) for own in each for rows in draws]
-        figures = [
-            {
-                "fd": metrics.frechet_distance(made, real),
-                "kid": metrics.kernel_distance(made, real),
-                **metrics.manifold_figures(real, made, k),
-            }
-            for made, real in pairs
-        ]
+        figures = [metrics.manifold_figures(second, first, k) for first, second in pairs]
+        for values, pair in zip(figures, pairs, strict=True):
+            values |= {"fd": metrics.frechet_distance(*pair), "kid": metrics.kernel_distance(*pair)}
         for name in NAMES:
             found[name][key] = float(np.mean([values[name] for values in figures]))
     fd = found.pop("fd")
@@ -88,17 +85,15 @@ def _distances(sets: dict[str, WindowSet], each: list[dict[str, torch.Tensor]]) 
     }
 
 
-def neighbourhood_map(
-    features_of: dict[str, torch.Tensor], sets: dict[str, WindowSet], users: int = 8, each: int = 12
-) -> list[dict]:
+def neighbourhood_map(features_of: dict[str, torch.Tensor], sets: dict[str, WindowSet]) -> list[dict]:
     """Some generated and unseen windows of the first users by t-SNE (van der Maaten & Hinton 2008) of one classifier's
     features: user, generated (or real), x and y. Distances in it mean nothing."""
     points, rows = [], []
     for name in ("generated", "unseen"):
         part = sets[name]
-        for label in range(min(users, part.num_users)):
+        for label in range(min(MAP_USERS, part.num_users)):
             mine = torch.nonzero(part.labels == label).flatten()
-            chosen = mine[torch.linspace(0, len(mine) - 1, min(each, len(mine))).round().long()]
+            chosen = mine[torch.linspace(0, len(mine) - 1, min(MAP_WINDOWS, len(mine))).round().long()]
             rows.append(features_of[name][chosen])
             points += [{"user": part.users[label], "generated": name == "generated"} for _ in chosen]
     if len(points) < 8:
@@ -167,14 +162,10 @@ def _fd_inception(sets: dict[str, WindowSet]) -> dict:
 
 @torch.no_grad()
 def _lpips_diversity(sets: dict[str, WindowSet], gap: int) -> dict:
-    """Diversity by LPIPS; its weights are not downloaded for that."""
-    weights, device = lpips_weights(LPIPS_NET), best_device()
-    if not weights.exists():
-        return absent(f"{weights.name} is not on this machine")
-    try:
-        network = load_lpips(LPIPS_NET).to(device)
-    except FileNotFoundError as error:
-        return absent(str(error))
+    device = best_device()
+    network, why = find_lpips(device)
+    if network is None:
+        return absent(why)
     images = lambda name, rows: to_float(sets[name].images[rows].to(device))
     mean = lambda name, one, other: float(network(images(name, one), images(name, other)).mean())
     return _diversity(sets, gap, LPIPS_PAIRS, mean)

@@ -4,6 +4,7 @@ keep can be evaluated on test windows."""
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from mdlib.data.splits import apply_split, read_split
@@ -40,26 +41,23 @@ def scores(windows: WindowSet, classifier: SmallCNN) -> dict[str, np.ndarray]:
 
 def keep_best(windows: WindowSet, score: np.ndarray, fraction: float) -> np.ndarray:
     """bool (N,): of each user in each condition the `fraction` of windows with the highest score, at least one."""
-    kept, groups = np.zeros(len(windows), dtype=bool), {}
-    for row, file in enumerate(windows.files):
-        groups.setdefault((file.user, file.condition), []).append(row)
-    for rows in map(np.array, groups.values()):
-        best = rows[np.argsort(-score[rows], kind="stable")]
-        kept[best[: max(1, round(fraction * len(rows)))]] = True
-    return kept
+    frame = pd.DataFrame(list(windows.files)).assign(score=score)
+    groups = frame.groupby(["user", "condition"])["score"]
+    rank = groups.rank(method="first", ascending=False)
+    return (rank <= (fraction * groups.transform("size")).round().clip(lower=1)).to_numpy()
 
 
 def keep_plausible(windows: WindowSet, train: WindowSet) -> np.ndarray:
     """bool (N,): windows that a walking adult could have produced and whose SIFTED metrics lie within the range of the
     user's training windows. A metric that cannot be read off a window does not remove it."""
     found, known = gait_metrics.measure(windows), gait_metrics.measure(train)
-    kept = found.plausible.copy()
+    kept = found["plausible"].to_numpy(copy=True)
     for name in SIFTED:
         for label in range(train.num_users):
-            values = known.of_user(name, label)
+            values = gait_metrics.of_user(known, name, label)
             if len(values) > 2:
-                beyond = np.abs(found.values[name] - values.mean()) > SPREADS * values.std(ddof=1)
-                kept &= ~((found.labels == label) & beyond)
+                beyond = (found[name] - values.mean()).abs() > SPREADS * values.std(ddof=1)
+                kept &= ~((found["label"] == label) & beyond).to_numpy()
     return kept
 
 
@@ -77,13 +75,12 @@ def select_folder(
     Args:
         real, split: their training windows are what the filter knows.
         generated: folder that `generate` or notebook 05 wrote.
-        by: one of FILTERS, or kinematics for `keep_plausible`.
-        fraction: of each user's windows to keep, best first; unused with kinematics.
+        by: one of FILTERS, or kinematics for `keep_plausible`, which decides by itself how many to keep.
+        fraction: of each user's windows to keep, best first.
         size: pixels a side at which windows are compared.
 
     Raises:
-        DataError: unknown filter, fraction out of range, users or split that do not fit, no window kept, or `out` holds
-            other windows.
+        DataError: unknown filter, fraction out of range, no window kept, or folders that do not fit together.
     """
     if by not in (*FILTERS, "kinematics"):
         raise DataError(f"by must be one of {', '.join(FILTERS)} or kinematics, got {by!r}")

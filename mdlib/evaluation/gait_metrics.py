@@ -10,9 +10,8 @@ Windows carry no axes. Their height is taken for `radar.velocity_axis()`, their 
 another radar "m/s" are units of that axis, and cadence and step length are relative.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+import pandas as pd
 from scipy.stats import wasserstein_distance
 
 from mdlib.data.windows import WindowSet
@@ -35,25 +34,8 @@ FIGURES = {  # of the report: the metric that `read` returns, and its unit
 }
 NAMES = (*list(FIGURES)[:4], "envelopes", *list(FIGURES)[4:], "plausible")
 GATES = {"foot_ratio": (2.4, 5.0), "acf_step": (0.15, np.inf), "e_outside": (-np.inf, 0.02)}  # range of a walking adult
+DRAWS = 8  # samples of equally many windows of each set
 SPREAD = (5, 25, 50, 75, 95)  # percentiles of a user's windows
-
-
-@dataclass(frozen=True)
-class Gaits:
-    """Metrics of N windows."""
-
-    values: dict[str, np.ndarray]  # name of FIGURES → float (N,), NaN where it cannot be read
-    plausible: np.ndarray  # bool (N,): within all GATES
-    labels: np.ndarray  # int (N,)
-
-    def select(self, rows: list[int]) -> "Gaits":
-        values = {name: one[rows] for name, one in self.values.items()}
-        return Gaits(values, self.plausible[rows], self.labels[rows])
-
-    def of_user(self, name: str, label: int) -> np.ndarray:
-        """The values of one figure that could be read off a user's windows."""
-        mine = self.values[name][self.labels == label]
-        return mine[np.isfinite(mine)]
 
 
 def physics(evidence: Evidence) -> dict:
@@ -62,13 +44,13 @@ def physics(evidence: Evidence) -> dict:
         return missing(*NAMES, reason="not measured on RGB windows: set channels=1")
     sets, rows = compared_sets(evidence)
     gaits = {name: measure(part) for name, part in sets.items() if name not in rows}
-    return compare(
-        gaits | {name: gaits["unseen"].select(half) for name, half in rows.items()}, len(evidence.train.users)
-    )
+    gaits |= {name: gaits["unseen"].iloc[half] for name, half in rows.items()}
+    return compare(gaits, evidence.train.num_users)
 
 
-def measure(windows: WindowSet) -> Gaits:
-    """Gait metrics of intensity windows of 8 × 8 pixels or more, the top row the highest velocity.
+def measure(windows: WindowSet) -> pd.DataFrame:
+    """Gait of intensity windows of 8 × 8 pixels or more, the top row the highest velocity. A row a window: FIGURES (NaN
+    where it cannot be read), plausible (within all GATES) and label.
 
     Raises:
         ValueError: RGB or smaller windows.
@@ -79,9 +61,14 @@ def measure(windows: WindowSet) -> Gaits:
     axis, images = image_axis(rows), windows.images[:, 0].numpy()
     parts = [read(images[i : i + CHUNK] / 255, axis, WINDOW_S / columns) for i in range(0, len(images), CHUNK)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    values = {name: found[metric] for name, (metric, _) in FIGURES.items()}
-    values["left_right_asymmetry"] = np.abs(values["left_right_asymmetry"])  # which foot comes first is unknown
-    return Gaits(values, plausible(found), windows.labels.numpy())
+    found["asym_v"] = np.abs(found["asym_v"])  # which foot comes first is unknown
+    frame = pd.DataFrame({name: found[metric] for name, (metric, _) in FIGURES.items()})
+    return frame.assign(plausible=plausible(found), label=windows.labels.numpy())
+
+
+def of_user(gaits: pd.DataFrame, name: str, label: int) -> np.ndarray:
+    """The values of one figure that could be read off a user's windows."""
+    return gaits.loc[gaits["label"] == label, name].dropna().to_numpy()
 
 
 def image_axis(rows: int) -> np.ndarray:
@@ -91,7 +78,7 @@ def image_axis(rows: int) -> np.ndarray:
     return native[0] + bin_speed / 2 - (np.arange(rows) + 0.5) * bin_speed * len(native) / rows
 
 
-def compare(sets: dict[str, Gaits], num_users: int) -> dict:
+def compare(sets: dict[str, pd.DataFrame], num_users: int) -> dict:
     """The figures NAMES of the sets generated, unseen, train, first and second (see `evidence.COMPARED`).
 
     A figure is the Wasserstein-1 distance between one metric of a user's windows in two sets, mean over users, in the
@@ -100,19 +87,19 @@ def compare(sets: dict[str, Gaits], num_users: int) -> dict:
     """
     found = {name: _figure(name, sets, num_users) for name in FIGURES}
     found["envelopes"] = _mean(found["upper_envelope"], found["lower_envelope"])
-    inside = sets["generated"].plausible.astype(float)
-    real = {"real": float(sets["unseen"].plausible.mean()), "gates": list(GATES)}
+    inside = sets["generated"]["plausible"].to_numpy(float)
+    real = {"real": float(sets["unseen"]["plausible"].to_numpy().mean()), "gates": list(GATES)}
     found["plausible"] = bootstrapped(inside, np.arange(len(inside))) | real
     return {name: found[name] for name in NAMES}
 
 
-def _figure(name: str, sets: dict[str, Gaits], num_users: int) -> dict:
-    own = [{part: gaits.of_user(name, label) for part, gaits in sets.items()} for label in range(num_users)]
+def _figure(name: str, sets: dict[str, pd.DataFrame], num_users: int) -> dict:
+    own = [{part: of_user(gaits, name, label) for part, gaits in sets.items()} for label in range(num_users)]
     least = [min(len(values) for values in user.values()) for user in own]
     if not any(least):
         return absent("no user has windows in every set off which it can be read")
-    distances = [_distances(user, n) if n else None for user, n in zip(own, least, strict=True)]
-    each = np.array([row for row in distances if row is not None])  # (users, comparisons)
+    distances = [_distances(user, n) if n else None for user, n in zip(own, least, strict=True)]  # (comparisons,) each
+    each = np.array([row for row in distances if row is not None])
     means = {part: [float(user[part].mean()) if len(user[part]) else None for user in own] for part in sets}
     spread = lambda values: np.percentile(values, SPREAD).tolist() if len(values) else None
     found = dict(zip(COMPARED, each.mean(0).tolist(), strict=True))
@@ -130,16 +117,14 @@ def _figure(name: str, sets: dict[str, Gaits], num_users: int) -> dict:
     }
 
 
-def _distances(own: dict[str, np.ndarray], n: int, draws: int = 8) -> np.ndarray:
-    """One user's distances in the order of COMPARED: n windows sampled from each set, mean over draws."""
+def _distances(own: dict[str, np.ndarray], n: int) -> np.ndarray:
+    """One user's distances in the order of COMPARED: n windows sampled from each set, mean over DRAWS."""
     total = np.zeros(len(COMPARED))
-    for seed in range(draws):
-        rngs = np.random.default_rng(seed).spawn(
-            len(own)
-        )  # one a set: a set's sample does not depend on another's size
+    for seed in range(DRAWS):
+        rngs = np.random.default_rng(seed).spawn(len(own))  # a set's sample must not depend on another set's size
         sample = {part: rng.choice(own[part], n, replace=False) for part, rng in zip(sorted(own), rngs, strict=True)}
         total += [wasserstein_distance(sample[one], sample[other]) for one, other in COMPARED.values()]
-    return total / draws
+    return total / DRAWS
 
 
 def _mean(upper: dict, lower: dict) -> dict:

@@ -114,11 +114,11 @@ def _mahalanobis(sets: dict[str, WindowSet], found: dict[str, np.ndarray]) -> di
         return missing("mahalanobis", "typical", reason=f"too few unseen windows for {len(FEATURES)} features")
     within = rows.T @ rows / (len(rows) - len(users))
     distance = lambda rows: np.sqrt(np.einsum("nf,fg,ng->n", rows, np.linalg.pinv(within), rows))
-    made, real = distance(apart("generated")), distance(apart("second"))
+    generated, real = distance(apart("generated")), distance(apart("second"))
     low, high = np.quantile(real, [0.05, 0.95])
     return {
-        "mahalanobis": {**figure(float(made.mean()), len(made)), "real": float(real.mean())},
-        "typical": figure(float(((made >= low) & (made <= high)).mean()), len(made)),
+        "mahalanobis": {**figure(float(generated.mean()), len(generated)), "real": float(real.mean())},
+        "typical": figure(float(((generated >= low) & (generated <= high)).mean()), len(generated)),
     }
 
 

@@ -30,13 +30,8 @@ def code_counts(tokens: torch.Tensor, labels: torch.Tensor, num_codes: int, num_
 
 
 def codebook_figures(counts: torch.Tensor, images_per_user: torch.Tensor) -> dict[str, float]:
-    """Use of a codebook from counts (num_users, num_codes).
-
-    usage: fraction of codes used at least once; perplexity: exp of the entropy of all indices; codes_per_user: codes a
-    user uses, mean over users; distinctive_codes_per_user: codes a user uses at least 1.5 times as often as the other
-    users together and at least once in four windows (which are one independent stretch), mean over users; _least: the
-    smallest over users.
-    """
+    """Use of a codebook from counts (num_users, num_codes). A distinctive code is used at least 1.5 times as often by a
+    user as by the other users together, and at least once in four windows."""
     total = counts.sum(0).double()
     own = counts.double()
     rate = own / own.sum(1, keepdim=True).clamp_min(1)
@@ -106,15 +101,15 @@ def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(poly_mmd(first.double(), second.double()))
 
 
-def manifold_figures(real: torch.Tensor, made: torch.Tensor, k: int) -> dict[str, float]:
+def manifold_figures(real: torch.Tensor, generated: torch.Tensor, k: int) -> dict[str, float]:
     """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D) and
     (M, D), with balls that reach to the k-th neighbour within each set."""
-    between = torch.cdist(real, made)  # (N, M)
-    radius, made_radius = (torch.cdist(part, part).kthvalue(k + 1).values for part in (real, made))
+    between = torch.cdist(real, generated)  # (N, M)
+    radius, generated_radius = (torch.cdist(part, part).kthvalue(k + 1).values for part in (real, generated))
     within = between < radius[:, None]
     return {
         "precision": float(within.any(0).double().mean()),
-        "recall": float((between < made_radius).any(1).double().mean()),
+        "recall": float((between < generated_radius).any(1).double().mean()),
         "density": float(within.sum(0).double().mean() / k),
         "coverage": float(within.any(1).double().mean()),
     }

@@ -1,4 +1,4 @@
-"""The test windows that every arm's classifiers got right, the figures that follow, and several folds as one."""
+"""Correctness of every arm's classifiers on test windows, the figures that follow, and several folds as one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,32 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from mdlib.data.windows import DataError
-from mdlib.evaluation.intervals import (
-    absent,
-    equivalent_count,
-    figure,
-    interval,
-    missing,
-    over_users,
-    p_value,
-    paired_bootstrap,
-    paired_gain,
-    scored,
-)
+from mdlib.evaluation import intervals
+from mdlib.evaluation.intervals import absent, figure, missing, paired_gain, scored
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The test windows that every arm's classifiers got right.
+    """Correctness of every arm's classifiers on N test windows."""
 
-    correct: by arm (seeds, N) bool, real_only and real_plus_generated among them; blocks (N,): for intervals; paths and
-    users (ids) of the N windows.
-    """
-
-    correct: dict[str, np.ndarray]
-    blocks: np.ndarray
+    correct: dict[str, np.ndarray]  # by arm, real_only and real_plus_generated among them: (seeds, N) bool
+    blocks: np.ndarray  # (N,), for intervals
     paths: tuple[str, ...]
-    users: np.ndarray
+    users: np.ndarray  # ids (N,)
 
     def to_json(self) -> dict:
         """As in report.json: by arm a string a seed, "1" where the right user was named."""
@@ -80,13 +66,14 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
         own = outcomes.users == user
         accuracy = {"real_only": float(real[:, own].mean()), "real_plus_generated": float(both[:, own].mean())}
         each.append({"user": user, "n": int(own.sum()), **accuracy})
+    of_users = np.array([row["real_plus_generated"] - row["real_only"] for row in each])
     return {
         **{name: {**scored(rows, blocks), "per_seed": rows.mean(1).tolist()} for name, rows in correct.items()},
         "gain": gain,
         "gain_ci95": gain["ci95"],
-        "p_value": p_value(real, both, blocks),
+        "p_value": intervals.p_value(real, both, blocks),
         "resnet18_gain": reference,
-        "gain_other_users": over_users(np.array([row["real_plus_generated"] - row["real_only"] for row in each])),
+        "gain_other_users": intervals.over_users(of_users),
         **_against_more_real(outcomes, per_user, no_more),
         "real_windows_per_user": per_user,
         "seeds": len(real),
@@ -107,7 +94,7 @@ def _against_more_real(outcomes: Outcomes, per_user: float, no_more: str) -> dic
         found = missing("real_x2", "gain_over_x2", reason="not requested: add 2 to multiples")
     counts = per_user * np.array([1, *factors])
     arms = np.stack([both, correct["real_only"], *(correct[f"real_x{factor}"] for factor in factors)])
-    measured = equivalent_count(counts, arms.mean((1, 2))[None])[0]
-    likely = interval(equivalent_count(counts, paired_bootstrap(arms, blocks)))
+    measured = intervals.equivalent_count(counts, arms.mean((1, 2))[None])[0]
+    likely = intervals.interval(intervals.equivalent_count(counts, intervals.paired_bootstrap(arms, blocks)))
     between = {"between": [float(counts[0]), float(counts[-1])]}
     return {**found, "equivalent_real_windows": {**figure(float(measured), len(blocks), likely), **between}}

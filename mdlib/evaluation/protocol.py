@@ -83,12 +83,11 @@ def evaluate(
 
 
 @torch.no_grad()
-def through_codec(
-    codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None, batch_size: int = 64
-) -> torch.Tensor:
+def through_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
     """Reconstructions in [−1, 1] of uint8 images (N, C, H, W); labels (N,) for a conditional codec."""
-    encode, decode = (codec.encode_tokens, codec.decode_tokens) if _has_tokens(codec) else (codec.encode, codec.decode)
-    batches = parts(codec.device, batch_size, images, labels)
+    tokens = hasattr(codec, "encode_tokens")
+    encode, decode = (codec.encode_tokens, codec.decode_tokens) if tokens else (codec.encode, codec.decode)
+    batches = parts(codec.device, 64, images, labels)
     return torch.cat([decode(encode(to_float(part), *users), *users).cpu() for part, *users in batches])
 
 
@@ -127,8 +126,8 @@ def codebook(evidence: Evidence) -> dict:
     """Use of the codebook on unseen windows, see `metrics.codebook_figures`."""
     names = ("usage", "perplexity", "codes_per_user", "distinctive_codes_per_user", "distinctive_codes_least")
     codec, unseen = evidence.codec, evidence.unseen
-    if codec is None or not _has_tokens(codec):
-        return missing(*names, reason="this codec has no codebook" if codec is not None else "no codec was given")
+    if not hasattr(codec, "encode_tokens"):
+        return missing(*names, reason="no codec was given" if codec is None else "this codec has no codebook")
     tokens = encode_all(codec, unseen.images, "tokens")
     counts = metrics.code_counts(tokens, unseen.labels, codec.num_codes, unseen.num_users)
     figures = metrics.codebook_figures(counts, torch.bincount(unseen.labels, minlength=unseen.num_users))
@@ -160,12 +159,7 @@ def identity(evidence: Evidence, classifiers: list[SmallCNN]) -> dict:
 
 
 def memorisation(evidence: Evidence) -> dict:
-    """Are generated windows nearer to training windows than real test windows are? See `metrics.nearest_train`.
-
-    nearest_train_ratio: median distance of generated windows over that of test windows; copies: fraction of generated
-    windows nearer than all but 1 % of the test windows; nearest: the nearest generated windows, each with its training
-    window.
-    """
+    """Distance of generated windows to training windows (`metrics.nearest_train`), relative to that of test windows."""
     generated, rows = metrics.nearest_train(evidence.generated, evidence.train)
     test, _ = metrics.nearest_train(evidence.test, evidence.train)
     copies = (generated < torch.quantile(test, COPY_QUANTILE)).double().numpy()
@@ -241,7 +235,3 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
 def _points(gain: dict) -> str:
     low, high = gain["ci95"]
     return f"{100 * gain['value']:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f}"
-
-
-def _has_tokens(codec: torch.nn.Module) -> bool:
-    return hasattr(codec, "encode_tokens")

@@ -9,7 +9,7 @@ import torch
 from toys import ONCE, QUICK, SILENT, evidence, gait, windows
 
 from mdlib.data.windows import DataError, WindowSet
-from mdlib.evaluation import augmentation_study, verification
+from mdlib.evaluation import augmentation_study
 from mdlib.evaluation.augmentation_study import (
     Arms,
     augmentation,
@@ -19,10 +19,11 @@ from mdlib.evaluation.augmentation_study import (
     real_only_classifiers,
     times,
     train_arms,
+    unseen_classifiers,
 )
 from mdlib.evaluation.evidence import Evidence, Protocol
-from mdlib.evaluation.protocol import evaluate, verdict
-from mdlib.models.classifier import Embedder, SmallCNN
+from mdlib.evaluation.protocol import verdict
+from mdlib.models.classifier import SmallCNN
 from mdlib.reports import charts
 
 
@@ -153,11 +154,11 @@ def test_classifiers_do_not_see_the_windows_they_are_tested_on(monkeypatch):
         seen.append(images)
         return SmallCNN(num_users).eval()
 
-    monkeypatch.setattr(verification, "train_embedder", lambda *_: Embedder().eval())
-
     monkeypatch.setattr(augmentation_study, "train_classifier", fake)
     given = evidence(windows(5, 7))
-    evaluate(given, Protocol(evaluation_steps=1, seeds=2, counts=()))
+    protocol = replace(QUICK, evaluation_steps=1)
+    unseen_classifiers(given, protocol, SILENT)
+    train_arms(given, protocol, SILENT)
     rows = lambda images: {image.numpy().tobytes() for image in images}
     train, test, made = rows(given.train.images), rows(given.test.images), rows(given.generated.images)
     unseen = rows(given.val.images) | test

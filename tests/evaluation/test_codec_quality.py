@@ -91,7 +91,7 @@ def test_both_kinds_of_codec_are_checked(kind):
 
 def test_a_missing_lpips_is_told_and_nothing_is_downloaded(weights, monkeypatch):
     found = check_codec(Noisy(0.1), images())
-    assert found["lpips"] is None and found["lpips_reason"].startswith("squeezenet1_1-b8a52dc0.pth is not in")
+    assert found["lpips"] is None and found["lpips_reason"].startswith("squeezenet1_1-b8a52dc0.pth is not on")
     weights.parent.mkdir(parents=True)
     weights.touch()
     monkeypatch.setitem(sys.modules, "lpips", None)  # the weights without the package
@@ -106,7 +106,7 @@ def test_lpips_is_measured_where_its_weights_are(weights, monkeypatch):
         def forward(self, one, other):
             return (one - other).abs().mean((1, 2, 3), keepdim=True)
 
-    monkeypatch.setattr(codec_quality, "load_lpips", Distance)
+    monkeypatch.setattr(codec_quality, "load_lpips", lambda net: Distance())
     found = check_codec(Noisy(0.1), images(), batch_size=7)
     assert found["lpips"] == pytest.approx(0.1, rel=1e-4) and "lpips_reason" not in found
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from toys import windows
@@ -65,7 +66,7 @@ def test_windows_beyond_a_users_range_are_sifted(monkeypatch):
     def read(part):
         values = speeds["train" if len(part) == 12 else "made"]
         every = {name: np.full(len(values), np.nan) for name in gait_metrics.FIGURES} | {"torso_speed": values}
-        return gait_metrics.Gaits(every, np.arange(len(values)) != 3, part.labels.numpy())
+        return pd.DataFrame({**every, "plausible": np.arange(len(values)) != 3, "label": part.labels.numpy()})
 
     monkeypatch.setattr(gait_metrics, "measure", read)
     assert keep_plausible(windows(5, 7), windows(3, 1)).tolist() == [True, False, True, False, False] + [

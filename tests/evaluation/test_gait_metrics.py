@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import interpolate
@@ -12,7 +13,7 @@ from torch.nn.functional import interpolate
 from mdlib.data.windows import WindowFile, WindowSet
 from mdlib.evaluation import gait_metrics
 from mdlib.evaluation.evidence import Evidence, halves
-from mdlib.evaluation.gait_metrics import Gaits, compare, image_axis, measure, physics, plausible, read
+from mdlib.evaluation.gait_metrics import compare, image_axis, measure, of_user, physics, plausible, read
 from mdlib.reports import charts, pages, plots
 from mdlib.simulation import dataset
 from mdlib.simulation.dataset import simulate_recording
@@ -188,8 +189,8 @@ def real(evidence):
     return {
         "unseen": unseen,
         "train": measure(evidence.train),
-        "first": unseen.select(first),
-        "second": unseen.select(second),
+        "first": unseen.iloc[first],
+        "second": unseen.iloc[second],
     }
 
 
@@ -205,12 +206,12 @@ def changed(windows: WindowSet, rows, images) -> WindowSet:
     return replace(windows, images=new)
 
 
-def gaits(values: list[list[float]], name="torso_speed") -> Gaits:
+def gaits(values: list[list[float]], name="torso_speed") -> pd.DataFrame:
     """One figure's values of each user, the others unread."""
     flat = np.concatenate([np.array(own, float) for own in values])
     every = {other: np.full(len(flat), np.nan) for other in gait_metrics.FIGURES} | {name: flat}
     labels = np.repeat(np.arange(len(values)), [len(own) for own in values])
-    return Gaits(every, np.ones(len(flat), bool), labels)
+    return pd.DataFrame({**every, "plausible": True, "label": labels})
 
 
 def test_the_rows_of_an_image_span_the_radars_velocities():
@@ -224,7 +225,7 @@ def test_trunk_speed_is_that_of_the_simulator(simulated, size, tolerance):
     windows, speeds = simulated
     some = windows.select(range(0, 400, 4))
     small = replace(some, images=interpolate(some.images.float(), (size, size), mode="area").to(torch.uint8))
-    found = measure(small).values["torso_speed"]
+    found = measure(small)["torso_speed"]
     assert np.abs(found / speeds.flatten()[::4] - 1).mean() < tolerance
 
 
@@ -240,7 +241,7 @@ def test_distances_are_means_over_users_at_equal_counts():
     assert np.mean(found["per_user"]) == pytest.approx(found["value"]) and len(found["per_user"]) == 2
     assert found["ratio"] == pytest.approx(found["value"] / found["real_vs_real"]) and found["n"] == 12
     assert found["user_correlation"] is None and "ci95" not in found, "two users"
-    expected = np.percentile(sets["unseen"].of_user("torso_speed", 1), gait_metrics.SPREAD)
+    expected = np.percentile(of_user(sets["unseen"], "torso_speed", 1), gait_metrics.SPREAD)
     assert found["unseen_spread"][1] == pytest.approx(expected.tolist())
     sets["first"] = gaits([own["first"][0, :2].tolist(), own["first"][1, :3].tolist()])
     assert compare(sets, num_users=2)["torso_speed"]["n"] == 5
@@ -300,7 +301,7 @@ def test_blank_windows_and_a_user_without_any_do_not_spoil_the_others(evidence, 
     some = blank.select(torch.where(blank.labels != 2)[0])
     found = compare({**real, "generated": measure(some)}, len(USERS))
     speed = found["torso_speed"]
-    of_first = measure(evidence.generated.select(range(1, 20, 2))).values["torso_speed"]
+    of_first = measure(evidence.generated.select(range(1, 20, 2)))["torso_speed"]
     assert speed["generated_means"][0] == pytest.approx(of_first.mean())
     assert speed["generated_means"][2] is None and speed["unseen_means"][2] is not None
     assert speed["generated_means"][3:] == honest["torso_speed"]["generated_means"][3:]
@@ -320,7 +321,7 @@ def test_what_cannot_be_read_is_null_with_its_reason(evidence, real):
     rgb = {name: replace(part, images=part.images.expand(-1, 3, -1, -1)) for name, part in rgb.items()}
     found = physics(replace(evidence, **rgb))
     assert found.keys() == set(gait_metrics.NAMES)
-    assert {figure["reason"] for figure in found.values()} == {"not read off RGB windows: take channels=1"}
+    assert {figure["reason"] for figure in found.values()} == {"not measured on RGB windows: set channels=1"}
     with pytest.raises(ValueError, match="3 channels"):
         measure(rgb["train"])
 

@@ -37,9 +37,8 @@ def test_embedders_do_not_meet_the_users_they_verify(monkeypatch):
 
 def test_the_curve_holds_the_equal_error_rate():
     """Half of one user's claims lie below every impostor's, no claim of the other's: 1/4 at an equal rate."""
-    genuine = np.tile([True, True, False, False], 2)
     named = np.array([3, 3, 4, 4, 4, 4, 3, 3])
-    trials = Trials(np.array([0.9, 0.1, 0.5, 0.4, 0.9, 0.9, 0.5, 0.4]), genuine, np.repeat([3, 4], 4), named)
+    trials = Trials(np.array([0.9, 0.1, 0.5, 0.4, 0.9, 0.9, 0.5, 0.4]), np.repeat([3, 4], 4), named)
     error, curve = rates_of(trials)
     assert error == pytest.approx(0.25)
     assert curve[0] == pytest.approx(0.75) and curve[-1] == 1
@@ -55,7 +54,7 @@ def verified(rng: np.random.Generator, users: int = 8) -> list[Trials]:
         shown = np.repeat(held, 10 * len(held))
         named = np.tile(held, 10 * len(held))
         scores = np.where(shown == named, own[shown], pairs[shown, named]) + 0.5 * rng.normal(size=len(shown))
-        folds_of.append(Trials(scores, shown == named, shown, named))
+        folds_of.append(Trials(scores, shown, named))
     return folds_of
 
 
