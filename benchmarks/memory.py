@@ -20,8 +20,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.teacher import FeatureDistance
-from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
+from mdlib.models.codec_losses import FeatureDistance
+from mdlib.systems import SYSTEMS, attach_losses, get_preset, make_codec, make_prior
 from mdlib.training.fit import Batches, fit
 
 USERS = 8
@@ -50,11 +50,10 @@ def count(system: str, preset_name: str, part: str, batch: int) -> int:
     """Peak bytes of training one part of a system."""
     torch.manual_seed(0)
     preset = get_preset(system, preset_name, foundation="none")
-    preset = replace(preset, codec={key: value for key, value in preset.codec.items() if "perceptual" not in key})
     codec = make_codec(preset, 1, USERS)
     labels = torch.arange(batch) % USERS
     if part == "codec":
-        codec.add_teacher("teacher", FeatureDistance(SmallCNN(USERS, 1)), preset.teacher_weight)
+        attach_losses(codec, preset, FeatureDistance(SmallCNN(USERS, 1)))
         images = torch.rand(batch, 1, preset.image_size, preset.image_size) * 2 - 1
         return peak(codec, (images, labels), preset.codec_training, batch)
     prior = make_prior(system, preset, codec, USERS)

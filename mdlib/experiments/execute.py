@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from accelerate.utils import patch_environment
 from traitlets.config import Config
 
 from mdlib.experiments.run import PRODUCTS, Run, device_name, open_run, versions, write_record
@@ -120,8 +121,9 @@ def _check_done(out: Path, names: tuple[str, ...], parameters: dict) -> None:
 def extended(out: Path, wanted: RunSettings) -> None:
     """Prepare a run for the further training of its codec or prior to more optimizer steps.
 
-    The further training starts from the trained weights, with a warm-up and a falling learning rate of its own, for the
-    steps that are missing. The earlier training moves to codec-N/ or prior-N/; what depends on it is removed.
+    The further training starts from the trained weights and takes the missing steps, with a warm-up and a falling
+    learning rate of its own. The earlier training moves to codec-N/ or prior-N/; what depends on it is removed, so a
+    codec that trains further takes a new prior.
 
     Raises:
         DataError: other settings change too, the steps are not more, or there are no trained weights.
@@ -129,42 +131,34 @@ def extended(out: Path, wanted: RunSettings) -> None:
     if not (out / "run.json").exists():
         raise DataError(f"{out} holds no run to extend: leave out --extend")
     record = read_record(out)
-    kept = {**defaults(), **record["settings"]}
-    changed = [key for key, value in wanted.to_dict().items() if value != kept[key] and key != "data"]
-    if not changed or not set(changed) <= {"codec_steps", "prior_steps"}:
+    kept, earlier = {**defaults(), **record["settings"]}, {"codec": [], "prior": [], **record.get("earlier", {})}
+    changed = {key: value for key, value in wanted.to_dict().items() if value != kept[key]}
+    if not changed or changed.keys() - {"codec_steps", "prior_steps"}:
         given = ", ".join(changed) or "nothing"
         raise DataError(f"--extend takes more codec_steps or prior_steps and no other change, got {given}")
     if kept["joint_steps"]:
         raise DataError(f"{out} ends with joint_steps, after which codec and prior cannot train alone: start a new run")
-    earlier = {part: list(record.get("earlier", {}).get(part, [])) for part in ("codec", "prior")}
-    weights = {"codec": out / "codec", "prior": out / "pipeline" / "prior"}
-    trained = {}
-    for key in changed:
-        part = key.removesuffix("_steps")
-        if not (weights[part] / "config.json").exists():
-            raise DataError(f"{out} has no trained {part} yet: give the command without {key} and --extend first")
-        trained[part] = int(read_history(out / part)[-1]["step"])
-        if getattr(wanted, key) <= (done := sum(earlier[part]) + trained[part]):
-            raise DataError(f"{key}={getattr(wanted, key)}: the {part} has trained for {done} steps already, give more")
-    names = get_system(kept["system"]).notebooks
-    for part in trained.keys() & {"prior"} if "codec" not in trained else ["codec"]:
-        earlier[part].append(trained[part])
-        moved = out / f"{part}-{len(earlier[part])}"
-        (out / part).rename(moved)
-        if part == "prior":
-            weights[part].rename(moved / "weights")
-        elif (moved / "teacher.safetensors").exists():
-            (out / part).mkdir()
-            shutil.copy(moved / "teacher.safetensors", out / part)
-    if "codec" in trained:  # another codec, another prior
+    part = "codec" if "codec_steps" in changed else "prior"
+    weights = out / "codec" if part == "codec" else out / "pipeline" / "prior"
+    if not (weights / "config.json").exists():
+        raise DataError(f"{out} has no trained {part} yet: give the command without {part}_steps and --extend first")
+    earlier[part].append(int(read_history(out / part)[-1]["step"]))
+    if changed[f"{part}_steps"] <= (done := sum(earlier[part])):
+        raise DataError(f"{part}_steps={changed[f'{part}_steps']}: the {part} has {done} steps already, give more")
+    moved = out / f"{part}-{len(earlier[part])}"
+    (out / part).rename(moved)
+    if part == "prior":
+        weights.rename(moved / "weights")
+    else:
+        (out / "codec").mkdir()
+        for teacher in moved.glob("teacher.safetensors"):
+            shutil.copy(teacher, out / "codec")
+        earlier["prior"] = []
         for folder in out.glob("prior-*"):
             shutil.rmtree(folder)
-        earlier["prior"] = []
-    record |= {"settings": {**kept, **{key: getattr(wanted, key) for key in changed}}, "earlier": earlier}
-    if "codec" in trained:
-        record["steps"].pop("02_train_vqvae", None)
-    write_record(out, record)
-    _forget(out, [name for name in names if name[:2] >= "03"])
+        record["steps"].pop("02_train_vqvae")
+    write_record(out, {**record, "settings": {**kept, **changed}, "earlier": earlier})
+    _forget(out, [name for name in get_system(kept["system"]).notebooks if name[:2] >= "03"])
 
 
 def _execute_one(name: str, out: Path, values: dict) -> None:
@@ -174,7 +168,7 @@ def _execute_one(name: str, out: Path, values: dict) -> None:
     started = time.monotonic()
     target = out / "notebooks" / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _environment(MDLIB_BATCH="1", PYTHONPATH=python_path()), _private_sockets() as config:
+    with patch_environment(MDLIB_BATCH="1", PYTHONPATH=python_path()), _private_sockets() as config:
         try:
             papermill.execute_notebook(
                 NOTEBOOKS / f"{name}.ipynb",
@@ -221,14 +215,3 @@ def _forget(out: Path, names: list[str]) -> None:
         for product in PRODUCTS[name[:2]]:
             path = out / product
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _environment(**variables: str):
-    before = {key: os.environ.get(key) for key in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})

@@ -7,12 +7,13 @@ import time
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mdlib import __version__
 from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, seen_of_test, write_split
@@ -20,7 +21,17 @@ from mdlib.data.windows import WindowSet, find_windows, load_windows
 from mdlib.experiments.settings import RunSettings, defaults, read_record
 from mdlib.models.foundation import load_foundation
 from mdlib.models.perceptual import load_lpips
-from mdlib.systems import Preset, System, get_preset, get_system, make_codec, make_prior, start_codec, start_prior
+from mdlib.systems import (
+    Preset,
+    System,
+    attach_losses,
+    get_preset,
+    get_system,
+    make_codec,
+    make_prior,
+    start_codec,
+    start_prior,
+)
 from mdlib.systems.machines import gpus, preset_for
 from mdlib.training.fit import precision
 from mdlib.training.joint import JointFineTuning
@@ -116,7 +127,9 @@ class Run:
     def start_codec(self, codec: torch.nn.Module) -> None:
         """Initialise a new codec from an earlier training of this run, or from what the settings name."""
         if earlier := self.earlier.get("codec"):
-            start_codec(codec, self.path / f"codec-{len(earlier)}")
+            folder = self.path / f"codec-{len(earlier)}"
+            start_codec(codec, folder)
+            codec.losses.load_state_dict(load_file(folder / "losses.safetensors"))
         elif self.settings["init"]:
             start_codec(codec, Path(self.settings["init"]) / "codec", other_users=True)
         elif self.settings["codec_start"]:
@@ -230,8 +243,8 @@ def _check(run: Run) -> None:
             raise DataError(message) from error
     if preset.foundation not in ("none", "classifier"):
         load_foundation(preset.foundation)
-    if preset.codec.get("perceptual_weight"):
-        load_lpips(preset.codec.get("perceptual_net", "squeeze"))
+    if preset.losses.get("perceptual_weight"):
+        load_lpips(preset.losses.get("perceptual_net", "squeeze"))
     split = read_split(run.settings["split"]) if run.settings["split"] else None
     if any(run.settings[key] for key in STARTS):
         check_starts(run.settings, split or make_split(files, unrecorded=unrecorded))
@@ -253,7 +266,8 @@ def _buildable(run: Run, users: int, conditions: int) -> Preset:
     try:
         preset = run.preset
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            codec = make_codec(preset, run.settings["channels"], users, foundation_width=8)
+            codec = make_codec(preset, run.settings["channels"], users)
+            attach_losses(codec, preset)
             prior = make_prior(run.settings["system"], preset, codec, users, conditions)
             run.start_codec(codec)
             run.start_prior(prior)
@@ -273,13 +287,8 @@ def write_record(out: Path, record: dict) -> None:
 
 def versions() -> dict[str, str]:
     """Python, platform and the packages that decide a result."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in RECORDED_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    packages = {package: version(package) for package in RECORDED_PACKAGES}
+    return {"python": platform.python_version(), "platform": platform.platform(), **packages}
 
 
 def device_name() -> str:

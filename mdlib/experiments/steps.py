@@ -22,10 +22,11 @@ from mdlib.evaluation.classifiers import train_classifier
 from mdlib.evaluation.metrics import code_counts, codebook_figures
 from mdlib.experiments.run import Run, open_run
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.foundation import make_foundation
+from mdlib.models.codec_losses import FeatureDistance
+from mdlib.models.foundation import ClassifierFeatures, load_foundation
 from mdlib.models.layers import world
-from mdlib.models.teacher import FeatureDistance
-from mdlib.systems import load_codec, make_codec, make_prior, seeded
+from mdlib.models.perceptual import load_lpips
+from mdlib.systems import attach_losses, load_codec, make_codec, make_prior, seeded
 from mdlib.training.fit import Batches, TrainConfig, fit_stages
 from mdlib.training.latents import encode_all
 from mdlib.training.launch import ERROR, check_batch, launch, processes
@@ -48,7 +49,7 @@ class Stage:
 
 
 def codec_stage(run: Run, max_minutes: float = 0.0) -> Stage:
-    """The run's codec with its initial weights, its teacher and its foundation.
+    """The run's codec with its initial weights and the losses it is trained with.
 
     Raises:
         ValueError: the GPUs here cannot share the batch.
@@ -56,11 +57,15 @@ def codec_stage(run: Run, max_minutes: float = 0.0) -> Stage:
     config = _config(run.preset.codec_training, max_minutes)
     train, val = run.parts["train"], run.parts["val"]
     images, labels = codec_windows(run)
-    teacher, foundation = guides(run, images, labels)
-    width = foundation.width if foundation else 0
-    codec = seeded(run.settings["seed"], make_codec, run.preset, train.images.shape[1], train.num_users, width)
+    networks = frozen_networks(run, images, labels)
+
+    def make():
+        codec = make_codec(run.preset, train.images.shape[1], train.num_users)
+        attach_losses(codec, run.preset, **networks)
+        return codec
+
+    codec = seeded(run.settings["seed"], make)
     run.start_codec(codec)
-    guide(run, codec, teacher, foundation)
     return Stage(
         run,
         "codec",
@@ -121,22 +126,24 @@ def train_stage(stage: Stage) -> list[dict]:
 
 
 def train_teacher(
-    images: torch.Tensor, labels: torch.Tensor, num_users: int, steps: int, seed: int, kept: Path | None = None
+    images: torch.Tensor, labels: torch.Tensor, num_users: int, steps: int, seed: int, file: Path | None = None
 ) -> FeatureDistance:
-    """The distance of a classifier trained on uint8 images (N, C, S, S) and labels (N,) for `steps` optimizer steps.
-
-    kept: file of the classifier's weights; where it is there, they are read from it and nothing is trained.
-    """
-    if kept and kept.exists():
-        with torch.random.fork_rng():  # weights are drawn before they are loaded
+    """The feature distance of a classifier trained on uint8 images (N, C, S, S) and labels (N,) for `steps` optimizer
+    steps. The classifier's weights are read from `file` if it exists, and written to it otherwise."""
+    if file and file.exists():
+        with torch.random.fork_rng():  # its initial weights are random; the caller's random numbers stay as they are
             classifier = SmallCNN(num_users, images.shape[1]).to(memory_format=torch.channels_last)
-        classifier.load_state_dict(load_file(kept))
+        classifier.load_state_dict(load_file(file))
         return FeatureDistance(classifier)
     classifier = train_classifier(images, labels, num_users, steps, seed)
-    if kept:
-        with whole_file(kept) as path:
-            save_file({key: value.contiguous() for key, value in classifier.state_dict().items()}, path)
+    if file:
+        _save_weights(classifier, file)
     return FeatureDistance(classifier)
+
+
+def _save_weights(model: torch.nn.Module, file: Path) -> None:
+    with whole_file(file) as path:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
 
 
 def codec_windows(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,23 +165,33 @@ def _enlarged(run: Run, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ..
     return images, tuple(labels[rows] for labels in run.labels(windows))
 
 
-def guides(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[FeatureDistance | None, object | None]:
-    """The codec's teacher and what it is aligned with (`mdlib.models.foundation`), None where the run does without; the
-    teacher, trained on images (N, C, S, S) and labels (N,), is kept beside the codec."""
-    teacher = None
+def frozen_networks(run: Run, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.nn.Module]:
+    """The networks of the codec's losses, as arguments of `attach_losses`: the teacher, trained once on images
+    (N, C, S, S) and labels (N,) and stored next to the codec, LPIPS, and the foundation."""
+    networks, foundation = {}, run.preset.foundation
     if steps := run.preset.teacher_steps:
-        kept = run.path / "codec" / "teacher.safetensors"
-        users, seed = run.parts["train"].num_users, run.settings["seed"] + 1000  # begun like no classifier that judges
-        teacher = train_teacher(images, labels, users, steps, seed, kept)
-    return teacher, make_foundation(run.preset.foundation, teacher and teacher.classifier, images)
+        file = run.path / "codec" / "teacher.safetensors"
+        users, seed = run.parts["train"].num_users, run.settings["seed"] + 1000  # not the seed of a classifier's
+        networks["teacher"] = train_teacher(images, labels, users, steps, seed, file)
+    if run.preset.losses.get("perceptual_weight"):
+        networks["lpips"] = load_lpips(run.preset.losses.get("perceptual_net", "squeeze"))
+    if foundation == "classifier":
+        networks["foundation"] = ClassifierFeatures(networks["teacher"].classifier, images)
+    elif foundation != "none":
+        networks["foundation"] = load_foundation(foundation)
+    return networks
 
 
-def guide(run: Run, codec, teacher: FeatureDistance | None, foundation: torch.nn.Module | None) -> None:
-    """Give a codec its `guides`."""
-    if teacher:
-        codec.add_teacher("teacher", teacher, run.preset.teacher_weight)
-    if foundation:
-        codec.align_to(foundation)
+def save_codec(run: Run, codec) -> None:
+    """Write the trained codec to the run folder, and next to it the weights of its losses."""
+    codec.save_pretrained(run.path / "codec")
+    _save_weights(codec.losses, run.path / "codec" / "losses.safetensors")
+
+
+def attach_trained_losses(run: Run, codec) -> None:
+    """Attach the losses to the run's trained codec, with the weights of `save_codec`: its training can continue."""
+    attach_losses(codec, run.preset, **frozen_networks(run, *codec_windows(run)))
+    codec.losses.load_state_dict(load_file(run.path / "codec" / "losses.safetensors"))
 
 
 def _config(config: TrainConfig, max_minutes: float) -> TrainConfig:

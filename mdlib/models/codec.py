@@ -1,4 +1,4 @@
-"""What every codec shares: patches folded into channels, calibrated latents, and teachers in its loss.
+"""What all codecs share: patches folded into channels, latent statistics, and the losses attached for training.
 
 Legend: B batch, C image channels, H W pixels, h w latent grid, D latent channels.
 """
@@ -6,24 +6,35 @@ Legend: B batch, C image channels, H W pixels, h w latent grid, D latent channel
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin
-from torch import nn
+from torch import Tensor, nn
 
+from mdlib.models.codec_losses import OPTIONS
 from mdlib.models.layers import LatentStats, parts
-from mdlib.models.perceptual import load_lpips
 
 
 class Codec(ModelMixin, ConfigMixin):
     """Image (B, C, H, W) in [−1, 1] ↔ normalised latents (B, D, h, w).
 
-    A subclass gives `encode`, `decode`, `raw_latents` (not yet normalised) and `loss`; its constructor ends with
-    `_finish`. Its configuration holds image_size, patch_size, perceptual_weight and perceptual_net.
-    All of these take labels (B,) after their first argument, which only a `conditional` codec looks at.
+    A subclass defines `raw_latents` (not normalised), `decode` and `loss`. Methods take users (B,) as an optional
+    second argument, which only a `conditional` codec uses. The attached `losses` (`mdlib.models.codec_losses`) are
+    trained and checkpointed with the codec; `save_pretrained` leaves them out.
+
+    Args of the networks of all subclasses:
+        image_size: H = W.
+        in_channels: C, 1 for intensity or 3 for RGB.
+        patch_size: rows and columns folded into channels before the first convolution (space to depth): (2, 2)
+            quarters its cost, and unequal sides give Doppler and time different resolutions.
+        block_out_channels: widths of the levels; n levels down-sample n − 1 times.
+        layers_per_block, norm_num_groups: residual blocks a level, and groups of their norms.
+        mid_attention: self-attention at the coarsest level.
     """
 
     conditional = False
+    aligned = False
+    optional = ("losses.", "users.", "encoder_shift.", "decoder_shift.")  # weights that another codec may lack
 
-    def _grid(self, image_size: int, patch_size: tuple[int, int], levels: int) -> tuple[int, int]:
-        """(h, w) of the latent grid: the patch and `levels` − 1 halvings divide the image."""
+    def __init__(self, image_size: int, patch_size: tuple[int, int], levels: int, latent_channels: int):
+        super().__init__()
         self.patch = tuple(patch_size)
         factors = [side * 2 ** (levels - 1) for side in self.patch]
         if any(image_size % factor for factor in factors):
@@ -31,43 +42,80 @@ class Codec(ModelMixin, ConfigMixin):
                 f"image_size {image_size} must be a multiple of {factors[0]} and {factors[1]} "
                 f"(patch {self.patch}, {levels} levels)"
             )
-        return tuple(image_size // factor for factor in factors)
-
-    def _finish(self, latent_channels: int, grid: tuple[int, int]) -> None:
+        self.latent_shape = (latent_channels, *(image_size // factor for factor in factors))
         self.stats = LatentStats(latent_channels)
-        self.latent_shape = (latent_channels, *grid)
-        # Frozen teachers are no part of the model: in a tuple they reach neither optimizer nor checkpoint.
-        self._teachers: tuple = ()
+        self.losses = nn.ModuleDict()
 
-    def add_teacher(self, name: str, distance: nn.Module, weight: float) -> None:
-        """Add weight·distance(outputs, images) to the loss, logged as `name`; `distance` is frozen and not saved."""
-        self._teachers += ((name, distance.requires_grad_(False), weight),)
-
-    def _taught(self, outputs: torch.Tensor, images: torch.Tensor, logs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The teachers' share of the loss (); each one's distance is noted in `logs`."""
-        if self.config.perceptual_weight and not any(name == "lpips" for name, *_ in self._teachers):
-            # Loaded for training only: a trained codec must open where LPIPS's weights are not.
-            self.add_teacher("lpips", load_lpips(self.config.perceptual_net), self.config.perceptual_weight)
-        total = outputs.new_zeros(())
-        for name, distance, weight in self._teachers:
-            logs[name] = distance.to(images.device)(outputs, images).mean()
-            total = total + weight * logs[name]
-        return total
+    def encode(self, images: Tensor, users: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) in [−1, 1] → latents (B, D, h, w), normalised per channel (see `calibrate`)."""
+        return self.stats.normalise(self.raw_latents(images, users))
 
     @torch.no_grad()
-    def calibrate(self, images: torch.Tensor, labels: torch.Tensor | None = None, batch_size: int = 64) -> None:
-        """Fill the latent mean and standard deviation from images (B, C, H, W), usually the training windows; labels
-        (B,) only where the codec is conditional."""
-        self.stats.fit(torch.cat([self.raw_latents(*part) for part in parts(self.device, batch_size, images, labels)]))
+    def calibrate(self, images: Tensor, users: Tensor | None = None, batch_size: int = 64) -> None:
+        """Set the latents' mean and standard deviation from images (B, C, H, W), usually the training windows."""
+        self.stats.fit(torch.cat([self.raw_latents(*part) for part in parts(self.device, batch_size, images, users)]))
 
-    def _fold(self, images: torch.Tensor) -> torch.Tensor:
+    def attach(self, loss: nn.Module) -> None:
+        """Train with `loss` as well; it replaces an attached loss of the same name."""
+        self.losses[loss.name] = loss
+
+    def detach_losses(self) -> None:
+        """Remove all attached losses."""
+        self.losses = nn.ModuleDict()
+
+    def configure(self, **options) -> None:
+        """Change options of the attached losses by name, as a stage of training does; ValueError for unknown names.
+        Options of losses that are not attached have no effect."""
+        if unknown := sorted(options.keys() - OPTIONS):
+            raise ValueError(f"cannot change {', '.join(unknown)}: only {', '.join(sorted(OPTIONS))}")
+        for loss in self.losses.values():
+            for name in options.keys() & loss.options:
+                setattr(loss, name, options[name])
+
+    def parameter_groups(self) -> list[dict]:
+        """Parameter groups for AdamW: codec and attached losses; a loss with `optimizer` settings has its own group."""
+        groups = [{"params": [p for name, p in self.named_parameters() if not name.startswith("losses.")]}]
+        for loss in self.losses.values():
+            if loss.optimizer:
+                groups.append({"params": list(loss.parameters()), **loss.optimizer})
+            else:
+                groups[0]["params"] += loss.parameters()
+        return groups
+
+    def save_pretrained(self, *arguments, **options) -> None:
+        """Save weights and configuration without the attached losses, see `ModelMixin.save_pretrained`."""
+        attached = self.losses
+        self.detach_losses()
+        super().save_pretrained(*arguments, **options)
+        self.losses = attached
+
+    @property
+    def last_layers(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """Weights of the encoder's and the decoder's last convolution, where gradients of losses are compared."""
+        network = getattr(self, "vae", self)
+        return network.encoder.conv_out.weight, network.decoder.conv_out.weight
+
+    def _total(self, reconstruction, regularisation, images, outputs, latents, logs) -> tuple[Tensor, dict]:
+        """Sum of reconstruction, regularisation and attached losses, each (), and logs with those of the losses.
+        Distances count as reconstruction, which other losses are weighted by."""
+        for loss in self.losses.values():
+            if loss.is_distance:
+                value, own_logs = loss(outputs, images)
+                reconstruction, logs = reconstruction + value, logs | own_logs
+        total = reconstruction + regularisation
+        for loss in self.losses.values():
+            if not loss.is_distance:
+                value, own_logs = loss(images, outputs, latents, reconstruction, self.last_layers)
+                total, logs = total + value, logs | own_logs
+        return total, {name: value.detach() for name, value in logs.items()}
+
+    def _fold(self, images: Tensor) -> Tensor:
         """Space to depth: (B, C, H, W) → (B, C·r·c, H/r, W/c)."""
         rows, columns = self.patch
         patches = images.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # (B, C, H/r, r, W/c, c)
         return patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
-    def _unfold(self, patches: torch.Tensor) -> torch.Tensor:
+    def _unfold(self, patches: Tensor) -> Tensor:
         """Depth to space: (B, C·r·c, H/r, W/c) → (B, C, H, W)."""
-        rows, columns = self.patch
-        parts = patches.unflatten(1, (-1, rows, columns))  # (B, C, r, c, H/r, W/c)
-        return parts.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+        pixels = patches.unflatten(1, (-1, *self.patch))  # (B, C, r, c, H/r, W/c)
+        return pixels.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)

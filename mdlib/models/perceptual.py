@@ -1,12 +1,11 @@
-"""Published networks that compare images: LPIPS, and Inception's features. Their weights are no part of mdlib: they are
-looked up where torch keeps what it downloaded."""
+"""LPIPS and Inception. Their published weights are looked up where torch stores its downloads."""
 
 import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from mdlib.models.pretrained import load_weights
 
@@ -19,19 +18,13 @@ INCEPTION = "inception_v3_google-0cc3c7bd.pth"
 
 
 def lpips_weights(net: str) -> Path:
-    """Where the weights of an LPIPS backbone lie, or would."""
+    """Path of the weights of an LPIPS backbone, whether they are there or not."""
     return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
 
 
 def load_lpips(net: str = "squeeze") -> nn.Module:
-    """LPIPS distance (Zhang et al. 2018) by the `lpips` package, frozen; inputs (B, 1 or 3, H, W) in [-1, 1].
-
-    The backbone's weights are looked up on this machine first, so an offline run says what is missing at once.
-
-    Raises:
-        ValueError: unknown `net`.
-        FileNotFoundError: the package is absent, or the backbone is neither on disk nor to be downloaded.
-    """
+    """LPIPS distance (Zhang et al. 2018) of the `lpips` package, frozen; inputs (B, 1 or 3, H, W) in [−1, 1].
+    FileNotFoundError if the package is missing, or the backbone is not on disk and cannot be downloaded."""
     if net not in LPIPS_BACKBONES:
         raise ValueError(f"unknown LPIPS net {net!r}: choose one of {', '.join(LPIPS_BACKBONES)}")
     try:
@@ -42,7 +35,7 @@ def load_lpips(net: str = "squeeze") -> nn.Module:
     try:
         if not weights.exists() and os.environ.get("HF_HUB_OFFLINE") == "1":
             raise OSError("offline mode is on")
-        with torch.random.fork_rng():  # it draws weights before it loads them; a training's noise must not depend on it
+        with torch.random.fork_rng():  # its initial weights are random; the caller's random numbers stay as they are
             model = lpips.LPIPS(net=net, verbose=False)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
@@ -53,12 +46,9 @@ def load_lpips(net: str = "squeeze") -> nn.Module:
 
 
 def load_inception() -> nn.Module:
-    """torchvision's Inception v3 (Szegedy et al. 2016) without its last layer, frozen: intensity or RGB images
-    (B, 1 or 3, H, W) in [-1, 1] to features (B, 2048). Not the network of published FIDs: compare with its own figures.
-
-    Raises:
-        FileNotFoundError: its weights are not on this machine; they are not downloaded.
-    """
+    """torchvision's Inception v3 (Szegedy et al. 2016) without its last layer, frozen: images (B, 1 or 3, H, W) in
+    [−1, 1] → features (B, 2048). It is not the network of published FIDs: compare its figures with its own only.
+    FileNotFoundError if its weights are not on this machine; they are not downloaded."""
     from torchvision.models import inception_v3
 
     weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
@@ -68,14 +58,12 @@ def load_inception() -> nn.Module:
     try:
         network.load_state_dict(load_weights(weights))
     except (ValueError, RuntimeError) as error:
-        raise FileNotFoundError(f"{weights} is not whole, or another network's: {error}") from error
+        raise FileNotFoundError(f"{weights} is incomplete, or of another network: {error}") from error
     network.fc = nn.Identity()
-    return nn.Sequential(_Rgb299(), network).eval().requires_grad_(False)
+    network.register_forward_pre_hook(lambda _, inputs: _resized(*inputs))
+    return network.eval().requires_grad_(False)
 
 
-class _Rgb299(nn.Module):
-    """Images in [-1, 1] as Inception takes them: three channels of 299 × 299, in the range it was trained on."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        sized = F.interpolate(images, size=(299, 299), mode="bilinear", antialias=True)
-        return sized.expand(-1, 3, -1, -1)
+def _resized(images: Tensor) -> Tensor:
+    """Images (B, 1 or 3, H, W) at the size of Inception's input (B, 3, 299, 299)."""
+    return F.interpolate(images, size=(299, 299), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)

@@ -1,7 +1,7 @@
 """VQ-VAE (van den Oord et al. 2017): a convolutional codec whose latent is a grid of codebook indices.
 
-Encoder and decoder are diffusers' blocks; the quantiser is our own because the codebook must not collapse: it
-starts from data, follows an exponential moving average with Laplace smoothing, and revives codes nobody uses.
+Encoder and decoder are diffusers' blocks. The quantiser is our own because the codebook must not collapse: it starts
+from data, follows an exponential moving average with Laplace smoothing, and replaces unused codes.
 Legend: B batch, C image channels, H W pixels, h w latent grid, D code width, K codes.
 """
 
@@ -10,53 +10,47 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
-from torch import nn
+from torch import Tensor, nn
 
 from mdlib.models.codec import Codec
 from mdlib.models.layers import all_sum, broadcast_from_first, gather
+
+EPSILON = 1e-5  # Laplace smoothing of the counts
 
 
 class VectorQuantizer(nn.Module):
     """Nearest-code quantiser with an EMA codebook (van den Oord et al. 2017, appendix A.1).
 
-    Where several processes train (`mdlib.training.distributed`), the codebook follows the vectors of all and stays one.
+    With several processes (`mdlib.training.distributed`) the codebook follows the vectors of all of them.
 
     Args:
-        num_codes: K.
-        dim: D, the width of a code.
+        num_codes, dim: K and D.
         decay: EMA decay of counts and sums.
-        epsilon: Laplace smoothing of the counts.
         cosine: compare directions instead of points (ViT-VQGAN, Yu et al. 2022); codes then lie on the unit sphere.
-        revive_below: a code whose EMA share of the batch is below this fraction of the uniform share 1/K is dead and
-            is replaced by a vector of the current batch (Jukebox, Dhariwal et al. 2020).
+        revive_below: fraction of the average use below which a code is reset, see `_reset_unused_codes`.
     """
 
-    def __init__(
-        self,
-        num_codes: int,
-        dim: int,
-        decay: float = 0.95,
-        epsilon: float = 1e-5,
-        cosine: bool = False,
-        revive_below: float = 0.1,
-    ):
+    def __init__(self, num_codes: int, dim: int, decay: float = 0.95, cosine: bool = False, revive_below: float = 0.1):
         super().__init__()
-        self.decay, self.epsilon, self.cosine, self.revive_below = decay, epsilon, cosine, revive_below
+        self.num_codes, self.decay, self.cosine, self.revive_below = num_codes, decay, cosine, revive_below
         self.register_buffer("codebook", torch.randn(num_codes, dim))
         self.register_buffer("counts", torch.ones(num_codes))
         self.register_buffer("sums", self.codebook.clone())
         self.register_buffer("initialised", torch.tensor(False))
+        self._started = False  # copy of `initialised`, which takes a wait for the GPU to read
 
-    @property
-    def num_codes(self) -> int:
-        return self.codebook.shape[0]
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._started = False
 
-    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise z (B, D, h, w): straight-through codes (B, D, h, w), indices (B, h, w), commitment loss ()."""
         z = z.float()
         flat = self.project(z.movedim(1, -1).flatten(0, 2))  # (B·h·w, D): channels last, so a vector is a pixel
-        if self.training and not self.initialised:
-            self._start_from(flat.detach())
+        if self.training and not self._started:
+            if not self.initialised:
+                self._start_from(flat.detach())
+            self._started = True
         index = self.nearest(flat)
         if self.training:
             self._update(flat.detach(), index)
@@ -66,53 +60,65 @@ class VectorQuantizer(nn.Module):
         commitment = F.mse_loss(target, codes.detach())
         return target + (codes - target).detach(), indices, commitment
 
-    def project(self, vectors: torch.Tensor) -> torch.Tensor:
+    def project(self, vectors: Tensor) -> Tensor:
         """Vectors (..., D) as they are compared with the codes."""
         return F.normalize(vectors, dim=-1) if self.cosine else vectors
 
-    def nearest(self, flat: torch.Tensor) -> torch.Tensor:
-        """Index (N,) of the code nearest to each row of flat (N, D); |z−e|² without its term that all codes share."""
+    def nearest(self, flat: Tensor) -> Tensor:
+        """Index (N,) of the code nearest to each row of flat (N, D): argmin |z−e|² = argmin |e|² − 2·z·e."""
         with torch.autocast(flat.device.type, enabled=False):  # half precision would confuse close codes
             distance = self.codebook.square().sum(1) - 2 * flat.float() @ self.codebook.T  # (N, K)
         return distance.argmin(1)
 
-    def lookup(self, indices: torch.Tensor) -> torch.Tensor:
+    def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, D, h, w) of indices (B, h, w)."""
         return F.embedding(indices, self.codebook).movedim(-1, 1)
 
+    def count(self, index: Tensor) -> Tensor:
+        """How often index (N,) holds each code: (K,), without the wait for the GPU that `torch.bincount` costs."""
+        return torch.zeros_like(self.counts).index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
+
     @torch.no_grad()
-    def _start_from(self, flat: torch.Tensor) -> None:
-        self.codebook.copy_(self._draw(flat, self.num_codes))
+    def _start_from(self, flat: Tensor) -> None:
+        """Initialise the codebook with random rows of flat (N, D)."""
+        self.codebook.copy_(self._sample_rows(flat))
         self.sums.copy_(self.codebook)
         self.counts.fill_(1)
         self.initialised.fill_(True)
 
     @torch.no_grad()
-    def _update(self, flat: torch.Tensor, index: torch.Tensor) -> None:
-        """One EMA step towards the mean of the vectors each code took, then revive the dead codes."""
-        counts = all_sum(torch.bincount(index, minlength=self.num_codes).to(flat.dtype))
+    def _update(self, flat: Tensor, index: Tensor) -> None:
+        """Move each code towards the mean of the rows of flat (N, D) that index (N,) assigns to it (one EMA step)."""
+        counts = all_sum(self.count(index))
         sums = all_sum(torch.zeros_like(self.sums).index_add_(0, index, flat))
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         total = self.counts.sum()
-        smoothed = (self.counts + self.epsilon) / (total + self.num_codes * self.epsilon) * total
+        smoothed = (self.counts + EPSILON) / (total + self.num_codes * EPSILON) * total
         self.codebook.copy_(self.project(self.sums / smoothed.unsqueeze(1)))
-        dead = self.counts < self.revive_below * total / self.num_codes
-        if dead.any():
-            fresh = self._draw(flat, int(dead.sum()))
-            self.codebook[dead] = fresh
-            # The revived code starts with an average share: with a count near zero it would be dead again at once.
-            self.counts[dead] = total / self.num_codes
-            self.sums[dead] = fresh * (total / self.num_codes)
+        self._reset_unused_codes(flat)
 
-    @staticmethod
-    def _draw(flat: torch.Tensor, n: int) -> torch.Tensor:
-        """n rows of flat (N, D) of all processes, without repetition where N allows; in every process the same."""
+    def _reset_unused_codes(self, flat: Tensor) -> None:
+        """Reset rule of the codebook (Jukebox, Dhariwal et al. 2020), applied after each training step.
+
+        A code is unused if its moving count is below `revive_below` times the average count of all codes. It becomes a
+        random vector of the current batch, flat (N, D), and its count the average: with a count near zero the next step
+        would reset it again.
+        """
+        total = self.counts.sum()
+        average = total / self.num_codes
+        unused = self.counts < self.revive_below * total / self.num_codes  # (K,)
+        # The n-th unused code takes the n-th sampled row. Masks instead of indexing: the GPU is not waited for.
+        rows = self._sample_rows(flat)[(unused.cumsum(0) - 1).clamp_min(0)]  # (K, D)
+        self.codebook.copy_(torch.where(unused[:, None], rows, self.codebook))
+        self.counts.copy_(torch.where(unused, average, self.counts))
+        self.sums.copy_(torch.where(unused[:, None], rows * average, self.sums))
+
+    def _sample_rows(self, flat: Tensor) -> Tensor:
+        """K random rows of flat (N, D) of all processes, the same in each; none repeats if N ≥ K."""
         flat = gather(flat)
-        if len(flat) >= n:
-            index = torch.randperm(len(flat), device=flat.device)[:n]
-        else:
-            index = torch.randint(len(flat), (n,), device=flat.device)
+        index = torch.randperm(len(flat), device=flat.device)
+        index = index[torch.arange(self.num_codes, device=flat.device) % len(flat)]
         broadcast_from_first([index])
         return flat[index]
 
@@ -120,20 +126,10 @@ class VectorQuantizer(nn.Module):
 class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module when it loads
     """Codec: image (B, C, H, W) in [−1, 1] ↔ tokens (B, h, w) ↔ normalised latents (B, D, h, w).
 
-    Args:
-        image_size: H = W.
-        in_channels: C, 1 for intensity or 3 for RGB.
-        patch_size: rows and columns folded into channels before the first convolution (space to depth): (2, 2)
-            quarters its cost, and unequal sides give Doppler and time different resolutions.
-        block_out_channels: widths of the levels; n levels down-sample n − 1 times.
-        layers_per_block: residual blocks a level.
-        norm_num_groups: groups of the group norms.
+    Args beyond those of `Codec`:
         num_codes, code_dim: K and D.
         decay, cosine, revive_below: see `VectorQuantizer`.
         commitment_weight: β of the commitment loss.
-        perceptual_weight: weight of LPIPS; 0 leaves it out (and needs no weights on disk).
-        perceptual_net: LPIPS backbone, `squeeze`, `alex` or `vgg`.
-        mid_attention: self-attention at the coarsest level.
     """
 
     @register_to_config
@@ -151,13 +147,11 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         cosine: bool = False,
         revive_below: float = 0.1,
         commitment_weight: float = 0.25,
-        perceptual_weight: float = 0.0,
-        perceptual_net: str = "squeeze",
         mid_attention: bool = True,
     ):
-        super().__init__()
         widths = tuple(block_out_channels)
-        grid = self._grid(image_size, patch_size, len(widths))
+        super().__init__(image_size, patch_size, len(widths), code_dim)
+        self.num_codes, self.token_shape = num_codes, self.latent_shape[1:]  # rows Doppler, columns time
         shared = dict(
             block_out_channels=widths,
             layers_per_block=layers_per_block,
@@ -167,67 +161,48 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         channels = in_channels * self.patch[0] * self.patch[1]
         down, up = ("DownEncoderBlock2D",) * len(widths), ("UpDecoderBlock2D",) * len(widths)
         self.encoder = Encoder(channels, code_dim, down_block_types=down, double_z=False, **shared)
-        self.quantizer = VectorQuantizer(num_codes, code_dim, decay, cosine=cosine, revive_below=revive_below)
+        self.quantizer = VectorQuantizer(num_codes, code_dim, decay, cosine, revive_below)
         self.decoder = Decoder(code_dim, channels, up_block_types=up, **shared)
-        self._finish(code_dim, grid)
 
-    @property
-    def token_shape(self) -> tuple[int, int]:
-        """(h, w) of the token grid: rows Doppler, columns time."""
-        return self.latent_shape[1:]
-
-    @property
-    def num_codes(self) -> int:
-        return self.quantizer.num_codes
-
-    def loss(
-        self, images: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Reconstruction (mean square) + β·commitment [+ teachers] for images (B, C, H, W); scalar logs beside it."""
+    def loss(self, images: Tensor, users: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean square error + commitment_weight·commitment + attached losses of images (B, C, H, W), and logs."""
         codes, indices, commitment = self.quantizer(self._features(images))
-        output = self._pixels(codes)
-        mse = F.mse_loss(output, images)
+        outputs = self._pixels(codes)
+        mse = F.mse_loss(outputs, images)
+        used = self.quantizer.count(indices.flatten()) / indices.numel()
+        entropy = torch.special.entr(used).sum()  # nats, of this batch
         logs = {
             "mse": mse,
             "commitment": commitment,
             "psnr_db": -10 * torch.log10(mse / 4),
-            **self._usage(indices),
+            "usage": (used > 0).float().mean(),
+            "perplexity": entropy.exp(),
+            "entropy": entropy,
         }
-        loss = mse + self.config.commitment_weight * commitment + self._taught(output, images, logs)
-        return loss, {name: value.detach() for name, value in logs.items()}
+        return self._total(mse, self.config.commitment_weight * commitment, images, outputs, codes, logs)
 
-    def encode_tokens(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def encode_tokens(self, images: Tensor, users: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] → tokens (B, h, w), long."""
         flat = self.quantizer.project(self._features(images).float().movedim(1, -1))  # (B, h, w, D)
         return self.quantizer.nearest(flat.flatten(0, 2)).view(flat.shape[:3])
 
-    def decode_tokens(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def decode_tokens(self, tokens: Tensor, users: Tensor | None = None) -> Tensor:
         """Tokens (B, h, w) → images (B, C, H, W), clipped to [−1, 1]."""
         return self._pixels(self.quantizer.lookup(tokens)).clamp(-1, 1)
 
-    def encode(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Images → quantised latents (B, D, h, w), normalised per channel (see `calibrate`)."""
-        return self.stats.normalise(self.raw_latents(images))
-
-    def decode(self, latents: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalised latents (B, D, h, w) → images; each vector is first snapped to its nearest code, through which a
-        gradient passes as if it were not there."""
+    def decode(self, latents: Tensor, users: Tensor | None = None) -> Tensor:
+        """Normalised latents (B, D, h, w) → images (B, C, H, W), clipped to [−1, 1]; each vector is replaced by its
+        nearest code, with a straight-through gradient."""
         vectors = self.quantizer.project(self.stats.denormalise(latents).movedim(1, -1))
         indices = self.quantizer.nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
         codes, vectors = self.quantizer.lookup(indices), vectors.movedim(-1, 1)
         return self._pixels(codes + (vectors - vectors.detach())).clamp(-1, 1)
 
-    def raw_latents(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def raw_latents(self, images: Tensor, users: Tensor | None = None) -> Tensor:
         return self.quantizer.lookup(self.encode_tokens(images))
 
-    def _features(self, images: torch.Tensor) -> torch.Tensor:
+    def _features(self, images: Tensor) -> Tensor:
         return self.encoder(self._fold(images))  # (B, D, h, w)
 
-    def _pixels(self, codes: torch.Tensor) -> torch.Tensor:
+    def _pixels(self, codes: Tensor) -> Tensor:
         return self._unfold(self.decoder(codes))
-
-    def _usage(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Share of codes used, perplexity and entropy (nats) of one batch of indices, counted."""
-        share = torch.bincount(indices.flatten(), minlength=self.num_codes).float() / indices.numel()
-        entropy = torch.special.entr(share).sum()
-        return {"usage": (share > 0).float().mean(), "perplexity": entropy.exp(), "entropy": entropy}

@@ -5,7 +5,6 @@ step apart and scaled to dB of the display. Speckle, clutter and gait drift run 
 windows share what they share in real recordings, and a random split leaks.
 """
 
-import csv
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy.ndimage import maximum_filter1d
 
@@ -113,10 +113,7 @@ def simulate_dataset(out, users=31, windows=150, size=256, seed=0, condition="no
                         folder = work / (name if condition == "all" else "") / f"ID_{user}"
                         rows += _write(work, folder, user, recording, name, size, *found)
                         done.update(number)
-        with open(work / "parameters.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
+        pd.DataFrame(rows).to_csv(work / "parameters.csv", index=False)
         (work / "simulation.json").write_text(json.dumps(arguments, indent=1))
         if out.is_dir():
             out.rmdir()  # empty, or _already_there had refused

@@ -6,6 +6,7 @@ from mdlib.systems.system import (
     SYSTEMS,
     Preset,
     System,
+    attach_losses,
     get_preset,
     get_system,
     load_codec,

@@ -1,8 +1,70 @@
-"""GPUs and what they can take: one table for all systems."""
+"""What all systems have in common: the effort at each size, and what each machine can take."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Arguments of the models and of TrainConfig, and fields of `Preset`. Sizes that are not named here start from base.
+EFFORTS = {
+    "smoke": dict(  # seconds: for tests
+        codec=dict(image_size=32),
+        codec_training=dict(steps=6, batch_size=8, warmup_steps=1, evaluate_every=3, save_every=3),
+        prior_training=dict(steps=6, batch_size=8, warmup_steps=1, evaluate_every=3, save_every=3),
+        teacher_steps=2,
+        variants=1,
+        images_per_user=3,
+        validation=dict(evaluation_steps=4, seeds=2),
+    ),
+    "demo": dict(  # minutes on two CPU cores
+        codec=dict(image_size=64),
+        codec_training=dict(
+            steps=1000, batch_size=8, learning_rate=2e-3, warmup_steps=20, evaluate_every=500, save_every=250
+        ),
+        prior_training=dict(batch_size=32, weight_decay=0.01, keep_best=False, evaluate_every=100, save_every=100),
+        teacher_steps=300,
+        images_per_user=10,
+        windows_per_user=10,
+        validation=dict(evaluation_steps=300),
+    ),
+    "demo-long": dict(  # the same sizes, half an hour
+        codec=dict(image_size=64),
+        codec_training=dict(
+            steps=4000, batch_size=8, learning_rate=2e-3, warmup_steps=20, evaluate_every=500, save_every=500
+        ),
+        prior_training=dict(batch_size=32, weight_decay=0.01, keep_best=False, evaluate_every=250, save_every=250),
+        teacher_steps=600,
+        images_per_user=20,
+        windows_per_user=10,
+        validation=dict(evaluation_steps=1000),
+    ),
+    "base": dict(  # a GPU
+        codec=dict(image_size=128),
+        # No averaged weights: they would not fit a codebook.
+        codec_training=dict(
+            steps=6000,
+            batch_size=64,
+            learning_rate=5e-4,
+            warmup_steps=200,
+            evaluate_every=250,
+            save_every=250,
+            mixed_precision="auto",
+        ),
+        prior_training=dict(
+            steps=20_000,
+            batch_size=64,
+            learning_rate=2e-4,
+            warmup_steps=500,
+            weight_decay=0.01,
+            ema_decay=0.9995,
+            keep_best=False,
+            evaluate_every=1000,
+            save_every=250,
+            mixed_precision="auto",
+        ),
+        teacher_steps=1500,
+        images_per_user=50,
+        validation=dict(evaluation_steps=2000, seeds=5, multiples=(2, 4), keep=(0.75, 0.5, 0.25)),
+    ),
+}
 # Of size base: the batch of all GPUs together, and the precision. A size with a smaller batch keeps it.
 MACHINES = {
     "cpu": dict(batch_size=64, mixed_precision="no"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from mdlib.systems.machines import MACHINES, gpus, preset_for
+from mdlib.systems.machines import EFFORTS, MACHINES, gpus, preset_for
 from mdlib.utils import DataError
 
 if TYPE_CHECKING:
@@ -23,68 +23,9 @@ CODECS = {
     "kl": "mdlib.models.kl:KLVAE",
     "va": "mdlib.models.vavae:VAVAE",
 }
-# What all systems have in common at a size, so that they can be compared; sizes not named here are of "base".
-EFFORTS = {
-    "smoke": dict(  # seconds: for tests
-        codec=dict(image_size=32),
-        codec_training=dict(steps=6, batch_size=8, warmup_steps=1, evaluate_every=3, save_every=3),
-        prior_training=dict(steps=6, batch_size=8, warmup_steps=1, evaluate_every=3, save_every=3),
-        teacher_steps=2,
-        variants=1,
-        images_per_user=3,
-        validation=dict(evaluation_steps=4, seeds=2),
-    ),
-    "demo": dict(  # minutes on two CPU cores
-        codec=dict(image_size=64),
-        codec_training=dict(
-            steps=1000, batch_size=8, learning_rate=2e-3, warmup_steps=20, evaluate_every=500, save_every=250
-        ),
-        prior_training=dict(batch_size=32, weight_decay=0.01, keep_best=False, evaluate_every=100, save_every=100),
-        teacher_steps=300,
-        images_per_user=10,
-        windows_per_user=10,
-        validation=dict(evaluation_steps=300),
-    ),
-    "demo-long": dict(  # the same sizes, half an hour
-        codec=dict(image_size=64),
-        codec_training=dict(
-            steps=4000, batch_size=8, learning_rate=2e-3, warmup_steps=20, evaluate_every=500, save_every=500
-        ),
-        prior_training=dict(batch_size=32, weight_decay=0.01, keep_best=False, evaluate_every=250, save_every=250),
-        teacher_steps=600,
-        images_per_user=20,
-        windows_per_user=10,
-        validation=dict(evaluation_steps=1000),
-    ),
-    "base": dict(  # a GPU
-        codec=dict(image_size=128),
-        # No averaged weights: they would not fit a codebook.
-        codec_training=dict(
-            steps=6000,
-            batch_size=64,
-            learning_rate=5e-4,
-            warmup_steps=200,
-            evaluate_every=250,
-            save_every=250,
-            mixed_precision="auto",
-        ),
-        prior_training=dict(
-            steps=20_000,
-            batch_size=64,
-            learning_rate=2e-4,
-            warmup_steps=500,
-            weight_decay=0.01,
-            ema_decay=0.9995,
-            keep_best=False,
-            evaluate_every=1000,
-            save_every=250,
-            mixed_precision="auto",
-        ),
-        teacher_steps=1500,
-        images_per_user=50,
-        validation=dict(evaluation_steps=2000, seeds=5, multiples=(2, 4), keep=(0.75, 0.5, 0.25)),
-    ),
-}
+
+# Arguments of prior.sample that are no plain values.
+NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "share", "fraction", "on_step"}
 
 
 @dataclass(frozen=True)
@@ -117,8 +58,8 @@ class System:
 
     def sampling_options(self) -> dict:
         """What `prior.sample` can be given as plain values, with its defaults."""
-        known = inspect.signature(self.prior.sample).parameters.values()
-        return {one.name: one.default for one in known if isinstance(one.default, int | float | str) or not one.default}
+        known = inspect.signature(self.prior.sample).parameters.items()
+        return {name: one.default for name, one in known if name not in NO_OPTIONS}
 
     @property
     def preset_names(self) -> tuple[str, ...]:
@@ -164,8 +105,9 @@ class Preset:
     prior_training: "TrainConfig"
     codec_class: type = None  # the system's, or another kind of codec of the same sizes
     sampling: dict = field(default_factory=dict)  # keyword arguments of prior.sample
-    teacher_steps: int = 0  # optimizer steps of the codec's teacher (mdlib.models.teacher); 0 does without
-    teacher_weight: float = 0.2  # of its distance in the codec's loss
+    losses: dict = field(default_factory=dict)  # options of LPIPS, alignment and adversary, see `attach_losses`
+    teacher_steps: int = 0  # optimizer steps of the user classifier whose features the codec's loss compares; 0: none
+    teacher_weight: float = 0.2  # of that distance
     foundation: str = "none"  # what latents are aligned with: none, classifier, or a transformers vision model
     stages: tuple = ()  # of the codec's training: pairs of a fraction of its steps and options of its losses
     user_codec: bool = False  # the codec is conditioned on the user (VAVAE)
@@ -221,11 +163,11 @@ def get_preset(
         table[part] = TrainConfig(**table[part])
     preset = fine_tuning(Preset(**table)) if init else Preset(**table)
     preset = _with_codec(preset, known, codec)
-    if not hasattr(preset.codec_class, "align_to") and (foundation not in ("", "none") or user_codec):
+    if not preset.codec_class.aligned and (foundation not in ("", "none") or user_codec):
         raise DataError("foundation and user_codec are of a VA-VAE: take system vavae-dit, or codec va")
     preset = replace(
         preset,
-        codec={**preset.codec, "perceptual_weight": perceptual_weight} if perceptual_weight else preset.codec,
+        losses={**preset.losses, "perceptual_weight": perceptual_weight} if perceptual_weight else preset.losses,
         codec_training=replace(preset.codec_training, seed=seed, steps=codec_steps or preset.codec_training.steps),
         prior_training=replace(preset.prior_training, seed=seed, steps=prior_steps or preset.prior_training.steps),
         windows_per_user=max(0, windows_per_user) if windows_per_user else preset.windows_per_user,
@@ -281,27 +223,43 @@ def _with_codec(preset: Preset, system: System, kind: str) -> Preset:
     if system.prior.consumes == "tokens" and not hasattr(chosen, "encode_tokens"):
         raise DataError(f"this system's prior reads tokens, which a {kind} codec does not make: leave codec empty")
     sizes = {key: value for key, value in preset.codec.items() if key in _arguments(chosen)}
-    preset = replace(preset, codec_class=chosen, codec=sizes)
-    if not hasattr(chosen, "align_to"):
+    losses = {key: value for key, value in preset.losses.items() if key in _loss_options(chosen)}
+    preset = replace(preset, codec_class=chosen, codec=sizes, losses=losses)
+    if not chosen.aligned:
         return replace(preset, foundation="none", stages=())
     return preset if chosen is system.codec else replace(preset, foundation="classifier")
 
 
 def _with_options(preset: Preset, part: str, model: type, options: dict) -> Preset:
-    """The preset with `options` of its codec or prior changed: the model's arguments, or its training's fields."""
+    """The preset with `options` of its codec or prior changed: arguments of the model, options of the
+    codec's losses, or fields of its training."""
     # Fixed by the data, the users and the other model.
-    fixed = {"in_channels", "num_users", "foundation_width", "latent_shape", "token_shape"}
+    fixed = {"in_channels", "num_users", "latent_shape", "token_shape"}
     fixed |= {"num_codes"} if part == "prior" else set()
     training = getattr(preset, f"{part}_training")
     sizes, effort = _arguments(model) - fixed, {entry.name for entry in fields(training)} - {"steps", "seed"}
-    for key in options.keys() - sizes - effort:
-        raise DataError(f"{part}_options has no {key!r}; there are {', '.join(sorted(sizes | effort))}")
-    changed = {key: value for key, value in options.items() if key in sizes}
+    losses = _loss_options(model) if part == "codec" else set()
+    for key in options.keys() - sizes - effort - losses:
+        raise DataError(f"{part}_options has no {key!r}; there are {', '.join(sorted(sizes | effort | losses))}")
+    own = lambda names: {key: value for key, value in options.items() if key in names}
     return replace(
         preset,
-        **{part: {**getattr(preset, part), **changed}},
-        **{f"{part}_training": replace(training, **{key: value for key, value in options.items() if key in effort})},
+        losses=preset.losses | own(losses),
+        **{part: getattr(preset, part) | own(sizes), f"{part}_training": replace(training, **own(effort))},
     )
+
+
+def _loss_options(codec: type) -> set[str]:
+    """Names in `Preset.losses` that apply to a codec of that class."""
+    from mdlib.models.codec_losses import Adversary, Alignment
+
+    aligned = (_arguments(Alignment) | _arguments(Adversary)) if codec.aligned else set()
+    return {"perceptual_weight", "perceptual_net"} | aligned - {
+        "foundation",
+        "latent_channels",
+        "channels",
+        "image_size",
+    }
 
 
 def _arguments(model: type) -> set[str]:
@@ -311,11 +269,27 @@ def _arguments(model: type) -> set[str]:
 # ---- models
 
 
-def make_codec(preset: Preset, channels: int = 1, num_users: int = 0, foundation_width: int = 0):
-    """A new codec of the preset's size for images of `channels`; num_users and foundation_width are a VA-VAE's."""
-    own = dict(num_users=num_users if preset.user_codec else 0, foundation_width=foundation_width)
-    aligned = hasattr(preset.codec_class, "align_to")
-    return preset.codec_class(in_channels=channels, **preset.codec, **(own if aligned else {}))
+def make_codec(preset: Preset, channels: int = 1, num_users: int = 0):
+    """A new codec of the preset's size for images of `channels`, conditioned on num_users if the preset says so."""
+    users = dict(num_users=num_users) if preset.user_codec else {}
+    return preset.codec_class(in_channels=channels, **preset.codec, **users)
+
+
+def attach_losses(codec, preset: Preset, teacher=None, lpips=None, foundation=None) -> None:
+    """Attach the preset's losses to a codec: the distances of the frozen networks `teacher` and `lpips`, and the
+    alignment with the features of `foundation`, where these are given; and the adversary, where it has a weight."""
+    from mdlib.models.codec_losses import Adversary, Alignment, Distance
+
+    options = preset.losses
+    own = lambda kind: {key: value for key, value in options.items() if key in _arguments(kind)}
+    if teacher:
+        codec.attach(Distance("teacher", teacher, preset.teacher_weight))
+    if lpips:
+        codec.attach(Distance("lpips", lpips, options["perceptual_weight"]))
+    if foundation:
+        codec.attach(Alignment(foundation, codec.latent_shape[0], **own(Alignment)))
+    if options.get("adversarial_weight"):
+        codec.attach(Adversary(codec.config.in_channels, codec.config.image_size, **own(Adversary)))
 
 
 def make_prior(system: str, preset: Preset, codec, num_users: int, num_conditions: int = 1):
@@ -360,7 +334,7 @@ def start_codec(codec, source: str | Path, other_users: bool = False) -> None:
     Raises:
         DataError: weights that do not fit.
     """
-    from mdlib.models.ldm import load_ldm
+    from mdlib.models.pretrained import load_ldm
 
     _start(codec, source, load_codec, load_ldm, other_users, codec.config.get("num_users", 0))
 
@@ -387,7 +361,7 @@ def _start(model, source: str | Path, from_folder, from_file, other_users: bool,
             found = from_folder(source).state_dict()
             if other_users and "users.weight" in found:
                 found = _for_users(found, num_users, getattr(model.users, "conditions", None))
-            load_completely(model, found, source, getattr(model, "beside", ()))
+            load_completely(model, found, source, getattr(model, "optional", ()))
         elif from_file is None:
             raise DataError(f"there are no published weights of a {type(model).__name__}: give a folder")
         else:

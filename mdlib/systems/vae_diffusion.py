@@ -46,7 +46,8 @@ SYSTEM = System(
             sampling=dict(guidance_scale=1.5, num_inference_steps=20),
         ),
         "high-quality": dict(
-            codec=CODEC | dict(block_out_channels=(128, 256, 512), perceptual_weight=0.1, perceptual_net="vgg"),
+            codec=CODEC | dict(block_out_channels=(128, 256, 512)),
+            losses=dict(perceptual_weight=0.1, perceptual_net="vgg"),
             prior=UNET | dict(block_out_channels=(192, 384, 512)),
             prior_training=dict(steps=60_000, ema_decay=0.9999),
             sampling=dict(guidance_scale=1.5, num_inference_steps=50),

@@ -24,9 +24,8 @@ class JointFineTuning(nn.Module):
         self.codec, self.prior, self.prior_weight = codec, prior, prior_weight
 
     def parameter_groups(self) -> list[dict]:
-        """The codec's own (a discriminator trains otherwise), and the prior."""
-        own = getattr(self.codec, "parameter_groups", lambda: [{"params": list(self.codec.parameters())}])
-        return [*own(), {"params": list(self.prior.parameters())}]
+        """The codec's groups (a discriminator has its own), and the prior."""
+        return [*self.codec.parameter_groups(), {"params": list(self.prior.parameters())}]
 
     def loss(
         self, images: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None

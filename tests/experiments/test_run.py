@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mdlib.cli import app, main
 from mdlib.data.splits import read_split, seen_beyond, write_split
@@ -20,6 +21,7 @@ from mdlib.evaluation.filters import select_folder
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import open_run
 from mdlib.experiments.settings import NOTEBOOKS
+from mdlib.experiments.steps import attach_trained_losses
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import load_pipeline
 from mdlib.reports.report import validate_folders
@@ -56,7 +58,7 @@ def denoised(story):
         'prior_options={"prediction": "epsilon", "schedule": "scaled_linear"}',
     ]
     first = mdlib("run", *common, "--system", "vae-diffusion", "--out", out / "kl", *extra)
-    second = mdlib("run", *common, "--system", "vavae-dit", "--out", out / "va", "-p", "user_codec=true")
+    second = mdlib("run", *common, "--system", "vavae-dit", "--out", out / "va", "-p", "user_codec=true", *extra[:2])
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     compared = {name: out / "compared" / name for name in ("vqvae-ldm", "vq-diffusion")}
     return {"vae-diffusion": out / "kl", "vavae-dit": out / "va", **compared}
@@ -122,8 +124,13 @@ def test_joint_fine_tuning_changes_the_pipelines_codec_and_calibrates_it(denoise
 def test_an_aligned_codec_is_trained_in_stages_and_told_its_users(denoised):
     out = denoised["vavae-dit"]
     codec, run = load_codec(out / "codec"), open_run(out)
-    assert codec.conditional and codec.config.num_users == 3 and codec.config.foundation_width > 0
-    assert codec.config.cosine_margin == 0.5, "the last stage's"
+    assert codec.conditional and codec.config.num_users == 3
+    assert not codec.losses and not any(name.startswith("losses.") for name in codec.state_dict())
+    trained = load_file(out / "codec" / "losses.safetensors")
+    attach_trained_losses(run, codec)
+    attached = codec.losses.state_dict()
+    assert {"alignment.projection.weight", "adversary.batches"} <= trained.keys() == attached.keys()
+    assert all(torch.equal(tensor, attached[name]) for name, tensor in trained.items())
     history = list(csv.DictReader((out / "codec" / "history.csv").open()))
     assert [int(row["step"]) for row in history][-1] == sum(
         max(1, round(share * run.preset.codec_training.steps)) for share, _ in run.preset.stages
@@ -444,7 +451,7 @@ def snapshot(folder):
         (["-p", "temperature=0.9"], "05_generate is done and would ignore temperature: add --from 05 to run it again"),
         (["--from", "07"], "this system has no notebook '07'"),
         (["-p", "prior_steps=9"], "prior_steps: 0 is not 9): to train it further, python -m mdlib run --out "),
-        (["-p", "prior_steps=6", "--extend"], "prior_steps=6: the prior has trained for 6 steps already, give more"),
+        (["-p", "prior_steps=6", "--extend"], "prior_steps=6: the prior has 6 steps already, give more"),
         (["-p", "seed=3", "--extend"], "--extend takes more codec_steps or prior_steps and no other change, got seed"),
         (["--extend"], "no other change, got nothing"),
     ],

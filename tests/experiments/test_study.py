@@ -172,7 +172,7 @@ def test_the_command_line_prints_every_verdict(people, tmp_path, runs, capsys):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        (dict(counts=(4, 1000)), "windows_per_user=1000 cannot be kept"),
+        (dict(counts=(4, 1000)), "windows_per_user=1000 is not possible"),
         (dict(counts=()), "counts must be whole numbers of 1 or more"),
         (dict(counts=(0,)), "counts must be whole numbers of 1 or more"),
         (dict(folds=5), "folds must be a whole number from 1 to 4, got 5"),

@@ -14,6 +14,7 @@ from mdlib.data.windows import DataError
 from mdlib.evaluation.evidence import Protocol
 from mdlib.systems import (
     SYSTEMS,
+    attach_losses,
     get_preset,
     get_system,
     load_codec,
@@ -90,7 +91,7 @@ def test_training_starts_from_the_weights_of_another(tmp_path):
     assert torch.equal(priors[0].x_embedder.weight, priors[1].x_embedder.weight)
     with pytest.raises(DataError, match="cannot start from .*prior: .* of another shape are users.weight"):
         start_prior(make_prior("vavae-dit", preset, first, 4), tmp_path / "prior")
-    told = make_codec(get_preset("vavae-dit", "smoke", user_codec=True), num_users=3, foundation_width=7)
+    told = make_codec(get_preset("vavae-dit", "smoke", user_codec=True), num_users=3)
     users = told.users.weight.clone()
     start_codec(told, tmp_path / "codec")  # what only one of the two has stays as it was
     assert torch.equal(told.users.weight, users) and torch.equal(
@@ -135,7 +136,7 @@ def test_a_start_from_other_people_takes_fewer_and_smaller_steps_of_the_same_mod
 
 def test_a_codec_that_is_told_users_meets_new_ones(tmp_path):
     preset = get_preset("vavae-dit", "smoke", user_codec=True)
-    known, codec = (make_codec(preset, num_users=users, foundation_width=7) for users in (3, 3))
+    known, codec = (make_codec(preset, num_users=users) for users in (3, 3))
     known.save_pretrained(tmp_path)
     start_codec(codec, tmp_path, other_users=True)
     table = known.users.weight
@@ -151,12 +152,27 @@ def test_the_aligned_system_trains_by_the_published_recipe_on_a_gpu():
         )
         if chosen.stages:
             assert [options["alignment_weight"] for _, options in chosen.stages] == [0.5, 0.1, 0.1]
-            assert sum(share for share, _ in chosen.stages) == pytest.approx(1) and preset.codec["adversarial_weight"]
+            assert sum(share for share, _ in chosen.stages) == pytest.approx(1) and preset.losses["adversarial_weight"]
             codec = make_codec(get_preset("vavae-dit", "smoke"))
             for _, options in chosen.stages:
                 codec.configure(**options)
-    named = get_preset("vavae-dit", "smoke", codec_options={"alignment_weight": 0.2})
-    assert all("alignment_weight" not in options for _, options in named.stages) and len(named.stages) == 3
+
+
+def test_options_of_losses_are_given_by_name_and_hold_in_every_stage():
+    options = {"alignment_weight": 0.2, "adversarial_weight": 0.7, "perceptual_weight": 0.1, "batch_size": 4}
+    preset = get_preset("vavae-dit", "smoke", codec_options=options)
+    assert all("alignment_weight" not in changes for _, changes in preset.stages) and len(preset.stages) == 3
+    codec, foundation, lpips = make_codec(preset), torch.nn.Identity(), torch.nn.Identity()
+    foundation.width = 7
+    attach_losses(codec, preset, lpips=lpips, foundation=foundation)
+    assert set(codec.losses) == {"lpips", "alignment", "adversary"}
+    assert codec.losses["lpips"].weight == 0.1 and codec.losses["alignment"].alignment_weight == 0.2
+    adversary = codec.losses["adversary"]
+    assert adversary.adversarial_weight == 0.7 and adversary.discriminator[0].out_channels == 8
+    attach_losses(plain := make_codec(get_preset("vae-diffusion", "smoke")), get_preset("vae-diffusion", "smoke"))
+    assert not plain.losses
+    with pytest.raises(DataError, match="codec_options has no 'adversarial_weight'; there are .*perceptual_weight"):
+        get_preset("vae-diffusion", "smoke", codec_options={"adversarial_weight": 0.5})
 
 
 def test_only_a_va_vae_is_aligned_or_told_users():
@@ -164,8 +180,7 @@ def test_only_a_va_vae_is_aligned_or_told_users():
     assert get_preset("vavae-dit", "smoke", codec="kl").foundation == "none"
     assert get_preset("vqvae-ldm", "smoke", codec="va").foundation == "classifier", "else it would be a plain KL codec"
     assert get_preset("vavae-dit", "smoke", foundation="none").foundation == "none"
-    told = make_codec(get_preset("vavae-dit", "smoke", user_codec=True), num_users=3, foundation_width=7)
-    assert told.conditional and told.config.foundation_width == 7
+    assert make_codec(get_preset("vavae-dit", "smoke", user_codec=True), num_users=3).conditional
     assert not make_codec(get_preset("vavae-dit", "smoke"), num_users=3).conditional
     for options in ({"foundation": "classifier"}, {"user_codec": True}):
         with pytest.raises(DataError, match="foundation and user_codec are of a VA-VAE: take system vavae-dit"):

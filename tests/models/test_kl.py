@@ -1,4 +1,4 @@
-"""The KL autoencoder: its loss by hand, calibrated latents, round trips, teachers."""
+"""The KL autoencoder: its loss by hand, calibrated latents, round trips, users."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
 from mdlib.models.kl import KLVAE
+from mdlib.training.latents import decode_all, encode_all
 
 SMALL = dict(image_size=16, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3)
 
@@ -22,17 +23,6 @@ def pictures(count: int, channels: int = 1, size: int = 16) -> torch.Tensor:
     centre = torch.rand(count, 2, 1, 1, 1, generator=generator) * (size - 4) + 2
     blob = torch.exp(-((rows.view(-1, 1) - centre[:, 0]) ** 2 + (rows - centre[:, 1]) ** 2) / 8)  # (B, 1, H, W)
     return (2 * blob - 1).repeat(1, channels, 1, 1)
-
-
-class Distance(torch.nn.Module):
-    """A teacher with a weight of its own: mean square of the difference, times that weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(3.0))
-
-    def forward(self, outputs, images):
-        return self.scale * (outputs - images).square().mean((1, 2, 3))  # (B,)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -103,22 +93,6 @@ def test_training_draws_latents_and_evaluation_does_not():
     assert codec.loss(images)[0] != codec.loss(images)[0]
 
 
-def test_a_teacher_adds_to_the_loss_and_is_neither_trained_nor_saved(tmp_path):
-    codec, images = small_codec(), pictures(4)
-    plain, before = codec.loss(images)[0], set(codec.state_dict())
-    teacher = Distance()
-    codec.add_teacher("likeness", teacher, 0.5)
-    loss, logs = codec.loss(images)
-    torch.testing.assert_close(logs["likeness"], 3 * logs["mse"])
-    torch.testing.assert_close(loss, plain + 0.5 * logs["likeness"])
-    loss.backward()
-    assert teacher.scale.grad is None and not any(parameter is teacher.scale for parameter in codec.parameters())
-    codec.save_pretrained(tmp_path)
-    again = KLVAE.from_pretrained(tmp_path).eval()
-    assert set(again.state_dict()) == before
-    torch.testing.assert_close(again.loss(images)[0], plain)
-
-
 def test_it_learns_a_handful_of_images():
     codec, images = small_codec(block_out_channels=(16, 16)), pictures(8)
     before = codec.loss(images)[1]["psnr_db"]
@@ -159,3 +133,70 @@ def test_an_unknown_reconstruction_is_refused():
 def test_an_image_size_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"^image_size 20 must be a multiple of 8 and 4 \(patch \(4, 2\), 2 levels\)$"):
         small_codec(image_size=20, patch_size=(4, 2))
+
+
+# Users -------------------------------------------------------------------------------------------------------------
+
+
+def user_codec(**changes) -> KLVAE:
+    """A codec of three users whose vectors are not zero."""
+    codec = small_codec(num_users=3, **changes)
+    for layer in (codec.encoder_shift, codec.decoder_shift):
+        torch.nn.init.normal_(layer.weight)
+    return codec
+
+
+@torch.no_grad()
+def test_at_first_users_make_no_difference():
+    codec, plain, images, users = small_codec(num_users=3), small_codec(), pictures(4), torch.tensor([0, 1, 2, 3])
+    assert codec.conditional and not plain.conditional
+    assert torch.equal(codec.encode(images, users), plain.encode(images))
+    assert torch.equal(codec.decode(codec.encode(images), users), plain.decode(plain.encode(images)))
+
+
+@torch.no_grad()
+def test_no_user_is_the_null_label_and_users_differ():
+    codec, images = user_codec(), pictures(4)
+    null, other = torch.full((4,), 3), torch.full((4,), 1)
+    latents = codec.encode(images)
+    assert torch.equal(codec.encode(images, null), latents)
+    assert torch.equal(codec.decode(latents, null), codec.decode(latents))
+    assert codec.loss(images, null)[0] == codec.loss(images)[0]
+    assert not torch.allclose(codec.encode(images, other), latents)
+    assert not torch.allclose(codec.decode(latents, other), codec.decode(latents))
+    mixed = codec.encode(images, torch.tensor([3, 3, 1, 3]))
+    torch.testing.assert_close(mixed[2:3], codec.encode(images[2:3], other[:1]))
+    torch.testing.assert_close(mixed[:2], latents[:2])
+
+
+def test_users_are_dropped_in_training_only():
+    codec, images, users = user_codec(label_dropout=1.0), pictures(4), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        assert codec.loss(images, users)[0] != codec.loss(images)[0]
+    losses = []
+    for given in (users, None):
+        torch.manual_seed(0)
+        torch.rand(4) if given is None else None  # the random numbers of the dropout
+        losses.append(codec.train().loss(images, given)[0])
+    assert losses[0] == losses[1]
+
+
+def test_users_reach_calibration_and_whole_sets(tmp_path):
+    codec = user_codec()
+    windows = torch.randint(0, 256, (7, 1, 16, 16), dtype=torch.uint8)
+    images, users = windows / 127.5 - 1, torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    codec.calibrate(images, users, batch_size=3)
+    latents = encode_all(codec, windows, "latents", tmp_path, 3, users)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(latents, codec.encode(images, users))
+        decoded = decode_all(codec, latents, 2, users)
+        torch.testing.assert_close(decoded, codec.decode(latents, users))
+        unconditional = encode_all(codec, windows, "latents", tmp_path)
+        torch.testing.assert_close(unconditional, codec.encode(images))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_unknown_users_are_refused():
+    with pytest.raises(ValueError, match=r"^users must lie in 0…3, got 4…4$"):
+        user_codec().encode(pictures(1), torch.tensor([4]))

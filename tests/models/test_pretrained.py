@@ -1,13 +1,129 @@
-"""Published weights: the same latents and images as the network they were published for, every name accounted for."""
+"""Published weights: the files they come in, what is never unpickled, models they fit completely or not at all, and the
+same latents and images as the network they were published for."""
 
+import pytest
 import torch
 import torch.nn.functional as F
-from helpers import message
+from helpers import Trap
 from safetensors.torch import save_file
 from torch import nn
 
-from mdlib.models.ldm import F16D32, convert_ldm, load_ldm
+from mdlib.models.codec_losses import Alignment
+from mdlib.models.pretrained import PROJECTION, convert_ldm, load_completely, load_ldm, load_weights
 from mdlib.models.vavae import VAVAE
+from mdlib.systems import get_preset
+
+WEIGHTS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
+OLDER = {name: 0 * tensor for name, tensor in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("bare.pt", WEIGHTS),
+        ("bare.pth", WEIGHTS),
+        ("averaged.pt", {"model": OLDER, "ema": WEIGHTS, "opt": {"state": {}}, "step": 3}),
+        ("model.ckpt", {"model": WEIGHTS, "state_dict": OLDER}),
+        ("lightning.ckpt", {"state_dict": WEIGHTS, "epoch": 3}),
+        ("bare.safetensors", WEIGHTS),
+    ],
+)
+def test_weights_are_found_in_the_files_people_publish(tmp_path, name, kept):
+    file = tmp_path / name
+    (save_file if file.suffix == ".safetensors" else torch.save)(kept, file)
+    for source in (file, str(file)):
+        torch.testing.assert_close(load_weights(source), WEIGHTS, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_objects_are_not_unpickled(tmp_path, inside):
+    file, trap = tmp_path / "trap.pt", Trap(tmp_path / "sprung")
+    torch.save({"ema": WEIGHTS, "config": trap} if inside else trap, file)
+    message = refused(file)
+    assert "holds more than tensors, or none, and is not unpickled: convert it to .safetensors" in message
+    assert not (tmp_path / "sprung").exists()
+
+
+def refused(file, error=ValueError) -> str:
+    with pytest.raises(error) as answer:
+        load_weights(file)
+    message = str(answer.value)
+    assert str(file) in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".safetensors"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello",
+        b"<html>404: Not Found</html>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 10300000000\n",
+        b'{"weights": "elsewhere"}',
+        b"\x80\x02.",
+        b"U\xdcb\xb7: \x0e",
+        b"PK\x03\x04 cut off",
+        bytes(range(256)),
+    ],
+)
+def test_what_is_no_file_of_weights_is_refused(tmp_path, suffix, content):
+    file = tmp_path / f"file{suffix}"
+    file.write_bytes(content)
+    refused(file)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_download_that_was_cut_off_is_refused(tmp_path, suffix):
+    file = tmp_path / f"file{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(WEIGHTS, file)
+    file.write_bytes(file.read_bytes()[:-20])
+    refused(file)
+
+
+@pytest.mark.parametrize("kept", [[torch.ones(2)], torch.ones(2), {"weight": 3}, {"ema": {"decay": 0.9}}, {0: "a"}])
+def test_what_holds_no_weights_by_name_is_refused(tmp_path, kept):
+    file = tmp_path / "other.pt"
+    torch.save(kept, file)
+    assert refused(file) == f"{file} holds no weights by name"
+
+
+def test_a_missing_file_is_told(tmp_path):
+    assert "no weights at" in refused(tmp_path / "absent.safetensors", FileNotFoundError)
+    assert "no weights at" in refused(tmp_path, FileNotFoundError)  # a folder
+
+
+def test_weights_that_fit_are_loaded():
+    model = nn.Linear(3, 2)
+    load_completely(model, WEIGHTS, "file.pt")
+    torch.testing.assert_close(dict(model.state_dict()), WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"weight": None}, "it misses weight"),
+        ({"scale": torch.ones(2)}, "it does not know scale"),
+        ({"bias": torch.ones(1)}, "of another shape are bias"),
+        ({"bias": torch.ones(2, 1)}, "of another shape are bias"),
+        ({f"x{n}": torch.ones(1) for n in range(5)}, "it does not know x0, x1, x2 and 2 more"),
+        (
+            {"weight": None, "scale": torch.ones(2), "bias": torch.ones(3)},
+            "it does not know scale; it misses weight; of another shape are bias",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(changed, told):
+    model = nn.Linear(3, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor for name, tensor in {**WEIGHTS, **changed}.items() if tensor is not None}
+    with pytest.raises(ValueError) as answer:
+        load_completely(model, weights, "file.pt")
+    assert str(answer.value) == f"file.pt does not fit this Linear: {told}"
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+# VA-VAE -----------------------------------------------------------------------------------------------------------
 
 # The oracle: latent diffusion's autoencoder (Rombach et al. 2022), names and arithmetic as published.
 
@@ -161,7 +277,8 @@ def test_a_grey_image_means_the_same_to_one_channel_and_to_three(tmp_path):
 def test_the_published_size_fits_to_the_last_name():
     with torch.device("meta"):
         state = Published((128, 128, 256, 256, 512), blocks=2, groups=32, latents=32, features=1024).state_dict()
-        codec = VAVAE(**F16D32, foundation_width=1024)
+        codec = VAVAE(**get_preset("vavae-dit", "f16d32").codec)
+        codec.attach(Alignment(foundation(1024), 32))
     assert codec.latent_shape == (32, 16, 16)
     found, own = convert_ldm(state, codec), codec.state_dict()
     assert own.keys() - found.keys() == {"stats.mean", "stats.std"}
@@ -169,35 +286,54 @@ def test_the_published_size_fits_to_the_last_name():
     assert len(found) == len([name for name in state if not name.startswith(("loss.", "foundation_model."))])
 
 
-def test_the_projection_is_taken_where_its_width_is_the_codecs():
+def foundation(width: int) -> nn.Module:
+    network = nn.Identity()
+    network.width = width
+    return network
+
+
+@pytest.mark.parametrize("name", ["linear_proj.weight", "reverse_proj.weight"])
+def test_the_projection_is_loaded_into_an_alignment_of_its_width(name, tmp_path):
     state = published().state_dict()
-    assert "projection.weight" not in convert_ldm(state, small_codec(foundation_width=5))
-    wanted = state["linear_proj.weight"]
-    assert torch.equal(convert_ldm(state, small_codec(foundation_width=6))["projection.weight"], wanted)
-    state["reverse_proj.weight"] = state.pop("linear_proj.weight")
-    assert torch.equal(convert_ldm(state, small_codec(foundation_width=6))["projection.weight"], wanted)
+    state[name] = state.pop("linear_proj.weight")
+    save_file(state, tmp_path / "vavae.safetensors")
+    for width in (5, 6):
+        codec = small_codec()
+        codec.attach(Alignment(foundation(width), 4))
+        before = codec.state_dict()[PROJECTION].clone()
+        load_ldm(codec, tmp_path / "vavae.safetensors")
+        assert torch.equal(codec.state_dict()[PROJECTION], state[name] if width == 6 else before)
 
 
-def test_weights_that_do_not_fit_are_refused_by_name():
+def test_published_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    def refused_by(state, codec):
+        torch.save(state, tmp_path / "vavae.pt")
+        with pytest.raises(ValueError) as answer:
+            load_ldm(codec, tmp_path / "vavae.pt")
+        return str(answer.value)
+
     state = published().state_dict()
     lost = state.pop("decoder.up.0.block.1.conv1.weight")
-    assert "missing: vae.decoder.up_blocks.2.resnets.1.conv1.weight" in message(convert_ldm, state, small_codec())
+    assert "it misses vae.decoder.up_blocks.2.resnets.1.conv1.weight" in refused_by(state, small_codec())
     state["decoder.up.0.block.1.conv1.weight"] = lost
     state["encoder.down.0.attn.0.q.bias"] = lost
-    assert "not of this codec: encoder.down.0.attn.0.q.bias" in message(convert_ldm, state, small_codec())
+    unknown = "it does not know vae.encoder.down_blocks.0.attentions.0.to_q.bias"
+    assert unknown in refused_by(state, small_codec())
     del state["encoder.down.0.attn.0.q.bias"]
-    assert "of another shape: vae.decoder.conv_in.weight, " in message(
-        convert_ldm, state, small_codec(latent_channels=3)
-    )
-    assert "not of this codec: decoder.up.2.attn.0.k.bias, " in message(
-        convert_ldm, state, small_codec(level_attention=False)
-    )
+    answer = refused_by(state, small_codec(latent_channels=3))
+    assert "of another shape are vae.decoder.conv_in.weight, " in answer
+    answer = refused_by(state, small_codec(level_attention=False))
+    assert "it does not know vae.decoder.up_blocks.0.attentions.0.group_norm.bias, " in answer
 
 
 def test_statistics_of_another_codec_are_refused_and_nothing_is_loaded(tmp_path):
-    codec, file = small_codec(), tmp_path / "vavae.pt"
+    codec, file, statistics = small_codec(), tmp_path / "vavae.pt", tmp_path / "stats.pt"
     torch.save(published().state_dict(), file)
-    torch.save({"mean": torch.zeros(1, 32, 1, 1), "std": torch.ones(1, 32, 1, 1)}, tmp_path / "stats.pt")
     before = codec.vae.quant_conv.weight.clone()
-    assert "mean and std of shape (1, 4, 1, 1)" in message(load_ldm, codec, file, tmp_path / "stats.pt")
+    torch.save({"mean": torch.zeros(1, 32, 1, 1), "std": torch.ones(1, 32, 1, 1)}, statistics)
+    with pytest.raises(ValueError, match="of another shape are stats.mean, stats.std"):
+        load_ldm(codec, file, statistics)
+    torch.save({"mean": torch.zeros(1, 4, 1, 1)}, statistics)
+    with pytest.raises(ValueError, match="misses stats.std"):
+        load_ldm(codec, file, statistics)
     assert torch.equal(codec.vae.quant_conv.weight, before)
