@@ -2,6 +2,7 @@
 functions take tensors or plain data and return a Figure."""
 
 from collections import Counter
+from collections.abc import Iterator
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from pandas import DataFrame
 from PIL import Image
 
 from mdlib.data.colormaps import colorize
@@ -50,6 +52,12 @@ def style(axis, x: str = "", y: str = "", title: str = "", legend: bool | str = 
     axis.set_title(title, fontsize=8, color=INK)
     if legend:
         axis.legend(fontsize=7, frameon=False, loc=legend if isinstance(legend, str) else "best")
+
+
+def coloured(lines: dict) -> Iterator[tuple]:
+    """Name, value and a colour of its own for each item."""
+    for (name, value), colour in zip(lines.items(), seaborn.color_palette("colorblind", len(lines)), strict=True):
+        yield name, value, colour
 
 
 def _show(axis, image: np.ndarray | None, title: str = "", **options) -> None:
@@ -168,6 +176,20 @@ def user_view(real: WindowSet, generated: WindowSet, nearest: WindowSet | None =
     ]
     figure = _pictures(lines, 1.5)
     figure.suptitle(f"ID_{generated.files[0].user} {generated.files[0].condition}".strip(), fontsize=9, color=INK)
+    return figure
+
+
+def neighbourhoods(points: list[dict]) -> Figure:
+    """The report's map of windows: a colour a user, dots where generated, crosses where real."""
+    figure, (axis,) = new_figure(5.6, 3.6)
+    rows = [
+        {**point, "user": f"ID_{point['user']}", "": "generated" if point["generated"] else "real"} for point in points
+    ]
+    looks = dict(style="", markers={"generated": "o", "real": "X"}, hue="user", palette="colorblind", s=28)
+    seaborn.scatterplot(DataFrame(rows), x="x", y="y", ax=axis, **looks)
+    style(axis)
+    axis.set(xticks=[], yticks=[])
+    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
