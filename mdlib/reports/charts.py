@@ -1,13 +1,9 @@
 """Charts of a report, a comparison and a study: functions take figures of report.json and return a Figure."""
 
-from collections.abc import Iterator
-
 import numpy as np
-import seaborn
-from pandas import DataFrame
 
 from mdlib.reports.pages import describe
-from mdlib.reports.plots import ACCENT, DOTTED, INK, SECOND, Figure, heatmap, new_figure, style
+from mdlib.reports.plots import ACCENT, DOTTED, INK, SECOND, Figure, coloured, heatmap, new_figure, style
 
 HEADLINE = ("real_only", "real_plus_generated", "real_x2")  # what the top of a report shows, as far as it was measured
 COLOURS = {"generated_only": SECOND, "real_plus_generated": ACCENT, "resnet18_real_plus_generated": ACCENT}
@@ -25,12 +21,6 @@ def counts_axis(axis, counts) -> None:
     axis.set_xscale("log")
     axis.set_xticks(counts, [f"{count:g}" for count in counts])
     axis.minorticks_off()
-
-
-def coloured(lines: dict) -> Iterator[tuple]:
-    """Name, value and a colour of its own for each item."""
-    for (name, value), colour in zip(lines.items(), seaborn.color_palette("colorblind", len(lines)), strict=True):
-        yield name, value, colour
 
 
 def confusion(fraction: list[list[float]], users: tuple[int, ...] | list[int]) -> Figure:
@@ -92,20 +82,6 @@ def roc(curves: list[dict]) -> Figure:
     return figure
 
 
-def neighbourhoods(points: list[dict]) -> Figure:
-    """The report's map of windows: a colour a user, dots where generated, crosses where real."""
-    figure, (axis,) = new_figure(5.6, 3.6)
-    rows = [
-        {**point, "user": f"ID_{point['user']}", "": "generated" if point["generated"] else "real"} for point in points
-    ]
-    looks = dict(style="", markers={"generated": "o", "real": "X"}, hue="user", palette="colorblind", s=28)
-    seaborn.scatterplot(DataFrame(rows), x="x", y="y", ax=axis, **looks)
-    style(axis)
-    axis.set(xticks=[], yticks=[])
-    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
 def user_means(physics: dict) -> Figure:
     """A panel a metric, a dot a user: mean over generated windows against mean over unseen real ones, and equality."""
     panels = {name: one for name, one in physics.items() if "generated_means" in one}
@@ -142,7 +118,7 @@ def user_spreads(physics: dict, users: list[int], names: tuple[str, ...], most: 
         style(axis, title=f"{describe('physics', name)['label']}, {physics[name]['unit']}".rstrip(", "))
     for axis in axes[len(names) :]:
         axis.set_axis_off()
-    axes[0].set_ylabel("dark: real, blue: generated", fontsize=7)
+    figure.suptitle("dark: real, blue: generated", fontsize=8, color=INK)
     return figure
 
 

@@ -2,6 +2,7 @@
 functions take tensors or plain data and return a Figure."""
 
 from collections import Counter
+from collections.abc import Iterator
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from pandas import DataFrame
 from PIL import Image
 
 from mdlib.data.colormaps import colorize
@@ -50,6 +52,12 @@ def style(axis, x: str = "", y: str = "", title: str = "", legend: bool | str = 
     axis.set_title(title, fontsize=8, color=INK)
     if legend:
         axis.legend(fontsize=7, frameon=False, loc=legend if isinstance(legend, str) else "best")
+
+
+def coloured(lines: dict) -> Iterator[tuple]:
+    """Name, value and a colour of its own for each item."""
+    for (name, value), colour in zip(lines.items(), seaborn.color_palette("colorblind", len(lines)), strict=True):
+        yield name, value, colour
 
 
 def _show(axis, image: np.ndarray | None, title: str = "", **options) -> None:
@@ -107,7 +115,7 @@ def to_png(*figures: Figure) -> bytes:
 
 def _png(image: Image.Image) -> bytes:
     buffer = BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -134,9 +142,8 @@ def sheet(folder: str | Path, rows: list[dict]) -> Figure:
 
 def real_and_generated(real: WindowSet, generated: WindowSet, users: list[int] | None = None, each: int = 4) -> Figure:
     """Contact sheet: a row a user, real windows on the left, generated ones on the right."""
-    pairs = {user: (real.of_user(user), generated.of_user(user)) for user in users or real.users[:8]}
-    lines = {user: _some(one, each, "real") + _some(other, each, "generated") for user, (one, other) in pairs.items()}
-    return _pictures([(f"ID_{user}", images) for user, images in lines.items()], 1.2)
+    some = lambda user: _some(real.of_user(user), each, "real") + _some(generated.of_user(user), each, "generated")
+    return _pictures([(f"ID_{user}", some(user)) for user in users or real.users[:8]], 1.2)
 
 
 def side_by_side(sets: dict[str, WindowSet], users: int = 2, each: int = 4) -> Figure:
@@ -147,11 +154,9 @@ def side_by_side(sets: dict[str, WindowSet], users: int = 2, each: int = 4) -> F
 
 def reconstructions(real: torch.Tensor, decoded: torch.Tensor, colormap: str = "jet") -> Figure:
     """Windows (N, C, H, W) above their codec round trips, and the absolute difference below."""
-    difference = colormaps["magma"]((decoded - real).abs().mean(1).clamp(0, 1).numpy())[..., :3]
-    lines = {
-        name: [picture(image, colormap) for image in part] for name, part in (("real", real), ("round trip", decoded))
-    }
-    lines["|difference|"] = list(difference)
+    lines = {"real": [picture(image, colormap) for image in real]}
+    lines["round trip"] = [picture(image, colormap) for image in decoded]
+    lines["|difference|"] = colormaps["magma"]((decoded - real).abs().mean(1).clamp(0, 1).numpy())[..., :3]
     return _pictures([(name, [(image, "") for image in images]) for name, images in lines.items()])
 
 
@@ -171,6 +176,20 @@ def user_view(real: WindowSet, generated: WindowSet, nearest: WindowSet | None =
     ]
     figure = _pictures(lines, 1.5)
     figure.suptitle(f"ID_{generated.files[0].user} {generated.files[0].condition}".strip(), fontsize=9, color=INK)
+    return figure
+
+
+def neighbourhoods(points: list[dict]) -> Figure:
+    """The report's map of windows: a colour a user, dots where generated, crosses where real."""
+    figure, (axis,) = new_figure(5.6, 3.6)
+    rows = [
+        {**point, "user": f"ID_{point['user']}", "": "generated" if point["generated"] else "real"} for point in points
+    ]
+    looks = dict(style="", markers={"generated": "o", "real": "X"}, hue="user", palette="colorblind", s=28)
+    seaborn.scatterplot(DataFrame(rows), x="x", y="y", ax=axis, **looks)
+    style(axis)
+    axis.set(xticks=[], yticks=[])
+    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -102,7 +102,7 @@ def _charts(report: dict, evidence: Evidence) -> dict[str, plots.Figure]:
     if "roc" in report["identity"]:
         shown["verification"] = charts.roc(report["identity"]["roc"])
     if report["fidelity"]["map"]:
-        shown["map"] = charts.neighbourhoods(report["fidelity"]["map"])
+        shown["map"] = plots.neighbourhoods(report["fidelity"]["map"])
     if physics["torso_speed"]["value"] is not None:
         names = tuple(name for name in GAIT if physics[name]["value"] is not None)
         shown["user_means"] = charts.user_means(physics)
