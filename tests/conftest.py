@@ -12,15 +12,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from helpers import ROOT, readme_commands  # noqa: E402
 
-STORY = ("test_compare.py", "test_readme.py", "test_run.py")
+STORY = ("test_compare.py", "test_docs.py", "test_run.py")
 SMALLER = {
     "--users 31": "--users 3",
     "--windows 150": "--windows 40 --size 64",
     "--preset demo": "--preset smoke",
     "--windows-per-user 20": "--windows-per-user 5",
     "--out runs/compared": "--out runs/compared --systems vqvae-ldm,vq-diffusion --preset smoke",
-    "--out runs/kept": "--out runs/kept --size 32",
-    "--out runs/judged": "--out runs/judged --size 32 --evaluation-steps 2 --seeds 2",
+    "--out runs/best": "--out runs/best --size 32",
+    "--out runs/checked": "--out runs/checked --size 32 --evaluation-steps 2 --seeds 2",
 }
 
 

@@ -1,0 +1,110 @@
+"""The commands of all pages: the README's run, made small; the others are parsed and their settings accepted."""
+
+import re
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, readme_blocks, told_commands, write_set
+from typer.testing import CliRunner
+
+from mdlib.cli import app
+from mdlib.experiments.run import open_run
+from mdlib.simulation.walker import CONDITIONS
+from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
+
+PAGES = ["README.md", "README.zh-CN.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES += ["kaggle/README.md", "kaggle/README.zh-CN.md"]
+
+
+def test_the_readmes_commands_run_in_their_order(story):
+    assert list(story.answers) == ["simulate", "run", "generate", "split", "validate", "select", "compare"]
+    products = ("first/report.html", "checked/report.html", "best/manifest.csv", "compared/comparison.html")
+    for product in ("more/manifest.csv", "split.json", *(f"runs/{name}" for name in products)):
+        assert (story.folder / product).exists(), product
+    generated = sorted(path.parent.name for path in (story.folder / "more").glob("ID_*/*.png"))
+    assert generated == ["ID_1"] * 4 + ["ID_3"] * 4
+
+
+def test_the_python_snippets_run(story, monkeypatch):
+    monkeypatch.chdir(story.folder)
+    names: dict = {}
+    for block in readme_blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert (story.folder / "window.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_systems_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", text):
+        assert (ROOT / Path(page).parent / link).exists(), link
+    assert set(re.findall(r"--system ([\w-]+)", text)) <= SYSTEMS.keys()
+    for path in re.findall(r"`((?:mdlib|tests|benchmarks|kaggle)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readmes_are_short_and_name_every_size_and_system():
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert text.count("\n") <= 160 and len(text.split()) <= 1500
+        for system, one in SYSTEMS.items():
+            assert f"`{system}`" in text and all(f"`{size}`" in text for size in one.sizes)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
+    """Settings are checked; training, simulation and comparisons, which other tests run, are replaced."""
+
+    def simulated(out, condition, **sizes):
+        for folder in CONDITIONS if condition == "all" else ("",):
+            write_set(out / folder, users=range(1, 7), numbers=range(1, 33))
+
+    def executed(notebook, run, parameters):
+        if notebook.startswith("04"):  # what a later run may start from
+            preset = open_run(run).preset
+            codec = make_codec(preset, 1, 2)
+            codec.save_pretrained(run / "pipeline" / "codec")
+            make_prior(parameters["system"], preset, codec, 2).save_pretrained(run / "pipeline" / "prior")
+            (run / "pipeline" / "model_index.json").touch()
+
+    def compared(data, out, systems, preset, *rest):
+        for system in SYSTEMS if systems == "all" else systems.split(","):
+            get_preset(system, preset)
+        return {"conclusions": {}, "systems": {}}
+
+    def studied(data, out, system, preset, *rest):
+        get_preset(system, preset)
+        return {"rows": []}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mdlib.experiments.execute._execute_one", executed)
+    monkeypatch.setattr("mdlib.simulation.dataset.simulate_dataset", simulated)
+    monkeypatch.setattr("mdlib.experiments.compare.compare", compared)
+    monkeypatch.setattr("mdlib.experiments.study.study", studied)
+    for folder in ("people", "REAL_WINDOWS"):
+        write_set(tmp_path / folder, numbers=range(12))
+    for needed in re.findall(r"init=(runs/[\w-]+)/pipeline", (ROOT / page).read_text(encoding="utf-8")):
+        _pretrained(tmp_path / needed)
+    for first, *words in told_commands(page):
+        if first == "-m":
+            module, *words = words
+            command, options = (words[0], words[1:]) if module == "mdlib" else ("", [])
+            if command in ("", "split", "generate", "validate", "select", "options"):  # they run as they stand elsewhere
+                continue
+            answer = CliRunner().invoke(app, [command, *options])
+            assert answer.exit_code == 0, f"{page}: {command} {options}: {answer.output} {answer.exception!r}"
+            continue
+        source = (ROOT / first).read_text(encoding="utf-8")
+        for word in words:
+            assert not word.startswith("--") or f'"{word}"' in source or word[2:].replace("-", "_") in source, (
+                f"{page}: {first} takes no {word}"
+            )
+
+
+def _pretrained(run):
+    """A pipeline of vae-diffusion, size demo, for commands that start from one of another page."""
+    preset = get_preset("vae-diffusion", "demo")
+    codec = make_codec(preset, 1, 2)
+    codec.save_pretrained(run / "pipeline" / "codec")
+    make_prior("vae-diffusion", preset, codec, 2).save_pretrained(run / "pipeline" / "prior")
+    (run / "pipeline" / "model_index.json").touch()
