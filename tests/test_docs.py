@@ -89,7 +89,14 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
         if first == "-m":
             module, *words = words
             command, options = (words[0], words[1:]) if module == "mdlib" else ("", [])
-            if command in ("", "split", "generate", "validate", "select", "options"):  # they run as they stand elsewhere
+            if command in (
+                "",
+                "split",
+                "generate",
+                "validate",
+                "select",
+                "options",
+            ):  # they run as they stand elsewhere
                 continue
             answer = CliRunner().invoke(app, [command, *options])
             assert answer.exit_code == 0, f"{page}: {command} {options}: {answer.output} {answer.exception!r}"
