@@ -95,7 +95,7 @@ def test_loading_leaves_the_callers_noise_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["somebody/some-model", "attached/some-model/1/base", "/no/such/folder"])
-def test_an_absent_model_is_told_in_one_line(name, monkeypatch):
+def test_an_absent_model_is_reported_in_one_line(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match=f"^the foundation model {name} .*attach it.*foundation=none$"):
         load_foundation(name)
@@ -131,9 +131,9 @@ def test_a_classifiers_stages_stand_side_by_side_on_the_grid(grid):
 
 
 def test_a_classifiers_features_are_standardised_and_keep_their_place():
-    judge = SmallCNN(3, widths=(12,)).eval()
-    foundation = ClassifierFeatures(judge, windows())
-    (raw,) = judge.stages(windows() / 127.5 - 1)
+    network = SmallCNN(3, widths=(12,)).eval()
+    foundation = ClassifierFeatures(network, windows())
+    (raw,) = network.stages(windows() / 127.5 - 1)
     features = foundation.features(windows() / 127.5 - 1, raw.shape[2:])  # its own grid: nothing is averaged
     alive = raw.std((0, 2, 3)) > 1e-6
     torch.testing.assert_close(features.mean((0, 2, 3)), torch.zeros(12), atol=1e-4, rtol=0)
@@ -143,10 +143,10 @@ def test_a_classifiers_features_are_standardised_and_keep_their_place():
 
 
 def test_a_feature_no_window_excites_stays_small():
-    judge = classifier()
+    network = classifier()
     with torch.no_grad():
-        judge.blocks[0][2].bias[0] = -100.0  # after it a ReLU that nothing passes
-    foundation = ClassifierFeatures(judge, windows())
+        network.blocks[0][2].bias[0] = -100.0  # after it a ReLU that nothing passes
+    foundation = ClassifierFeatures(network, windows())
     with torch.no_grad():
-        judge.blocks[0][2].bias[0] = 0.5
+        network.blocks[0][2].bias[0] = 0.5
     assert foundation.features(windows(5) / 127.5 - 1, (8, 8))[:, 0].abs().max() < 100

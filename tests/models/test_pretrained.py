@@ -88,7 +88,7 @@ def test_what_holds_no_weights_by_name_is_refused(tmp_path, kept):
     assert refused(file) == f"{file} holds no weights by name"
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     assert "no weights at" in refused(tmp_path / "absent.safetensors", FileNotFoundError)
     assert "no weights at" in refused(tmp_path, FileNotFoundError)  # a folder
 
@@ -100,7 +100,7 @@ def test_weights_that_fit_are_loaded():
 
 
 @pytest.mark.parametrize(
-    "changed, told",
+    "changed, problem",
     [
         ({"weight": None}, "it misses weight"),
         ({"scale": torch.ones(2)}, "it does not know scale"),
@@ -113,13 +113,13 @@ def test_weights_that_fit_are_loaded():
         ),
     ],
 )
-def test_weights_that_do_not_fit_change_nothing(changed, told):
+def test_weights_that_do_not_fit_change_nothing(changed, problem):
     model = nn.Linear(3, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = {name: tensor for name, tensor in {**WEIGHTS, **changed}.items() if tensor is not None}
     with pytest.raises(ValueError) as answer:
         load_completely(model, weights, "file.pt")
-    assert str(answer.value) == f"file.pt does not fit this Linear: {told}"
+    assert str(answer.value) == f"file.pt does not fit this Linear: {problem}"
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
