@@ -35,7 +35,7 @@ from mdlib.systems import (
 from mdlib.systems.machines import gpus, preset_for
 from mdlib.training.distributed import check_batch, processes
 from mdlib.training.fit import precision
-from mdlib.training.joint import JointFineTuning
+from mdlib.training.latents import JointFineTuning
 from mdlib.utils import DataError, whole_file
 
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
