@@ -1,11 +1,11 @@
 """`MicroDopplerPipeline`: a codec and a prior that turn user ids into spectrograms, a pipeline of diffusers."""
 
 import inspect
+import itertools
 import json
 import pkgutil
 import shutil
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +21,7 @@ from PIL import Image
 from mdlib import models
 from mdlib.data.colormaps import colorize
 from mdlib.data.windows import DataError, to_uint8
+from mdlib.systems.system import NO_OPTIONS
 from mdlib.training.latents import fingerprint
 from mdlib.utils import bar, best_device, end_session, time_is_up, whole_file
 
@@ -61,9 +62,6 @@ class MicroDopplerPipeline(DiffusionPipeline):
         colormap: of the images that go out: jet, parula, viridis, grey, or none for RGB.
         output_size: height and width of the images that go out, in pixels.
         sampling: defaults for keyword arguments of `prior.sample`.
-
-    Raises:
-        DataError: codec and prior do not fit together.
     """
 
     _optional_components = ["classifier"]
@@ -138,10 +136,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         images = images if output_type == "pt" else self.to_pil(images)
         return Windows(images=images, users=[row["user"] for row in manifest], manifest=manifest)
 
-    def plan(
-        self, users: list[int], images_per_user: int, seed: int, conditions: list[str] | None = None
-    ) -> list[dict]:
-        """The manifest of a request. Raises DataError on an unknown user or condition, or a number below 1."""
+    def plan(self, users: list[int], images_per_user: int, seed: int, conditions: list[str] | None = None):
+        """The manifest of a request, a list; DataError on an unknown user or condition, or a number below 1."""
         conditions = self.config.conditions if conditions is None else conditions
         for kind, wanted in (("users", users), ("conditions", conditions)):
             known = self.config[kind]
@@ -150,17 +146,14 @@ class MicroDopplerPipeline(DiffusionPipeline):
                 raise DataError(f"this pipeline knows {kind} {known or 'none'}; it was not trained on {unknown}")
         if images_per_user < 1:
             raise DataError(f"images_per_user must be at least 1, got {images_per_user}")
-        return [
-            dict(path=_path(user, where, number, seed), user=user, condition=where, number=number, seed=seed)
-            for where in conditions
-            for user in users
-            for number in range(1, images_per_user + 1)
-        ]
+        manifest = []
+        for where, user, number in itertools.product(conditions, users, range(1, images_per_user + 1)):
+            path = Path(where, f"ID_{user}", f"ID{user}_generated_seed{seed}_{number}.png").as_posix()
+            manifest.append(dict(path=path, user=user, condition=where, number=number, seed=seed))
+        return manifest
 
-    def stream(
-        self, manifest: list[dict], batch_size: int = 64, **sampling
-    ) -> Iterator[tuple[list[dict], torch.Tensor]]:
-        """Generate a manifest's windows batch after batch: (rows, images (B, C, H, W) in [−1, 1])."""
+    def stream(self, manifest: list[dict], batch_size: int = 64, **sampling):
+        """Yield a manifest's windows batch after batch: (rows, images (B, C, H, W) in [−1, 1])."""
         for start in range(0, len(manifest), batch_size):
             rows = manifest[start : start + batch_size]
             yield rows, self._decode(self._sample(rows, sampling), rows)
@@ -168,7 +161,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
     def _sample(self, rows: list[dict], sampling: dict, **views) -> torch.Tensor:
         """Tokens or latents of the manifest's rows. views: arguments of `prior.sample` that only a prior that denoises
         has (towards, share, on_step)."""
-        options, known = {**self.config.sampling, **sampling}, self.prior.sampling_options()
+        options, known = {**self.config.sampling, **sampling}, self.sampling_options()
         if unknown := ", ".join(sorted(options.keys() - known.keys())):
             raise DataError(f"this prior has no sampling option {unknown}; there are {', '.join(sorted(known))}")
         if views and "on_step" not in inspect.signature(self.prior.sample).parameters:
@@ -199,7 +192,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     def sampling_options(self) -> dict:
         """The options of `prior.sample` that a caller may give, with this pipeline's values."""
-        return self.prior.sampling_options() | self.config.sampling
+        known = inspect.signature(self.prior.sample).parameters
+        return {name: one.default for name, one in known.items() if name not in NO_OPTIONS} | self.config.sampling
 
     def check_options(self, options: dict) -> None:
         """Raise DataError on options `prior.sample` does not have, ValueError on values it cannot use."""
@@ -224,8 +218,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         if frames < 1:
             raise DataError(f"frames must be at least 1, got {frames}")
         rows, seen = self.plan([user], 1, seed)[:1], []
-        last = self._sample(rows, sampling, on_step=lambda _, estimate: seen.append(estimate))
-        seen[-1] = last
+        seen[-1] = self._sample(rows, sampling, on_step=lambda _, estimate: seen.append(estimate))
         chosen = torch.linspace(len(seen) - 1, 0, min(frames, len(seen))).round().long().flip(0).tolist()
         return self._decode(torch.cat([seen[number] for number in chosen]), rows * len(chosen))
 
@@ -337,10 +330,6 @@ def _claim(out: Path, made_by: dict) -> None:
         return
     with whole_file(note) as temporary:
         temporary.write_text(json.dumps(made_by, indent=1) + "\n")
-
-
-def _path(user: int, condition: str, number: int, seed: int) -> str:
-    return Path(condition, f"ID_{user}", f"ID{user}_generated_seed{seed}_{number}.png").as_posix()
 
 
 def _window_seed(row: dict) -> int:

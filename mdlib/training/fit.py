@@ -1,9 +1,7 @@
 """One training loop for every model: `fit(model, data, config, run_dir)`.
 
-A step is a pure function of the state and the step number: data order depends on (seed, epoch), noise on (seed, step).
-A run that is killed and resumed on the same CPU therefore ends bit for bit like an uninterrupted one, except under a
-time budget, where the learning rate follows the clock. Models are trained by `loss`, not by `forward`: nothing wraps
-them, also where several processes train one (`accelerate launch --multi_gpu`, `torchrun`).
+A step depends on the state and the step number alone, so a killed run resumes bit for bit on the same CPU; only under a
+time budget the learning rate follows the clock. Models are trained by `loss`, not by `forward`: nothing wraps them.
 """
 
 import math
@@ -73,9 +71,9 @@ def fit(
     The model ends in eval mode with the weights of the best held-out loss (with `run_dir` and `held_out`), or else
     with the last ones, averaged where `ema_decay` is set.
 
-    Several processes each call it with the same arguments and take their part of every batch of batch_size ×
-    processes. The weights change as by one process with that batch; only noise and dropout differ between processes,
-    and batch norms see their own part. The first process evaluates and writes files; all return the same.
+    Several processes (`accelerate launch --multi_gpu`, `torchrun`) each call it with the same arguments and take their
+    part of every batch of batch_size × processes. The weights change as by one process with that batch, but for noise,
+    dropout and batch norms. The first process evaluates and writes files; all return the same.
 
     Args:
         run_dir: receives state.pt (checkpoint), best.safetensors, history.csv, tensorboard/ and snapshots/. Called
@@ -205,11 +203,10 @@ def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str,
     """Append a row to the history and return what the bar shows of it. The first process measures; what it decides
     holds in all."""
     _set_learning_rate(state)
-    rate, row = state.optimizer.param_groups[0]["lr"], {}
-    if logs:
-        values = torch.stack([torch.as_tensor(value, device=state.device).double() for value in logs.values()])
-        row = dict(zip(logs, all_mean(values).tolist(), strict=True))
-    row = {"step": state.step, "seconds": round(state.seconds, 2), "learning_rate": rate, **row}
+    row = {"step": state.step, "seconds": round(state.seconds, 2)}
+    row["learning_rate"] = state.optimizer.param_groups[0]["lr"]
+    values = [torch.as_tensor(value, device=state.device).double() for value in logs.values()]
+    row |= zip(logs, all_mean(torch.stack(values)).tolist(), strict=True) if logs else {}
 
     def measure() -> tuple:
         state.model.eval()
@@ -296,13 +293,9 @@ def fit_stages(
 ) -> list[dict]:
     """`fit`, stage after stage; without stages one `fit` in `run_dir`. Returns the joined history.
 
-    Before each stage `model.configure(**its options)` changes the model's loss. A stage has its fraction of the steps,
-    a learning rate that warms up and falls again, and the folder stage-N in `run_dir`. max_minutes is for all stages:
-    each has its fraction of it and what earlier ones left; once it is spent no further stage starts.
-
-    Args:
-        stages: pairs of a fraction of config.steps and options of `model.configure`.
-        options: as for `fit`.
+    stages: pairs of a fraction of config.steps and options of `model.configure`, which changes the model's loss. Each
+    has a learning rate that warms up and falls again, and the folder stage-N in `run_dir`. Of max_minutes it has its
+    fraction and what earlier ones left; once they are spent no further stage starts.
     """
     if not stages:
         return fit(model, data, config, run_dir, **options)

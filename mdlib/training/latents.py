@@ -21,13 +21,8 @@ def encode_all(
     batch_size: int = 128,
     labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Tokens (N, h, w) or latents (N, D, h, w) of uint8 images (N, C, H, W).
-
-    Args:
-        kind: "tokens" or "latents".
-        cache: folder for the result, in a file named by the codec's weights and the data; None: no cache.
-        labels: users (N,), for a conditional codec.
-    """
+    """Tokens (N, h, w) or latents (N, D, h, w), by `kind`, of uint8 images (N, C, H, W) and, for a conditional codec,
+    users (N,). cache: folder for the result, in a file named by the codec's weights and the data."""
     path = Path(cache) / f"{kind}-{fingerprint(codec, images, labels)}.safetensors" if cache else None
     if path and path.exists():
         return load_file(path)[kind]
@@ -66,8 +61,8 @@ class JointFineTuning(nn.Module):
     Leng et al. 2025).
 
     Args:
-        codec: of continuous latents (`mdlib.models.kl`); a codebook's codes carry no gradient.
-        prior: over its latents (`mdlib.models.unet`).
+        codec: of continuous latents; a codebook's codes carry no gradient.
+        prior: over its latents.
         prior_weight: of the prior's loss.
     """
 
