@@ -151,9 +151,9 @@ def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, 
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
-    if state.average is not None:  # with a decay that rises from 0 to ema_decay
+    if state.ema is not None:  # with a decay that rises from 0 to ema_decay
         decay = 0.0 if state.step == 1 else min(state.step / (state.step + 9), config.ema_decay)
-        state.average -= (state.average - state.weights()).mul_(1 - decay)
+        state.ema -= (state.ema - state.weights()).mul_(1 - decay)
     return logs
 
 

@@ -80,7 +80,7 @@ class State:
         self.autocast = torch.autocast(self.device.type, dtype, enabled=kind != "no")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=kind == "fp16")
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.average = self.weights() if config.ema_decay else None  # moving average of the weights
+        self.ema = self.weights() if config.ema_decay else None  # moving average of the weights
         self.step, self.seconds = 0, 0.0
         self.best, self.stale = math.inf, 0  # lowest held-out loss, and evaluations since then
         self.stopped = ""  # why training ends before its last step
@@ -101,16 +101,16 @@ class State:
 
     def swap_average(self) -> None:
         """Exchange the weights and their average, where there is one."""
-        if self.average is not None:
+        if self.ema is not None:
             own = self.weights()
-            averages = self.average.split([parameter.numel() for parameter in self.parameters])
+            averages = self.ema.split([parameter.numel() for parameter in self.parameters])
             for parameter, average in zip(self.parameters, averages, strict=True):
                 parameter.detach().copy_(average.view_as(parameter))
-            self.average.copy_(own)
+            self.ema.copy_(own)
 
     def save(self) -> None:
         """Write `run_dir`/state.pt, whole or not at all."""
-        content = {key: getattr(self, key) for key in (*self.PLAIN, "average")}
+        content = {key: getattr(self, key) for key in (*self.PLAIN, "ema")}
         content |= {key: getattr(self, key).state_dict() for key in ("model", "optimizer", "scaler")}
         with whole_file(self.run_dir / "state.pt") as path:
             torch.save({**content, "config": self.config.defining()}, path)
@@ -120,8 +120,8 @@ class State:
         if not self.run_dir or not (self.run_dir / "state.pt").exists():
             return
         content = torch.load(self.run_dir / "state.pt", map_location=self.device, weights_only=True)
-        if "average" not in content:
-            raise ValueError(f"{self.run_dir}/state.pt is of mdlib 0.1: delete it, or choose another folder")
+        if "ema" not in content:
+            raise ValueError(f"{self.run_dir}/state.pt is of an earlier mdlib: delete it, or choose another folder")
         wanted = self.config.defining()
         if changed := [key for key in wanted if content["config"].get(key) != wanted[key]]:
             raise ValueError(
@@ -132,7 +132,7 @@ class State:
         self.optimizer.load_state_dict(content["optimizer"])
         if content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
-        for key in (*self.PLAIN, "average"):
+        for key in (*self.PLAIN, "ema"):
             setattr(self, key, content[key])
         if self.stopped.startswith("the budget") and not self.budget_spent:
             self.stopped = ""  # a larger budget was granted
@@ -141,7 +141,7 @@ class State:
         """OSError without room for a checkpoint and the best weights, each twice: a new file replaces a whole one."""
         if self.run_dir:
             model = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-            moments = (2 + (self.average is not None)) * sum(parameter.nbytes for parameter in self.parameters)
+            moments = (2 + (self.ema is not None)) * sum(parameter.nbytes for parameter in self.parameters)
             files = 1 if (self.run_dir / "state.pt").exists() else 2
             require_room(self.run_dir, files * (2 * model + moments), f"training the {name}")
 
