@@ -96,7 +96,7 @@ class State:
         return 0 < 60 * self.config.max_minutes < self.seconds
 
     def weights(self) -> torch.Tensor:
-        """A copy of the trainable parameters in one vector: arithmetic on many small tensors would take longer."""
+        """A copy of the trainable parameters in one vector."""
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters])
 
     def swap_average(self) -> None:
