@@ -26,11 +26,8 @@ TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is meas
 
 @dataclass(frozen=True)
 class Arms:
-    """What the classifiers of every arm got right: bool (seeds, N) of N test windows.
-
-    by_count, by_selection: the arm real_plus_generated with so many generated windows a user, and with those that a
-    filter keeps (its name and the fraction kept).
-    """
+    """What the classifiers of every arm got right: bool (seeds, N) of N test windows; by_count and by_selection: in the
+    arm real_plus_generated with so many generated windows a user, and with the fraction that a filter keeps."""
 
     real_only: list[SmallCNN]  # the classifiers of that arm
     correct: dict[str, np.ndarray]
@@ -244,12 +241,8 @@ def joined(folds: Sequence[Outcomes]) -> Outcomes:
 
 
 def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
-    """Every arm's accuracy, and real + generated compared to real alone and to more real windows.
-
-    Args:
-        per_user: real windows a user in real_only.
-        no_more: why there is no arm with more real windows, where there is none.
-    """
+    """Every arm's accuracy, and real + generated compared to real alone and to more real windows. per_user: those in
+    real_only; no_more: why there is no arm with more of them, where there is none."""
     correct, blocks = outcomes.correct, outcomes.blocks
     real, both = correct["real_only"], correct["real_plus_generated"]
     reference = absent("ResNet-18 is trained on a GPU or with reference=resnet18")

@@ -90,8 +90,7 @@ def _verdict(found: dict) -> str:
     grade = next(word for least, word in GRADES if found["psnr_db"] >= least)
     levels = ", ".join(f"{least:.0f} {word}" for least, word in GRADES[:-1])
     quality = f"PSNR {found['psnr_db']:.1f} dB, worst {found['psnr_db_worst']:.1f} dB ({levels})"
-    near = all(abs(mean) <= FAR_MEAN for mean in latents["mean"])
-    state = "are normalised."
+    near, state = all(abs(mean) <= FAR_MEAN for mean in latents["mean"]), "are normalised."
     if not near or not all(FAR_STD[0] <= std <= FAR_STD[1] for std in latents["std"]):
         means, stds = (f"{min(latents[name]):.2g} to {max(latents[name]):.2g}" for name in ("mean", "std"))
         state = f"are far from mean 0 and std 1 (means {means}, stds {stds}): "
@@ -150,13 +149,8 @@ def survey(codec, windows: WindowSet, tokens: torch.Tensor) -> Codebook:
     if len(unused):
         h, w = codec.token_shape
         decoded[unused] = cells(decode(unused.view(-1, 1, 1).expand(-1, h, w)), (h, w))[:, h // 2, w // 2]
-    return Codebook(
-        windows=windows,
-        tokens=tokens,
-        counts=code_counts(tokens, windows.labels, codec.num_codes, windows.num_users),
-        decoded=decoded,
-        real=code_patches(windows.float(), tokens, codec.num_codes),
-    )
+    counts = code_counts(tokens, windows.labels, codec.num_codes, windows.num_users)
+    return Codebook(windows, tokens, counts, decoded, real=code_patches(windows.float(), tokens, codec.num_codes))
 
 
 def code_patches(images: torch.Tensor, tokens: torch.Tensor, num_codes: int) -> torch.Tensor:

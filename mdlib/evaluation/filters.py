@@ -17,7 +17,7 @@ from mdlib.pipeline import copy_windows
 FILTERS = ("confidence", "margin", "specificity", "diversity")  # see `scores`
 SPREADS = 3.0  # a user's range of a metric: the mean of the training windows ± so many standard deviations
 STEPS = 400  # optimizer steps of the classifier of `select_folder`
-SIFTED = ("torso_speed", "cadence", "step_length", "upper_envelope", "lower_envelope", "bandwidth")
+SIFTED = ["torso_speed", "cadence", "step_length", "upper_envelope", "lower_envelope", "bandwidth"]
 
 
 def scores(windows: WindowSet, classifier: SmallCNN) -> dict[str, np.ndarray]:
@@ -47,14 +47,11 @@ def keep_plausible(windows: WindowSet, train: WindowSet) -> np.ndarray:
     """bool (N,): plausible windows whose SIFTED metrics lie within the range of the user's training windows. A metric
     that cannot be read off a window does not remove it."""
     found, known = gait_metrics.measure(windows), gait_metrics.measure(train)
-    kept = found["plausible"].to_numpy(copy=True)
-    for name in SIFTED:
-        for label in range(train.num_users):
-            values = gait_metrics.of_user(known, name, label)
-            if len(values) > 2:
-                beyond = (found[name] - values.mean()).abs() > SPREADS * values.std(ddof=1)
-                kept &= ~((found["label"] == label) & beyond).to_numpy()
-    return kept
+    of_users = known.groupby("label")[SIFTED]
+    enough = of_users.count() > 2
+    mean, spread = (part.where(enough).reindex(found["label"]).to_numpy() for part in (of_users.mean(), of_users.std()))
+    beyond = (found[SIFTED] - mean).abs() > SPREADS * spread
+    return (found["plausible"] & ~beyond.any(axis=1)).to_numpy()
 
 
 def select_folder(

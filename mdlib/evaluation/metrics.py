@@ -83,12 +83,9 @@ def paired_bootstrap(correct: np.ndarray, blocks: np.ndarray, draws: int = 4000)
 
 
 def equivalent_count(counts: np.ndarray, accuracies: np.ndarray) -> np.ndarray:
-    """Real windows a user (draws,) at which real alone reaches an arm's accuracy, clipped to the measured counts.
+    """Real windows a user (draws,) at which real alone reaches an arm's accuracy, clipped to the rising counts (A,).
 
-    Args:
-        counts: real windows a user (A,), rising.
-        accuracies: (draws, 1 + A): of the arm, then of real alone at each count. Where a larger count scores lower, the
-            smaller count's accuracy is used.
+    accuracies: (draws, 1 + A), of the arm, then of real alone at each count; not below that of a smaller count.
     """
     rising = np.maximum.accumulate(accuracies[:, 1:], axis=1) + 1e-9 * np.arange(len(counts))
     found = [np.interp(arm, line, np.log(counts)) for arm, line in zip(accuracies[:, 0], rising, strict=True)]

@@ -276,15 +276,13 @@ def memorisation(evidence: Evidence) -> dict:
 
 
 def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
-    """helps, no evidence or hurts, by the interval of the gain, and a sentence for people.
-
-    leak: fraction of test windows that overlap a training window; copied: fraction of generated windows that are copies
-    of training windows.
-    """
+    """helps, no evidence or hurts, by the interval of the gain, and a sentence for people. leak: fraction of test
+    windows that overlap a training window; copied: fraction of generated windows that are copies of one."""
     low, high = augmentation["gain_ci95"]
     word = "helps" if low > 0 else "hurts" if high < 0 else "no evidence"
-    open_ = word == "no evidence"
-    meaning = "No evidence that generated windows help or hurt" if open_ else f"Generated windows {word.rstrip('s')}"
+    meaning = f"Generated windows {word.removesuffix('s')}"
+    if word == "no evidence":
+        meaning = "No evidence that generated windows help or hurt"
     real, both = augmentation["real_only"], augmentation["real_plus_generated"]
     gain = augmentation["gain"]["value"]
     seeds = f"{augmentation['seeds']} seeds" if augmentation["seeds"] > 1 else "1 seed, whose chance it leaves out"
