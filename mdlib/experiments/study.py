@@ -8,7 +8,7 @@ from pathlib import Path
 from mdlib.data.splits import PARTS, make_split, read_split, write_split
 from mdlib.data.splits import folds as number_of_folds
 from mdlib.data.windows import find_windows
-from mdlib.evaluation.outcomes import Outcomes, compared, joined
+from mdlib.evaluation.augmentation_study import Outcomes, compared, joined
 from mdlib.evaluation.protocol import verdict
 from mdlib.experiments.execute import check_parameters, execute
 from mdlib.experiments.run import check_starts

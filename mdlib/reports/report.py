@@ -5,7 +5,7 @@ from pathlib import Path
 from mdlib.data.splits import apply_split, describe_training, read_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.data.windows import DataError, WindowSet, load_windows, to_float
 from mdlib.evaluation.evidence import Evidence, Protocol
-from mdlib.evaluation.intervals import absent
+from mdlib.evaluation.metrics import absent
 from mdlib.evaluation.protocol import evaluate, through_codec
 from mdlib.reports import charts, pages, plots
 from mdlib.training.fit import read_history
