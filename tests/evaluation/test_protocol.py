@@ -13,7 +13,7 @@ from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.fidelity import fidelity
 from mdlib.evaluation.protocol import evaluate, memorisation, other_label, verdict
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.vavae import VAVAE
+from mdlib.models.kl import VAVAE
 
 CODEC = dict(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4)
 

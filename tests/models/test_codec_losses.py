@@ -10,7 +10,7 @@ from torch import nn
 
 from mdlib.experiments.steps import train_teacher
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.codec_losses import (
+from mdlib.models.codec import (
     Adversary,
     Alignment,
     Distance,
@@ -20,7 +20,7 @@ from mdlib.models.codec_losses import (
     distance_loss,
 )
 from mdlib.models.kl import KLVAE
-from mdlib.models.vavae import VAVAE
+from mdlib.models.kl import VAVAE
 from mdlib.models.vqvae import VQVAE
 from mdlib.training.fit import Batches, TrainConfig, fit
 

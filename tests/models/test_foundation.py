@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.foundation import IMAGENET_MEAN, IMAGENET_STD, ClassifierFeatures, VisionFeatures, load_foundation
+from mdlib.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, ClassifierFeatures, VisionFeatures, load_foundation
 
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)
 

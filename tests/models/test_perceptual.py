@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mdlib.models.codec_losses import Distance
-from mdlib.models.perceptual import LPIPS_BACKBONES, load_lpips
+from mdlib.models.codec import Distance
+from mdlib.models.pretrained import LPIPS_BACKBONES, load_lpips
 from mdlib.models.vqvae import VQVAE
 
 
