@@ -26,14 +26,13 @@ class Codec(ModelMixin, ConfigMixin):
     """Image (B, C, H, W) in [−1, 1] ↔ normalised latents (B, D, h, w).
 
     A subclass defines `raw_latents` (not normalised), `decode` and `loss`. Methods take users (B,) as an optional
-    second argument, which only a `conditional` codec uses. The attached `losses` (`mdlib.models.codec`) are
-    trained and checkpointed with the codec; `save_pretrained` leaves them out.
+    second argument, which only a `conditional` codec uses. The attached `losses` are trained and checkpointed with the
+    codec; `save_pretrained` leaves them out.
 
-    Args of the networks of all subclasses:
+    Args of all subclasses:
         image_size: H = W.
         in_channels: C, 1 for intensity or 3 for RGB.
-        patch_size: rows and columns folded into channels before the first convolution (space to depth): (2, 2)
-            quarters its cost, and unequal sides give Doppler and time different resolutions.
+        patch_size: rows and columns folded into channels before the first convolution (space to depth).
         block_out_channels: widths of the levels; n levels down-sample n − 1 times.
         layers_per_block, norm_num_groups: residual blocks a level, and groups of their norms.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
@@ -74,8 +73,8 @@ class Codec(ModelMixin, ConfigMixin):
         self.losses = nn.ModuleDict()
 
     def configure(self, **options) -> None:
-        """Change options of the attached losses by name, as a stage of training does; ValueError for unknown names.
-        Options of losses that are not attached have no effect."""
+        """Change options of the attached losses by name, as a stage of training does. Options of losses that are not
+        attached have no effect."""
         if unknown := sorted(options.keys() - OPTIONS):
             raise ValueError(f"cannot change {', '.join(unknown)}: only {', '.join(sorted(OPTIONS))}")
         for loss in self.losses.values():
@@ -92,9 +91,8 @@ class Codec(ModelMixin, ConfigMixin):
                 groups[0]["params"] += loss.parameters()
         return groups
 
-    @wraps(ModelMixin.save_pretrained, assigned=())  # a pipeline reads the signature
+    @wraps(ModelMixin.save_pretrained)  # a pipeline reads the signature
     def save_pretrained(self, *arguments, **options) -> None:
-        """Save weights and configuration without the attached losses, see `ModelMixin.save_pretrained`."""
         attached = self.losses
         self.detach_losses()
         super().save_pretrained(*arguments, **options)
@@ -133,8 +131,7 @@ class Codec(ModelMixin, ConfigMixin):
 
 
 class CodecLoss(nn.Module):
-    """Base class: returns the weighted loss () and values to log. `Codec._total` calls a distance with (outputs,
-    images), any other loss with (images, outputs, latents, reconstruction, the codec's last layers)."""
+    """Base class: returns the weighted loss () and values to log. See `Codec._total` for its arguments."""
 
     is_distance = False
     options: frozenset[str] = frozenset()  # attributes that a stage of training may change, see `Codec.configure`
@@ -158,7 +155,7 @@ class Distance(CodecLoss):
 
 class FeatureDistance(nn.Module):
     """Network for `Distance`: mean squared difference of a user classifier's features, relative to their variance, mean
-    over its stages. LPIPS compares features of photographs; these are the features that identify people."""
+    over its stages."""
 
     def __init__(self, classifier: SmallCNN):
         super().__init__()
@@ -178,7 +175,7 @@ class Alignment(CodecLoss):
     Held-out losses only log it: a weight that follows gradients would make two evaluations incomparable.
 
     Args:
-        foundation: has `width` and `features(images, grid)`, see `mdlib.models.pretrained`; it is not saved.
+        foundation: `VisionFeatures` or `ClassifierFeatures` (`mdlib.models.pretrained`); it is not saved.
         latent_channels: D.
         alignment_weight: ratio of this loss's gradient to the reconstruction's, see `adaptive_weight`.
         cosine_margin, distance_margin: tolerances, see `cosine_loss` and `distance_loss`.

@@ -17,9 +17,9 @@ from diffusers.models.embeddings import apply_rotary_emb, get_1d_sincos_pos_embe
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mdlib.models.layers import UserEmbedding
+from mdlib.models.layers import UserEmbedding, check_choice, check_number, check_steps
 from mdlib.models.pretrained import load_completely, load_weights
-from mdlib.models.prior import LatentPrior, check_choice, check_number, check_steps, evenly_spread
+from mdlib.models.prior import LatentPrior, evenly_spread
 
 SAMPLERS = ("euler", "heun")
 COSINE_WEIGHT = 1.0  # of 1 − cos(velocity, its prediction) over the channels, added to the mean square error

@@ -12,8 +12,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from mdlib.models.codec import Codec
-from mdlib.models.layers import UserEmbedding, drop_labels
-from mdlib.models.prior import check_choice, check_number
+from mdlib.models.layers import UserEmbedding, check_choice, check_number, drop_labels
 
 
 class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module when it loads
@@ -115,8 +114,8 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
 
 
 class VAVAE(KLVAE, ModelMixin):
-    """VA-VAE (Yao et al. 2025): a `KLVAE` trained with `Alignment` and optionally `Adversary` (`mdlib.models.codec`), so
-    that a prior learns its latents sooner at the same reconstruction."""
+    """VA-VAE (Yao et al. 2025): a `KLVAE` that is trained with `Alignment`, and optionally `Adversary`, so that a prior
+    learns its latents sooner at the same reconstruction."""
 
     aligned = True
     _keys_to_ignore_on_load_unexpected = [r"projection\.weight", r"discriminator\..*", "batches"]  # saved by mdlib 0.1

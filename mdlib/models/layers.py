@@ -1,5 +1,6 @@
-"""Parts that several models use: latent statistics, embeddings of users, sampling of codes, batches, processes."""
+"""Parts that several models use: latent statistics, embeddings of users, sampling of codes, checks, processes."""
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -90,6 +91,28 @@ def parts(device: torch.device, size: int, *tensors: Tensor | None) -> Iterator[
     """Batches of `size` rows of the tensors that are not None, on `device`."""
     for part in zip(*(tensor.split(size) for tensor in tensors if tensor is not None), strict=True):
         yield tuple(tensor.to(device) for tensor in part)
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError where `value` is not among the `known` ones."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf, above: bool = False) -> None:
+    """Raise ValueError unless `value` is a finite number in [low, high], or in (low, high] where it must be `above`."""
+    inside = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+    if inside and not (above and value == low):
+        return
+    if math.isfinite(high):
+        raise ValueError(f"{name} must be in {'(' if above else '['}{low}, {high}], got {value}")
+    raise ValueError(f"{name} must be {f'above {low}' if above else f'{low} or more'}, got {value}")
+
+
+def check_steps(steps: int, most: int) -> None:
+    """Raise ValueError unless `steps` is a whole number in 1…most."""
+    if not isinstance(steps, int) or not 1 <= steps <= most:
+        raise ValueError(f"num_inference_steps must be a whole number in 1…{most}, got {steps}")
 
 
 # Several processes that train together -----------------------------------------------------------------------

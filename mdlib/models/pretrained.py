@@ -83,21 +83,10 @@ def load_completely(model, found: dict[str, Tensor], source: str | Path, optiona
     model.load_state_dict(own | fitting)
 
 
-def load_ldm(codec, weights: str | Path, statistics: str | Path | None = None) -> None:
+def load_ldm(codec, weights: str | Path) -> None:
     """Load published VA-VAE weights into a `VAVAE` of the same sizes (preset f16d32), and their projection into an
-    attached `Alignment` of the same width; errors as in `load_weights` and `load_completely`.
-
-    statistics: the published `latents_stats.pt`, mean and std of (1, D, 1, 1); without it call `codec.calibrate`.
-    """
-    found = convert_ldm(load_weights(weights), codec)
-    optional = codec.optional
-    if statistics:
-        found |= {f"stats.{name}": tensor for name, tensor in load_weights(statistics).items()}
-        if missing := {"stats.mean", "stats.std"} - found.keys():
-            raise ValueError(f"{statistics} misses {', '.join(sorted(missing))}")
-    else:
-        optional += ("stats.",)
-    load_completely(codec, found, weights, optional)
+    attached `Alignment` of the same width. Call `codec.calibrate` afterwards."""
+    load_completely(codec, convert_ldm(load_weights(weights), codec), weights, (*codec.optional, "stats."))
 
 
 def convert_ldm(state: dict[str, Tensor], codec) -> dict[str, Tensor]:

@@ -4,13 +4,12 @@ Legend: B batch, D latent channels, h w grid of tokens or latents, E width of a 
 """
 
 import inspect
-import math
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from mdlib.models.layers import drop_labels
+from mdlib.models.layers import check_number, drop_labels
 
 
 class Prior:
@@ -133,25 +132,3 @@ def evenly_spread(count: int, device: torch.device) -> Tensor:
     """Numbers (count,) in [0, 1) at equal distances from a random start (Kingma et al. 2021): each is uniform, and the
     loss of a batch varies less than with independent ones."""
     return (torch.rand((), device=device) + torch.arange(count, device=device) / count) % 1
-
-
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError where `value` is not among the `known` ones."""
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def check_number(name: str, value: float, low: float, high: float = math.inf, above: bool = False) -> None:
-    """Raise ValueError unless `value` is a finite number in [low, high], or in (low, high] where it must be `above`."""
-    inside = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
-    if inside and not (above and value == low):
-        return
-    if math.isfinite(high):
-        raise ValueError(f"{name} must be in {'(' if above else '['}{low}, {high}], got {value}")
-    raise ValueError(f"{name} must be {f'above {low}' if above else f'{low} or more'}, got {value}")
-
-
-def check_steps(steps: int, most: int) -> None:
-    """Raise ValueError unless `steps` is a whole number in 1…most."""
-    if not isinstance(steps, int) or not 1 <= steps <= most:
-        raise ValueError(f"num_inference_steps must be a whole number in 1…{most}, got {steps}")

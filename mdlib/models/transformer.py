@@ -16,8 +16,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mdlib.models.layers import UserEmbedding, inverse_cdf, uniform
-from mdlib.models.prior import Prior, check_number, guided
+from mdlib.models.layers import UserEmbedding, check_number, inverse_cdf, uniform
+from mdlib.models.prior import Prior, guided
 
 
 class TokenPrior(Prior, ModelMixin, ConfigMixin):

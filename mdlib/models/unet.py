@@ -22,8 +22,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from mdlib.models.layers import UserEmbedding
-from mdlib.models.prior import LatentPrior, check_choice, check_number, check_steps, evenly_spread
+from mdlib.models.layers import UserEmbedding, check_choice, check_number, check_steps
+from mdlib.models.prior import LatentPrior, evenly_spread
 
 # timestep_spacing "trailing" starts at pure noise (Lin et al. 2024). A clipped sample would be wrong: latents have unit
 # variance, not a range.
@@ -196,8 +196,7 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
 
 class TiledAttnProcessor:
     """Processor of diffusers' Attention in which a position attends to its own tile of rows × columns positions. A side
-    of 0 spans the grid; where the grid is no multiple of the tile, the tiles at its lower and right edge are smaller.
-    """
+    of 0 spans the grid, as does one that does not divide it."""
 
     def __init__(self, rows: int, columns: int):
         if rows < 0 or columns < 0:
@@ -207,16 +206,18 @@ class TiledAttnProcessor:
     def __call__(self, attn: Attention, hidden_states: Tensor, **_) -> Tensor:
         """(B, C, h, w) → (B, C, h, w)."""
         height, width = hidden_states.shape[2:]
-        tile = (min(self.rows or height, height), min(self.columns or width, width))
-        flat = _tiles(attn.group_norm(hidden_states).permute(0, 2, 3, 1), tile)  # (B·tiles, r·c, C)
+        rows = self.rows if self.rows and height % self.rows == 0 else height
+        columns = self.columns if self.columns and width % self.columns == 0 else width
+        normed = attn.group_norm(hidden_states).permute(0, 2, 3, 1)
+        tiles = normed.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)  # (B, h/r, w/c, r, c, C)
+        # Tiles stand in the batch: with more than four dimensions torch has no fused attention.
+        flat = tiles.flatten(3, 4).flatten(0, 2)  # (B·tiles, r·c, C)
         shape = (*flat.shape[:2], attn.heads, -1)
         query, key, value = (part(flat).view(shape).transpose(1, 2) for part in (attn.to_q, attn.to_k, attn.to_v))
-        inside = _inside(height, width, tile, len(hidden_states), flat.device)
-        # Tiles stand in the batch: with more than four dimensions torch has no fused attention.
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=inside)  # (B·tiles, heads, r·c, d)
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B·tiles, heads, r·c, d)
         output = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
-        output = _grid(output, height, width, tile).permute(0, 3, 1, 2)
-        return (output + hidden_states if attn.residual_connection else output) / attn.rescale_output_factor
+        grid = output.view(tiles.shape).transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        return (grid + hidden_states if attn.residual_connection else grid) / attn.rescale_output_factor
 
 
 class AxialAttention(nn.Module):
@@ -248,28 +249,3 @@ def use_window_axial(unet: UNet2DModel, window: int) -> None:
                 attention.set_processor(TiledAttnProcessor(window, window))
             else:
                 block.attentions[number] = AxialAttention(attention)
-
-
-def _tiles(grid: Tensor, tile: tuple[int, int]) -> Tensor:
-    """(B, h, w, C) → (B·tiles, r·c, C), zeros where the grid is no multiple of the tile."""
-    rows, columns = tile
-    below, right = -grid.shape[1] % rows, -grid.shape[2] % columns
-    if below or right:
-        grid = F.pad(grid, (0, 0, 0, right, 0, below))
-    parts = grid.unflatten(2, (-1, columns)).unflatten(1, (-1, rows))
-    return parts.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # from (B, h/r, r, w/c, c, C)
-
-
-def _grid(tiles: Tensor, height: int, width: int, tile: tuple[int, int]) -> Tensor:
-    """(B·tiles, r·c, C) → (B, h, w, C)."""
-    rows, columns = tile
-    parts = tiles.unflatten(1, (rows, columns)).unflatten(0, (-1, -(-height // rows), -(-width // columns)))
-    return parts.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
-
-
-def _inside(height: int, width: int, tile: tuple[int, int], count: int, device) -> Tensor | None:
-    """Which keys of a tile lie in the grid, for `count` grids: bool (B·tiles, 1, 1, r·c); None when all do."""
-    if height % tile[0] == 0 and width % tile[1] == 0:
-        return None
-    ones = torch.ones(1, height, width, 1, device=device)
-    return _tiles(ones, tile)[:, None, None, :, 0].bool().repeat(count, 1, 1, 1)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from mdlib.models.dit import Block, FinalLayer, TimeEmbedder, initialise, rotation
-from mdlib.models.layers import UserEmbedding, all_sum, inverse_cdf, uniform
-from mdlib.models.prior import Prior, check_choice, check_number, check_steps, evenly_spread, guided
+from mdlib.models.layers import UserEmbedding, all_sum, check_choice, check_number, check_steps, inverse_cdf, uniform
+from mdlib.models.prior import Prior, evenly_spread, guided
 
 SAMPLERS = ("ancestral", "mask_predict")
 TINY = 1e-30  # stands for a probability of zero: its logarithm can still be multiplied by one
 ENOUGH = 10  # samples of every timestep, after which timesteps are sampled by their loss
+CHOICE_TEMPERATURE = 4.5  # of noise on the certainty by which "mask_predict" chooses, falling to 0 with the steps
 
 
 class MaskAndReplace:
@@ -91,13 +92,12 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
 
     Args (the others are in `Prior`):
         qk_norm: RMSNorm of queries and keys: more stable in half precision.
-        num_train_timesteps: T.
-        gamma_cum_end: γ̄_T, the fraction of masks at the end; the other tokens are random codes: one in a hundred
-            thousand in the authors' code (the default), one in ten in their paper (0.9).
         auxiliary_weight: of the cross-entropy of x_0, added to the bound.
     """
 
     consumes = "tokens"
+    timesteps = 100  # T
+    gamma_end = 0.99999  # γ̄_T, the fraction of masks at the end, as in the authors' code; their paper has 0.9
 
     @register_to_config
     def __init__(
@@ -110,19 +110,15 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         num_heads: int = 4,
         qk_norm: bool = False,
         label_dropout: float = 0.1,
-        num_train_timesteps: int = 100,
-        gamma_cum_end: float = 0.99999,
         auxiliary_weight: float = 5e-4,
         num_conditions: int = 1,
     ):
         super().__init__()
         check_number("label_dropout", label_dropout, 0, 1)
         check_number("auxiliary_weight", auxiliary_weight, 0)
-        check_number("num_train_timesteps", num_train_timesteps, 2)
-        check_number("gamma_cum_end", gamma_cum_end, 0.1, 0.99999)
         self.token_shape, self.null_label = tuple(token_shape), num_users
         self.num_tokens = self.token_shape[0] * self.token_shape[1]
-        self.noise = MaskAndReplace(num_codes, num_train_timesteps, gamma_cum_end)
+        self.noise = MaskAndReplace(num_codes, self.timesteps, self.gamma_end)
         self.tokens = nn.Embedding(num_codes + 1, hidden_size)
         self.rows, self.columns = (nn.Embedding(side, hidden_size) for side in self.token_shape)
         self.t_embedder = TimeEmbedder(hidden_size)
@@ -130,8 +126,8 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, num_codes)
         self.register_buffer("rotation", rotation(hidden_size // num_heads, *self.token_shape), persistent=False)
-        self.register_buffer("square_loss", torch.zeros(num_train_timesteps))  # mean of bound² at t = 1…T
-        self.register_buffer("seen", torch.zeros(num_train_timesteps, dtype=torch.long))
+        self.register_buffer("square_loss", torch.zeros(self.timesteps))  # mean of bound² at t = 1…T
+        self.register_buffer("seen", torch.zeros(self.timesteps, dtype=torch.long))
         initialise(self)
         for table in (self.tokens, self.rows, self.columns):
             nn.init.normal_(table.weight, std=0.02)
@@ -202,7 +198,6 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         num_inference_steps: int = 50,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        choice_temperature: float = 4.5,
         towards: Tensor | None = None,
         share: float | Tensor = 0.0,
         on_step: Callable | None = None,
@@ -214,14 +209,12 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
                 the most certain tokens, few at first, by a cosine).
             num_inference_steps: at most T (ancestral) or N (mask_predict).
             temperature, top_p: of p(x_0); the authors' truncation rate is a top_p of 0.86.
-            choice_temperature: noise on the certainty by which "mask_predict" chooses, falling to 0 with the steps.
         """
         share = self.check_request(users, conditions, generator, guidance_scale, towards, share)
         check_choice("sampler", sampler, SAMPLERS)
         check_steps(num_inference_steps, self.num_tokens if sampler == "mask_predict" else self.noise.timesteps)
         check_number("temperature", temperature, 0, above=True)
         check_number("top_p", top_p, 0, 1, above=True)
-        check_number("choice_temperature", choice_temperature, 0)
         if not len(users):
             return users.new_empty(0, *self.token_shape)
         draw = lambda: uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, N)
@@ -238,7 +231,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
             return log_x0
 
         if sampler == "mask_predict":
-            tokens = self._mask_predict(users, num_inference_steps, predict, draw, choice_temperature)
+            tokens = self._mask_predict(users, num_inference_steps, predict, draw)
         else:
             tokens = self._ancestral(users, num_inference_steps, predict, draw)
         return tokens.unflatten(1, self.token_shape)
@@ -265,7 +258,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
             x = inverse_cdf(self.noise.posterior(predict(x, now), x, s, t), draw())
         return x
 
-    def _mask_predict(self, users, steps: int, predict: Callable, draw: Callable, temperature: float) -> Tensor:
+    def _mask_predict(self, users: Tensor, steps: int, predict: Callable, draw: Callable) -> Tensor:
         """Tokens (B, N) in exactly `steps` network calls."""
         mask = self.noise.num_codes
         x = torch.full((len(users), self.num_tokens), mask, device=users.device)
@@ -275,7 +268,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
             sampled = inverse_cdf(log_x0, draw())
             certainty = log_x0.gather(2, sampled.unsqueeze(2)).squeeze(2)  # (B, N)
             gumbel = -torch.log(-torch.log(draw().clamp_min(TINY)))
-            certainty = certainty + temperature * (1 - step / steps) * gumbel
+            certainty = certainty + CHOICE_TEMPERATURE * (1 - step / steps) * gumbel
             order = certainty.masked_fill(x != mask, -math.inf).argsort(1, descending=True)
             x = torch.where(order.argsort(1) < before - after, sampled, x)
         return x

@@ -20,8 +20,8 @@ COMMITMENT_WEIGHT = 0.25
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest-code quantiser with an EMA codebook (van den Oord et al. 2017, appendix A.1), which follows the vectors of
-    all processes that train together.
+    """Nearest-code quantiser with an EMA codebook (van den Oord et al. 2017, appendix A.1). The codebook follows the
+    vectors of all processes that train together.
 
     Args:
         num_codes, dim: K and D.
