@@ -18,21 +18,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mdlib.models.layers import UserEmbedding, check_choice, check_number, check_steps
-from mdlib.models.pretrained import load_completely, load_weights
+from mdlib.models.pretrained import load_completely, load_weights, renamed
 from mdlib.models.prior import LatentPrior, evenly_spread
 
 SAMPLERS = ("euler", "heun")
 COSINE_WEIGHT = 1.0  # of 1 − cos(velocity, its prediction) over the channels, added to the mean square error
 TIME_STD = 1.0  # of logit(t) in training
-# Published names: ours, in this order.
-RENAMES = {
-    "x_embedder.proj.": "x_embedder.",
-    "t_embedder.mlp.": "t_embedder.",
-    "y_embedder.embedding_table.weight": "classes",
-    "adaLN_modulation.1.": "modulation.",
-    "pos_embed": "positions",
-    "module.": "",
-}
+RENAMES = (  # of published weights, in this order; an empty name is computed here
+    (r"module\.", ""),
+    (r"x_embedder\.proj\.", "x_embedder."),
+    (r"t_embedder\.mlp\.", "t_embedder."),
+    (r"y_embedder\.embedding_table\.weight", "classes"),
+    (r"adaLN_modulation\.1\.", "modulation."),
+    ("pos_embed", "positions"),
+    (r"^feat_rope\..*", ""),
+)
 
 
 class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
@@ -90,7 +90,6 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
 
     def loss(self, latents, users, conditions=None):
         """Mean square error of the velocity + COSINE_WEIGHT·(1 − cosine) at one t per sample, see `Prior`."""
-        self.check_shape(latents)
         users = self.drop_users(users)
         noise = torch.randn_like(latents)
         level = evenly_spread(len(latents), latents.device).clamp(1e-6, 1 - 1e-6)
@@ -146,12 +145,7 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
     def load_published(self, source: str | Path) -> None:
         """Load the weights of a published LightningDiT (.pt, .ckpt or .safetensors). Every user starts at its null
         class. ValueError for a file of other sizes or of another model."""
-        found = {}
-        for name, tensor in load_weights(source).items():
-            for theirs, ours in RENAMES.items():
-                name = name.replace(theirs, ours)
-            if not name.startswith("feat_rope."):  # computed here
-                found[name] = tensor
+        found = renamed(load_weights(source), RENAMES)
         if "classes" not in found or "positions" not in found:
             raise ValueError(f"{source} holds no LightningDiT: it has no class table or no pos_embed")
         tokens = found.pop("positions").shape[1]
@@ -181,7 +175,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = ModulatedNorm(width, eps=1e-6), ModulatedNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm)
-        self.mlp = SwiGLU(width, int(4.0 * width * 2 / 3))
+        self.mlp = SwiGLU(width)
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, c: Tensor, rotation: Tensor) -> Tensor:
@@ -225,8 +219,9 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """silu(a)·b of one projection, then another (Shazeer 2020)."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int):
         super().__init__()
+        hidden = int(4.0 * width * 2 / 3)
         self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ from mdlib.models.classifier import SmallCNN
 
 INSIDE = ("ema", "model", "state_dict")  # entries of a training's checkpoint that hold weights, best first
 PROJECTION = "losses.alignment.projection.weight"
-RENAMES = (
+RENAMES = (  # of latent diffusion's weights, in this order; an empty name is no part of the codec
+    (r"^(loss|foundation_model)\..*", ""),
+    (r"^(linear|reverse)_proj\.weight$", PROJECTION),
     (r"\.down\.(\d+)\.", r".down_blocks.\1."),
     (r"\.block\.(\d+)\.", r".resnets.\1."),
     (r"\.attn\.(\d+)\.", r".attentions.\1."),
@@ -89,26 +91,31 @@ def load_ldm(codec, weights: str | Path) -> None:
     load_completely(codec, convert_ldm(load_weights(weights), codec), weights, (*codec.optional, "stats."))
 
 
-def convert_ldm(state: dict[str, Tensor], codec) -> dict[str, Tensor]:
-    """Weights in latent diffusion's layout under the names and in the shapes of `codec`."""
-    levels, grey, found = len(codec.config.block_out_channels), codec.config.in_channels == 1, {}
-    for name, tensor in state.items():
-        if name.startswith(("loss.", "foundation_model.")):  # not part of the codec
-            continue
-        if name.startswith(("linear_proj.", "reverse_proj.")):
-            found[PROJECTION] = tensor
-            continue
-        # Latent diffusion counts the decoder's levels from the finest, diffusers from the coarsest.
-        name = re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}.", name)
-        for old, new in RENAMES:
+def renamed(found: dict[str, Tensor], renames: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """Tensors under other names, by regular expressions and their replacements; without those whose name gets empty."""
+    result = {}
+    for name, tensor in found.items():
+        for old, new in renames:
             name = re.sub(old, new, name)
+        result |= {name: tensor} if name else {}
+    return result
+
+
+def convert_ldm(state: dict[str, Tensor], codec) -> dict[str, Tensor]:
+    """Weights in latent diffusion's layout under the names and in the shapes of `codec`. For a codec of one channel the
+    first convolution's weights are summed over RGB, and the last one's averaged: grey images give the same latents, and
+    the decoded intensity is the mean of the colours."""
+    levels, grey, found = len(codec.config.block_out_channels), codec.config.in_channels == 1, {}
+    # Latent diffusion counts the decoder's levels from the finest, diffusers from the coarsest.
+    up = tuple((rf"^decoder\.up\.{level}\.", f"decoder.up_blocks.{levels - 1 - level}.") for level in range(levels))
+    for name, tensor in renamed(state, up + RENAMES).items():
         if ".attentions." in name and tensor.ndim == 4:
             tensor = tensor.flatten(1)  # a 1×1 convolution (C, C, 1, 1) is a linear layer (C, C)
         elif grey and name == "encoder.conv_in.weight":
             tensor = tensor.sum(1, keepdim=True)
         elif grey and name.startswith("decoder.conv_out."):
             tensor = tensor.mean(0, keepdim=True)
-        found[f"vae.{name}"] = tensor
+        found[name if name == PROJECTION else f"vae.{name}"] = tensor
     return found
 
 
@@ -240,10 +247,6 @@ def load_inception() -> nn.Module:
     except (ValueError, RuntimeError) as error:
         raise FileNotFoundError(f"{weights} is incomplete, or of another network: {error}") from error
     network.fc = nn.Identity()
-    network.register_forward_pre_hook(lambda _, inputs: _resized(*inputs))
+    resize = lambda images: F.interpolate(images, size=(299, 299), mode="bilinear", antialias=True)
+    network.register_forward_pre_hook(lambda _, inputs: resize(*inputs).expand(-1, 3, -1, -1))
     return network.eval().requires_grad_(False)
-
-
-def _resized(images: Tensor) -> Tensor:
-    """Images (B, 1 or 3, H, W) at the size of Inception's input (B, 3, 299, 299)."""
-    return F.interpolate(images, size=(299, 299), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)

@@ -39,12 +39,6 @@ class Prior:
         on_step: called as on_step(number, estimate of the sample) after every network call.
     """
 
-    def check_shape(self, z: Tensor) -> None:
-        """Raise ValueError unless tokens (B, h, w) or latents (B, D, h, w) have the shape this prior was built for."""
-        shape = self.token_shape if self.consumes == "tokens" else self.latent_shape
-        if tuple(z.shape[1:]) != shape:
-            raise ValueError(f"this prior takes {self.consumes} of shape {shape}, got {tuple(z.shape[1:])}")
-
     def drop_users(self, users: Tensor) -> Tensor:
         """Users (B,) after the label dropout of training."""
         return drop_labels(users, self.null_label, self.config.label_dropout if self.training else 0.0)

@@ -65,7 +65,6 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
 
     def loss(self, tokens, users, conditions=None):
         """Mean cross-entropy in nats per token, see `Prior`."""
-        self.check_shape(tokens)
         sequence = self.to_sequence(tokens)
         logits = self(sequence, self.drop_users(users), conditions)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), sequence.flatten())

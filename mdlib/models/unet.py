@@ -126,7 +126,6 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
 
     def loss(self, latents, users, conditions=None):
         """Min-SNR weighted mean square error at one timestep per sample, see `Prior`."""
-        self.check_shape(latents)
         users = self.drop_users(users)
         noise = torch.randn_like(latents)
         timesteps = (evenly_spread(len(latents), latents.device) * self.timesteps).long().clamp_max(self.timesteps - 1)
@@ -199,8 +198,6 @@ class TiledAttnProcessor:
     of 0 spans the grid, as does one that does not divide it."""
 
     def __init__(self, rows: int, columns: int):
-        if rows < 0 or columns < 0:
-            raise ValueError(f"a tile's sides must be 0 (the whole grid) or more, got {rows} × {columns}")
         self.rows, self.columns = rows, columns
 
     def __call__(self, attn: Attention, hidden_states: Tensor, **_) -> Tensor:

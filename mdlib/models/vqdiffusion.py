@@ -143,7 +143,6 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
 
     def loss(self, tokens, users, conditions=None):
         """Variational bound on −log p (nats per token) + weighted cross-entropy of x_0, at one t per sample."""
-        self.check_shape(tokens)
         users = self.drop_users(users)
         clean = tokens.flatten(1)
         t, chance = self._times(len(tokens), tokens.device)

@@ -24,7 +24,7 @@ from mdlib.models.kl import VAVAE
 from mdlib.models.vqvae import VQVAE
 from mdlib.training.fit import Batches, TrainConfig, fit
 
-SMALL = dict(image_size=16, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, mid_attention=False)
+SMALL = dict(image_size=16, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4)
 VQ_SMALL = dict(image_size=32, block_out_channels=(8, 8), norm_num_groups=4, num_codes=8, code_dim=4)
 
 
