@@ -131,7 +131,8 @@ class Codec(ModelMixin, ConfigMixin):
 
 
 class CodecLoss(nn.Module):
-    """Base class: returns the weighted loss () and values to log. See `Codec._total` for its arguments."""
+    """Base class: forward returns the weighted loss () and values to log. A distance is called with (outputs, images),
+    any other loss with (images, outputs, latents, reconstruction, the codec's last layers)."""
 
     is_distance = False
     options: frozenset[str] = frozenset()  # attributes that a stage of training may change, see `Codec.configure`
@@ -170,9 +171,8 @@ class FeatureDistance(nn.Module):
 
 
 class Alignment(CodecLoss):
-    """Latents, projected by a 1×1 convolution, imitate the features of a frozen foundation.
-
-    Held-out losses only log it: a weight that follows gradients would make two evaluations incomparable.
+    """Latents, projected by a 1×1 convolution, imitate the features of a frozen foundation. Held-out losses only log
+    it: a weight that follows gradients would make two evaluations incomparable.
 
     Args:
         foundation: `VisionFeatures` or `ClassifierFeatures` (`mdlib.models.pretrained`); it is not saved.
@@ -260,10 +260,8 @@ OPTIONS = Alignment.options | Adversary.options
 
 
 class PatchGAN(nn.Sequential):
-    """Images (B, C, H, W) → one logit for each overlapping patch, above 0 if it looks real.
-
-    Group norm replaces the original's batch norm: batches are small and hold real and decoded windows together.
-    """
+    """Images (B, C, H, W) → one logit for each overlapping patch, above 0 if it looks real. Group norm replaces the
+    original's batch norm: batches are small and hold real and decoded windows together."""
 
     def __init__(self, channels: int, width: int = 64, layers: int = 3):
         sizes = [width * min(2**level, 8) for level in range(layers + 1)]
@@ -290,11 +288,8 @@ def distance_loss(projected: Tensor, features: Tensor, margin: float = 0.0) -> T
 
 
 def adaptive_weight(weight: float, reconstruction: Tensor, loss: Tensor, layer: nn.Parameter) -> Tensor:
-    """weight · ‖∇reconstruction‖ / max(‖∇loss‖, 1e-4), gradients with respect to `layer`.
-
-    The authors divide by ‖∇loss‖ + 1e-4 and clip the quotient, which presumes their reconstruction, a sum over pixels.
-    Ours is a mean, some 10⁴ times smaller; with the floor the gradients' ratio is `weight` at any scale.
-    """
+    """weight · ‖∇reconstruction‖ / max(‖∇loss‖, 1e-4), gradients with respect to `layer`. The authors add 1e-4 and clip
+    the quotient, for a reconstruction summed over pixels; ours is a mean, and the floor works at any scale."""
     # A mean over pixels has gradients below float16's smallest value: both are scaled, which cancels in the quotient.
     reference, own = (
         all_mean(torch.autograd.grad(HALF_PRECISION_SCALE * value, layer, retain_graph=True)[0].float()).norm()

@@ -33,7 +33,11 @@ SAMPLERS = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "lambda_min_clipped": -5.1}),
 }
-SCHEDULES = {"squaredcos_cap_v2": (0.0001, 0.02), "linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}  # β
+SCHEDULES = {
+    "squaredcos_cap_v2": (0.0001, 0.02),
+    "linear": (0.0001, 0.02),
+    "scaled_linear": (0.00085, 0.012),
+}  # first and last β
 MIN_SNR_GAMMA = 5.0
 
 

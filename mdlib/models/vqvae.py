@@ -113,10 +113,8 @@ class VectorQuantizer(nn.Module):
 
 
 class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module when it loads
-    """Codec: image (B, C, H, W) in [−1, 1] ↔ tokens (B, h, w) ↔ normalised latents (B, D, h, w).
-
-    num_codes and code_dim are K and D, the other arguments are in `Codec`.
-    """
+    """Codec: image (B, C, H, W) in [−1, 1] ↔ tokens (B, h, w) ↔ normalised latents (B, D, h, w). num_codes and code_dim
+    are K and D, the other arguments are in `Codec`."""
 
     @register_to_config
     def __init__(

@@ -19,8 +19,7 @@ from mdlib.models.codec import (
     cosine_loss,
     distance_loss,
 )
-from mdlib.models.kl import KLVAE
-from mdlib.models.kl import VAVAE
+from mdlib.models.kl import KLVAE, VAVAE
 from mdlib.models.vqvae import VQVAE
 from mdlib.training.fit import Batches, TrainConfig, fit
 

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mdlib.models.codec import Alignment
-from mdlib.models.pretrained import PROJECTION, convert_ldm, load_completely, load_ldm, load_weights
 from mdlib.models.kl import VAVAE
+from mdlib.models.pretrained import PROJECTION, convert_ldm, load_completely, load_ldm, load_weights
 from mdlib.systems import get_preset
 
 WEIGHTS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
