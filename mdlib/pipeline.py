@@ -26,11 +26,12 @@ from mdlib.systems.system import NO_OPTIONS
 from mdlib.training.latents import fingerprint
 from mdlib.utils import bar, best_device, end_session, time_is_up, whole_file
 
-# Where a module or class named in a pipeline of mdlib 0.1 is now.
+# Where a module or class named in an older pipeline is now.
 MOVED = {
     "mdlib.vqvae": "mdlib.models.vqvae",
     "mdlib.vae": "mdlib.models.kl",
-    "mdlib.vavae": "mdlib.models.vavae",
+    "mdlib.vavae": "mdlib.models.kl",
+    "mdlib.models.vavae": "mdlib.models.kl",
     "mdlib.transformer": "mdlib.models.transformer",
     "mdlib.unet": "mdlib.models.unet",
     "mdlib.dit": "mdlib.models.dit",

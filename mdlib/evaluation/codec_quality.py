@@ -7,7 +7,7 @@ import torch
 from mdlib.data.windows import DataError, WindowSet, to_float
 from mdlib.evaluation.metrics import code_counts, psnr, ssim
 from mdlib.models.layers import parts
-from mdlib.models.perceptual import load_lpips, lpips_weights
+from mdlib.models.pretrained import load_lpips, lpips_weights
 from mdlib.training.latents import decode_all, encode_all
 
 GRADES = ((28.0, "excellent"), (25.0, "good"), (20.0, "fair"), (-torch.inf, "poor"))  # by PSNR in dB, at least

@@ -18,7 +18,7 @@ from mdlib.evaluation.evidence import COMPARED, Evidence, alike, compared_sets
 from mdlib.evaluation.metrics import absent, figure, missing, over_users
 from mdlib.models.classifier import SmallCNN, features
 from mdlib.models.layers import parts
-from mdlib.models.perceptual import load_inception
+from mdlib.models.pretrained import load_inception
 from mdlib.utils import best_device
 
 DISTANCES = ("kid", "precision", "recall", "density", "coverage")

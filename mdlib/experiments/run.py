@@ -19,8 +19,7 @@ from mdlib import __version__
 from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, seen_of_test, write_split
 from mdlib.data.windows import WindowSet, find_windows, load_windows
 from mdlib.experiments.settings import RunSettings, defaults, read_record
-from mdlib.models.foundation import load_foundation
-from mdlib.models.perceptual import load_lpips
+from mdlib.models.pretrained import load_foundation, load_lpips
 from mdlib.systems import (
     Preset,
     System,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CODECS = {
     "vq": "mdlib.models.vqvae:VQVAE",
     "kl": "mdlib.models.kl:KLVAE",
-    "va": "mdlib.models.vavae:VAVAE",
+    "va": "mdlib.models.kl:VAVAE",
 }
 
 # Arguments of prior.sample that are no plain values.
@@ -247,7 +247,7 @@ def _with_options(preset: Preset, part: str, model: type, options: dict) -> Pres
 
 def _loss_options(codec: type) -> set[str]:
     """Names in `Preset.losses` that apply to a codec of that class."""
-    from mdlib.models.codec_losses import Adversary, Alignment
+    from mdlib.models.codec import Adversary, Alignment
 
     aligned = (_arguments(Alignment) | _arguments(Adversary)) if codec.aligned else set()
     return {"perceptual_weight", "perceptual_net"} | aligned - {
@@ -274,7 +274,7 @@ def make_codec(preset: Preset, channels: int = 1, num_users: int = 0):
 def attach_losses(codec, preset: Preset, teacher=None, lpips=None, foundation=None) -> None:
     """Attach the preset's losses to a codec: the distances of the frozen networks `teacher` and `lpips`, and the
     alignment with the features of `foundation`, where these are given; and the adversary, where it has a weight."""
-    from mdlib.models.codec_losses import Adversary, Alignment, Distance
+    from mdlib.models.codec import Adversary, Alignment, Distance
 
     options = preset.losses
     own = lambda kind: {key: value for key, value in options.items() if key in _arguments(kind)}

@@ -12,7 +12,7 @@ from mdlib.evaluation import codec_quality
 from mdlib.evaluation.augmentation_study import Arms
 from mdlib.evaluation.fidelity import FEATURES, STATISTICS, describe, fidelity, pairs_apart, statistics, texture
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.perceptual import INCEPTION, LPIPS_BACKBONES
+from mdlib.models.pretrained import INCEPTION, LPIPS_BACKBONES
 
 
 def test_pairs_of_a_user_share_no_step():

@@ -26,7 +26,7 @@ from mdlib.evaluation.protocol import (
     verification,
 )
 from mdlib.models.classifier import Embedder, SmallCNN
-from mdlib.models.vavae import VAVAE
+from mdlib.models.kl import VAVAE
 
 CODEC = dict(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4)
 
