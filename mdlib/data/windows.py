@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -223,16 +224,24 @@ def load_windows(
 
 def _read_images(root: Path, files: Sequence[WindowFile], size: int, colormap: str) -> tuple[torch.Tensor, str]:
     """uint8 (N, C, size, size), and the colour map."""
-    check = colormap == "auto"
-    colormap = _common_colormap(root, files) if check else colormap
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(_read_window, root / f.path, size, colormap, check) for f in files]
+        jobs = [pool.submit(_read_window, root / f.path, size, colormap) for f in files]
     errors = [error for job in jobs if isinstance(error := job.exception(), DataError)]
     if errors:
         more = f" (and {count(len(errors) - 1, 'more file')} with errors)" if len(errors) > 1 else ""
         raise DataError(f"{errors[0]}{more}")
-    images, sizes, distances = zip(*(job.result() for job in jobs), strict=True)
-    for file, one in zip(files, sizes, strict=True):
+    images, sizes, maps, distances = zip(*(job.result() for job in jobs), strict=True)
+    colormap = statistics.mode(maps)
+    if all(distance > COLORMAP_TOLERANCE.get(name, 0) for name, distance in zip(maps, distances, strict=True)):
+        raise DataError(
+            f"{root / files[0].path}: drawn with none of the colour maps {', '.join(COLORMAPS)}; "
+            "give colormap=... to take the nearest colours, or channels=3 for RGB"
+        )
+    for file, one, name in zip(files, sizes, maps, strict=True):
+        if name != colormap:
+            raise DataError(
+                f"{root / file.path}: drawn with {name}, other images with {colormap}; use one map or channels=3"
+            )
         if one != sizes[0]:
             raise DataError(
                 f"{root}: images differ in size, {files[0].path} has {sizes[0]} pixels and {file.path} {one}; "
@@ -246,29 +255,12 @@ def _read_images(root: Path, files: Sequence[WindowFile], size: int, colormap: s
     return torch.from_numpy(np.ascontiguousarray(np.stack(images))), colormap
 
 
-def _common_colormap(root: Path, files: Sequence[WindowFile]) -> str:
-    """The colour map of the set, from eight files spread over it."""
-    some = [files[i].path for i in np.unique(np.linspace(0, len(files) - 1, 8).astype(int))]
-    names, distances = zip(*(_detected_colormap(*_read_pixels(root / path)) for path in some), strict=True)
-    if all(distance > COLORMAP_TOLERANCE[name] for name, distance in zip(names, distances, strict=True)):
-        raise DataError(
-            f"{root / some[0]}: drawn with none of the colour maps {', '.join(COLORMAPS)}; "
-            "give colormap=... to take the nearest colours, or channels=3 for RGB"
-        )
-    return max(names, key=names.count)
-
-
-def _detected_colormap(pixels: np.ndarray, mode: str) -> tuple[str, float]:
-    # Every 8th pixel is enough for a mean.
-    return ("grey", 0.0) if mode == "L" else nearest_colormap(pixels[::8, ::8], mode=mode)
-
-
-def _read_window(path: Path, size: int, colormap: str, check: bool) -> tuple[np.ndarray, str, float]:
-    """uint8 (C, size, size), the size on disk, and the distance to the colour map in levels."""
+def _read_window(path: Path, size: int, colormap: str) -> tuple[np.ndarray, str, str, float]:
+    """uint8 (C, size, size), the size on disk, the colour map, and the distance to a detected one in levels."""
     pixels, mode = _read_pixels(path, as_rgb=colormap == "none")
-    found, distance = _detected_colormap(pixels, mode) if check else (colormap, 0.0)
-    if found != colormap:
-        raise DataError(f"{path}: drawn with {found}, other images with {colormap}; use one map or channels=3")
+    distance = 0.0
+    if colormap == "auto":  # every 8th pixel is enough for a mean
+        colormap, distance = ("grey", 0.0) if mode == "L" else nearest_colormap(pixels[::8, ::8], mode=mode)
     if colormap == "none":
         image = Image.fromarray(pixels).convert("RGB")
     else:
@@ -276,7 +268,7 @@ def _read_window(path: Path, size: int, colormap: str, check: bool) -> tuple[np.
     shrink = size <= min(image.size)
     small = image.resize((size, size), Image.Resampling.BOX if shrink else Image.Resampling.BILINEAR)
     array = np.moveaxis(np.asarray(small).reshape(size, size, -1), -1, 0)
-    return array, "{}x{}".format(*image.size), distance
+    return array, "{}x{}".format(*image.size), colormap, distance
 
 
 def _read_pixels(path: Path, *, as_rgb: bool = False) -> tuple[np.ndarray, str]:

@@ -126,9 +126,9 @@ class _Codes(_View):
         self.code = ipywidgets.BoundedIntText(value=book.most_telling(), max=codes - 1, description="code")
         self.usage, self.card, self.style = self.image(), self.image(), ipywidgets.HTML()
         self.shown: list[int] = []
-        size = dict(width="54px", height="60px", margin="1px")
-        self.tiles = [ipywidgets.Button(layout=ipywidgets.Layout(**size)) for _ in range(min(TILES, codes))]
+        self.tiles = [ipywidgets.Button() for _ in range(min(TILES, codes))]
         for place, tile in enumerate(self.tiles):
+            tile.layout = ipywidgets.Layout(width="54px", height="60px", margin="1px")
             tile.add_class("mdlib-tile")
             tile.add_class(f"mdlib-{self.code.model_id}-{place}")  # its own in the whole notebook
             tile.on_click(lambda _, place=place: setattr(self.code, "value", self.shown[place]))
@@ -283,7 +283,7 @@ class _Users(_View):
 
 
 def _slider(name: str, value: float):
-    low, high = SLIDERS[name]
-    ends = dict(min=min(low, value), max=max(high, value), step=0.05)
-    looks = dict(description=name.split("_")[0], style={"description_width": "initial"}, continuous_update=False)
-    return ipywidgets.FloatSlider(value=value, **ends, **looks)
+    low, high = min(SLIDERS[name][0], value), max(SLIDERS[name][1], value)
+    slider = ipywidgets.FloatSlider(value=value, min=low, max=high, step=0.05, continuous_update=False)
+    slider.description, slider.style.description_width = name.split("_")[0], "initial"
+    return slider

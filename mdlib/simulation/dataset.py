@@ -5,7 +5,6 @@ Speckle, clutter and gait drift run on through a walk: overlapping windows share
 
 import json
 import os
-import shutil
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -21,8 +20,8 @@ from mdlib.simulation.radar import CHEST, FEET, RADAR_HEIGHT, SNR, echoes, recei
 from mdlib.simulation.walker import CONDITIONS
 from mdlib.utils import bar
 
-COLUMNS, HOP = 56, 13.76  # of a window; from one window to the next, which is one step
-CLOCK_COLUMNS, CLOCK_HOP, CLOCK_S = 60, 15, 3.0 / 60  # of windows 3 s long; seconds a column
+STEP_CUT = 13.76, 56  # columns from one window to the next, which is one step, and columns of a window
+CLOCK_CUT, CLOCK_S = (15, 60), 3.0 / 60  # the same of windows 3 s long; seconds a column
 DYNAMIC, THRESHOLD = 38, 0.17  # dB shown; intensities below are set to 0
 HALF_STEP = 0.006  # s, half the base of the range derivatives
 MARGIN = 4  # columns before and after the windows of a run
@@ -97,9 +96,8 @@ def simulate_dataset(out, users=31, windows=150, size=256, seed=0, condition="no
         return out
     conditions = CONDITIONS if condition == "all" else (condition,)
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        rows = []
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        work, rows = Path(temporary) / "set", []
         with bar(users * windows * len(conditions), "simulate", unit="window", show=progress) as done:
             for name, user, recording in product(conditions, range(1, users + 1), range(1, recordings + 1)):
                 number = windows // recordings + (recording <= windows % recordings)
@@ -111,10 +109,7 @@ def simulate_dataset(out, users=31, windows=150, size=256, seed=0, condition="no
         (work / "simulation.json").write_text(json.dumps(arguments, indent=1))
         if out.is_dir():
             out.rmdir()  # empty, or _already_there had refused
-        work.chmod(0o755)
         os.replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return out
 
 
@@ -156,7 +151,7 @@ def _write(root, folder, user, recording, condition, size, images, truth, number
 def _simulate_run(rng, walker, height, condition, windows, away, clock):
     """Simulate one straight walk: power (columns, rows), lowest velocity first, and truth {name: (columns,)}. The gait
     drifts between knots a hop apart."""
-    hop, columns = (CLOCK_HOP, CLOCK_COLUMNS) if clock else (HOP, COLUMNS)
+    hop, columns = CLOCK_CUT if clock else STEP_CUT
     n = int(np.ceil((windows - 1) * hop)) + columns + 2 * MARGIN
     position = (np.arange(n) + 0.5) / hop
     knots = np.arange(int(position[-1]) + 2)
@@ -226,7 +221,7 @@ def _seen_from_radar(rng, joints, speed, dt, heading, moments, away):
 
 def _cut(rng, power, truth, windows, clock):
     """Cut a run into windows: uint8 images (N, rows, columns), top row = highest velocity, and their truth (N,)."""
-    hop, columns = (CLOCK_HOP, CLOCK_COLUMNS) if clock else (HOP, COLUMNS)
+    hop, columns = CLOCK_CUT if clock else STEP_CUT
     starts, stretch = MARGIN + hop * np.arange(windows), np.ones(windows)
     if not clock:  # every window is cut at the detected steps and scaled to the same length on its own
         starts = starts + np.clip(CUT_SD * rng.standard_normal(windows), -1, 1)
