@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
 from mdlib import models
@@ -324,6 +325,7 @@ for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
 
 def load_pipeline(path: str | Path) -> MicroDopplerPipeline:
     """The pipeline of a folder, on the GPU if there is one."""
+    disable_progress_bar()  # of two components
     pipeline = MicroDopplerPipeline.from_pretrained(path).to(best_device())
     for part in (pipeline.codec, pipeline.classifier):
         if part is not None:
