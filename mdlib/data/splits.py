@@ -16,8 +16,7 @@ from mdlib.utils import whole_file
 PARTS = ("train", "val", "test")
 STARTS = ("init", "codec_start", "prior_start")  # a run's settings that name weights to start from
 
-# Two gaps drop up to 2 (gap - 1) windows: a recording of fewer than 8 gaps would lose a fifth of itself.
-_SHORTEST_IN_GAPS = 8
+_SHORTEST_IN_GAPS = 8  # two gaps drop up to 2 (gap - 1) windows: a shorter recording would lose a fifth of itself
 
 
 def make_split(
@@ -108,11 +107,8 @@ def _by(files: Iterable[WindowFile], key: str) -> dict[int | str, list[WindowFil
 
 
 def _split_user(files: list[WindowFile], val: float, test: float, gap: int, fold: int) -> dict[str, list[WindowFile]]:
-    """Train, val, test and dropped of one user's files.
-
-    For a fold the first `fold` test blocks of a timeline follow its end, `gap` away; what would share steps over the
-    new start is dropped. A timeline too short for three parts is all train.
-    """
+    """Train, val, test and dropped of one user's files. For a fold the first test blocks of a timeline follow its end,
+    `gap` away; what would share steps over the new start is dropped. A timeline too short to cut is all train."""
     mine: dict[str, list[WindowFile]] = {part: [] for part in (*PARTS, "dropped")}
     for timeline, numbers in _timelines(files, gap):
         turned, lost = round(fold * test * len(timeline)), []
@@ -245,9 +241,8 @@ def _part(windows: WindowSet, split: dict, part: str) -> WindowSet:
 
 def describe_training(split: dict) -> str:
     """How a split's training windows were chosen, in words."""
-    if not split.get("windows_per_user"):
-        return "all that the split gives to training"
-    return f"{split['windows_per_user']} per user, evenly spaced"
+    each = split.get("windows_per_user")
+    return f"{each} per user, evenly spaced" if each else "all that the split gives to training"
 
 
 def split_summary(split: dict) -> str:
@@ -288,10 +283,8 @@ def _seen(path: str | Path, data: str | Path) -> set[str]:
 
 
 def overlap(parts: dict[str, WindowSet], *, gap: int = 4) -> dict:
-    """How far the parts "train", "val" and "test" leak: counted from window numbers, and measured on the images.
-
-    Args:
-        gap: difference of window numbers from which windows share nothing.
+    """How far the parts "train", "val" and "test" leak: counted from window numbers, which share nothing from a
+    difference of `gap` on, and measured on the images.
 
     Returns:
         dict with "min_distance", the smallest difference of window numbers between parts, within recordings (None: no

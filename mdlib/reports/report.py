@@ -139,12 +139,8 @@ def write_study(result: dict, out: str | Path) -> None:
 
 
 def write_comparison(result: dict, windows: dict[str, WindowSet], out: str | Path) -> None:
-    """Write comparison.json and comparison.html into `out`.
-
-    Args:
-        result: settings, conclusions and systems (figures, or an error, by name), with mdlib and created.
-        windows: "real" and those of each measured system, for a look; may be empty.
-    """
+    """Write comparison.json and comparison.html into `out`. result: settings, conclusions and systems (figures, or an
+    error, by name), with mdlib and created; windows: "real" and those of each measured system, may be empty."""
     measured = {name: figures for name, figures in result["systems"].items() if "error" not in figures}
     shown = {"gains": charts.gains(measured), "learning": charts.learning(measured)} if measured else {}
     if windows:

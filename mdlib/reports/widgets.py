@@ -33,13 +33,8 @@ SLIDERS = {"guidance_scale": (0.0, 8.0), "temperature": (0.1, 2.0)}
 
 
 def browse_codes(codec, windows: WindowSet, tokens: torch.Tensor) -> None:
-    """Codebook explorer: how often all users or one use each code, and every code as a picture; click one to see what
-    it decodes to, who uses it and where it occurs.
-
-    Args:
-        codec: with a codebook.
-        windows, tokens: windows and their tokens (N, h, w), in which use is counted.
-    """
+    """Codebook explorer: how often all users or one use each code in windows and their tokens (N, h, w), and every code
+    as a picture; click one to see what it decodes to, who uses it and where it occurs."""
     book = survey(codec, windows, tokens)
     card = plots.code_card(book, book.most_telling())
     tiles = plots.code_tiles(book, _most_used(book.times)[: 2 * TILES])
