@@ -161,7 +161,7 @@ def reconstructions(real: torch.Tensor, decoded: torch.Tensor, colormap: str = "
 def user_view(real: WindowSet, generated: WindowSet, nearest: WindowSet | None = None, ratios=()) -> Figure:
     """Windows of one user: real ones, generated ones, and below each of those the training window nearest to it.
 
-    ratios: distance to `nearest` over that of real unseen windows: 1 for a window as new as a real one, less for a copy.
+    ratios: distance to `nearest` over that of real unseen windows: 1 for one as new as a real window, less for a copy.
     """
     some = lambda part, titles: list(zip([picture(one, part.colormap) for one in part.images], titles, strict=True))
     lines = [("real", some(real, [""] * len(real)))]
