@@ -26,8 +26,7 @@ from mdlib.experiments.run import Run, open_run, versions
 from mdlib.experiments.series import claim_folder, resolve_preset, run_series, shared_classifiers
 from mdlib.experiments.settings import read_record
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
-from mdlib.reports.comparison import conclusions, write_comparison
-from mdlib.reports.report import gather, load_generated
+from mdlib.reports.report import conclusions, gather, load_generated, write_comparison
 from mdlib.systems import SYSTEMS, get_preset
 from mdlib.training.fit import read_history
 from mdlib.utils import DataError, bar, whole_file

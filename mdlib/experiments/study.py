@@ -13,7 +13,7 @@ from mdlib.evaluation.protocol import verdict
 from mdlib.experiments.execute import check_parameters, execute
 from mdlib.experiments.run import check_starts
 from mdlib.experiments.series import claim_folder, resolve_preset, run_series, shared_classifiers
-from mdlib.reports.study import write_study
+from mdlib.reports.report import write_study
 from mdlib.systems import get_preset
 from mdlib.utils import DataError
 
