@@ -208,7 +208,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
             raise DataError(f"images must be at least 1, got {images}")
         rows, others = (self.plan([user], 1, seed)[:1] * images for user in (first, second))
         if {**self.config.sampling, **sampling}.get("classifier_scale"):
-            raise DataError("between two users there is no class for a classifier: leave classifier_scale out")
+            raise DataError("classifier guidance needs one user, not two: leave classifier_scale out")
         way = torch.linspace(0, 1, images)
         nearer = [row if at < 0.5 else other for row, other, at in zip(rows, others, way.tolist(), strict=True)]
         return self._decode(self._sample(rows, sampling, towards=self._labels(others), share=way), nearer)

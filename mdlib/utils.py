@@ -69,7 +69,7 @@ def end_session(state: str) -> None:
     """Print `state` and how to resume, and raise SystemExit(0), which papermill takes for success."""
     print(
         f"The session's time is up. {state}. Run the notebook again with this session's output attached as input "
-        "(kaggle/push.py kernel NOTEBOOK --resume): it goes on there.",
+        "(kaggle/push.py kernel NOTEBOOK --resume): training continues there.",
         flush=True,
     )
     raise SystemExit(0)

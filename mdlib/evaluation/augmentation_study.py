@@ -27,7 +27,7 @@ TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is meas
 @dataclass(frozen=True)
 class Arms:
     """What the classifiers of every arm got right: bool (seeds, N) of N test windows; by_count and by_selection: in the
-    arm real_plus_generated with so many generated windows a user, and with the fraction that a filter keeps."""
+    arm real_plus_generated with so many generated windows per user, and with the fraction that a filter keeps."""
 
     real_only: list[SmallCNN]  # the classifiers of that arm
     correct: dict[str, np.ndarray]
@@ -101,7 +101,7 @@ def _train(jobs: list[tuple], progress) -> Iterator[Classifier]:
 
 
 def _sets(evidence: Evidence, protocol: Protocol, fraction: float, filtered: dict) -> dict:
-    """Windows of the arms by name. A number stands for real_plus_generated with that many generated windows a user, a
+    """Windows of the arms by name. A number stands for real_plus_generated with that many generated windows per user, a
     filter's name and fraction for that with the windows it keeps."""
     train, generated = evidence.train, evidence.generated
     few = {count: first_of_each(generated, count) for count in _counts(evidence, protocol)}
@@ -229,7 +229,8 @@ def joined(folds: Sequence[Outcomes]) -> Outcomes:
     """The test windows of several folds as one set, in the arms that all folds have; a window of two folds counts once.
     DataError for folds of different numbers of seeds."""
     if len(seeds := {len(rows) for fold in folds for rows in fold.correct.values()}) > 1:
-        raise DataError(f"folds of {' and '.join(map(str, sorted(seeds)))} seeds: evaluate all with the same number")
+        numbers = " and ".join(map(str, sorted(seeds)))
+        raise DataError(f"the folds used different numbers of seeds ({numbers}): evaluate all with the same number")
     paths = np.array([path for fold in folds for path in fold.paths])
     once = np.sort(np.unique(paths, return_index=True)[1])
     names = [name for name in folds[0].correct if all(name in fold.correct for fold in folds)]
@@ -297,7 +298,7 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
     gains = {n: paired_gain(real, correct, found.blocks) for n, correct in sorted(by_count.items())}
     for factor in TIMES:
         wanted = round(per_user * factor)
-        why = f"not measured with {wanted} generated windows a user: generate as many, or add {wanted} to counts"
+        why = f"not measured with {wanted} generated windows per user: generate as many, or add {wanted} to counts"
         section[f"gain_{factor}_to_1"] = gains.get(wanted, absent(why))
     return section | {
         "gain_by_windows": [{"windows_per_user": n, **gain} for n, gain in gains.items()],

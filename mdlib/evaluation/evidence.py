@@ -22,7 +22,9 @@ class Protocol:
     evaluation_steps: int = 400  # optimizer steps of each classifier
     seeds: int = 3  # classifiers an arm
     fractions: tuple[float, ...] = (0.125, 0.25, 0.5)  # of generated windows in a batch; validation windows choose
-    counts: tuple[int, ...] | None = None  # generated windows a user for gain_by_windows; None: 1, 2, 5, 10 a real one
+    counts: tuple[int, ...] | None = (
+        None  # generated windows per user for gain_by_windows; None: 1, 2, 5, 10 a real one
+    )
     keep: tuple[float, ...] = ()  # fractions of the generated windows, best first, to measure each filter's gain with
     multiples: tuple[int, ...] = (2,)  # of the real windows, for the arms real_x2 …, where there are spare ones
     reference: str = "auto"  # ResNet-18 on a GPU; resnet18: always; none: never

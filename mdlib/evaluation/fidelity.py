@@ -283,6 +283,6 @@ def _silhouette(sets: dict[str, WindowSet], found: dict[str, np.ndarray], rows: 
     for name in ("generated", "unseen"):
         labels = sets[name].labels[rows[name]].numpy()
         if not 1 < len(np.unique(labels)) < len(labels):
-            return absent("too few windows a user")
+            return absent("too few windows per user")
         value[name] = float(silhouette_score(found[name][rows[name].numpy()] / scale, labels))
     return {**figure(value["generated"], len(rows["generated"])), "real": value["unseen"]}

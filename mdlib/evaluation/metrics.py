@@ -83,7 +83,7 @@ def paired_bootstrap(correct: np.ndarray, blocks: np.ndarray, draws: int = 4000)
 
 
 def equivalent_count(counts: np.ndarray, accuracies: np.ndarray) -> np.ndarray:
-    """Real windows a user (draws,) at which real alone reaches an arm's accuracy, clipped to the rising counts (A,).
+    """Real windows per user (draws,) at which real alone reaches an arm's accuracy, clipped to the rising counts (A,).
 
     accuracies: (draws, 1 + A), of the arm, then of real alone at each count; not below that of a smaller count.
     """
@@ -110,7 +110,8 @@ def code_counts(tokens: torch.Tensor, labels: torch.Tensor, num_codes: int, num_
 
 
 def codebook_figures(counts: torch.Tensor, images_per_user: torch.Tensor) -> dict[str, float]:
-    """Use of a codebook from counts (num_users, num_codes) and windows a user (num_users,), see docs/evaluation.md."""
+    """Use of a codebook from counts (num_users, num_codes) and windows per user (num_users,), see
+    docs/evaluation.md."""
     total = counts.sum(0).double()
     own = counts.double()
     rate = own / own.sum(1, keepdim=True).clamp_min(1)

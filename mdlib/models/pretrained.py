@@ -50,12 +50,12 @@ def load_weights(source: str | Path) -> dict[str, Tensor]:
         try:
             return load_file(source)
         except SafetensorError as error:
-            raise ValueError(f"{source} is no whole .safetensors file: {error}") from error
+            raise ValueError(f"{source} is a damaged or incomplete .safetensors file: {error}") from error
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no pickle can raise anything
         raise ValueError(
-            f"{source} holds more than tensors, or none, and is not unpickled: convert it to .safetensors if you "
+            f"{source} cannot be loaded safely, it is not a file of tensors only: convert it to .safetensors if you "
             "trust its source"
         ) from error
     if isinstance(found, dict):

@@ -38,7 +38,6 @@ SCHEDULES = {
     "linear": (0.0001, 0.02),
     "scaled_linear": (0.00085, 0.012),
 }  # first and last β
-MIN_SNR_GAMMA = 5.0
 
 
 class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
@@ -54,9 +53,9 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         head_dim: channels of an attention head.
         prediction: what the network predicts, "epsilon" or "v_prediction".
         schedule: of the noise, "squaredcos_cap_v2", "linear" or "scaled_linear".
+        num_train_timesteps: T.
+        min_snr_gamma: γ of the Min-SNR weights (Hang et al. 2023).
     """
-
-    timesteps = 1000
 
     @register_to_config
     def __init__(
@@ -73,6 +72,8 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         label_dropout: float = 0.1,
         prediction: str = "v_prediction",
         schedule: str = "squaredcos_cap_v2",
+        num_train_timesteps: int = 1000,
+        min_snr_gamma: float = 5.0,
         gradient_checkpointing: bool = False,
         num_conditions: int = 1,
     ):
@@ -85,7 +86,7 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
             raise ValueError("prediction epsilon fails at the end of squaredcos_cap_v2: choose schedule scaled_linear")
         check_number("label_dropout", label_dropout, 0, 1)
         self.latent_shape, self.null_label = tuple(latent_shape), num_users
-        self.velocity = prediction == "v_prediction"
+        self.timesteps, self.velocity = num_train_timesteps, prediction == "v_prediction"
         halvings = len(block_out_channels) - 1
         if any(side % 2**halvings for side in self.latent_shape[1:]):
             raise ValueError(f"latents of {self.latent_shape[1:]} cannot be halved {halvings} times: use fewer levels")
@@ -117,8 +118,9 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         self.schedule = DDPMScheduler(
             num_train_timesteps=self.timesteps,
             beta_schedule=schedule,
-            beta_start=SCHEDULES[schedule][0],
-            beta_end=SCHEDULES[schedule][1],
+            # The usual values for a thousand timesteps; with fewer, each adds more noise.
+            beta_start=SCHEDULES[schedule][0] * 1000 / num_train_timesteps,
+            beta_end=SCHEDULES[schedule][1] * 1000 / num_train_timesteps,
             prediction_type=prediction,
             clip_sample=False,
             timestep_spacing="trailing",
@@ -139,7 +141,7 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         error = (output - target).square().mean((1, 2, 3))  # (B,)
         snr = compute_snr(self.schedule, timesteps)
         # min(SNR, γ) in x_0, written for the error in ε or v.
-        weighted = snr.clamp_max(MIN_SNR_GAMMA) / (snr + 1 if self.velocity else snr) * error
+        weighted = snr.clamp_max(self.config.min_snr_gamma) / (snr + 1 if self.velocity else snr) * error
         return weighted.mean(), {"denoising_mse": error.mean().detach()}
 
     @torch.no_grad()
@@ -199,7 +201,7 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
 
 class TiledAttnProcessor:
     """Processor of diffusers' Attention in which a position attends to its own tile of rows × columns positions. A side
-    of 0 spans the grid, as does one that does not divide it."""
+    of 0 spans the grid."""
 
     def __init__(self, rows: int, columns: int):
         self.rows, self.columns = rows, columns
@@ -207,8 +209,9 @@ class TiledAttnProcessor:
     def __call__(self, attn: Attention, hidden_states: Tensor, **_) -> Tensor:
         """(B, C, h, w) → (B, C, h, w)."""
         height, width = hidden_states.shape[2:]
-        rows = self.rows if self.rows and height % self.rows == 0 else height
-        columns = self.columns if self.columns and width % self.columns == 0 else width
+        rows, columns = min(self.rows or height, height), min(self.columns or width, width)
+        if height % rows or width % columns:
+            raise ValueError(f"attention window {rows} × {columns} must divide the latent grid {height} × {width}")
         normed = attn.group_norm(hidden_states).permute(0, 2, 3, 1)
         tiles = normed.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)  # (B, h/r, w/c, r, c, C)
         # Tiles stand in the batch: with more than four dimensions torch has no fused attention.

@@ -92,12 +92,12 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
 
     Args (the others are in `Prior`):
         qk_norm: RMSNorm of queries and keys: more stable in half precision.
+        num_train_timesteps: T.
+        gamma_cum_end: γ̄_T, the fraction of masks at the end: 0.99999 in the authors' code, 0.9 in their paper.
         auxiliary_weight: of the cross-entropy of x_0, added to the bound.
     """
 
     consumes = "tokens"
-    timesteps = 100  # T
-    gamma_end = 0.99999  # γ̄_T, the fraction of masks at the end, as in the authors' code; their paper has 0.9
 
     @register_to_config
     def __init__(
@@ -110,15 +110,19 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         num_heads: int = 4,
         qk_norm: bool = False,
         label_dropout: float = 0.1,
+        num_train_timesteps: int = 100,
+        gamma_cum_end: float = 0.99999,
         auxiliary_weight: float = 5e-4,
         num_conditions: int = 1,
     ):
         super().__init__()
         check_number("label_dropout", label_dropout, 0, 1)
         check_number("auxiliary_weight", auxiliary_weight, 0)
+        check_number("num_train_timesteps", num_train_timesteps, 2)
+        check_number("gamma_cum_end", gamma_cum_end, 0.1, 0.99999)
         self.token_shape, self.null_label = tuple(token_shape), num_users
         self.num_tokens = self.token_shape[0] * self.token_shape[1]
-        self.noise = MaskAndReplace(num_codes, self.timesteps, self.gamma_end)
+        self.noise = MaskAndReplace(num_codes, num_train_timesteps, gamma_cum_end)
         self.tokens = nn.Embedding(num_codes + 1, hidden_size)
         self.rows, self.columns = (nn.Embedding(side, hidden_size) for side in self.token_shape)
         self.t_embedder = TimeEmbedder(hidden_size)
@@ -126,8 +130,8 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, num_codes)
         self.register_buffer("rotation", rotation(hidden_size // num_heads, *self.token_shape), persistent=False)
-        self.register_buffer("square_loss", torch.zeros(self.timesteps))  # mean of bound² at t = 1…T
-        self.register_buffer("seen", torch.zeros(self.timesteps, dtype=torch.long))
+        self.register_buffer("square_loss", torch.zeros(num_train_timesteps))  # mean of bound² at t = 1…T
+        self.register_buffer("seen", torch.zeros(num_train_timesteps, dtype=torch.long))
         initialise(self)
         for table in (self.tokens, self.rows, self.columns):
             nn.init.normal_(table.weight, std=0.02)

@@ -16,7 +16,6 @@ from mdlib.models.codec import Codec
 from mdlib.models.layers import all_sum, broadcast_from_first, gather
 
 EPSILON = 1e-5  # Laplace smoothing of the counts
-COMMITMENT_WEIGHT = 0.25
 
 
 class VectorQuantizer(nn.Module):
@@ -113,8 +112,13 @@ class VectorQuantizer(nn.Module):
 
 
 class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module when it loads
-    """Codec: image (B, C, H, W) in [−1, 1] ↔ tokens (B, h, w) ↔ normalised latents (B, D, h, w). num_codes and code_dim
-    are K and D, the other arguments are in `Codec`."""
+    """Codec: image (B, C, H, W) in [−1, 1] ↔ tokens (B, h, w) ↔ normalised latents (B, D, h, w).
+
+    Args (the others are in `Codec`):
+        num_codes, code_dim: K and D.
+        decay, revive_below: see `VectorQuantizer`.
+        commitment_weight: β of the commitment loss.
+    """
 
     @register_to_config
     def __init__(
@@ -127,6 +131,9 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         norm_num_groups: int = 8,
         num_codes: int = 256,
         code_dim: int = 32,
+        decay: float = 0.95,
+        revive_below: float = 0.1,
+        commitment_weight: float = 0.25,
     ):
         widths = tuple(block_out_channels)
         super().__init__(image_size, patch_size, len(widths), code_dim)
@@ -135,7 +142,7 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         channels = in_channels * self.patch[0] * self.patch[1]
         down, up = ("DownEncoderBlock2D",) * len(widths), ("UpDecoderBlock2D",) * len(widths)
         self.encoder = Encoder(channels, code_dim, down_block_types=down, double_z=False, **shared)
-        self.quantizer = VectorQuantizer(num_codes, code_dim)
+        self.quantizer = VectorQuantizer(num_codes, code_dim, decay, revive_below)
         self.decoder = Decoder(code_dim, channels, up_block_types=up, **shared)
 
     def loss(self, images: Tensor, users: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -153,7 +160,7 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
             "perplexity": entropy.exp(),
             "entropy": entropy,
         }
-        return self._total(mse, COMMITMENT_WEIGHT * commitment, images, outputs, codes, logs)
+        return self._total(mse, self.config.commitment_weight * commitment, images, outputs, codes, logs)
 
     def encode_tokens(self, images: Tensor, users: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] → tokens (B, h, w), long."""

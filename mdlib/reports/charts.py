@@ -51,8 +51,8 @@ def accuracies(augmentation: dict, names: tuple[str, ...] = ()) -> Figure:
 
 
 def gain_curves(augmentation: dict) -> Figure:
-    """The gain, in points, against generated windows a user, and against the fraction of them that filters retain."""
-    found = [("windows_per_user", {"all": augmentation["gain_by_windows"]}, "generated windows a user")]
+    """The gain, in points, against generated windows per user, and against the fraction of them that filters retain."""
+    found = [("windows_per_user", {"all": augmentation["gain_by_windows"]}, "generated windows per user")]
     filters: dict[str, list[dict]] = {}
     for row in augmentation["gain_by_selection"]:
         filters.setdefault(row["by"], []).append(row)
@@ -117,7 +117,7 @@ def user_spreads(physics: dict, users: list[int], names: tuple[str, ...]) -> Fig
 
 
 def study(rows: list[dict]) -> Figure:
-    """Accuracy on unseen windows against real training windows a user; rows: of study.json. Hollow: 2× real data."""
+    """Accuracy on unseen windows against real training windows per user; rows: of study.json. Hollow: 2× real data."""
     figure, (axis,) = new_figure(5.8, 3.4)
     counts = np.array([row["windows_per_user"] for row in rows])
     for place, name in enumerate(("real_only", "real_plus_generated", "generated_only")):
@@ -127,7 +127,7 @@ def study(rows: list[dict]) -> Figure:
     doubled = np.array([pair for pair in doubled if pair[1] is not None]).reshape(-1, 2)
     axis.plot(doubled[:, 0], 100 * doubled[:, 1], "o", color=INK, markerfacecolor="none", label="2× real data")
     counts_axis(axis, counts)
-    style(axis, "real windows a user", "accuracy on unseen windows, %", legend="lower right")  # accuracy rises
+    style(axis, "real windows per user", "accuracy on unseen windows, %", legend="lower right")  # accuracy rises
     return figure
 
 
@@ -147,7 +147,7 @@ def learning(systems: dict[str, dict]) -> Figure:
 
 
 def gains(systems: dict[str, dict]) -> Figure:
-    """The gain, in points, against generated windows a user; systems: the comparison's figures."""
+    """The gain, in points, against generated windows per user; systems: the comparison's figures."""
     figure, (axis,) = new_figure(6.4, 3.0)
     axis.axhline(0, **DOTTED)
     every: set[int] = set()
@@ -157,5 +157,5 @@ def gains(systems: dict[str, dict]) -> Figure:
         every |= {round(count) for count in counts}
         line(axis, counts * 1.04 ** (place - len(systems) / 2), rows, colour, name)
     counts_axis(axis, sorted(every))
-    style(axis, "generated windows a user", "gain, points", legend=True)
+    style(axis, "generated windows per user", "gain, points", legend=True)
     return figure

@@ -67,7 +67,7 @@ def validate_folders(
         if seen := seen_of_test(weights, parts, real):
             raise DataError(f"{weights} was trained on {seen} of the test windows: evaluate it with its own split")
         if others := seen_beyond(weights, parts, real):
-            about["not by the split's training windows alone"] = f"{weights} was trained on {others} others too"
+            about["weights trained on other windows too"] = f"{weights} was trained on {others} others too"
     windows = load_windows(real, size=size, channels=channels, colormap=colormap)
     evidence = gather(windows, parts, load_generated(generated, windows), codec)
     report = evaluate(evidence, Protocol(**protocol), about)

@@ -45,7 +45,15 @@ def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="norm
             oscillation.
         numbers: int (n_windows,), positions in time: consecutive in a walk, gaps of 3 to 17 at the turns. A window
             shares three quarters with the next.
+
+    Raises:
+        ValueError: an unknown condition, a negative seed, or another number below 1.
     """
+    if condition not in CONDITIONS or seed < 0 or min(user, recording, n_windows) < 1:
+        raise ValueError(
+            f"user={user}, recording={recording}, n_windows={n_windows}, seed={seed}, condition={condition!r}: numbers "
+            f"start at 1 (the seed at 0), conditions are {', '.join(CONDITIONS)}"
+        )
     person, height = gait.draw_person(np.random.default_rng([seed, 0, user]))
     key = [user, recording, CONDITIONS.index(condition), 0]
     session_rng = np.random.default_rng([seed, 1, *key])

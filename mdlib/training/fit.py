@@ -274,7 +274,9 @@ def _train_elsewhere(launch: Callable[[], None], state: State, name: str) -> Non
     if state.unfinished and time_is_up():
         raise SystemExit(0)  # the other processes have printed why
     if state.unfinished:
-        raise RuntimeError(f"{name}: the processes that train it ended at step {state.step} of {state.config.steps}")
+        raise RuntimeError(
+            f"{name}: training in other processes stopped early, at step {state.step} of {state.config.steps}"
+        )
 
 
 def _end_session(state: State, name: str) -> None:

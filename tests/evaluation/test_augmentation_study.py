@@ -115,7 +115,7 @@ def test_the_gain_is_measured_for_as_many_generated_windows_as_real_ones_and_mor
     assert found["gain_2_to_1"]["value"] == found["gain_by_windows"][1]["value"]
     assert (
         found["gain_5_to_1"]["reason"]
-        == "not measured with 15 generated windows a user: generate as many, or add 15 to counts"
+        == "not measured with 15 generated windows per user: generate as many, or add 15 to counts"
     )
 
 

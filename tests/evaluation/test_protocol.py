@@ -159,7 +159,7 @@ def test_a_codec_that_draws_the_user_it_is_given_is_found_out():
 )
 def test_the_verdict_comes_from_the_interval(honest, ci95, word):
     told = verdict({**honest["augmentation"], "gain_ci95": ci95})
-    assert told["word"] == word and "real windows a user" in told["sentence"] and "copies" not in told["sentence"]
+    assert told["word"] == word and "real windows per user" in told["sentence"] and "copies" not in told["sentence"]
     others = {"gain_other_users": {"value": 0.03, "ci95": [-0.01, 0.07]}}
     others["resnet18_gain"] = {"value": -0.02, "ci95": [-0.04, 0]}
     told = verdict({**honest["augmentation"], "gain_ci95": ci95, **others})["sentence"]

@@ -220,7 +220,7 @@ def test_fit_takes_over_what_others_trained_and_starts_nothing_where_all_is_done
         history = fit(here, points(), CONFIG, tmp_path, held_out=points(20), launch=others)
         assert same(here, there) and history[-1]["step"] == CONFIG.steps
     assert calls == [1]
-    with pytest.raises(RuntimeError, match="codec: the processes that train it ended at step 0 of 12"):
+    with pytest.raises(RuntimeError, match="codec: training in other processes stopped early, at step 0 of 12"):
         fit(here, points(), CONFIG, tmp_path / "other", name="codec", launch=lambda: None)
     monkeypatch.setenv(utils.DEADLINE, "1")
     with pytest.raises(SystemExit):

@@ -208,10 +208,10 @@ def test_what_is_no_lightningdit_is_refused(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), file)
     refused(file, "holds no LightningDiT")
     file.write_text("<html>404: Not Found</html>")
-    refused(file, "holds more than tensors, or none, and is not unpickled")
+    refused(file, "cannot be loaded safely, it is not a file of tensors only")
     refused(tmp_path / "absent.pt", "no weights at", FileNotFoundError)
     torch.save({**weights, "extra": Trap(tmp_path / "sprung")}, file)
-    refused(file, "holds more than tensors, or none, and is not unpickled")
+    refused(file, "cannot be loaded safely, it is not a file of tensors only")
     assert not (tmp_path / "sprung").exists()
 
 

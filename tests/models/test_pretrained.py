@@ -40,7 +40,7 @@ def test_objects_are_not_unpickled(tmp_path, inside):
     file, trap = tmp_path / "trap.pt", Trap(tmp_path / "sprung")
     torch.save({"ema": WEIGHTS, "config": trap} if inside else trap, file)
     message = refused(file)
-    assert "holds more than tensors, or none, and is not unpickled: convert it to .safetensors" in message
+    assert "cannot be loaded safely, it is not a file of tensors only: convert it to .safetensors" in message
     assert not (tmp_path / "sprung").exists()
 
 
