@@ -70,10 +70,6 @@ def compare(
 
     Returns:
         The content of comparison.json; a system that failed is in it with its error.
-
-    Raises:
-        DataError: an unknown system, preset or parameter, a budget below 0, no windows in `data`, or `out` holds a
-            comparison with other settings.
     """
     out, given = Path(out), parameters or {}
     names = [*SYSTEMS] if systems == "all" else [*dict.fromkeys(filter(None, map(str.strip, systems.split(","))))]
@@ -159,9 +155,6 @@ def _windows(out: Path, result: dict) -> dict[str, WindowSet]:
             sets.setdefault("real", run.parts["test"])
             sets[name] = load_generated(run.path / "generated", run.windows)
     return sets
-
-
-# ---- measured here
 
 
 def _is_measured(folder: Path) -> bool:

@@ -118,9 +118,6 @@ def extended(out: Path, wanted: RunSettings) -> None:
     The further training starts from the trained weights and takes the missing steps, with a warm-up and a falling
     learning rate of its own. The earlier training moves to codec-N/ or prior-N/; what depends on it is removed, so a
     codec that trains further takes a new prior.
-
-    Raises:
-        DataError: other settings change too, the steps are not more, or there are no trained weights.
     """
     if not (out / "run.json").exists():
         raise DataError(f"{out} holds no run to extend: leave out --extend")

@@ -151,10 +151,7 @@ def open_run(out: str | Path, **given) -> Run:
     Args:
         out: the folder.
         given: fields of `RunSettings`. For an existing run `data` may be left out: its settings then apply, and a
-            setting that is given all the same has to agree with them.
-
-    Raises:
-        DataError: `out` holds a run with other settings, there is no run and no data, or a setting cannot be used.
+            setting that is given all the same has to agree with them. DataError where it does not, or cannot be used.
     """
     given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     out, wanted = Path(out).absolute(), RunSettings(**given).to_dict()

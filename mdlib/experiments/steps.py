@@ -49,11 +49,7 @@ class Stage:
 
 
 def codec_stage(run: Run, max_minutes: float = 0.0) -> Stage:
-    """The run's codec with its initial weights and the losses it is trained with.
-
-    Raises:
-        ValueError: the GPUs here cannot share the batch.
-    """
+    """The run's codec with its initial weights and the losses it is trained with."""
     config = _config(run.preset.codec_training, max_minutes)
     train, val = run.parts["train"], run.parts["val"]
     images, labels = codec_windows(run)
@@ -72,12 +68,7 @@ def codec_stage(run: Run, max_minutes: float = 0.0) -> Stage:
 
 
 def prior_stage(run: Run, max_minutes: float = 0.0) -> Stage:
-    """The run's prior with its initial weights; its inputs, encoded by the trained codec, are cached in codec/.
-
-    Raises:
-        DataError: the run has no trained codec yet.
-        ValueError: the GPUs here cannot share the batch.
-    """
+    """The run's prior with its initial weights; its inputs, encoded by the trained codec, are cached in codec/."""
     config = _config(run.preset.prior_training, max_minutes)
     train, val = run.parts["train"], run.parts["val"]
     codec = load_codec(run.path / "codec").to(best_device())
@@ -176,7 +167,7 @@ def attach_trained_losses(run: Run, codec) -> None:
 
 
 def _config(config: TrainConfig, max_minutes: float) -> TrainConfig:
-    """The configuration of this process: the batch of a preset is that of all GPUs together."""
+    """The configuration of this process: the batch of a preset is that of all GPUs together, which have to share it."""
     check_batch(config.batch_size)
     return replace(config, batch_size=config.batch_size // world(), max_minutes=max_minutes)
 

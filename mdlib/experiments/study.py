@@ -49,10 +49,6 @@ def study(
 
     Returns:
         The content of study.json.
-
-    Raises:
-        DataError: a user has too few windows for one of the numbers, a parameter that the study sets itself, `out`
-            holds a study with other settings, or initial weights have seen a fold's test windows.
     """
     out, given = Path(out), parameters or {}
     for key in given.keys() & set(EXCLUDED):

@@ -304,15 +304,11 @@ def _loss_options(codec: type) -> set[str]:
 
 def _options(model: type) -> set[str]:
     """Names of the arguments of a class that have a default."""
-    known = inspect.signature(model).parameters.items()
-    return {name for name, one in known if one.default is not one.empty}
+    return {name for name, one in inspect.signature(model).parameters.items() if one.default is not one.empty}
 
 
 def _only(options: dict, names: set[str]) -> dict:
     return {key: value for key, value in options.items() if key in names}
-
-
-# ---- models
 
 
 def make_codec(preset: Preset, channels: int = 1, num_users: int = 0):
