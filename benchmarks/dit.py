@@ -18,7 +18,7 @@ import time
 import torch
 from diffusers import DiTTransformer2DModel
 
-from mdlib.models.dit import SIZES, LightningDiT
+from mdlib.models.dit import LightningDiT
 
 USERS = 31
 SHAPE = (4, 16, 16)
@@ -44,7 +44,7 @@ class Training:
         torch.manual_seed(0)
         self.ours = kind.startswith("ours")
         if self.ours:
-            self.model = LightningDiT(SHAPE, USERS, **SIZES["S"], gradient_checkpointing="checkpointing" in kind)
+            self.model = LightningDiT(SHAPE, USERS, gradient_checkpointing="checkpointing" in kind)
         else:
             self.model = peer(11 if "parameters" in kind else 12)
         self.model.to(device).train()

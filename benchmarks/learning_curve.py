@@ -11,9 +11,9 @@ import argparse
 from mdlib.data.splits import apply_split, make_split
 from mdlib.data.windows import load_windows
 from mdlib.evaluation.augmentation_study import correctness
-from mdlib.evaluation.classifiers import train_classifier, train_each
+from mdlib.evaluation.classifiers import train_each
 from mdlib.evaluation.evidence import chance_blocks
-from mdlib.evaluation.intervals import scored
+from mdlib.evaluation.metrics import scored
 from mdlib.models.classifier import SmallCNN
 
 
@@ -22,9 +22,7 @@ def point(windows, count: int, seeds: range, steps: int) -> dict:
     split = make_split(windows, windows_per_user=count)
     parts = apply_split(windows, split)
     train, test = parts["train"], parts["test"]
-    jobs = [
-        (train_classifier, SmallCNN, None, train.images, train.labels, train.num_users, steps, seed) for seed in seeds
-    ]
+    jobs = [(SmallCNN, None, train.images, train.labels, train.num_users, steps, seed) for seed in seeds]
     correct = correctness(list(train_each(jobs)), test.images, test.labels)
     return scored(correct, chance_blocks(test, split["gap"]))
 

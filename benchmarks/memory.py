@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.codec_losses import FeatureDistance
+from mdlib.models.codec import FeatureDistance
 from mdlib.systems import SYSTEMS, attach_losses, get_preset, make_codec, make_prior
 from mdlib.training.fit import Batches, fit
 

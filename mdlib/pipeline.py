@@ -1,34 +1,37 @@
 """`MicroDopplerPipeline`: a codec and a prior that turn user ids into spectrograms, a pipeline of diffusers."""
 
-import csv
 import inspect
+import itertools
 import json
 import pkgutil
 import shutil
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import diffusers
 import numpy as np
+import pandas as pd
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
 from mdlib import models
 from mdlib.data.colormaps import colorize
 from mdlib.data.windows import DataError, to_uint8
+from mdlib.systems.system import NO_OPTIONS
 from mdlib.training.latents import fingerprint
 from mdlib.utils import bar, best_device, end_session, time_is_up, whole_file
 
-# Where a module or class named in a pipeline of mdlib 0.1 is now.
+# Where a module or class named in an older pipeline is now.
 MOVED = {
     "mdlib.vqvae": "mdlib.models.vqvae",
     "mdlib.vae": "mdlib.models.kl",
-    "mdlib.vavae": "mdlib.models.vavae",
+    "mdlib.vavae": "mdlib.models.kl",
+    "mdlib.models.vavae": "mdlib.models.kl",
     "mdlib.transformer": "mdlib.models.transformer",
     "mdlib.unet": "mdlib.models.unet",
     "mdlib.dit": "mdlib.models.dit",
@@ -36,9 +39,6 @@ MOVED = {
     "mdlib.judge": "mdlib.models.classifier",
     "Judge": "SmallCNN",
 }
-# Arguments of prior.sample that are no options of a caller.
-_OWN = {"users", "conditions", "generator", "classifier"}
-_VIEWS = {"towards", "share", "on_step"}  # for `interpolate` and `denoising`
 
 
 @dataclass
@@ -64,9 +64,6 @@ class MicroDopplerPipeline(DiffusionPipeline):
         colormap: of the images that go out: jet, parula, viridis, grey, or none for RGB.
         output_size: height and width of the images that go out, in pixels.
         sampling: defaults for keyword arguments of `prior.sample`.
-
-    Raises:
-        DataError: codec and prior do not fit together.
     """
 
     _optional_components = ["classifier"]
@@ -102,11 +99,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options) -> "MicroDopplerPipeline":
-        """Load a folder written by `save_pretrained`; options as of `DiffusionPipeline.from_pretrained`.
-
-        Raises:
-            DataError: no pipeline at `path`.
-        """
+        """As `DiffusionPipeline.from_pretrained`; DataError if the folder `path` holds no pipeline."""
         if not (Path(path) / "model_index.json").exists():
             raise DataError(f"{path} holds no pipeline (no model_index.json): give the pipeline/ folder of a run")
         return super().from_pretrained(path, **options)
@@ -116,9 +109,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         """model_index.json, with modules and classes of earlier versions replaced by today's (MOVED)."""
         found = super().load_config(path, **options)
         config = found[0] if isinstance(found, tuple) else found
-        for name, part in config.items():
-            if isinstance(part, list) and all(isinstance(word, str) for word in part):
-                config[name] = [MOVED.get(word, word) for word in part]
+        parts = {name: part for name, part in config.items() if isinstance(part, list)}
+        config.update({name: [MOVED.get(word, word) for word in part] for name, part in parts.items()})
         return found
 
     @torch.no_grad()
@@ -137,9 +129,6 @@ class MicroDopplerPipeline(DiffusionPipeline):
         Args:
             output_type: "pil" (coloured, `output_size`) or "pt" (tensor (N, C, H, W) in [−1, 1], the codec's size).
             sampling: options of `prior.sample` (guidance_scale, temperature, num_inference_steps, …).
-
-        Raises:
-            DataError: a user, a condition or an option this pipeline does not know.
         """
         manifest = self.plan(users, images_per_user, seed, conditions)
         if output_type not in ("pil", "pt"):
@@ -149,10 +138,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         images = images if output_type == "pt" else self.to_pil(images)
         return Windows(images=images, users=[row["user"] for row in manifest], manifest=manifest)
 
-    def plan(
-        self, users: list[int], images_per_user: int, seed: int, conditions: list[str] | None = None
-    ) -> list[dict]:
-        """The manifest of a request. Raises DataError on an unknown user or condition, or a number below 1."""
+    def plan(self, users: list[int], images_per_user: int, seed: int, conditions: list[str] | None = None):
+        """The manifest of a request, a list; DataError on an unknown user or condition, or a number below 1."""
         conditions = self.config.conditions if conditions is None else conditions
         for kind, wanted in (("users", users), ("conditions", conditions)):
             known = self.config[kind]
@@ -161,22 +148,27 @@ class MicroDopplerPipeline(DiffusionPipeline):
                 raise DataError(f"this pipeline knows {kind} {known or 'none'}; it was not trained on {unknown}")
         if images_per_user < 1:
             raise DataError(f"images_per_user must be at least 1, got {images_per_user}")
-        numbers = range(1, images_per_user + 1)
-        return [_row(user, where, number, seed) for where in conditions for user in users for number in numbers]
+        manifest = []
+        for where, user, number in itertools.product(conditions, users, range(1, images_per_user + 1)):
+            path = Path(where, f"ID_{user}", f"ID{user}_generated_seed{seed}_{number}.png").as_posix()
+            manifest.append(dict(path=path, user=user, condition=where, number=number, seed=seed))
+        return manifest
 
-    def stream(
-        self, manifest: list[dict], batch_size: int = 64, **sampling
-    ) -> Iterator[tuple[list[dict], torch.Tensor]]:
-        """Generate a manifest's windows batch after batch: (rows, images (B, C, H, W) in [−1, 1])."""
+    def stream(self, manifest: list[dict], batch_size: int = 64, **sampling):
+        """Yield a manifest's windows batch after batch: (rows, images (B, C, H, W) in [−1, 1])."""
         for start in range(0, len(manifest), batch_size):
             rows = manifest[start : start + batch_size]
-            yield rows, self._decode(self._sample(rows, **sampling), rows)
+            yield rows, self._decode(self._sample(rows, sampling), rows)
 
-    def _sample(self, rows: list[dict], **sampling) -> torch.Tensor:
-        """Tokens or latents of the manifest's rows."""
-        options, known = {**self.config.sampling, **sampling}, sorted(self.sampling_options())
-        if unknown := ", ".join(sorted(options.keys() - _VIEWS - set(known))):
-            raise DataError(f"this prior has no sampling option {unknown}; there are {', '.join(known)}")
+    def _sample(self, rows: list[dict], sampling: dict, **views) -> torch.Tensor:
+        """Tokens or latents of the manifest's rows. views: arguments of `prior.sample` that only a prior that denoises
+        has (towards, share, on_step)."""
+        options, known = {**self.config.sampling, **sampling}, self.sampling_options()
+        if unknown := ", ".join(sorted(options.keys() - known.keys())):
+            raise DataError(f"this prior has no sampling option {unknown}; there are {', '.join(sorted(known))}")
+        if views and "on_step" not in inspect.signature(self.prior.sample).parameters:
+            name = type(self.prior).__name__
+            raise DataError(f"interpolation and pictures of denoising need a prior that denoises, not {name}")
         if options.get("classifier_scale"):
             if self.classifier is None:
                 raise DataError("classifier_scale needs a classifier, and this pipeline has none (classifier_steps)")
@@ -184,7 +176,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         if len(self.config.conditions) > 1:
             options["conditions"] = self._labels(rows, "condition")
         generators = [torch.Generator().manual_seed(_window_seed(row)) for row in rows]
-        return self.prior.sample(self._labels(rows), generator=generators, **options)
+        return self.prior.sample(self._labels(rows), generator=generators, **options, **views)
 
     def _labels(self, rows: list[dict], kind: str = "user") -> torch.Tensor:
         """The labels (B,) of a manifest's users or conditions."""
@@ -203,49 +195,34 @@ class MicroDopplerPipeline(DiffusionPipeline):
     def sampling_options(self) -> dict:
         """The options of `prior.sample` that a caller may give, with this pipeline's values."""
         known = inspect.signature(self.prior.sample).parameters
-        return {name: one.default for name, one in known.items() if name not in _OWN | _VIEWS} | self.config.sampling
+        return {name: one.default for name, one in known.items() if name not in NO_OPTIONS} | self.config.sampling
 
     def check_options(self, options: dict) -> None:
         """Raise DataError on options `prior.sample` does not have, ValueError on values it cannot use."""
-        self._sample([], **options)
+        self._sample([], options)
 
     @torch.no_grad()
     def interpolate(self, first: int, second: int, images: int = 5, seed: int = 0, **sampling) -> torch.Tensor:
-        """Windows (images, C, H, W) in [−1, 1] from user `first` to user `second`, all from the same noise.
-
-        Raises:
-            DataError: an unknown user, no images, or a prior that cannot interpolate users.
-        """
+        """Windows (images, C, H, W) in [−1, 1] from user `first` to user `second`, all from the same noise."""
         if images < 1:
             raise DataError(f"images must be at least 1, got {images}")
         rows, others = (self.plan([user], 1, seed)[:1] * images for user in (first, second))
-        self._require("towards", "interpolation")
         if {**self.config.sampling, **sampling}.get("classifier_scale"):
             raise DataError("between two users there is no class for a classifier: leave classifier_scale out")
         way = torch.linspace(0, 1, images)
         nearer = [row if at < 0.5 else other for row, other, at in zip(rows, others, way.tolist(), strict=True)]
-        return self._decode(self._sample(rows, towards=self._labels(others), share=way, **sampling), nearer)
+        return self._decode(self._sample(rows, sampling, towards=self._labels(others), share=way), nearer)
 
     @torch.no_grad()
     def denoising(self, user: int, frames: int = 8, seed: int = 0, **sampling) -> torch.Tensor:
         """The prior's estimates of one window during sampling: images (≤ frames, C, H, W) in [−1, 1]; the last is the
-        window itself.
-
-        Raises:
-            DataError: an unknown user, or a prior that does not denoise.
-        """
-        self._require("on_step", "a picture of the denoising")
+        window itself."""
         if frames < 1:
             raise DataError(f"frames must be at least 1, got {frames}")
         rows, seen = self.plan([user], 1, seed)[:1], []
-        last = self._sample(rows, on_step=lambda _, estimate: seen.append(estimate), **sampling)
-        seen[-1] = last
+        seen[-1] = self._sample(rows, sampling, on_step=lambda _, estimate: seen.append(estimate))
         chosen = torch.linspace(len(seen) - 1, 0, min(frames, len(seen))).round().long().flip(0).tolist()
         return self._decode(torch.cat([seen[number] for number in chosen]), rows * len(chosen))
-
-    def _require(self, option: str, what: str) -> None:
-        if option not in inspect.signature(self.prior.sample).parameters:
-            raise DataError(f"{what} needs a prior that denoises, not {type(self.prior).__name__}")
 
     def to_pil(self, images: torch.Tensor) -> list[Image.Image]:
         """Images (B, C, H, W) in [−1, 1] as coloured PIL images of `output_size`, like the windows on disk.
@@ -257,8 +234,9 @@ class MicroDopplerPipeline(DiffusionPipeline):
         for image in to_uint8(images):
             plain = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
             plain = plain.resize((size, size), Image.NEAREST if size % image.shape[-1] == 0 else Image.BICUBIC)
-            coloured = len(image) == 3
-            pictures.append(plain if coloured else Image.fromarray(colorize(np.asarray(plain), self.config.colormap)))
+            if len(image) == 1:
+                plain = Image.fromarray(colorize(np.asarray(plain), self.config.colormap))
+            pictures.append(plain)
         return pictures
 
     def generate_folder(
@@ -275,11 +253,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         conditions: None for all.
 
         Existing windows stay: an interrupted call resumes, and a later one adds users or numbers. `out/generation.json`
-        records weights and options.
-
-        Raises:
-            DataError: an unknown user, condition or option; `out` holds windows of other weights or options.
-            SystemExit: the session's time is up.
+        records weights and options; DataError if `out` holds windows of other ones.
         """
         out, manifest = Path(out), self.plan(self.config.users if users is None else users, per_user, seed, conditions)
         _claim(out, {"seed": seed, **self._made_by(sampling)})
@@ -294,11 +268,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     def save_windows(self, out: str | Path, rows: list[dict], images: torch.Tensor, **sampling) -> list[dict]:
         """Write windows as `generate_folder` does: `rows` of a plan, `images` as `stream` gave them for `rows` and
-        `sampling`. Seeds may differ within a folder. Returns the rows.
-
-        Raises:
-            DataError: `out` holds windows of other weights or options, or those of `generate_folder`.
-        """
+        `sampling`. Seeds may differ, so a folder of `generate_folder` is refused. Returns the rows."""
         _claim(Path(out), self._made_by(sampling))
         self._write(Path(out), rows, images)
         return _write_manifest(rows, Path(out))
@@ -324,6 +294,7 @@ for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
 
 def load_pipeline(path: str | Path) -> MicroDopplerPipeline:
     """The pipeline of a folder, on the GPU if there is one."""
+    disable_progress_bar()  # of two components
     pipeline = MicroDopplerPipeline.from_pretrained(path).to(best_device())
     for part in (pipeline.codec, pipeline.classifier):
         if part is not None:
@@ -333,16 +304,11 @@ def load_pipeline(path: str | Path) -> MicroDopplerPipeline:
 
 def copy_windows(folder: str | Path, paths: list[str], out: str | Path) -> list[dict]:
     """Copy windows of a folder that `generate_folder` wrote; `out` is then as `save_windows` leaves it. paths:
-    relative to `folder`. Returns their rows of the manifest.
-
-    Raises:
-        DataError: `folder` has no record of how its windows were generated, or `out` holds other ones.
-    """
+    relative to `folder`. Returns their rows of the manifest."""
     folder, out = Path(folder), Path(out)
     try:
         made_by = json.loads((folder / "generation.json").read_text())
-        known = _read_manifest(folder)
-        rows = [known[path] for path in paths]
+        rows = _read_manifest(folder).set_index("path", drop=False).loc[paths].to_dict("records")
     except (OSError, KeyError) as error:
         raise DataError(
             f"{folder} has no record of how its windows were generated ({error}): give a folder that `generate` wrote"
@@ -369,31 +335,20 @@ def _claim(out: Path, made_by: dict) -> None:
         temporary.write_text(json.dumps(made_by, indent=1) + "\n")
 
 
-def _row(user: int, condition: str, number: int, seed: int) -> dict:
-    """A row of a manifest."""
-    folder = f"{condition}/ID_{user}" if condition else f"ID_{user}"
-    path = f"{folder}/ID{user}_generated_seed{seed}_{number}.png"
-    return {"path": path, "user": user, "condition": condition, "number": number, "seed": seed}
-
-
 def _window_seed(row: dict) -> int:
     key = [row["seed"], row["user"], row["number"]]
     key += [zlib.crc32(row["condition"].encode())] if row["condition"] else []
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _read_manifest(folder: Path) -> dict[str, dict]:
-    """The rows of a folder's manifest by path."""
-    with open(folder / "manifest.csv", newline="") as file:
-        return {row["path"]: row for row in csv.DictReader(file)}
+def _read_manifest(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "manifest.csv", dtype=str, keep_default_na=False)
 
 
 def _write_manifest(rows: list[dict], out: Path) -> list[dict]:
-    """Add rows to the manifest of `out`; returns them."""
-    before = _read_manifest(out) if (out / "manifest.csv").exists() else {}
-    table = {path: row for path, row in before.items() if (out / path).exists()} | {row["path"]: row for row in rows}
-    with whole_file(out / "manifest.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, ("path", "user", "condition", "number", "seed"))
-        writer.writeheader()
-        writer.writerows(table.values())
+    """Add rows to the manifest of `out`, take out those of windows that are gone; returns `rows`."""
+    before = _read_manifest(out).to_dict("records") if (out / "manifest.csv").exists() else []
+    table = pd.DataFrame(before + rows, columns=["path", "user", "condition", "number", "seed"]).drop_duplicates("path")
+    with whole_file(out / "manifest.csv") as temporary:
+        table[[(out / path).exists() for path in table["path"]]].to_csv(temporary, index=False)
     return rows

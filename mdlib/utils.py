@@ -66,8 +66,7 @@ def time_is_up() -> bool:
 
 
 def end_session(state: str) -> None:
-    """Print `state` and how to resume, and raise SystemExit(0): papermill takes it for success, saves the notebook's
-    output and skips the remaining cells."""
+    """Print `state` and how to resume, and raise SystemExit(0), which papermill takes for success."""
     print(
         f"The session's time is up. {state}. Run the notebook again with this session's output attached as input "
         "(kaggle/push.py kernel NOTEBOOK --resume): it goes on there.",

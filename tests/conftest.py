@@ -24,6 +24,12 @@ SMALLER = {
 }
 
 
+def pytest_configure(config):
+    """Tests compare results bit by bit, which only a CPU promises: GPUs are hidden but from tests marked `gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Tests of one file share its fixtures, and the files of STORY share the story: one process for each."""

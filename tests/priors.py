@@ -34,8 +34,10 @@ def small_transformer(kind=TokenPrior, **changes) -> TokenPrior:
     return kind(**{**options, **changes}).eval()
 
 
-def small_vqdiffusion(kind=VQDiffusion, **changes) -> VQDiffusion:
+def small_vqdiffusion(kind=VQDiffusion, timesteps: int = 100, gamma_end: float = 0.99999, **changes) -> VQDiffusion:
     """With weights at random, those that start at zero as well."""
+    if (timesteps, gamma_end) != (kind.timesteps, kind.gamma_end):
+        kind = type(kind.__name__, (kind,), dict(timesteps=timesteps, gamma_end=gamma_end))
     torch.manual_seed(0)
     options = dict(num_codes=7, token_shape=(3, 2), num_users=5, hidden_size=16, depth=2, num_heads=2)
     prior = kind(**{**options, **changes}).eval()

@@ -64,16 +64,16 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
             preset = open_run(run).preset
             codec = make_codec(preset, 1, 2)
             codec.save_pretrained(run / "pipeline" / "codec")
-            make_prior(parameters["system"], preset, codec, 2).save_pretrained(run / "pipeline" / "prior")
+            make_prior(open_run(run).settings["system"], preset, codec, 2).save_pretrained(run / "pipeline" / "prior")
             (run / "pipeline" / "model_index.json").touch()
 
     def compared(data, out, systems, preset, *rest):
         for system in SYSTEMS if systems == "all" else systems.split(","):
-            get_preset(system, preset)
+            get_preset(system, "demo" if preset == "auto" else preset)
         return {"conclusions": {}, "systems": {}}
 
-    def studied(data, out, system, preset, *rest):
-        get_preset(system, preset)
+    def studied(data, out, system, preset, *rest, **options):
+        get_preset(system, "demo" if preset == "auto" else preset)
         return {"rows": []}
 
     monkeypatch.chdir(tmp_path)

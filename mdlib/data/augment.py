@@ -8,15 +8,8 @@ STEPS = 4  # in the width of a window
 
 
 def enlarge(images: torch.Tensor, groups: torch.Tensor, variants: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows, the same shifted by a stride, and `variants` stride-recombined copies of each.
-
-    Args:
-        images: uint8 (N, C, H, W).
-        groups: long (N,): steps are recombined within a group (a user in one condition).
-
-    Returns:
-        uint8 (N·(2 + variants), C, H, W), and for each the row (N·(2 + variants),) of the window it stands for.
-    """
+    """Windows uint8 (N, C, H, W), the same shifted by a stride, and `variants` copies of each, recombined within groups
+    (N,), with the row of the window that each stands for: (N·(2 + variants), C, H, W) and (N·(2 + variants),)."""
     generator = torch.Generator().manual_seed(seed)
     copies = [images, stride_shift(images, 2)] + [stride_recombine(images, groups, generator) for _ in range(variants)]
     return torch.cat(copies), torch.arange(len(images)).repeat(variants + 2)
@@ -49,15 +42,8 @@ def stride_shift(images: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def stride_recombine(images: torch.Tensor, groups: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Windows assembled from steps of several windows of the same group, each step at its place in time.
-
-    Args:
-        images: (B, C, H, W): the windows to sample steps from.
-        groups: long (B,).
-
-    Returns:
-        (B, C, H, W), same dtype; window i is of group `groups[i]`.
-    """
+    """Windows (B, C, H, W) assembled from steps of `images`, same shape, each step at its place in time; the steps of
+    window i are of the group `groups[i]` (a user in one condition)."""
     order = groups.argsort(stable=True)
     _, group, number = groups.unique(return_inverse=True, return_counts=True)
     first = number.cumsum(0) - number

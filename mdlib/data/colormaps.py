@@ -1,8 +1,7 @@
 """Colour maps: from intensity to RGB and back, also where JPEG has blurred the colours.
 
-Spectrograms are stored as coloured pictures; the models work on intensity. `jet` is MATLAB's `jet(256)`: matplotlib's
-map of that name differs from it by up to 9 of 255 levels of intensity. `parula` and `viridis` are interpolated between
-stops, to 3 levels and 1 level of intensity.
+`jet` is MATLAB's `jet(256)`: matplotlib's map of that name differs from it by up to 9 of 255 levels of intensity.
+`parula` and `viridis` are interpolated between stops, to 3 levels and 1 level of intensity.
 """
 
 from functools import lru_cache
@@ -57,16 +56,8 @@ def colormap_table(name: str) -> np.ndarray:
 
 
 def colorize(images: torch.Tensor | np.ndarray, colormap: str) -> np.ndarray:
-    """Colour intensity images.
-
-    Args:
-        images: (H, W) or (B, 1, H, W); uint8 in 0…255 or floating point in [−1, 1]. With `colormap="none"` RGB images
-            (B, 3, H, W), which are only reordered and rescaled.
-        colormap: one of `COLORMAPS` or "none".
-
-    Returns:
-        uint8 (H, W, 3) or (B, H, W, 3).
-    """
+    """Colour images (H, W) or (B, 1, H, W), uint8 in 0…255 or floating point in [−1, 1]: uint8 (…, H, W, 3). With
+    `colormap="none"` RGB images (B, 3, H, W) are reordered and rescaled."""
     array = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
     if array.dtype != np.uint8:
         array = np.clip(np.round((array.astype(np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
@@ -80,18 +71,11 @@ def colorize(images: torch.Tensor | np.ndarray, colormap: str) -> np.ndarray:
 
 
 def invert_colormap(pixels: np.ndarray, colormap: str, *, mode: str = "RGB") -> np.ndarray:
-    """Intensity of coloured pixels: the nearest colour of the map, luma weighted above chroma.
+    """Intensity uint8 (...) of coloured pixels uint8 (..., 3): nearest colour of the map, luma weighted above chroma.
 
     Exact on pixels that the map itself coloured (viridis: to one level, as two of its 8-bit colours repeat). On
-    simulated jet spectrograms saved as JPEG 4:2:0, quality 75, the RMS error is 2.9 of 255.
-
-    Args:
-        pixels: uint8 (..., 3).
-        colormap: one of `COLORMAPS`.
-        mode: "RGB" or "YCbCr". A JPEG decoder's own YCbCr is better: its RGB has been clipped.
-
-    Returns:
-        uint8 (...): intensity 0…255.
+    simulated jet spectrograms saved as JPEG 4:2:0, quality 75, the RMS error is 2.9 of 255. mode: "RGB" or "YCbCr"; a
+    JPEG decoder's own YCbCr is better, because its RGB has been clipped.
     """
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.shape[-1:] != (3,):
@@ -109,18 +93,14 @@ def invert_colormap(pixels: np.ndarray, colormap: str, *, mode: str = "RGB") -> 
 
 
 def nearest_colormap(pixels: np.ndarray, *, mode: str = "RGB") -> tuple[str, float]:
-    """The map that pixels (uint8 (..., 3)) look drawn with, and their mean distance to its colours in levels.
-
-    Above the map's `COLORMAP_TOLERANCE` they were drawn with none of the maps.
-    """
-    points = _to_ycbcr(np.asarray(pixels), mode)
-
-    def distance(name: str) -> float:
+    """The map that pixels (uint8 (..., 3)) look drawn with, and their mean distance to its colours in levels: above the
+    map's `COLORMAP_TOLERANCE` they were drawn with none of the maps."""
+    points, distances = _to_ycbcr(pixels, mode), {}
+    for name in sorted(COLORMAPS):
         nearest = colormap_table(name)[invert_colormap(pixels, name, mode=mode)]
-        return float(np.linalg.norm(points - _to_ycbcr(nearest, "RGB"), axis=-1).mean())
-
-    best = min((distance(name), name) for name in COLORMAPS)
-    return best[1], best[0]
+        distances[name] = float(np.linalg.norm(points - _to_ycbcr(nearest, "RGB"), axis=-1).mean())
+    best = min(distances, key=distances.get)
+    return best, distances[best]
 
 
 def _to_ycbcr(pixels: np.ndarray, mode: str) -> np.ndarray:
@@ -135,8 +115,5 @@ def _to_ycbcr(pixels: np.ndarray, mode: str) -> np.ndarray:
 @lru_cache
 def _inverse(colormap: str, mode: str) -> tuple[cKDTree, np.ndarray]:
     """A tree of the map's colours, and the intensity + 1 of each of the 2²⁴ colours, 0 where it was not needed yet.
-
-    A set of images has some hundred thousand colours; the table takes memory only where it is used. Threads may fill
-    it at the same time: they write the same values.
-    """
+    Memory is taken where the table is used; threads may fill it at the same time: they write the same values."""
     return cKDTree(_to_ycbcr(colormap_table(colormap), "RGB") * _SCALE), np.zeros(1 << 24, np.uint16)

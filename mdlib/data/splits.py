@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,7 @@ from mdlib.utils import whole_file
 PARTS = ("train", "val", "test")
 STARTS = ("init", "codec_start", "prior_start")  # a run's settings that name weights to start from
 
-# Two gaps drop up to 2 (gap - 1) windows: a recording of fewer than 8 gaps would lose a fifth of itself.
-_SHORTEST_IN_GAPS = 8
-
-
-# Making --------------------------------------------------------------------------------------------------------------
+_SHORTEST_IN_GAPS = 8  # two gaps drop up to 2 (gap - 1) windows: a shorter recording would lose a fifth of itself
 
 
 def make_split(
@@ -34,15 +31,13 @@ def make_split(
 ) -> dict:
     """Split by recording and time: in each recording train, then val, then test, in blocks of time.
 
-    Windows of different parts of a recording have numbers at least `gap` apart: a window of four steps that advances by
-    one shares nothing with the one four numbers later. Windows in between are dropped; the cuts move to where the
-    numbers have gaps anyway, so that few are. Recordings too short for that (fewer than 8 gaps) are joined end to end,
-    per user and condition, and split as one.
+    Windows between the parts are dropped; the cuts move to where the numbers have gaps anyway, so that few are.
+    Recordings too short for that (fewer than 8 gaps) are joined end to end, per user and condition, and split as one.
 
     Args:
-        windows: windows to split.
         val, test: fractions of the windows that go to val and to test.
-        gap: smallest difference of window numbers between parts.
+        gap: smallest difference of window numbers between parts: a window of four steps that advances by one shares
+            nothing with the one four numbers later.
         windows_per_user: number of training windows per user, evenly spaced over all of the user's; val and test do
             not depend on it.
         unrecorded: condition → users whose windows in it all go to test, as if there were none to train on: what a
@@ -68,16 +63,16 @@ def make_split(
     for user, condition in sorted(excluded - {(f.user, f.condition) for f in every}):
         raise DataError(f"unrecorded: there are no windows of ID_{user} in condition {condition!r}")
     parts: dict[str, list[WindowFile]] = {part: [] for part in (*PARTS, "dropped", "spare")}
-    users = _by(every, lambda f: f.user)
-    for user, files in sorted(users.items()):
+    users = _by(every, "user")
+    for user, files in users.items():
         usable = [f for f in files if (user, f.condition) not in excluded]
         mine = _split_user(usable, val, test, gap, fold)
         mine["test"] = [f for f in files if (user, f.condition) in excluded] + mine["test"]
         if not all(mine[part] for part in PARTS):
+            where, needed = (f" in fold {fold}", 3 * gap) if fold else ("", 2 * gap + 1)
             raise DataError(
                 f"user ID_{user} has {count(len(usable), 'window')}, too few for train, val and test {gap} apart"
-                f"{f' in fold {fold}' if fold else ''}: {3 * gap if fold else 2 * gap + 1} in a row are needed, add "
-                "windows or leave the user out"
+                f"{where}: {needed} in a row are needed, add windows or leave the user out"
             )
         if windows_per_user is not None:
             mine["train"], mine["spare"] = _thinned(mine["train"], windows_per_user, user)
@@ -96,7 +91,7 @@ def make_split(
         "windows_per_user": windows_per_user,
         "unrecorded": unrecorded or {},
         "fold": fold,
-        "users": sorted(users),
+        "users": list(users),
     }
 
 
@@ -105,19 +100,15 @@ def folds(test: float = 0.25) -> int:
     return int(1 / test + 1e-9)
 
 
-def _by(files: Iterable[WindowFile], key: Callable) -> dict:
-    groups: dict = {}
-    for file in files:
-        groups.setdefault(key(file), []).append(file)
-    return groups
+def _by(files: Iterable[WindowFile], key: str) -> dict[int | str, list[WindowFile]]:
+    """Files by an attribute, in its order."""
+    value = attrgetter(key)
+    return {name: list(some) for name, some in groupby(sorted(files, key=value), value)}
 
 
 def _split_user(files: list[WindowFile], val: float, test: float, gap: int, fold: int) -> dict[str, list[WindowFile]]:
-    """Train, val, test and dropped of one user's files.
-
-    For a fold the first `fold` test blocks of a timeline follow its end, `gap` away; what would share steps over the
-    new start is dropped. A timeline too short for three parts is all train.
-    """
+    """Train, val, test and dropped of one user's files. For a fold the first test blocks of a timeline follow its end,
+    `gap` away; what would share steps over the new start is dropped. A timeline too short to cut is all train."""
     mine: dict[str, list[WindowFile]] = {part: [] for part in (*PARTS, "dropped")}
     for timeline, numbers in _timelines(files, gap):
         turned, lost = round(fold * test * len(timeline)), []
@@ -137,10 +128,10 @@ def _split_user(files: list[WindowFile], val: float, test: float, gap: int, fold
 
 def _timelines(files: Sequence[WindowFile], gap: int) -> Iterator[tuple[list[WindowFile], np.ndarray]]:
     """Windows in time order with their numbers: long recordings; a condition's short ones, end to end."""
-    for _, of_condition in sorted(_by(files, lambda f: f.condition).items()):
+    for of_condition in _by(files, "condition").values():
         joined: list[WindowFile] = []
         numbers: list[int] = []
-        for _, recording in sorted(_by(of_condition, lambda f: f.recording).items()):
+        for recording in _by(of_condition, "recording").values():
             recording = sorted(recording, key=lambda f: f.number)
             if len(recording) >= _SHORTEST_IN_GAPS * gap:
                 yield recording, np.array([f.number for f in recording])
@@ -190,9 +181,6 @@ def _thinned(files: list[WindowFile], n: int, user: int) -> tuple[list[WindowFil
     return [f for row, f in enumerate(files) if row in rows], [f for row, f in enumerate(files) if row not in rows]
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
 def write_split(split: dict, path: str | Path) -> None:
     """Write a split as JSON, whole or not at all."""
     with whole_file(path) as temporary:
@@ -200,11 +188,7 @@ def write_split(split: dict, path: str | Path) -> None:
 
 
 def read_split(path: str | Path) -> dict:
-    """Read a split file; lists "train", "val", "test" of paths relative to the data folder are enough.
-
-    Raises:
-        DataError: no such file, not JSON, a part missing or empty, a window listed twice.
-    """
+    """Read and check a split file; lists "train", "val", "test" of paths relative to the data folder are enough."""
     try:
         split = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -232,39 +216,33 @@ def apply_split(windows: WindowSet, split: dict) -> dict[str, WindowSet]:
     Raises:
         DataError: the split lists a window that the set lacks, or one twice, or no training window of a user.
     """
-    rows = {part: _rows(windows, split, part) for part in PARTS}
-    row, times = Counter(row for part in rows.values() for row in part).most_common(1)[0]
-    if times > 1:
-        raise DataError(f"the split lists {windows.paths[row]} twice; list every window once")
-    parts = {part: windows.select(sorted(some)) for part, some in rows.items()}
+    parts = {part: _part(windows, split, part) for part in PARTS}
+    paths = sorted(path for part in parts.values() for path in part.paths)
+    for path, following in pairwise(paths):
+        if path == following:
+            raise DataError(f"the split lists {path} twice; list every window once")
     for label in sorted(set(windows.labels.tolist()) - set(parts["train"].labels.tolist())):
         raise DataError(f"the split has no training window of user ID_{windows.users[label]}; every user needs some")
     return parts
 
 
 def spare_windows(windows: WindowSet, split: dict) -> WindowSet | None:
-    """Windows of the training part's time that `windows_per_user` left out, or None.
-
-    Raises:
-        DataError: the split lists one that the set lacks.
-    """
-    rows = _rows(windows, split, "spare") if split.get("spare") else []
-    return windows.select(sorted(rows)) if rows else None
+    """Windows of the training part's time that `windows_per_user` left out, or None."""
+    return _part(windows, split, "spare") if split.get("spare") else None
 
 
-def _rows(windows: WindowSet, split: dict, part: str) -> list[int]:
+def _part(windows: WindowSet, split: dict, part: str) -> WindowSet:
     row_of = {path: row for row, path in enumerate(windows.paths)}
     for path in split[part]:
         if path not in row_of:
             raise DataError(f"{windows.root}: no {path}, listed in the split's {part}; make a new split")
-    return [row_of[path] for path in split[part]]
+    return windows.select(sorted(row_of[path] for path in split[part]))
 
 
 def describe_training(split: dict) -> str:
     """How a split's training windows were chosen, in words."""
-    if not split.get("windows_per_user"):
-        return "all that the split gives to training"
-    return f"{split['windows_per_user']} per user, evenly spaced"
+    each = split.get("windows_per_user")
+    return f"{each} per user, evenly spaced" if each else "all that the split gives to training"
 
 
 def split_summary(split: dict) -> str:
@@ -277,44 +255,36 @@ def split_summary(split: dict) -> str:
     )
 
 
-# Leaks ---------------------------------------------------------------------------------------------------------------
-
-
 def seen_of_test(path: str | Path, split: dict, data: str | Path = "") -> int:
-    """How many of the split's test windows the weights at `path` were trained on or selected by.
-
-    These are the train and val windows of the run in whose folder the weights lie, and of the runs that this one
-    started from. Runs on another data folder than `data` do not count.
-    """
-    return len(set(split["test"]) & _seen(Path(path).resolve(), str(Path(data).resolve()) if data else ""))
+    """How many of the split's test windows the weights at `path` were trained on or selected by, see `_seen`."""
+    return len(_seen(path, data).intersection(split["test"]))
 
 
 def seen_beyond(path: str | Path, split: dict, data: str | Path = "") -> int:
-    """How many windows outside the split's train and val the weights at `path` have seen, see `seen_of_test`."""
-    seen = _seen(Path(path).resolve(), str(Path(data).resolve()) if data else "")
-    return len(seen - {*split["train"], *split["val"]})
+    """How many windows outside the split's train and val the weights at `path` have seen, see `_seen`."""
+    return len(_seen(path, data).difference(split["train"], split["val"]))
 
 
-def _seen(path: Path, data: str) -> set[str]:
-    """Windows of the data folder that weights have seen."""
-    for folder in path.parents[:2]:  # RUN/codec, RUN/generated, RUN/pipeline or RUN/pipeline/prior
+def _seen(path: str | Path, data: str | Path) -> set[str]:
+    """Train and val windows of the run in whose folder the weights at `path` lie, and of the runs that it started from.
+    Runs on another data folder than `data` do not count."""
+    data = str(Path(data).resolve()) if data else ""
+    for folder in Path(path).resolve().parents[:2]:  # RUN/codec, RUN/generated, RUN/pipeline or RUN/pipeline/prior
         if not (folder / "split.json").exists():
             continue
         record = folder / "run.json"
         settings = json.loads(record.read_text())["settings"] if record.exists() else {}
-        earlier = set().union(*(_seen(Path(settings[key]), data) for key in STARTS if settings.get(key)))
+        earlier = set().union(*(_seen(settings[key], data) for key in STARTS if settings.get(key)))
         if data and settings.get("data", data) != data:
             return earlier
         own = read_split(folder / "split.json")
-        return earlier | {*own["train"], *own["val"]}
+        return earlier.union(own["train"], own["val"])
     return set()
 
 
 def overlap(parts: dict[str, WindowSet], *, gap: int = 4) -> dict:
-    """How far the parts "train", "val" and "test" leak: counted from window numbers, and measured on the images.
-
-    Args:
-        gap: difference of window numbers from which windows share nothing.
+    """How far the parts "train", "val" and "test" leak: counted from window numbers, which share nothing from a
+    difference of `gap` on, and measured on the images.
 
     Returns:
         dict with "min_distance", the smallest difference of window numbers between parts, within recordings (None: no
@@ -325,7 +295,7 @@ def overlap(parts: dict[str, WindowSet], *, gap: int = 4) -> dict:
     """
     train, test = parts["train"], parts["test"]
     numbers = [_number_distance(parts[a].files, parts[b].files) for a, b in (PARTS[:2], PARTS[1:], PARTS[::2])]
-    smallest = min(float(pairs.min()) if pairs.numel() else float("inf") for pairs in numbers)
+    smallest = min((float(pairs.min()) for pairs in numbers if pairs.numel()), default=torch.inf)
     near = numbers[2].T < gap
     distance = _shifted_distance(test.images, train.images)
     distance[test.labels[:, None] != train.labels[None]] = torch.inf
@@ -333,7 +303,7 @@ def overlap(parts: dict[str, WindowSet], *, gap: int = 4) -> dict:
     known = nearest_apart.isfinite()
     ratio = float(nearest[known].median() / nearest_apart[known].median()) if known.any() else None
     return {
-        "min_distance": int(smallest) if smallest < float("inf") else None,
+        "min_distance": int(smallest) if smallest < torch.inf else None,
         "test_windows": len(test),
         "test_share_overlapping": float(near.any(1).float().mean()),
         "nearest_train_ratio": ratio,
@@ -343,13 +313,11 @@ def overlap(parts: dict[str, WindowSet], *, gap: int = 4) -> dict:
 def _number_distance(a: Sequence[WindowFile], b: Sequence[WindowFile]) -> torch.Tensor:
     """Differences (len(a), len(b)) of window numbers; infinite between recordings."""
     ids: dict[tuple, int] = {}
-    recording_a, recording_b = (
-        torch.tensor([ids.setdefault((f.user, f.condition, f.recording), len(ids)) for f in files]) for files in (a, b)
-    )
+    rows = [[(ids.setdefault((f.user, f.condition, f.recording), len(ids)), f.number) for f in some] for some in (a, b)]
     # float64 is exact for numbers that are time stamps, too.
-    number_a, number_b = (torch.tensor([f.number for f in files], dtype=torch.float64) for files in (a, b))
-    distance = (number_a[:, None] - number_b[None]).abs()
-    return distance.masked_fill(recording_a[:, None] != recording_b[None], torch.inf)
+    apart = [torch.tensor(some, dtype=torch.float64).view(-1, 2) for some in rows]
+    recording, number = (apart[0][:, None] - apart[1][None]).abs().unbind(-1)
+    return number.masked_fill(recording > 0, torch.inf)
 
 
 def _shifted_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

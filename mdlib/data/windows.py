@@ -4,16 +4,14 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from PIL import Image
 
@@ -28,9 +26,6 @@ _USER_FOLDER = re.compile(r"ID[_-]?(\d+)", re.IGNORECASE)
 _FILE_STEM = re.compile(r"(?>((?:ID[_-]?\d+)?))(.*?)(\d+)(\D*)", re.IGNORECASE)
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class WindowFile:
     """One spectrogram image on disk."""
@@ -43,17 +38,13 @@ class WindowFile:
 
 
 def find_windows(root: str | Path, *, min_users: int = 2) -> list[WindowFile]:
-    """List the images below `root/ID_k/` and `root/<condition>/ID_k/`.
+    """List the images below `root/ID_k/` and `root/<condition>/ID_k/`, by user, condition, recording and window number.
 
     The window number is the last number in the file name. Files of a folder in which one has no number are numbered in
     file order, with a warning. Hidden files and folders are skipped.
 
-    Returns:
-        Windows ordered by user, condition, recording and window number.
-
     Raises:
-        DataError: no such folder, no user folders, a user folder without images, two folders of one user side by side,
-            two files of one window, generated windows among the real ones, fewer than `min_users` users.
+        DataError: the folder does not look like that, holds a window or user twice, or fewer than `min_users` users.
     """
     root = Path(root)
     if not root.is_dir():
@@ -62,12 +53,18 @@ def find_windows(root: str | Path, *, min_users: int = 2) -> list[WindowFile]:
     for folder in conditions:
         if (folder / "generation.json").exists():
             raise DataError(f"{folder}: generated windows inside a folder of real ones; move them out of {root}")
-    files = [
-        window
-        for condition, level in [("", root), *((d.name, d) for d in conditions)]
-        for user, folder in _user_folders(level).items()
-        for window in _folder_windows(folder, root, user, condition)
-    ]
+    files: list[WindowFile] = []
+    for level in (root, *conditions):
+        folders: dict[int, Path] = {}
+        for folder in _visible(level):
+            match = _USER_FOLDER.fullmatch(folder.name)
+            if not match or not folder.is_dir():
+                continue
+            user = int(match[1])
+            if user in folders:
+                raise DataError(f"{folders[user]} and {folder}: both are user {user}; merge or rename one of them")
+            folders[user] = folder
+            files += _folder_windows(folder, root, user, "" if level == root else level.name)
     users = {f.user for f in files}
     if not users:
         raise DataError(f"{root}: no user folders in it; give the folder that holds ID_1, ID_2, ...")
@@ -104,19 +101,6 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
-def _user_folders(level: Path) -> dict[int, Path]:
-    folders: dict[int, Path] = {}
-    for folder in _visible(level):
-        match = _USER_FOLDER.fullmatch(folder.name)
-        if not match or not folder.is_dir():
-            continue
-        user = int(match[1])
-        if user in folders:
-            raise DataError(f"{folders[user]} and {folder}: both are user {user}; merge or rename one of them")
-        folders[user] = folder
-    return folders
-
-
 def _folder_windows(folder: Path, root: Path, user: int, condition: str) -> list[WindowFile]:
     entries = [p for p in _visible(folder) if p.is_file()]
     paths = [p for p in entries if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
@@ -136,9 +120,6 @@ def _folder_windows(folder: Path, root: Path, user: int, condition: str) -> list
             raise DataError(f"{seen[key]} and {path.name}: the same window twice; remove one of them")
         seen[key] = path
     return [WindowFile(path.relative_to(root).as_posix(), user, condition, *key) for key, path in seen.items()]
-
-
-# Images --------------------------------------------------------------------------------------------------------------
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -179,15 +160,10 @@ class WindowSet:
         return tuple(f.path for f in self.files)
 
     def condition_labels(self, conditions: Sequence[str]) -> torch.Tensor:
-        """The condition of each window as its place in `conditions`, long (N,).
-
-        Raises:
-            DataError: a window in another condition.
-        """
-        place = {name: k for k, name in enumerate(conditions)}
-        if unknown := sorted(set(self.conditions) - place.keys()):
+        """The condition of each window as its place in `conditions`, long (N,)."""
+        if unknown := sorted(set(self.conditions) - set(conditions)):
             raise DataError(f"no training window shows condition {', '.join(unknown)}: add some, or leave it out")
-        return torch.tensor([place[f.condition] for f in self.files])
+        return torch.tensor([conditions.index(f.condition) for f in self.files])
 
     def float(self, index=None) -> torch.Tensor:
         """Images, or those of `index` (slice, list, tensor), as float32 (B, C, H, W) in [−1, 1]."""
@@ -221,15 +197,13 @@ def load_windows(
     and these options.
 
     Args:
-        root: data folder.
         size: side of the windows, pixels.
         channels: 1 for intensity, 3 for RGB as it is.
         colormap: jet, parula, viridis or grey; auto detects it. Unused with 3 channels.
         users: label map to use, e.g. the real set's for generated images; default: the users found.
 
     Raises:
-        DataError: see `find_windows`; also unreadable images, images of different sizes or colour maps, a user who is
-            not in `users`.
+        DataError: see `find_windows`; also images that are unreadable or of different sizes or colour maps.
     """
     if channels not in (1, 3):
         raise DataError(f"channels={channels}: choose 1 (intensity) or 3 (RGB)")
@@ -243,68 +217,50 @@ def load_windows(
     colormap = colormap if channels == 1 else "none"
 
     cache = _cache_file(root, files, {"version": _CACHE_VERSION, "size": size, "colormap": colormap})
-    cached = _read_cache(cache)
-    if cached is None:
-        cached = _read_images(root, files, size, colormap)
-        _write_cache(cache, *cached)
-    images, colormap = cached
+    images, colormap = _read_cache(cache) or _write_cache(cache, *_read_images(root, files, size, colormap))
     labels = torch.tensor([users.index(f.user) for f in files])
     return WindowSet(images, labels, users, tuple(files), colormap, str(root))
 
 
-class _Read(NamedTuple):
-    image: np.ndarray  # uint8 (C, size, size)
-    disk_size: str  # width x height
-    distance: float  # to the colour map, levels
-
-
 def _read_images(root: Path, files: Sequence[WindowFile], size: int, colormap: str) -> tuple[torch.Tensor, str]:
     """uint8 (N, C, size, size), and the colour map."""
-    check = colormap == "auto"
-    colormap = _common_colormap(root, files) if check else colormap
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(_read_window, root / f.path, size, colormap, check) for f in files]
+        jobs = [pool.submit(_read_window, root / f.path, size, colormap) for f in files]
     errors = [error for job in jobs if isinstance(error := job.exception(), DataError)]
     if errors:
         more = f" (and {count(len(errors) - 1, 'more file')} with errors)" if len(errors) > 1 else ""
         raise DataError(f"{errors[0]}{more}")
-    reads = [job.result() for job in jobs]
-    for file, read in zip(files, reads, strict=True):
-        if read.disk_size != reads[0].disk_size:
-            raise DataError(
-                f"{root}: images differ in size, {files[0].path} has {reads[0].disk_size} pixels and "
-                f"{file.path} {read.disk_size}; export them alike"
-            )
-    # Fine structure in a JPEG is off the map in every image; something drawn on top, in few.
-    usual = max(10, 1.5 * float(np.median([read.distance for read in reads])))
-    if odd := [file.path for file, read in zip(files, reads, strict=True) if read.distance > usual]:
-        message = f"{count(len(odd), 'image')} with colours that {colormap} lacks ({', '.join(odd[:3])})"
-        warnings.warn(f"{root}: {message}: axes, a tool bar or a caption in the picture?", stacklevel=3)
-    return torch.from_numpy(np.stack([read.image for read in reads])).contiguous(), colormap
-
-
-def _common_colormap(root: Path, files: Sequence[WindowFile]) -> str:
-    """The colour map of the set, from eight files spread over it."""
-    some = [files[i].path for i in np.unique(np.linspace(0, len(files) - 1, 8).astype(int))]
-    names, distances = zip(*(_detected_colormap(*_read_pixels(root / path)) for path in some), strict=True)
-    if all(distance > COLORMAP_TOLERANCE[name] for name, distance in zip(names, distances, strict=True)):
+    images, sizes, maps, distances = zip(*(job.result() for job in jobs), strict=True)
+    colormap = statistics.mode(maps)
+    if all(distance > COLORMAP_TOLERANCE.get(name, 0) for name, distance in zip(maps, distances, strict=True)):
         raise DataError(
-            f"{root / some[0]}: drawn with none of the colour maps {', '.join(COLORMAPS)}; "
+            f"{root / files[0].path}: drawn with none of the colour maps {', '.join(COLORMAPS)}; "
             "give colormap=... to take the nearest colours, or channels=3 for RGB"
         )
-    return max(names, key=names.count)
+    for file, one, name in zip(files, sizes, maps, strict=True):
+        if name != colormap:
+            raise DataError(
+                f"{root / file.path}: drawn with {name}, other images with {colormap}; use one map or channels=3"
+            )
+        if one != sizes[0]:
+            raise DataError(
+                f"{root}: images differ in size, {files[0].path} has {sizes[0]} pixels and {file.path} {one}; "
+                "export them alike"
+            )
+    # Fine structure in a JPEG is off the map in every image; something drawn on top, in few.
+    usual = max(10, 1.5 * float(np.median(distances)))
+    if odd := [file.path for file, distance in zip(files, distances, strict=True) if distance > usual]:
+        message = f"{count(len(odd), 'image')} with colours that {colormap} lacks ({', '.join(odd[:3])})"
+        warnings.warn(f"{root}: {message}: axes, a tool bar or a caption in the picture?", stacklevel=3)
+    return torch.from_numpy(np.ascontiguousarray(np.stack(images))), colormap
 
 
-def _detected_colormap(pixels: np.ndarray, mode: str) -> tuple[str, float]:
-    # Every 8th pixel is enough for a mean.
-    return ("grey", 0.0) if mode == "L" else nearest_colormap(pixels[::8, ::8], mode=mode)
-
-
-def _read_window(path: Path, size: int, colormap: str, check: bool) -> _Read:
+def _read_window(path: Path, size: int, colormap: str) -> tuple[np.ndarray, str, str, float]:
+    """uint8 (C, size, size), the size on disk, the colour map, and the distance to a detected one in levels."""
     pixels, mode = _read_pixels(path, as_rgb=colormap == "none")
-    found, distance = _detected_colormap(pixels, mode) if check else (colormap, 0.0)
-    if found != colormap:
-        raise DataError(f"{path}: drawn with {found}, other images with {colormap}; use one map or channels=3")
+    distance = 0.0
+    if colormap == "auto":  # every 8th pixel is enough for a mean
+        colormap, distance = ("grey", 0.0) if mode == "L" else nearest_colormap(pixels[::8, ::8], mode=mode)
     if colormap == "none":
         image = Image.fromarray(pixels).convert("RGB")
     else:
@@ -312,7 +268,7 @@ def _read_window(path: Path, size: int, colormap: str, check: bool) -> _Read:
     shrink = size <= min(image.size)
     small = image.resize((size, size), Image.Resampling.BOX if shrink else Image.Resampling.BILINEAR)
     array = np.moveaxis(np.asarray(small).reshape(size, size, -1), -1, 0)
-    return _Read(array, "{}x{}".format(*image.size), distance)
+    return array, "{}x{}".format(*image.size), colormap, distance
 
 
 def _read_pixels(path: Path, *, as_rgb: bool = False) -> tuple[np.ndarray, str]:
@@ -334,9 +290,6 @@ def _read_pixels(path: Path, *, as_rgb: bool = False) -> tuple[np.ndarray, str]:
         raise DataError(f"{path}: cannot be read ({reason}); delete it or export it again") from error
 
 
-# Cache ---------------------------------------------------------------------------------------------------------------
-
-
 def _cache_file(root: Path, files: Sequence[WindowFile], options: dict) -> Path:
     """The file that caches these files read with these options, named by the contents."""
 
@@ -350,29 +303,23 @@ def _cache_file(root: Path, files: Sequence[WindowFile], options: dict) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         lines = [json.dumps(options, sort_keys=True), *pool.map(line, files)]
     key = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib") / f"{key}.safetensors"
+    return Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib") / f"{key}.npz"
 
 
 def _read_cache(path: Path) -> tuple[torch.Tensor, str] | None:
-    """Images and colour map, or None where the file is missing or damaged."""
+    """Images and colour map, or None where the file is missing or damaged (a zip file holds checksums)."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            images, about = file.get_tensor("images"), file.metadata()
-    except (OSError, safetensors.SafetensorError):
+        with np.load(path) as file:
+            return torch.from_numpy(file["images"]), str(file["colormap"])
+    except Exception:  # there are many ways to be damaged, and one remedy
         return None
-    return (images, about["colormap"]) if about["sha256"] == _digest(images) else None
 
 
-def _write_cache(path: Path, images: torch.Tensor, colormap: str) -> None:
+def _write_cache(path: Path, images: torch.Tensor, colormap: str) -> tuple[torch.Tensor, str]:
     try:
-        with whole_file(path) as temporary:
-            safetensors.torch.save_file(
-                {"images": images}, temporary, {"colormap": colormap, "sha256": _digest(images)}
-            )
-    except (OSError, safetensors.SafetensorError) as error:
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, images=images.numpy(), colormap=colormap)
+    except OSError as error:
         message = f"{path.parent}: cannot cache images there ({error}); point MDLIB_CACHE to another folder"
         warnings.warn(message, stacklevel=3)
-
-
-def _digest(images: torch.Tensor) -> str:
-    return hashlib.sha256(images.numpy()).hexdigest()
+    return images, colormap

@@ -4,20 +4,19 @@ An arm is a set of training windows. Classifiers are trained from scratch in eve
 the same classical augmentation, and compared on the same test windows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from mdlib.data.windows import WindowSet
-from mdlib.evaluation.classifiers import train_classifier, train_each, train_resnet
+from mdlib.data.windows import DataError, WindowSet
+from mdlib.evaluation import metrics
+from mdlib.evaluation.classifiers import train_each
 from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate, first_of_each
 from mdlib.evaluation.filters import FILTERS, keep_best, keep_plausible, scores
-from mdlib.evaluation.intervals import absent, missing, paired_gain, scored
-from mdlib.evaluation.outcomes import Outcomes, compared
+from mdlib.evaluation.metrics import absent, figure, missing, paired_gain, scored
 from mdlib.models.classifier import Classifier, ResNet18, SmallCNN
 from mdlib.utils import best_device
 
@@ -27,11 +26,8 @@ TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is meas
 
 @dataclass(frozen=True)
 class Arms:
-    """What the classifiers of every arm got right: bool (seeds, N) of N test windows.
-
-    by_count, by_selection: the arm real_plus_generated with so many generated windows a user, and with those that a
-    filter keeps (its name and the fraction kept).
-    """
+    """What the classifiers of every arm got right: bool (seeds, N) of N test windows; by_count and by_selection: in the
+    arm real_plus_generated with so many generated windows a user, and with the fraction that a filter keeps."""
 
     real_only: list[SmallCNN]  # the classifiers of that arm
     correct: dict[str, np.ndarray]
@@ -40,15 +36,13 @@ class Arms:
     by_selection: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)
 
 
-def unseen_classifiers(
-    evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None
-) -> list[SmallCNN]:
+def unseen_classifiers(evidence: Evidence, protocol: Protocol, progress, folder=None) -> list[SmallCNN]:
     """Classifiers of validation and test windows. The generator's training windows, which generated ones imitate, are
     new to them; `folder` saves them for other runs on the same split."""
     return list(_train(_jobs(evidence.unseen, protocol, folder), progress))
 
 
-def real_only_classifiers(evidence: Evidence, protocol: Protocol, folder: str | Path | None = None) -> list[SmallCNN]:
+def real_only_classifiers(evidence: Evidence, protocol: Protocol, folder=None) -> list[SmallCNN]:
     """The classifiers of the arm real_only."""
     return list(train_each(_jobs(evidence.train, protocol, folder)))
 
@@ -58,22 +52,17 @@ def count_classifiers(evidence: Evidence, protocol: Protocol) -> int:
     multiples = _multiples(evidence, protocol)
     arms = 4 + len(multiples) + len(_counts(evidence, protocol))
     if _with_reference(protocol):
-        arms += len(REFERENCED) - (2 not in multiples)
+        arms += len(REFERENCED) - ("real_x2" not in multiples)
     if protocol.keep:
         arms += len(FILTERS) * len(protocol.keep) + (evidence.train.images.shape[1] == 1)
     return (1 + arms) * protocol.seeds + len(protocol.fractions) + bool(protocol.keep)
 
 
-def train_arms(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> Arms:
-    """Train classifiers in every arm.
-
-    real_only: the generator's training windows; real_unaugmented: the same without classical augmentation;
-    real_plus_generated; generated_only; real_x2 …: so many times as many real windows, where there are spare ones;
-    resnet18_…: ResNet-18 on the windows of the arm in its name. `folder` saves the classifiers of real windows.
-    """
+def train_arms(evidence: Evidence, protocol: Protocol, progress, folder=None) -> Arms:
+    """Train classifiers in every arm, see docs/evaluation.md. `folder` saves the classifiers of real windows."""
     test, fraction = evidence.test, _best_fraction(evidence, protocol, progress)
     names, jobs = [], []
-    for name, windows in _sets(evidence, protocol, fraction, _filtered(evidence, protocol, progress)):
+    for name, windows in _sets(evidence, protocol, fraction, _filtered(evidence, protocol, progress)).items():
         saved = folder if name != "real_plus_generated" and str(name).startswith("real_") else None
         names.append(name)
         jobs += _jobs(windows, protocol, saved, augment=name != "real_unaugmented")
@@ -102,10 +91,7 @@ def _jobs(
 ) -> list[tuple]:
     """For `train_each`: classifiers of some windows, by default one for each of the protocol's seeds."""
     what = (kind, folder, windows.images, windows.labels, windows.num_users, protocol.evaluation_steps)
-    seeds = range(protocol.seeds) if seeds is None else seeds
-    if kind is ResNet18:
-        return [(train_resnet, *what, seed) for seed in seeds]
-    return [(train_classifier, *what, seed, augment) for seed in seeds]
+    return [(*what, seed, augment) for seed in seeds or range(protocol.seeds)]
 
 
 def _train(jobs: list[tuple], progress) -> Iterator[Classifier]:
@@ -114,19 +100,19 @@ def _train(jobs: list[tuple], progress) -> Iterator[Classifier]:
         yield classifier
 
 
-def _sets(evidence: Evidence, protocol: Protocol, fraction: float, filtered: dict) -> Iterator[tuple]:
-    """Names and windows of the arms, one after the other. A number stands for real_plus_generated with that many
-    generated windows a user, a filter's name and fraction for that with the windows it keeps."""
+def _sets(evidence: Evidence, protocol: Protocol, fraction: float, filtered: dict) -> dict:
+    """Windows of the arms by name. A number stands for real_plus_generated with that many generated windows a user, a
+    filter's name and fraction for that with the windows it keeps."""
     train, generated = evidence.train, evidence.generated
-    yield "real_only", train
-    yield "real_unaugmented", train
-    yield "real_plus_generated", mixed(train, generated, fraction)
-    yield "generated_only", generated
-    for factor in _multiples(evidence, protocol):
-        yield f"real_x{factor}", times(evidence, factor)
     few = {count: first_of_each(generated, count) for count in _counts(evidence, protocol)}
-    for name, some in {**few, **filtered}.items():
-        yield name, mixed(train, some, fraction)
+    return {
+        "real_only": train,
+        "real_unaugmented": train,
+        "real_plus_generated": mixed(train, generated, fraction),
+        "generated_only": generated,
+        **_multiples(evidence, protocol),
+        **{name: mixed(train, some, fraction) for name, some in (few | filtered).items()},
+    }
 
 
 def _best_fraction(evidence: Evidence, protocol: Protocol, progress) -> float:
@@ -160,16 +146,16 @@ def _with_reference(protocol: Protocol) -> bool:
     return protocol.reference == "resnet18" or protocol.reference == "auto" and best_device() == "cuda"
 
 
-def _multiples(evidence: Evidence, protocol: Protocol) -> list[int]:
-    """The protocol's multiples for which every user has spare real windows."""
-    return [factor for factor in sorted(set(protocol.multiples)) if times(evidence, factor) is not None]
+def _multiples(evidence: Evidence, protocol: Protocol) -> dict[str, WindowSet]:
+    """Windows of the arms real_x2 … for which every user has spare real windows."""
+    found = {f"real_x{factor}": times(evidence, factor) for factor in sorted(set(protocol.multiples))}
+    return {name: windows for name, windows in found.items() if windows is not None}
 
 
 def _counts(evidence: Evidence, protocol: Protocol) -> list[int]:
     """The protocol's counts below the number of generated windows of any user."""
-    users = evidence.train.num_users
+    users, counts = evidence.train.num_users, protocol.counts
     fewest = int(torch.bincount(evidence.generated.labels, minlength=users).min())
-    counts = protocol.counts
     if counts is None:
         counts = [round(len(evidence.train) / users * times) for times in TIMES]
     return [count for count in counts if 0 < count < fewest]
@@ -213,9 +199,90 @@ def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
     return torch.cat([torch.arange(len(windows)).repeat(whole), in_turn[:rest]])
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """Correctness of every arm's classifiers on N test windows: what figures follow from, of one fold or of several."""
+
+    correct: dict[str, np.ndarray]  # by arm, real_only and real_plus_generated among them: (seeds, N) bool
+    blocks: np.ndarray  # (N,), for intervals
+    paths: tuple[str, ...]
+    users: np.ndarray  # ids (N,)
+
+    def to_json(self) -> dict:
+        """As in report.json: by arm a string a seed, "1" where the right user was named."""
+        arms = {name: ["".join(map(str, row.astype(int))) for row in rows] for name, rows in self.correct.items()}
+        windows = {"paths": list(self.paths), "users": self.users.tolist(), "blocks": self.blocks.tolist()}
+        return {**windows, "correct": arms}
+
+    @classmethod
+    def from_json(cls, found: dict) -> "Outcomes":
+        arms = {name: np.array([list(row) for row in rows]) == "1" for name, rows in found["correct"].items()}
+        return cls(arms, np.array(found["blocks"]), tuple(found["paths"]), np.array(found["users"]))
+
+
 def outcomes(evidence: Evidence, arms: Arms) -> Outcomes:
     test, users = evidence.test, np.array([file.user for file in evidence.test.files])
     return Outcomes(arms.correct, chance_blocks(test, evidence.gap), test.paths, users)
+
+
+def joined(folds: Sequence[Outcomes]) -> Outcomes:
+    """The test windows of several folds as one set, in the arms that all folds have; a window of two folds counts once.
+    DataError for folds of different numbers of seeds."""
+    if len(seeds := {len(rows) for fold in folds for rows in fold.correct.values()}) > 1:
+        raise DataError(f"folds of {' and '.join(map(str, sorted(seeds)))} seeds: evaluate all with the same number")
+    paths = np.array([path for fold in folds for path in fold.paths])
+    once = np.sort(np.unique(paths, return_index=True)[1])
+    names = [name for name in folds[0].correct if all(name in fold.correct for fold in folds)]
+    correct = {name: np.concatenate([fold.correct[name] for fold in folds], axis=1)[:, once] for name in names}
+    first = np.cumsum([0, *(fold.blocks.max() + 1 for fold in folds[:-1])])
+    blocks = np.concatenate([fold.blocks + start for fold, start in zip(folds, first, strict=True)])
+    users = np.concatenate([fold.users for fold in folds])
+    return Outcomes(correct, blocks[once], tuple(paths[once].tolist()), users[once])
+
+
+def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
+    """Every arm's accuracy, and real + generated compared to real alone and to more real windows. per_user: those in
+    real_only; no_more: why there is no arm with more of them, where there is none."""
+    correct, blocks = outcomes.correct, outcomes.blocks
+    real, both = correct["real_only"], correct["real_plus_generated"]
+    reference = absent("ResNet-18 is trained on a GPU or with reference=resnet18")
+    if "resnet18_real_only" in correct:
+        reference = paired_gain(correct["resnet18_real_only"], correct["resnet18_real_plus_generated"], blocks)
+    gain, each = paired_gain(real, both, blocks), []
+    for user in np.unique(outcomes.users).tolist():
+        own = outcomes.users == user
+        accuracy = {"real_only": float(real[:, own].mean()), "real_plus_generated": float(both[:, own].mean())}
+        each.append({"user": user, "n": int(own.sum()), **accuracy})
+    of_users = np.array([row["real_plus_generated"] - row["real_only"] for row in each])
+    return {
+        **{name: {**scored(rows, blocks), "per_seed": rows.mean(1).tolist()} for name, rows in correct.items()},
+        "gain": gain,
+        "gain_ci95": gain["ci95"],
+        "p_value": metrics.p_value(real, both, blocks),
+        "resnet18_gain": reference,
+        "gain_other_users": metrics.over_users(of_users),
+        **_against_more_real(correct, blocks, per_user, no_more),
+        "real_windows_per_user": per_user,
+        "seeds": len(real),
+        "per_user": each,
+    }
+
+
+def _against_more_real(correct: dict[str, np.ndarray], blocks: np.ndarray, per_user: float, no_more: str) -> dict:
+    factors = sorted(int(name.removeprefix("real_x")) for name in correct if name.startswith("real_x"))
+    if not factors:
+        return missing("real_x2", "gain_over_x2", "equivalent_real_windows", reason=no_more)
+    both = correct["real_plus_generated"]
+    if 2 in factors:
+        found = {"gain_over_x2": paired_gain(correct["real_x2"], both, blocks)}
+    else:
+        found = missing("real_x2", "gain_over_x2", reason="not requested: add 2 to multiples")
+    counts = per_user * np.array([1, *factors])
+    arms = np.stack([both, correct["real_only"], *(correct[f"real_x{factor}"] for factor in factors)])
+    measured = metrics.equivalent_count(counts, arms.mean((1, 2))[None])[0]
+    likely = metrics.interval(metrics.equivalent_count(counts, metrics.paired_bootstrap(arms, blocks)))
+    between = {"between": [float(counts[0]), float(counts[-1])]}
+    return {**found, "equivalent_real_windows": {**figure(float(measured), len(blocks), likely), **between}}
 
 
 def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
@@ -232,8 +299,7 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
         wanted = round(per_user * factor)
         why = f"not measured with {wanted} generated windows a user: generate as many, or add {wanted} to counts"
         section[f"gain_{factor}_to_1"] = gains.get(wanted, absent(why))
-    return {
-        **section,
+    return section | {
         "gain_by_windows": [{"windows_per_user": n, **gain} for n, gain in gains.items()],
         "gain_by_selection": [
             {"by": name, "kept": kept, **paired_gain(real, correct, found.blocks)}
@@ -246,8 +312,7 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
 
 
 def conditions(evidence: Evidence, arms: Arms) -> dict:
-    """Accuracy of real + generated and the gain on the test windows of each condition; …_unrecorded: of users without
-    training windows in it."""
+    """The section `conditions` of the report; …_unrecorded: of users without training windows in that condition."""
     test, found = evidence.test, {}
     if len(test.conditions) < 2:
         return missing("cross_condition", reason="the test windows have one condition")

@@ -7,7 +7,8 @@ import torch
 from mdlib.data.windows import DataError, WindowSet, to_float
 from mdlib.evaluation.metrics import code_counts, psnr, ssim
 from mdlib.models.layers import parts
-from mdlib.models.perceptual import load_lpips, lpips_weights
+from mdlib.models.pretrained import load_lpips, lpips_weights
+from mdlib.training.latents import decode_all, encode_all
 
 GRADES = ((28.0, "excellent"), (25.0, "good"), (20.0, "fair"), (-torch.inf, "poor"))  # by PSNR in dB, at least
 FAR_MEAN, FAR_STD = 0.5, (0.5, 2.0)  # latents beyond these were normalised with other windows' statistics
@@ -15,48 +16,39 @@ VQ_RATIO, VQ_USAGE = 1.1, 0.8  # see `choose_codec`
 
 
 @torch.no_grad()
-def check_codec(
-    codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None, batch_size: int = 64
-) -> dict:
-    """A codec's figures on uint8 images (N, C, H, W) and labels (N,), preferably unseen ones.
-
-    Returns:
-        psnr_db and psnr_db_worst (of one window), ssim, lpips (None without its weights, then lpips_reason), latents
-        (see `latent_figures`), n, and verdict: one sentence.
-
-    Raises:
-        DataError: images of another shape or type than the codec's.
-    """
+def check_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict:
+    """A codec's figures on uint8 images (N, C, H, W) and labels (N,), preferably unseen ones: psnr_db and psnr_db_worst
+    (of one window), ssim, lpips (None without its weights, then lpips_reason), latents (see `latent_figures`), n, and
+    verdict: one sentence."""
     wanted = (codec.config.in_channels, codec.config.image_size, codec.config.image_size)
     if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted or not len(images):
         raise DataError(
             f"this codec takes uint8 windows (N, {', '.join(map(str, wanted))}), not {images.dtype} "
             f"{tuple(images.shape)}: load them with size={wanted[1]}, channels={wanted[0]}"
         )
-    codec.eval()
+    latents, real = encode_all(codec, images, "latents", labels=labels), to_float(images)
+    decoded = decode_all(codec, latents, labels=labels)
     distance, reason = find_lpips(codec.device)
-    latents, values = [], []
-    for part, *users in parts(codec.device, batch_size, images, labels):
-        real = to_float(part)
-        latents.append(codec.encode(real, *users))
-        decoded = codec.decode(latents[-1], *users)
-        lpips = [] if distance is None else [distance(decoded, real).flatten()]
-        values.append(torch.stack([psnr(decoded, real), ssim(decoded, real), *lpips]).cpu())
-    each_psnr, each_ssim, *lpips = torch.cat(values, 1)
+    if distance is None:
+        perceptual = {"lpips": None, "lpips_reason": reason}
+    else:
+        each = [distance(*pair).flatten() for pair in parts(codec.device, 64, decoded, real)]
+        perceptual = {"lpips": float(torch.cat(each).mean())}
+    each = psnr(decoded, real)
     found = {
-        "psnr_db": float(each_psnr.mean()),
-        "psnr_db_worst": float(each_psnr.min()),
-        "ssim": float(each_ssim.mean()),
-        "lpips": float(lpips[0].mean()) if lpips else None,
-        "latents": latent_figures(torch.cat(latents)),
+        "psnr_db": float(each.mean()),
+        "psnr_db_worst": float(each.min()),
+        "ssim": float(ssim(decoded, real).mean()),
+        **perceptual,
+        "latents": latent_figures(latents),
         "n": len(images),
-    } | ({} if lpips else {"lpips_reason": reason})
+    }
     return found | {"verdict": _verdict(found)}
 
 
 def latent_figures(latents: torch.Tensor) -> dict:
-    """Statistics of normalised latents (N, D, h, w): mean and std of each channel, min, max, and beyond_4_sigma: the
-    fraction of values more than four standard deviations from their channel's mean (6·10⁻⁵ for a Gaussian)."""
+    """Mean and std of each channel of latents (N, D, h, w), min, max, and beyond_4_sigma: the fraction of values more
+    than four standard deviations from their channel's mean (6·10⁻⁵ for a Gaussian)."""
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     far = (latents - mean.view(1, -1, 1, 1)).abs() > 4 * std.view(1, -1, 1, 1)
     return {
@@ -98,14 +90,12 @@ def _verdict(found: dict) -> str:
     grade = next(word for least, word in GRADES if found["psnr_db"] >= least)
     levels = ", ".join(f"{least:.0f} {word}" for least, word in GRADES[:-1])
     quality = f"PSNR {found['psnr_db']:.1f} dB, worst {found['psnr_db_worst']:.1f} dB ({levels})"
-    near = all(abs(mean) <= FAR_MEAN for mean in latents["mean"])
-    if near and all(FAR_STD[0] <= std <= FAR_STD[1] for std in latents["std"]):
-        return f"Reconstruction is {grade}: {quality}; latents are normalised."
-    means, stds = (f"{min(latents[name]):.2g} to {max(latents[name]):.2g}" for name in ("mean", "std"))
-    return (
-        f"Reconstruction is {grade}: {quality}; latents are far from mean 0 and std 1 (means {means}, stds {stds}): "
-        "calibrate() was not called on windows like these."
-    )
+    near, state = all(abs(mean) <= FAR_MEAN for mean in latents["mean"]), "are normalised."
+    if not near or not all(FAR_STD[0] <= std <= FAR_STD[1] for std in latents["std"]):
+        means, stds = (f"{min(latents[name]):.2g} to {max(latents[name]):.2g}" for name in ("mean", "std"))
+        state = f"are far from mean 0 and std 1 (means {means}, stds {stds}): "
+        state += "calibrate() was not called on windows like these."
+    return f"Reconstruction is {grade}: {quality}; latents {state}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +139,8 @@ class Codebook:
 
 @torch.no_grad()
 def survey(codec, windows: WindowSet, tokens: torch.Tensor) -> Codebook:
-    """The codebook of `codec` as windows and their tokens (N, h, w) use it.
-
-    What a code decodes to depends on its neighbours: a code is shown by the mean over the cells that hold it, an unused
-    one by the middle of a window that holds nothing else.
-    """
+    """The codebook of `codec` as windows and their tokens (N, h, w) use it. What a code decodes to depends on its
+    neighbours: it is the mean over the cells that hold it, of an unused one the middle of a window of nothing else."""
     codec.eval()
     batches = lambda grids: parts(codec.device, 64, grids)
     decode = lambda grids: torch.cat([codec.decode_tokens(part).float().cpu() for (part,) in batches(grids)])
@@ -162,13 +149,8 @@ def survey(codec, windows: WindowSet, tokens: torch.Tensor) -> Codebook:
     if len(unused):
         h, w = codec.token_shape
         decoded[unused] = cells(decode(unused.view(-1, 1, 1).expand(-1, h, w)), (h, w))[:, h // 2, w // 2]
-    return Codebook(
-        windows=windows,
-        tokens=tokens,
-        counts=code_counts(tokens, windows.labels, codec.num_codes, windows.num_users),
-        decoded=decoded,
-        real=code_patches(windows.float(), tokens, codec.num_codes),
-    )
+    counts = code_counts(tokens, windows.labels, codec.num_codes, windows.num_users)
+    return Codebook(windows, tokens, counts, decoded, real=code_patches(windows.float(), tokens, codec.num_codes))
 
 
 def code_patches(images: torch.Tensor, tokens: torch.Tensor, num_codes: int) -> torch.Tensor:

@@ -17,18 +17,12 @@ REFERENCES = ("auto", "resnet18", "none")
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much work the evaluation does.
-
-    Raises:
-        DataError: a value out of range.
-    """
+    """How much work the evaluation does."""
 
     evaluation_steps: int = 400  # optimizer steps of each classifier
     seeds: int = 3  # classifiers an arm
     fractions: tuple[float, ...] = (0.125, 0.25, 0.5)  # of generated windows in a batch; validation windows choose
-    counts: tuple[int, ...] | None = (
-        None  # generated windows a user to measure the gain with; None: 1, 2, 5, 10 a real one
-    )
+    counts: tuple[int, ...] | None = None  # generated windows a user for gain_by_windows; None: 1, 2, 5, 10 a real one
     keep: tuple[float, ...] = ()  # fractions of the generated windows, best first, to measure each filter's gain with
     multiples: tuple[int, ...] = (2,)  # of the real windows, for the arms real_x2 …, where there are spare ones
     reference: str = "auto"  # ResNet-18 on a GPU; resnet18: always; none: never
@@ -49,11 +43,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Windows of one size and one label map.
-
-    Raises:
-        DataError: a conditional codec of another number of users.
-    """
+    """Windows of one size and one label map."""
 
     train: WindowSet  # the generator's training windows
     val: WindowSet  # chose its checkpoints
@@ -74,29 +64,25 @@ class Evidence:
         return concatenate(self.val, self.test)
 
 
-def by_recording(windows: WindowSet) -> list[np.ndarray]:
-    """Rows of each recording, in time order."""
-    groups: dict[tuple, list[int]] = {}
-    for row, file in enumerate(windows.files):
-        groups.setdefault((file.user, file.condition, file.recording), []).append(row)
-    return [np.array(sorted(rows, key=lambda row: windows.files[row].number)) for rows in groups.values()]
+def by_recording(windows: WindowSet) -> list[pd.Series]:
+    """Window numbers of each recording in time order, indexed by row."""
+    recordings = pd.DataFrame(list(windows.files)).groupby(["user", "condition", "recording"], sort=False)
+    return [numbers.sort_values(kind="stable") for _, numbers in recordings["number"]]
 
 
 def time_blocks(windows: WindowSet, gap: int) -> np.ndarray:
     """Block id (N,) of each window: `gap` consecutive windows of a recording are one block."""
     block, used = np.zeros(len(windows), dtype=int), 0
-    for rows in by_recording(windows):
-        times = np.array([windows.files[row].number for row in rows])
-        _, place = np.unique((times - times.min()) // gap, return_inverse=True)
-        block[rows] = used + place
+    for numbers in by_recording(windows):
+        _, place = np.unique((numbers - numbers.iloc[0]) // gap, return_inverse=True)
+        block[numbers.index] = used + place
         used += place.max() + 1
     return block
 
 
 def chance_blocks(windows: WindowSet, gap: int) -> np.ndarray:
     """Block id (N,) of each window for intervals: three gaps, because a block must be long against the overlap (Künsch
-    1989). With windows that overlap by three quarters, 95 % intervals covered the truth in 92 to 96 of 100 trials; with
-    blocks of one gap, in 87 to 92."""
+    1989). With windows that overlap by three quarters, 95 % intervals covered the truth in 92 to 96 of 100 trials."""
     return time_blocks(windows, 3 * gap)
 
 
@@ -104,25 +90,25 @@ def halves(windows: WindowSet, gap: int) -> list[list[int]]:
     """Rows of two halves of real windows that share no step: every other stretch of 2·gap windows of each recording,
     without the windows at its beginning that overlap the other half."""
     stretch, chosen = time_blocks(windows, 2 * gap), [[], []]
-    for rows in by_recording(windows):
-        last = [-np.inf, -np.inf]  # time of the last window of each half
-        for row in rows:
-            half, time = stretch[row] % 2, windows.files[row].number
-            if time - last[1 - half] >= gap:
-                chosen[half].append(int(row))
-                last[half] = time
+    for numbers in by_recording(windows):
+        last = [-np.inf, -np.inf]  # number of the last window of each half
+        for row, number in numbers.items():
+            half = stretch[row] % 2
+            if number - last[1 - half] >= gap:
+                chosen[half].append(row)
+                last[half] = number
     return chosen
 
 
 def concatenate(first: WindowSet, second: WindowSet) -> WindowSet:
     """Both sets as one, with the first one's label map."""
-    images, labels = (torch.cat([getattr(part, name) for part in (first, second)]) for name in ("images", "labels"))
+    images, labels = torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels])
     return replace(first, images=images, labels=labels, files=first.files + second.files)
 
 
 def first_of_each(windows: WindowSet, count: int) -> WindowSet:
     """`count` windows of each user, from the user's conditions in turn."""
-    frame = pd.DataFrame({"user": windows.labels.numpy(), "condition": [file.condition for file in windows.files]})
+    frame = pd.DataFrame(list(windows.files))
     frame["place"] = frame.groupby(["user", "condition"]).cumcount()
     first = frame.sort_values(["user", "place"], kind="stable").groupby("user").head(count)
     return windows.select(sorted(first.index))

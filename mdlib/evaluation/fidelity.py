@@ -1,42 +1,52 @@
-"""Are generated windows spread like real ones? Distances and diversity in the features of classifiers that saw neither.
-
-Distances are measured three times, see `evidence.COMPARED`.
-"""
+"""Are generated windows spread like real ones: in the features of classifiers that saw neither (`fidelity`), and as
+plain images (`statistics`)? See docs/evaluation.md. Distances are measured three times, see `evidence.COMPARED`."""
 
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.stats import ks_2samp
 from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
 
 from mdlib.data.windows import WindowSet, to_float
 from mdlib.evaluation import metrics
 from mdlib.evaluation.augmentation_study import Arms
 from mdlib.evaluation.codec_quality import find_lpips
 from mdlib.evaluation.evidence import COMPARED, Evidence, alike, compared_sets
-from mdlib.evaluation.intervals import absent, figure, missing, over_users
+from mdlib.evaluation.metrics import absent, figure, missing, over_users
 from mdlib.models.classifier import SmallCNN, features
 from mdlib.models.layers import parts
-from mdlib.models.perceptual import load_inception
+from mdlib.models.pretrained import load_inception
 from mdlib.utils import best_device
 
-NAMES = ("fd", "kid", "precision", "recall", "density", "coverage")
-FLAT = {"value": "fd", "real_vs_real": "fd_real_vs_real", "train": "fd_train"}  # the Fréchet distances' own keys
+DISTANCES = ("kid", "precision", "recall", "density", "coverage")
+FRECHET = {"value": "fd", "real_vs_real": "fd_real_vs_real", "train": "fd_train"}  # the Fréchet distances' own keys
 DRAWS = 4  # samples of equally many windows of each set
 PAIRS = 2000  # of a user's windows, at most
 LPIPS_PAIRS = 20
 MAP_USERS, MAP_WINDOWS = 8, 12  # shown in the map: users, and windows of each in either set
+LEVELS = 32  # grey levels of the co-occurrence matrix
+NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))  # rows and columns to the neighbour: four directions, one pixel
+BANDS = (0.0, 0.05, 0.1, 0.2, 0.5)  # edges of the spectrum's bands, cycles a pixel
+FEATURES = (
+    *("mean", "deviation", "skewness", "kurtosis"),
+    *("contrast", "dissimilarity", "homogeneity", "energy"),
+    *(f"spectrum_{band}" for band in range(1, len(BANDS))),
+)
+STATISTICS = ("ks", "mahalanobis", "typical", "silhouette")
 
 
 def fidelity(evidence: Evidence, arms: Arms) -> dict:
-    """The section `fidelity` of the report, in the features of the real-only classifiers, mean over them."""
+    """The section `fidelity` of the report."""
     sets, each = _features(evidence, arms)
-    between = lambda found, one, other: float((found[one] - found[other]).norm(dim=1).mean())
-    mean = lambda name, *rows: np.mean([between(found[name], *rows) for found in each])
+    of = lambda found, one, other: float((found[one] - found[other]).norm(dim=1).mean())
+    apart = lambda name, one, other: np.mean([of(found[name], one, other) for found in each])
     return {
         **_distances(sets, each),
         "fd_inception": _fd_inception(sets),
-        "diversity": _diversity(sets, evidence.gap, PAIRS, mean),
+        "diversity": _diversity(sets, evidence.gap, PAIRS, apart),
         "inception_score": _inception_score(arms.real_only, sets),
         "lpips_diversity": _lpips_diversity(sets, evidence.gap),
         "map": neighbourhood_map(each[0], sets),
@@ -44,12 +54,12 @@ def fidelity(evidence: Evidence, arms: Arms) -> dict:
 
 
 def distances(evidence: Evidence, arms: Arms) -> dict:
-    """The part of `fidelity` that compares sets: Fréchet and kernel distance, precision, recall, density, coverage."""
+    """The figures of `fidelity` that compare sets in the classifiers' features."""
     return _distances(*_features(evidence, arms))
 
 
 def _features(evidence: Evidence, arms: Arms) -> tuple[dict[str, WindowSet], list[dict[str, torch.Tensor]]]:
-    """The compared sets, and each classifier's features (N, D) of them; a half's are rows of the unseen ones'."""
+    """The compared sets, and each real-only classifier's features (N, D) of them."""
     sets, rows = compared_sets(evidence)
     each = []
     for classifier in arms.real_only:
@@ -59,35 +69,34 @@ def _features(evidence: Evidence, arms: Arms) -> tuple[dict[str, WindowSet], lis
 
 
 def _distances(sets: dict[str, WindowSet], each: list[dict[str, torch.Tensor]]) -> dict:
-    """Means over classifiers and over samples. All but kid depend on the number of windows: all sets give as many of
-    each user."""
+    """Means over classifiers and samples. All but kid depend on the number of windows, which is that of each user in
+    the smallest set."""
     draws = [alike(sets, seed) for seed in range(DRAWS)]
     n = len(draws[0]["unseen"])
     if n < 2:
         why = "no user has generated windows, training windows and windows in both halves of the unseen"
-        return missing(*FLAT.values(), "fd_ratio", *NAMES[1:], reason=why)
+        return missing(*FRECHET.values(), "fd_ratio", *DISTANCES, reason=why)
     counts = torch.bincount(sets["unseen"].labels[draws[0]["unseen"]])
     k = max(1, min(5, int(counts[counts > 0].min()) - 1))  # balls must not reach beyond a user's own windows
-    found = {name: {} for name in NAMES}
+    found = {name: {} for name in ("fd", *DISTANCES)}
     for key, (one, other) in COMPARED.items():
         pairs = [(own[one][rows[one]], own[other][rows[other]]) for own in each for rows in draws]
         figures = [metrics.manifold_figures(second, first, k) for first, second in pairs]
         for values, pair in zip(figures, pairs, strict=True):
             values |= {"fd": metrics.frechet_distance(*pair), "kid": metrics.kernel_distance(*pair)}
-        for name in NAMES:
-            found[name][key] = float(np.mean([values[name] for values in figures]))
+        for name, means in found.items():
+            means[key] = float(np.mean([values[name] for values in figures]))
     fd = found.pop("fd")
-    ratio = figure(fd["value"] / max(fd["real_vs_real"], 1e-9), n)
     return {
-        **{FLAT[key]: figure(value, n) for key, value in fd.items()},
-        "fd_ratio": ratio,
+        **{FRECHET[key]: figure(value, n) for key, value in fd.items()},
+        "fd_ratio": figure(fd["value"] / max(fd["real_vs_real"], 1e-9), n),
         **{name: {**values, "n": n} for name, values in found.items()},
     }
 
 
 def neighbourhood_map(features_of: dict[str, torch.Tensor], sets: dict[str, WindowSet]) -> list[dict]:
     """Some generated and unseen windows of the first users by t-SNE (van der Maaten & Hinton 2008) of one classifier's
-    features: user, generated (or real), x and y. Distances in it mean nothing."""
+    features: user, generated (or real), x and y."""
     points, rows = [], []
     for name in ("generated", "unseen"):
         part = sets[name]
@@ -120,10 +129,9 @@ def _diversity(sets: dict[str, WindowSet], gap: int, most: int, distance: Callab
 
 def pairs_apart(windows: WindowSet, gap: int) -> list[torch.Tensor]:
     """Rows (2, P) of all pairs of windows of each user that share no step: of different recordings, or `gap` apart."""
-    names: dict[tuple, int] = {}
-    recording = torch.tensor([names.setdefault((f.condition, f.recording), len(names)) for f in windows.files])
-    number = torch.tensor([f.number for f in windows.files], dtype=torch.float64)
-    found = []
+    files, found = pd.DataFrame(list(windows.files)), []
+    recording = torch.from_numpy(files.groupby(["condition", "recording"]).ngroup().to_numpy())
+    number = torch.from_numpy(files["number"].to_numpy(float))
     for label in range(windows.num_users):
         mine = torch.nonzero(windows.labels == label).flatten()
         one, other = mine[torch.triu_indices(len(mine), len(mine), offset=1)]
@@ -133,7 +141,6 @@ def pairs_apart(windows: WindowSet, gap: int) -> list[torch.Tensor]:
 
 
 def _inception_score(classifiers: list[SmallCNN], sets: dict[str, WindowSet]) -> dict:
-    """The score of generated windows and of as many unseen ones, by the classifiers' probabilities."""
     rows = alike({name: sets[name] for name in ("generated", "unseen")}, seed=0)
     n = len(rows["unseen"])
     if not n:
@@ -155,9 +162,8 @@ def _fd_inception(sets: dict[str, WindowSet]) -> dict:
         return absent("too few windows of a user in one of the sets")
     batches = {name: parts(best_device(), 32, sets[name].images[some]) for name, some in rows.items()}
     found = {name: torch.cat([network(to_float(part)).cpu() for (part,) in some]) for name, some in batches.items()}
-    return {key: metrics.frechet_distance(found[one], found[other]) for key, (one, other) in COMPARED.items()} | {
-        "n": n
-    }
+    values = {key: metrics.frechet_distance(found[one], found[other]) for key, (one, other) in COMPARED.items()}
+    return {**values, "n": n}
 
 
 @torch.no_grad()
@@ -169,3 +175,114 @@ def _lpips_diversity(sets: dict[str, WindowSet], gap: int) -> dict:
     images = lambda name, rows: to_float(sets[name].images[rows].to(device))
     mean = lambda name, one, other: float(network(images(name, one), images(name, other)).mean())
     return _diversity(sets, gap, LPIPS_PAIRS, mean)
+
+
+def statistics(evidence: Evidence) -> dict:
+    """The section `statistics` of the report: how alike generated and real windows are in FEATURES. A window can be
+    right in all of them and show no gait."""
+    sets, _ = compared_sets(evidence)
+    found = {name: describe(part.images) for name, part in sets.items()}
+    rows = alike(sets, seed=0)
+    if len(rows["unseen"]) < 2:
+        return missing(
+            *STATISTICS, reason="no user has windows in all sets: generated, training, both halves of the unseen"
+        )
+    silhouette = _silhouette(sets, found, rows)
+    return {**_kolmogorov(sets, found, rows), **_mahalanobis(sets, found), "silhouette": silhouette}
+
+
+def describe(images: torch.Tensor, batch_size: int = 256) -> np.ndarray:
+    """FEATURES (N, 12) of uint8 images (N, C, S, S), RGB ones as the mean over channels."""
+    grey = [part.float().mean(1) / 255 for part in images.split(batch_size)]
+    return torch.cat([torch.cat([_moments(part), texture(part), _spectrum(part)], 1) for part in grey]).numpy()
+
+
+def _moments(images: torch.Tensor) -> torch.Tensor:
+    """Mean, deviation, skewness and kurtosis (N, 4) of intensities (N, S, S); 0 but for the mean where flat."""
+    pixels = images.flatten(1)
+    mean, deviation = pixels.mean(1), pixels.std(1, correction=0)
+    scaled = (pixels - mean[:, None]) / deviation[:, None].clamp_min(1e-6)
+    return torch.stack([mean, deviation, (scaled**3).mean(1), (scaled**4).mean(1)], 1)
+
+
+def texture(images: torch.Tensor, levels: int = LEVELS) -> torch.Tensor:
+    """Contrast Σ p (i−j)², dissimilarity Σ p |i−j|, homogeneity Σ p / (1 + (i−j)²) and energy (Σ p²)^½ (N, 4) of
+    intensities (N, S, S) in [0, 1].
+
+    p: symmetric grey-level co-occurrence matrix (Haralick et al. 1973) of neighbours; mean over four directions.
+    """
+    grey = (images * levels).long().clamp(0, levels - 1)
+    away = (torch.arange(levels)[:, None] - torch.arange(levels)).abs().double()
+    found, size = [], grey.shape[-1]
+    image = torch.arange(len(grey)).view(-1, 1, 1) * levels**2
+    for down, right in NEIGHBOURS:
+        here = grey[:, : size - down, max(0, -right) : size - max(0, right)]
+        there = grey[:, down:, max(0, right) : size - max(0, -right)]
+        pairs = torch.cat([image + here * levels + there, image + there * levels + here], 1)
+        counts = torch.bincount(pairs.flatten(), minlength=len(grey) * levels**2).view(-1, levels, levels).double()
+        p = counts / counts.sum((1, 2), keepdim=True)
+        sums = [(p * weight).sum((1, 2)) for weight in (away**2, away, 1 / (1 + away**2))]
+        found.append(torch.stack([*sums, p.square().sum((1, 2)).sqrt()], 1))
+    return torch.stack(found).mean(0).float()
+
+
+def _spectrum(images: torch.Tensor) -> torch.Tensor:
+    """Fraction (N, bands) of the power, without the mean's, in bands of the radial frequency."""
+    centred = images - images.mean((1, 2), keepdim=True)
+    power = torch.fft.fft2(centred).abs().square()
+    frequency = torch.fft.fftfreq(images.shape[-1])
+    radius = (frequency[:, None].square() + frequency.square()).sqrt()
+    bands = [power[:, (radius > low) & (radius <= high)].sum(1) for low, high in zip(BANDS, BANDS[1:], strict=False)]
+    return torch.stack(bands, 1) / power.sum((1, 2)).clamp_min(1e-9)[:, None]
+
+
+def _kolmogorov(sets: dict[str, WindowSet], found: dict[str, np.ndarray], rows: dict[str, torch.Tensor]) -> dict:
+    """With as many windows of a user in all sets: the statistic grows when they are fewer."""
+    labels = {name: part.labels[rows[name]].numpy() for name, part in sets.items()}
+    sample = {name: found[name][rows[name].numpy()] for name in sets}
+    users = [user for user in np.unique(labels["unseen"]) if (labels["unseen"] == user).sum() > 1]
+    if not users:
+        return missing("ks", reason="no user has two windows in every set")
+    of = lambda name, user: sample[name][labels[name] == user]
+    each = {
+        key: np.array([ks_2samp(of(one, user), of(other, user), axis=0).statistic for user in users])
+        for key, (one, other) in COMPARED.items()
+    }  # (users, features)
+    means = {key: float(values.mean()) for key, values in each.items() if key != "value"}
+    by_feature = [
+        {"feature": name, "value": float(each["value"][:, k].mean()), "real": float(each["real_vs_real"][:, k].mean())}
+        for k, name in enumerate(FEATURES)
+    ]
+    return {"ks": over_users(each["value"].mean(1)) | means, "ks_by_feature": by_feature}
+
+
+def _mahalanobis(sets: dict[str, WindowSet], found: dict[str, np.ndarray]) -> dict:
+    """Distance to the mean of the user's first half with the covariance within users; real: of the second half.
+    typical: fraction of generated windows between the 5 and 95 % quantiles of the real distances."""
+    labels = {name: part.labels.numpy() for name, part in sets.items()}
+    users = np.unique(labels["first"])
+    centre = {user: found["first"][labels["first"] == user].mean(0) for user in users}
+    apart = lambda name: np.concatenate([found[name][labels[name] == user] - centre[user] for user in users])
+    rows = apart("first")
+    if len(rows) - len(users) < len(FEATURES):
+        return missing("mahalanobis", "typical", reason=f"too few unseen windows for {len(FEATURES)} features")
+    within = rows.T @ rows / (len(rows) - len(users))
+    distance = lambda rows: np.sqrt(np.einsum("nf,fg,ng->n", rows, np.linalg.pinv(within), rows))
+    generated, real = distance(apart("generated")), distance(apart("second"))
+    low, high = np.quantile(real, [0.05, 0.95])
+    return {
+        "mahalanobis": {**figure(float(generated.mean()), len(generated)), "real": float(real.mean())},
+        "typical": figure(float(((generated >= low) & (generated <= high)).mean()), len(generated)),
+    }
+
+
+def _silhouette(sets: dict[str, WindowSet], found: dict[str, np.ndarray], rows: dict[str, torch.Tensor]) -> dict:
+    """How far users lie apart in features; real: of as many unseen windows."""
+    scale = found["unseen"].std(0) + 1e-9
+    value = {}
+    for name in ("generated", "unseen"):
+        labels = sets[name].labels[rows[name]].numpy()
+        if not 1 < len(np.unique(labels)) < len(labels):
+            return absent("too few windows a user")
+        value[name] = float(silhouette_score(found[name][rows[name].numpy()] / scale, labels))
+    return {**figure(value["generated"], len(rows["generated"])), "real": value["unseen"]}

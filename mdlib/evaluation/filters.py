@@ -1,5 +1,5 @@
-"""Which generated windows are worth keeping? Filters that know the generator's training windows only, so that what they
-keep can be evaluated on test windows."""
+"""Filters of generated windows, see docs/evaluation.md. They know the generator's training windows only, so that what
+they keep can be evaluated on test windows."""
 
 from pathlib import Path
 
@@ -17,16 +17,12 @@ from mdlib.pipeline import copy_windows
 FILTERS = ("confidence", "margin", "specificity", "diversity")  # see `scores`
 SPREADS = 3.0  # a user's range of a metric: the mean of the training windows ± so many standard deviations
 STEPS = 400  # optimizer steps of the classifier of `select_folder`
-SIFTED = ("torso_speed", "cadence", "step_length", "upper_envelope", "lower_envelope", "bandwidth")
+SIFTED = ["torso_speed", "cadence", "step_length", "upper_envelope", "lower_envelope", "bandwidth"]
 
 
 def scores(windows: WindowSet, classifier: SmallCNN) -> dict[str, np.ndarray]:
-    """The scores of FILTERS, each (N,), by a classifier of the training windows.
-
-    confidence: P(own user); margin: P of the likeliest user less that of the second; specificity: P(own user) less that
-    of the likeliest other; diversity: distance to the user's nearest other window in the classifier's features of
-    length 1 (infinite for a user's only window).
-    """
+    """The scores of FILTERS, each (N,), by a classifier of the training windows; diversity is in its features scaled to
+    length 1, and infinite for a user's only window."""
     every, own = classifier.probabilities(windows.images), windows.labels[:, None]
     confidence, others = every.gather(1, own)[:, 0], every.scatter(1, own, 0.0)
     first, second = torch.nn.functional.pad(every, (0, 1)).topk(2).values.T  # padded: with one user there is no second
@@ -48,17 +44,14 @@ def keep_best(windows: WindowSet, score: np.ndarray, fraction: float) -> np.ndar
 
 
 def keep_plausible(windows: WindowSet, train: WindowSet) -> np.ndarray:
-    """bool (N,): windows that a walking adult could have produced and whose SIFTED metrics lie within the range of the
-    user's training windows. A metric that cannot be read off a window does not remove it."""
+    """bool (N,): plausible windows whose SIFTED metrics lie within the range of the user's training windows. A metric
+    that cannot be read off a window does not remove it."""
     found, known = gait_metrics.measure(windows), gait_metrics.measure(train)
-    kept = found["plausible"].to_numpy(copy=True)
-    for name in SIFTED:
-        for label in range(train.num_users):
-            values = gait_metrics.of_user(known, name, label)
-            if len(values) > 2:
-                beyond = (found[name] - values.mean()).abs() > SPREADS * values.std(ddof=1)
-                kept &= ~((found["label"] == label) & beyond).to_numpy()
-    return kept
+    of_users = known.groupby("label")[SIFTED]
+    enough = of_users.count() > 2
+    mean, spread = (part.where(enough).reindex(found["label"]).to_numpy() for part in (of_users.mean(), of_users.std()))
+    beyond = (found[SIFTED] - mean).abs() > SPREADS * spread
+    return (found["plausible"] & ~beyond.any(axis=1)).to_numpy()
 
 
 def select_folder(
@@ -78,9 +71,6 @@ def select_folder(
         by: one of FILTERS, or kinematics for `keep_plausible`, which decides by itself how many to keep.
         fraction: of each user's windows to keep, best first.
         size: pixels a side at which windows are compared.
-
-    Raises:
-        DataError: unknown filter, fraction out of range, no window kept, or folders that do not fit together.
     """
     if by not in (*FILTERS, "kinematics"):
         raise DataError(f"by must be one of {', '.join(FILTERS)} or kinematics, got {by!r}")

@@ -1,22 +1,17 @@
 """Gait physics read off windows: does a generated window move like its user?
 
-Envelopes by percentiles and a threshold after P. van Dorp and F. C. A. Groen, "Feature-based human motion parameter
-estimation with radar", IET Radar Sonar Navig. 2 (2008); bandwidth after Y. Kim and H. Ling, "Human activity
-classification based on micro-Doppler signatures using a support vector machine", IEEE TGRS 47 (2009); step asymmetry
-after A.-K. Seifert, M. Amin, A. Zoubir, "Toward unobtrusive in-home gait analysis based on radar micro-Doppler
-signatures", IEEE TBME 66 (2019).
-
-Windows carry no axes. Their height is taken for `radar.velocity_axis()`, their width for four steps of 0.58 s: for
-another radar "m/s" are units of that axis, and cadence and step length are relative.
+Envelopes after van Dorp & Groen, IET Radar Sonar Navig. 2 (2008); bandwidth after Kim & Ling, IEEE TGRS 47 (2009);
+asymmetry after Seifert, Amin & Zoubir, IEEE TBME 66 (2019). Windows carry no axes, see docs/evaluation.md.
 """
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import median_filter
 from scipy.stats import wasserstein_distance
 
 from mdlib.data.windows import WindowSet
 from mdlib.evaluation.evidence import COMPARED, Evidence, compared_sets
-from mdlib.evaluation.intervals import absent, bootstrapped, missing, over_users
+from mdlib.evaluation.metrics import absent, bootstrapped, missing, over_users
 from mdlib.simulation.radar import velocity_axis
 
 STEP_S = (0.28, 1.10)  # shortest and longest duration of a step, s
@@ -50,11 +45,7 @@ def physics(evidence: Evidence) -> dict:
 
 def measure(windows: WindowSet) -> pd.DataFrame:
     """Gait of intensity windows of 8 × 8 pixels or more, the top row the highest velocity. A row a window: FIGURES (NaN
-    where it cannot be read), plausible (within all GATES) and label.
-
-    Raises:
-        ValueError: RGB or smaller windows.
-    """
+    where it cannot be read), plausible (within all GATES) and label."""
     channels, rows, columns = windows.images.shape[1:]
     if channels != 1:
         raise ValueError(f"windows of {channels} channels: gait is read off intensities, load them with channels=1")
@@ -79,17 +70,13 @@ def image_axis(rows: int) -> np.ndarray:
 
 
 def compare(sets: dict[str, pd.DataFrame], num_users: int) -> dict:
-    """The figures NAMES of the sets generated, unseen, train, first and second (see `evidence.COMPARED`).
-
-    A figure is the Wasserstein-1 distance between one metric of a user's windows in two sets, mean over users, in the
-    metric's unit, with as many windows of a user on both sides; user_correlation: Pearson's r over users of the means
-    of generated and unseen windows. envelopes: mean of the upper and lower one; plausible: fraction within GATES.
-    """
+    """The figures NAMES of the sets generated, unseen, train, first and second (see `evidence.COMPARED`), with as many
+    windows of a user in all of them; see docs/evaluation.md."""
     found = {name: _figure(name, sets, num_users) for name in FIGURES}
     found["envelopes"] = _mean(found["upper_envelope"], found["lower_envelope"])
-    inside = sets["generated"]["plausible"].to_numpy(float)
-    real = {"real": float(sets["unseen"]["plausible"].to_numpy().mean()), "gates": list(GATES)}
-    found["plausible"] = bootstrapped(inside, np.arange(len(inside))) | real
+    inside, real = (sets[part]["plausible"].to_numpy(float) for part in ("generated", "unseen"))
+    more = {"real": float(real.mean()), "gates": list(GATES)}
+    found["plausible"] = bootstrapped(inside, np.arange(len(inside))) | more
     return {name: found[name] for name in NAMES}
 
 
@@ -98,8 +85,8 @@ def _figure(name: str, sets: dict[str, pd.DataFrame], num_users: int) -> dict:
     least = [min(len(values) for values in user.values()) for user in own]
     if not any(least):
         return absent("no user has windows in every set off which it can be read")
-    distances = [_distances(user, n) if n else None for user, n in zip(own, least, strict=True)]  # (comparisons,) each
-    each = np.array([row for row in distances if row is not None])
+    distances = [_distances(user, n) if n else None for user, n in zip(own, least, strict=True)]
+    each = np.array([row for row in distances if row is not None])  # (users, comparisons)
     means = {part: [float(user[part].mean()) if len(user[part]) else None for user in own] for part in sets}
     spread = lambda values: np.percentile(values, SPREAD).tolist() if len(values) else None
     found = dict(zip(COMPARED, each.mean(0).tolist(), strict=True))
@@ -156,10 +143,8 @@ def threshold(images: np.ndarray) -> np.ndarray:
 
 
 def ridge(images: np.ndarray, velocity: np.ndarray) -> np.ndarray:
-    """Trunk speed in every column (N, columns), m/s: the brightest smooth path, then the centroid of five rows.
-
-    The path maximises Σ S - .06 |Δrow| with |Δrow| <= 3 a column (Viterbi); `velocity` rises.
-    """
+    """Trunk speed in every column (N, columns), m/s: the path that maximises Σ S − .06 |Δrow| with |Δrow| ≤ 3 a column
+    (Viterbi), then the centroid of five rows. `velocity` rises."""
     s = images.copy()
     s[:, 1:-1] = images[:, :-2] / 4 + images[:, 1:-1] / 2 + images[:, 2:] / 4
     s[:, np.abs(velocity) < 0.15] *= 0.6  # clutter and standing feet
@@ -184,11 +169,9 @@ def ridge(images: np.ndarray, velocity: np.ndarray) -> np.ndarray:
 
 
 def step_period(images: np.ndarray, column_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Step period in columns (N,), sub-column, and the image's normalised autocorrelation over lags (N, columns).
-
-    Unbiased autocorrelation of the rows about their means, summed over rows; its highest crest within STEP_S, or half
-    that lag where the correlation there is nearly as high (then the crest was that of a stride).
-    """
+    """Step period in columns (N,), sub-column, and the normalised autocorrelation over lags (N, columns): unbiased, of
+    the rows about their means, summed over rows. The period is its highest crest within STEP_S, or half that lag where
+    the correlation there is nearly as high (then the crest was that of a stride)."""
     columns = images.shape[2]
     spectrum = np.fft.rfft(images - images.mean(2, keepdims=True), 2 * columns, axis=2)
     power = (spectrum.real**2 + spectrum.imag**2).sum(1)
@@ -205,26 +188,21 @@ def step_period(images: np.ndarray, column_s: np.ndarray) -> tuple[np.ndarray, n
     half = highest(np.maximum(k // 2 - 1, low), k // 2 + 2)
     k = np.where((crest[row, half] > 0.85 * acf[row, k]) & (half >= low), half, k)
     a, b, c = acf[row, k - 1], acf[row, k], acf[row, k + 1]
-    bend = a - 2 * b + c
+    bend = a - 2 * b + c  # of the parabola through the crest
     bend = np.where(np.abs(bend) < 1e-12, -np.inf, bend)
     return k + np.clip((a - c) / 2 / bend, -0.5, 0.5), acf
 
 
 def envelopes(images: np.ndarray, velocity: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Velocities (N, columns): upper and lower edge (two adjacent cells above the threshold), 97 % and 3 % of a column.
-
-    `velocity` rises. A column without echo gives NaN in the edges.
-    """
+    """Velocities (N, columns): upper and lower edge (two adjacent cells above the threshold, NaN without echo), and
+    those below which 97 % and 3 % of a column lie. `velocity` rises."""
     on = images > threshold(images)[:, None, None]
-    pair = np.zeros_like(on)
-    pair[:, 1:] |= on[:, 1:] & on[:, :-1]
-    pair[:, :-1] |= on[:, 1:] & on[:, :-1]
+    pair, top = on[:, 1:] & on[:, :-1], len(velocity) - 1
     lit = pair.any(1)
-    upper = np.where(lit, velocity[len(velocity) - 1 - pair[:, ::-1].argmax(1)], np.nan)
+    upper = np.where(lit, velocity[top - pair[:, ::-1].argmax(1)], np.nan)
     lower = np.where(lit, velocity[pair.argmax(1)], np.nan)
     c = np.cumsum(np.where(on, images, 0), axis=1)
     total = c[:, -1:] + 1e-9
-    top = len(velocity) - 1
     u97 = velocity[np.minimum((c < 0.97 * total).sum(1), top)]
     l03 = velocity[np.minimum((c <= 0.03 * total).sum(1), top)]
     return upper, lower, u97, l03
@@ -252,9 +230,6 @@ def read(images: np.ndarray, velocity: np.ndarray, column_s: float | np.ndarray)
         images: (N, rows, columns) in [0, 1] over the displayed range in dB, 8 × 8 or more.
         velocity: (rows,) in m/s, evenly spaced, rising or falling.
         column_s: seconds a column, a number or (N,).
-
-    Raises:
-        ValueError: images of another shape or range.
     """
     if images.ndim != 3 or min(images.shape[1:]) < 8 or images.size and images.max() > 1:
         raise ValueError(f"images {images.shape}: expected (N, rows, columns) in [0, 1], 8 or more rows and columns")
@@ -267,8 +242,7 @@ def read(images: np.ndarray, velocity: np.ndarray, column_s: float | np.ndarray)
     f_step = 1 / (period * column_s)
     upper, lower, u97, l03 = envelopes(images, velocity)
     upper, lower = np.where(np.isnan(upper), v_torso[:, None], upper), np.where(np.isnan(lower), 0.0, lower)
-    padded = np.pad(upper, ((0, 0), (1, 1)), mode="edge")
-    smooth = np.median(np.stack([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]]), 0)
+    smooth = median_filter(upper, size=(1, 3), mode="nearest")
     once_a_step = np.exp(-2j * np.pi * t / period[:, None])
     angle = np.angle(((u97 - u97.mean(1, keepdims=True)) * once_a_step).sum(1))
     peaks = [step_peaks(u, -a / (2 * np.pi) * p, p) for u, a, p in zip(upper, angle, period, strict=True)]

@@ -1,8 +1,8 @@
-"""Pure functions of images in [−1, 1], tokens, features and probabilities; and the nearest training window."""
+"""Figures and their 95 % intervals by bootstraps over blocks of windows, seeds or users; and the formulas of images,
+tokens, features and probabilities."""
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_curve
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.kid import poly_mmd
 
@@ -10,6 +10,86 @@ from mdlib.data.windows import WindowSet
 
 DISTINCTIVE_RATIO = 1.5  # a distinctive code is this many times as frequent in a user's windows as in the others'
 SIDE = 32  # pixels a side at which windows are compared with training windows: speckle is finer
+
+
+def figure(value: float, n: int, ci95: list[float] | None = None) -> dict:
+    return {"value": value, "n": n} | ({"ci95": ci95} if ci95 else {})
+
+
+def absent(reason: str) -> dict:
+    """A figure that was not measured."""
+    return {"value": None, "reason": reason}
+
+
+def missing(*names: str, reason: str) -> dict:
+    return {name: absent(reason) for name in names}
+
+
+def bootstrapped(values: np.ndarray, blocks: np.ndarray) -> dict:
+    """Mean of values (N,), one a window; the interval resamples blocks (N,) of windows."""
+    return figure(float(values.mean()), len(values), interval(block_bootstrap(values, blocks)))
+
+
+def over_users(values: np.ndarray) -> dict:
+    """Mean of values (users,), one a user; the interval resamples users and needs three or more."""
+    means = block_bootstrap(values, np.arange(len(values)))
+    return figure(float(values.mean()), len(values), interval(means) if len(values) > 2 else None)
+
+
+def scored(correct: np.ndarray, blocks: np.ndarray) -> dict:
+    """Accuracy of classifiers whose correctness is (seeds, N); the interval resamples seeds and blocks of windows."""
+    return figure(float(correct.mean()), correct.shape[1], interval(paired_bootstrap(correct[None], blocks)[:, 0]))
+
+
+def paired_gain(first: np.ndarray, second: np.ndarray, blocks: np.ndarray) -> dict:
+    """Difference second − first of two arms' correctness (seeds, N) on the same test windows."""
+    return scored(second.astype(float) - first, blocks)
+
+
+def p_value(first: np.ndarray, second: np.ndarray, blocks: np.ndarray) -> float:
+    """Two-sided bootstrap p-value of `paired_gain`."""
+    means = paired_bootstrap(second.astype(float)[None] - first, blocks)[:, 0]
+    tail = min((means <= 0).mean(), (means >= 0).mean())
+    return float(min(1.0, 2 * tail + 1 / len(means)))
+
+
+def interval(draws: np.ndarray) -> list[float]:
+    """95 % percentile interval of bootstrap draws."""
+    tail = 100 * (1 - 0.95) / 2
+    return np.percentile(draws, [tail, 100 - tail]).tolist()
+
+
+def block_bootstrap(values: np.ndarray, blocks: np.ndarray, draws: int = 2000) -> np.ndarray:
+    """Bootstrap means (draws,) of values (N,). Whole blocks are resampled (Künsch 1989), because neighbouring windows
+    overlap and count almost as one."""
+    names, index = np.unique(blocks, return_inverse=True)
+    sums = np.bincount(index, values, len(names))
+    sizes = np.bincount(index, minlength=len(names))
+    chosen = np.random.default_rng(0).integers(len(names), size=(draws, len(names)))
+    return sums[chosen].sum(1) / sizes[chosen].sum(1)
+
+
+def paired_bootstrap(correct: np.ndarray, blocks: np.ndarray, draws: int = 4000) -> np.ndarray:
+    """Bootstrap means (draws, arms) of arms' correctness (arms, seeds, N) on the same windows. Seeds and blocks of
+    windows are resampled, the same ones for every arm."""
+    rng = np.random.default_rng(0)
+    names, index = np.unique(blocks, return_inverse=True)
+    sums = np.stack([[np.bincount(index, row, len(names)) for row in arm] for arm in correct])  # (arms, seeds, blocks)
+    sizes = np.bincount(index, minlength=len(names))
+    seeds = rng.integers(sums.shape[1], size=(draws, sums.shape[1]))
+    chosen = rng.integers(len(names), size=(draws, len(names)))
+    means = [sums[:, s].mean(1)[:, b].sum(1) / sizes[b].sum() for s, b in zip(seeds, chosen, strict=True)]
+    return np.stack(means)
+
+
+def equivalent_count(counts: np.ndarray, accuracies: np.ndarray) -> np.ndarray:
+    """Real windows a user (draws,) at which real alone reaches an arm's accuracy, clipped to the rising counts (A,).
+
+    accuracies: (draws, 1 + A), of the arm, then of real alone at each count; not below that of a smaller count.
+    """
+    rising = np.maximum.accumulate(accuracies[:, 1:], axis=1) + 1e-9 * np.arange(len(counts))
+    found = [np.interp(arm, line, np.log(counts)) for arm, line in zip(accuracies[:, 0], rising, strict=True)]
+    return np.exp(found)
 
 
 def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -30,8 +110,7 @@ def code_counts(tokens: torch.Tensor, labels: torch.Tensor, num_codes: int, num_
 
 
 def codebook_figures(counts: torch.Tensor, images_per_user: torch.Tensor) -> dict[str, float]:
-    """Use of a codebook from counts (num_users, num_codes). A distinctive code is used at least 1.5 times as often by a
-    user as by the other users together, and at least once in four windows."""
+    """Use of a codebook from counts (num_users, num_codes) and windows a user (num_users,), see docs/evaluation.md."""
     total = counts.sum(0).double()
     own = counts.double()
     rate = own / own.sum(1, keepdim=True).clamp_min(1)
@@ -48,20 +127,14 @@ def codebook_figures(counts: torch.Tensor, images_per_user: torch.Tensor) -> dic
 
 
 def control_ratio(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean of probabilities (N, n) of the users in labels (N,) over that of the other users; 1: no control."""
+    """Mean of probabilities (N, n) of the users in labels (N,) over that of the other users."""
     own = probabilities.gather(1, labels.unsqueeze(1)).mean()
     others = (1 - own) / (probabilities.shape[1] - 1)
     return float(own / others.clamp_min(1e-9))
 
 
-def roc(scores: np.ndarray, genuine: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """False and true acceptance rates, both rising, as the threshold on scores (N,) falls; genuine: bool (N,)."""
-    false, true, _ = roc_curve(genuine, scores, sample_weight=weights, drop_intermediate=False)
-    return false, true
-
-
 def equal_error_rate(false: np.ndarray, true: np.ndarray) -> float:
-    """The rate at which false acceptance equals false rejection on a curve of `roc`, linear between thresholds."""
+    """The rate at which false acceptance equals false rejection, both rates (T,) rising; linear between thresholds."""
     above = int(np.argmax(false >= 1 - true))
     if above == 0:
         return float(false[0])
@@ -74,30 +147,22 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """Fréchet distance between Gaussians fitted to features (N, D) and (M, D) (Heusel et al. 2017), in float64.
 
     |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½. With Σ = RᵀR the eigenvalues of (Σ₁Σ₂)^½ are the singular values of
-    R₁R₂ᵀ, so no root of a singular matrix is taken where there are fewer samples than features. The smaller the sets,
-    the larger the upward bias: compare distances at equal N and M only.
-
-    Raises:
-        ValueError: fewer than two rows, or features of different widths.
+    R₁R₂ᵀ, so no root of a singular matrix is taken where there are fewer samples than features.
     """
     if min(len(first), len(second)) < 2 or first.shape[1] != second.shape[1]:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise ValueError(f"a Fréchet distance needs two sets of two rows or more, equally wide; got {shapes}")
-    (mean, root), (other_mean, other_root) = (_gaussian(part.double()) for part in (first, second))
-    shared = torch.linalg.svdvals(root @ other_root.mT).sum()
-    distance = (mean - other_mean).square().sum() + root.square().sum() + other_root.square().sum() - 2 * shared
+    means = [part.double().mean(0) for part in (first, second)]
+    scaled = [(part - mean) / (len(part) - 1) ** 0.5 for part, mean in zip((first, second), means, strict=True)]
+    root, other = (torch.linalg.qr(part, mode="r").R for part in scaled)
+    shared = torch.linalg.svdvals(root @ other.mT).sum()
+    distance = (means[0] - means[1]).square().sum() + root.square().sum() + other.square().sum() - 2 * shared
     return float(distance.clamp_min(0))
-
-
-def _gaussian(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (D,) of features (N, D) and R (min(N, D), D) with RᵀR their covariance."""
-    mean = features.mean(0)
-    return mean, torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5, mode="r").R
 
 
 def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """Kernel distance (Bińkowski et al. 2018) of features (N, D) and (N, D): unbiased squared maximum mean discrepancy
-    with the kernel (xᵀy/D + 1)³; it scatters around 0 for sets of one distribution."""
+    with the kernel (xᵀy/D + 1)³."""
     return float(poly_mmd(first.double(), second.double()))
 
 
@@ -123,13 +188,11 @@ def inception_score(probabilities: torch.Tensor) -> float:
 
 
 def nearest_train(queries: WindowSet, train: WindowSet) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distance (N,) of each window to the nearest training window of its user, and that one's row (N,).
-
-    Distance: root mean square over 32×32 pixels in [−1, 1], the smallest over all circular shifts in time; inf (and row
-    0) where the user has no training window.
-    """
+    """Distance (N,) of each window to the nearest training window of its user, at the best circular shift in time, and
+    that one's row (N,); inf and row 0 where the user has no training window."""
     distance, row = torch.full((len(queries),), torch.inf), torch.zeros(len(queries), dtype=torch.long)
-    windows, references = _small(queries), _small(train)
+    small = (torch.nn.functional.interpolate(part.float(), size=(SIDE, SIDE), mode="area") for part in (queries, train))
+    windows, references = (part.double().flatten(1, 2) for part in small)  # distances are differences of large sums
     for user in queries.labels.unique():
         asked, known = (torch.nonzero(labels == user).flatten() for labels in (queries.labels, train.labels))
         if len(known):
@@ -137,12 +200,6 @@ def nearest_train(queries: WindowSet, train: WindowSet) -> tuple[torch.Tensor, t
             distance[asked] = torch.cat([part.values for part in parts]).float()
             row[asked] = known[torch.cat([part.indices for part in parts])]
     return distance, row
-
-
-def _small(windows: WindowSet) -> torch.Tensor:
-    """(N, C·SIDE, SIDE), float64 because distances are differences of large sums."""
-    small = torch.nn.functional.interpolate(windows.float(), size=(SIDE, SIDE), mode="area")
-    return small.double().flatten(1, 2)
 
 
 def _shifted_distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,17 @@
-"""The evaluation protocol: real and generated windows in, the report out.
+"""The evaluation protocol: real and generated windows in, the report out. docs/evaluation.md defines its figures.
 
-Every figure carries its n and, where it is a mean, a 95 % interval. Figures of whole sets (Fréchet distance, precision,
-silhouette, ratios of medians, codes used …) have none, because resampling windows would bias them. A figure that was
-not measured is null with a reason. docs/evaluation.md defines all figures.
+Figures of whole sets (Fréchet distance, precision, silhouette, ratios of medians, codes used …) have no interval,
+because resampling windows would bias them.
 """
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_curve
 
 from mdlib import __version__
 from mdlib.data.splits import PARTS, overlap
@@ -25,13 +27,12 @@ from mdlib.evaluation.augmentation_study import (
     train_arms,
     unseen_classifiers,
 )
-from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks
-from mdlib.evaluation.fidelity import fidelity
+from mdlib.evaluation.classifiers import train_each
+from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate
+from mdlib.evaluation.fidelity import fidelity, statistics
 from mdlib.evaluation.gait_metrics import physics
-from mdlib.evaluation.image_statistics import statistics
-from mdlib.evaluation.intervals import bootstrapped, figure, missing, scored
-from mdlib.evaluation.verification import folds, verification
-from mdlib.models.classifier import SmallCNN
+from mdlib.evaluation.metrics import absent, bootstrapped, figure, interval, missing, scored
+from mdlib.models.classifier import Embedder, SmallCNN
 from mdlib.models.layers import parts
 from mdlib.training.latents import encode_all
 from mdlib.utils import bar
@@ -41,6 +42,11 @@ PAIRS_SHOWN = 6  # generated windows shown with their nearest training window
 COPY_QUANTILE = 0.01  # a copy is nearer to a training window than all but 1 % of the test windows are
 COPIED = 0.1  # fraction of copies from which the verdict warns; COPY_QUANTILE is expected by chance
 OTHER_LABEL = ("psnr_db_other_label", "taken_for_other_label")
+FOLDS = 3  # of users, for verification
+EMBEDDING = 64  # numbers an embedding
+PROBES = ("generated", "real")
+RATES = np.linspace(0, 1, 101)  # false acceptance rates at which curves are given
+DRAWS = 200  # of users, for the intervals of verification
 
 
 def evaluate(
@@ -55,7 +61,7 @@ def evaluate(
         about: what the reader should know of the run (system, preset, data …), copied into the report.
         classifiers_folder: saves the classifiers of real windows; runs on the same split use them again.
     """
-    total = count_classifiers(evidence, protocol) + len(folds(evidence.train.num_users) or ())
+    total = count_classifiers(evidence, protocol) + len(folds(evidence.train.num_users))
     with bar(total, "classifiers", unit="classifier") as progress:
         classifiers = unseen_classifiers(evidence, protocol, progress, classifiers_folder)
         arms = train_arms(evidence, protocol, progress, classifiers_folder)
@@ -92,7 +98,6 @@ def through_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Te
 
 
 def reconstruction(evidence: Evidence, arms: Arms) -> dict:
-    """PSNR and SSIM on test windows, and accuracy of the real-only classifiers after and before the codec."""
     names = ("psnr_db", "ssim", "identity_accuracy", "identity_accuracy_before")
     codec, test, blocks = evidence.codec, evidence.test, chance_blocks(evidence.test, evidence.gap)
     if codec is None:
@@ -109,8 +114,8 @@ def reconstruction(evidence: Evidence, arms: Arms) -> dict:
 
 
 def other_label(evidence: Evidence, arms: Arms) -> dict:
-    """PSNR of a conditional codec given a wrong user, and how often its output is taken for that user: often, where the
-    codec puts the user in itself and its reconstruction says nothing of the window."""
+    """Figures of a conditional codec given a wrong user. Its output is often taken for that user where the codec puts
+    the user in itself and its reconstruction says nothing of the window."""
     codec, test = evidence.codec, evidence.test
     if not codec.conditional:
         return missing(*OTHER_LABEL, reason="this codec is not conditioned on users")
@@ -123,7 +128,6 @@ def other_label(evidence: Evidence, arms: Arms) -> dict:
 
 @torch.no_grad()
 def codebook(evidence: Evidence) -> dict:
-    """Use of the codebook on unseen windows, see `metrics.codebook_figures`."""
     names = ("usage", "perplexity", "codes_per_user", "distinctive_codes_per_user", "distinctive_codes_least")
     codec, unseen = evidence.codec, evidence.unseen
     if not hasattr(codec, "encode_tokens"):
@@ -135,8 +139,7 @@ def codebook(evidence: Evidence) -> dict:
 
 
 def identity(evidence: Evidence, classifiers: list[SmallCNN]) -> dict:
-    """How often classifiers of unseen windows name the user a window was generated for; classifier_accuracy: the user
-    of a real training window."""
+    """The section `identity` without verification, by classifiers of unseen windows."""
     generated, train, users = evidence.generated, evidence.train, evidence.generated.num_users
     probabilities = torch.stack([one.probabilities(generated.images) for one in classifiers])  # (classifiers, N, n)
     named = probabilities.argmax(2)
@@ -158,43 +161,128 @@ def identity(evidence: Evidence, classifiers: list[SmallCNN]) -> dict:
     }
 
 
+@dataclass(frozen=True)
+class Trials:
+    """Comparisons of one kind of probe in one fold, each (T,)."""
+
+    scores: np.ndarray  # cosines
+    users: np.ndarray  # labels of the probes' users
+    named: np.ndarray  # labels of the users they are compared with
+
+    @property
+    def genuine(self) -> np.ndarray:
+        return self.users == self.named
+
+
+def verification(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> dict:
+    """verification_eer and roc of the section `identity`, means over folds.
+
+    Each fold's users are held out of the training of its embedder. The mean embedding of a held-out user's unseen
+    windows is enrolled; probes are compared with it by cosine: generated windows, and the generator's training windows,
+    which they imitate. A probe against its own user is genuine, against another held-out user an impostor.
+    """
+    groups = folds(evidence.train.num_users)
+    if not groups:
+        return {"verification_eer": absent("users are held out: it takes four or more")}
+    trials, jobs = {name: [] for name in PROBES}, []
+    real = concatenate(evidence.train, evidence.unseen)
+    for seed, held in enumerate(groups):
+        others = real.select(~torch.isin(real.labels, torch.from_numpy(held)))
+        jobs.append((Embedder, folder, others.images, others.labels, EMBEDDING, protocol.evaluation_steps, seed))
+    for held, embedder in zip(groups, train_each(jobs), strict=True):
+        for name, found in _trials(embedder, evidence, held).items():
+            trials[name].append(found)
+        progress.update()
+    if not all(found.genuine.any() and not found.genuine.all() for name in PROBES for found in trials[name]):
+        return {"verification_eer": absent("a fold has fewer than two users with windows to enrol and to probe with")}
+    rates, spread, curves = {}, {}, []
+    for name, of_folds in trials.items():
+        errors, true = zip(*(rates_of(one) for one in of_folds), strict=True)
+        redrawn, redrawn_true = resampled(of_folds)
+        rates[name], spread[name] = float(np.mean(errors)), interval(redrawn)
+        low, high = np.percentile(redrawn_true, [2.5, 97.5], axis=0)
+        curve = {"false": RATES, "true": np.mean(true, axis=0), "low": low, "high": high}
+        curves.append({"probes": name, **{key: values.tolist() for key, values in curve.items()}})
+    n = int(sum(one.genuine.sum() for one in trials["generated"]))
+    error = figure(rates["generated"], n, spread["generated"])
+    return {"verification_eer": {**error, "real": rates["real"], "real_ci95": spread["real"]}, "roc": curves}
+
+
+def folds(num_users: int) -> list[np.ndarray]:
+    """Labels of the held-out users of each fold, two or more, two or more others left; none with fewer than 4 users."""
+    if num_users < 4:
+        return []
+    return np.array_split(np.random.default_rng(0).permutation(num_users), min(FOLDS, num_users // 2))
+
+
+def _trials(embedder: Embedder, evidence: Evidence, held: np.ndarray) -> dict[str, Trials]:
+    """Each probe of a held-out user against each held-out user who has unseen windows."""
+    unseen, found = evidence.unseen, {}
+    held = np.intersect1d(held, unseen.labels.numpy())
+    of_held = lambda windows: windows.select(torch.isin(windows.labels, torch.from_numpy(held)))
+    enrolled = of_held(unseen)
+    embeddings = embedder.embeddings(enrolled.images)
+    means = [embeddings[enrolled.labels == label].mean(0) for label in held.tolist()]
+    for name, windows in zip(PROBES, (evidence.generated, evidence.train), strict=True):
+        probes = of_held(windows)
+        found[name] = Trials(*np.zeros((3, 0)))
+        if len(probes):
+            scores = embedder.embeddings(probes.images) @ F.normalize(torch.stack(means), dim=1).T
+            users = np.repeat(probes.labels.numpy(), len(held))
+            found[name] = Trials(scores.numpy().ravel(), users, np.tile(held, len(probes)))
+    return found
+
+
+def rates_of(trials: Trials, weights: np.ndarray | None = None) -> tuple[float, np.ndarray]:
+    """The equal error rate, and true acceptance at RATES."""
+    false, true, _ = roc_curve(trials.genuine, trials.scores, sample_weight=weights, drop_intermediate=False)
+    return metrics.equal_error_rate(false, true), np.interp(RATES, false, true)
+
+
+def resampled(of_folds: list[Trials]) -> tuple[np.ndarray, np.ndarray]:
+    """Bootstrap equal error rates (DRAWS,) and curves (DRAWS, RATES) over users of all folds. A comparison counts as
+    often as both its users were drawn (Owen 2007, the pigeonhole bootstrap), a fold by its users drawn, and not at all
+    with fewer than two different ones."""
+    rng, found = np.random.default_rng(0), []
+    users = np.unique(np.concatenate([one.users for one in of_folds]))
+    while len(found) < DRAWS:
+        times, counts, read = rng.multinomial(len(users), np.full(len(users), 1 / len(users))), [], []
+        for one in of_folds:
+            present = np.isin(users, one.users) & (times > 0)
+            if present.sum() > 1:
+                shown, named = (times[np.searchsorted(users, labels)] for labels in (one.users, one.named))
+                counts.append(int(times[present].sum()))
+                read.append(rates_of(one, np.where(one.genuine, shown, shown * named)))
+        if counts:
+            part = np.array(counts) / sum(counts)
+            found.append((part @ [error for error, _ in read], part @ np.stack([curve for _, curve in read])))
+    return np.array([error for error, _ in found]), np.stack([curve for _, curve in found])
+
+
 def memorisation(evidence: Evidence) -> dict:
-    """Distance of generated windows to training windows (`metrics.nearest_train`), relative to that of test windows."""
     generated, rows = metrics.nearest_train(evidence.generated, evidence.train)
     test, _ = metrics.nearest_train(evidence.test, evidence.train)
     copies = (generated < torch.quantile(test, COPY_QUANTILE)).double().numpy()
-    typical = test.median().clamp_min(1e-9)
+    typical, made, train = test.median().clamp_min(1e-9), evidence.generated.paths, evidence.train.paths
     return {
         "nearest_train_ratio": figure(float(generated.median() / typical), len(generated)),
         "copies": bootstrapped(copies, np.arange(len(generated))),
         "copies_expected": COPY_QUANTILE,
         "nearest": [
-            {
-                "generated": evidence.generated.files[row].path,
-                "train": evidence.train.files[int(rows[row])].path,
-                "ratio": float(generated[row] / typical),
-            }
+            {"generated": made[row], "train": train[rows[row]], "ratio": float(generated[row] / typical)}
             for row in generated.argsort()[:PAIRS_SHOWN].tolist()
         ],
     }
 
 
 def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
-    """helps, no evidence or hurts, by the interval of the gain, and a sentence for people.
-
-    The sentence also names chance where real windows alone come near it, explains an interval for other people that
-    disagrees with the verdict, and gives the gain by the reference classifier. It warns of a leak and of copies.
-
-    leak: fraction of test windows that overlap a training window; copied: fraction of generated windows that are copies
-    of training windows.
-    """
+    """helps, no evidence or hurts, by the interval of the gain, and a sentence for people. leak: fraction of test
+    windows that overlap a training window; copied: fraction of generated windows that are copies of one."""
     low, high = augmentation["gain_ci95"]
     word = "helps" if low > 0 else "hurts" if high < 0 else "no evidence"
-    meaning = {
-        "helps": "Generated windows help",
-        "hurts": "Generated windows hurt",
-        "no evidence": "No evidence that generated windows help or hurt",
-    }[word]
+    meaning = f"Generated windows {word.removesuffix('s')}"
+    if word == "no evidence":
+        meaning = "No evidence that generated windows help or hurt"
     real, both = augmentation["real_only"], augmentation["real_plus_generated"]
     gain = augmentation["gain"]["value"]
     seeds = f"{augmentation['seeds']} seeds" if augmentation["seeds"] > 1 else "1 seed, whose chance it leaves out"

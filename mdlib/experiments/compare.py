@@ -28,8 +28,7 @@ from mdlib.experiments.execute import execute
 from mdlib.experiments.run import Run, open_run, versions
 from mdlib.experiments.settings import check_names, read_record
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
-from mdlib.reports.comparison import conclusions, write_comparison
-from mdlib.reports.report import gather, load_generated
+from mdlib.reports.report import conclusions, gather, load_generated, write_comparison
 from mdlib.systems import SYSTEMS, get_preset
 from mdlib.systems.system import gpus, preset_for
 from mdlib.training.fit import read_history

@@ -22,10 +22,9 @@ from mdlib.evaluation.classifiers import train_classifier
 from mdlib.evaluation.metrics import code_counts, codebook_figures
 from mdlib.experiments.run import Run, open_run
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.codec_losses import FeatureDistance
-from mdlib.models.foundation import ClassifierFeatures, load_foundation
+from mdlib.models.codec import FeatureDistance
 from mdlib.models.layers import world
-from mdlib.models.perceptual import load_lpips
+from mdlib.models.pretrained import ClassifierFeatures, load_foundation, load_lpips
 from mdlib.systems import attach_losses, load_codec, make_codec, make_prior, seeded
 from mdlib.training.distributed import ERROR, check_batch, launch, processes
 from mdlib.training.fit import Batches, TrainConfig, fit_stages

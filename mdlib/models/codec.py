@@ -1,34 +1,41 @@
-"""What all codecs share: patches folded into channels, latent statistics, and the losses attached for training.
+"""What all codecs share, and the losses that train one: distances of frozen networks, alignment with a foundation's
+features (VA-VAE, Yao et al. 2025), and an adversary (PatchGAN, Isola et al. 2017).
 
-Legend: B batch, C image channels, H W pixels, h w latent grid, D latent channels.
+Legend: B batch, C image channels, H W pixels, h w latent grid, D latent channels, F width of a foundation's features.
 """
 
+import math
 from functools import wraps
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from mdlib.models.codec_losses import OPTIONS
-from mdlib.models.layers import LatentStats, parts
+from mdlib.models.classifier import SmallCNN
+from mdlib.models.layers import LatentStats, all_mean, parts
+
+GRADIENT_FLOOR = 1e-4
+HALF_PRECISION_SCALE = 1024.0
 
 
 class Codec(ModelMixin, ConfigMixin):
     """Image (B, C, H, W) in [−1, 1] ↔ normalised latents (B, D, h, w).
 
     A subclass defines `raw_latents` (not normalised), `decode` and `loss`. Methods take users (B,) as an optional
-    second argument, which only a `conditional` codec uses. The attached `losses` (`mdlib.models.codec_losses`) are
-    trained and checkpointed with the codec; `save_pretrained` leaves them out.
+    second argument, which only a `conditional` codec uses. The attached `losses` are trained and checkpointed with the
+    codec; `save_pretrained` leaves them out.
 
-    Args of the networks of all subclasses:
+    Args of all subclasses:
         image_size: H = W.
         in_channels: C, 1 for intensity or 3 for RGB.
-        patch_size: rows and columns folded into channels before the first convolution (space to depth): (2, 2)
-            quarters its cost, and unequal sides give Doppler and time different resolutions.
+        patch_size: rows and columns folded into channels before the first convolution (space to depth).
         block_out_channels: widths of the levels; n levels down-sample n − 1 times.
         layers_per_block, norm_num_groups: residual blocks a level, and groups of their norms.
-        mid_attention: self-attention at the coarsest level.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
     """
 
     conditional = False
@@ -66,8 +73,8 @@ class Codec(ModelMixin, ConfigMixin):
         self.losses = nn.ModuleDict()
 
     def configure(self, **options) -> None:
-        """Change options of the attached losses by name, as a stage of training does; ValueError for unknown names.
-        Options of losses that are not attached have no effect."""
+        """Change options of the attached losses by name, as a stage of training does. Options of losses that are not
+        attached have no effect."""
         if unknown := sorted(options.keys() - OPTIONS):
             raise ValueError(f"cannot change {', '.join(unknown)}: only {', '.join(sorted(OPTIONS))}")
         for loss in self.losses.values():
@@ -84,9 +91,8 @@ class Codec(ModelMixin, ConfigMixin):
                 groups[0]["params"] += loss.parameters()
         return groups
 
-    @wraps(ModelMixin.save_pretrained, assigned=())  # a pipeline reads the signature
+    @wraps(ModelMixin.save_pretrained)  # a pipeline reads the signature
     def save_pretrained(self, *arguments, **options) -> None:
-        """Save weights and configuration without the attached losses, see `ModelMixin.save_pretrained`."""
         attached = self.losses
         self.detach_losses()
         super().save_pretrained(*arguments, **options)
@@ -122,3 +128,172 @@ class Codec(ModelMixin, ConfigMixin):
         """Depth to space: (B, C·r·c, H/r, W/c) → (B, C, H, W)."""
         pixels = patches.unflatten(1, (-1, *self.patch))  # (B, C, r, c, H/r, W/c)
         return pixels.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+
+
+class CodecLoss(nn.Module):
+    """Base class: forward returns the weighted loss () and values to log. A distance is called with (outputs, images),
+    any other loss with (images, outputs, latents, reconstruction, the codec's last layers)."""
+
+    is_distance = False
+    options: frozenset[str] = frozenset()  # attributes that a stage of training may change, see `Codec.configure`
+    optimizer: dict = {}  # settings of AdamW that differ from the codec's
+
+
+class Distance(CodecLoss):
+    """weight · network(outputs, images), logged as `name`. The network is frozen, and not saved."""
+
+    is_distance = True
+
+    def __init__(self, name: str, network: nn.Module, weight: float):
+        super().__init__()
+        self.name, self.weight = name, weight
+        self._network = (network.requires_grad_(False),)  # in a tuple it is no part of the module
+
+    def forward(self, outputs: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        distance = self._network[0].to(images.device)(outputs, images).mean()
+        return self.weight * distance, {self.name: distance}
+
+
+class FeatureDistance(nn.Module):
+    """Network for `Distance`: mean squared difference of a user classifier's features, relative to their variance, mean
+    over its stages."""
+
+    def __init__(self, classifier: SmallCNN):
+        super().__init__()
+        self.classifier = classifier.eval().requires_grad_(False)
+
+    def forward(self, outputs: Tensor, images: Tensor) -> Tensor:
+        """Distance () of outputs from images, both (B, C, H, W) in [−1, 1]; the gradient reaches `outputs` only."""
+        with torch.no_grad():
+            targets = self.classifier.stages(images)
+        pairs = zip(self.classifier.stages(outputs), targets, strict=True)
+        return torch.stack([F.mse_loss(found, real) / real.var().clamp_min(1e-6) for found, real in pairs]).mean()
+
+
+class Alignment(CodecLoss):
+    """Latents, projected by a 1×1 convolution, imitate the features of a frozen foundation. Held-out losses only log
+    it: a weight that follows gradients would make two evaluations incomparable.
+
+    Args:
+        foundation: `VisionFeatures` or `ClassifierFeatures` (`mdlib.models.pretrained`); it is not saved.
+        latent_channels: D.
+        alignment_weight: ratio of this loss's gradient to the reconstruction's, see `adaptive_weight`.
+        cosine_margin, distance_margin: tolerances, see `cosine_loss` and `distance_loss`.
+    """
+
+    name = "alignment"
+    options = frozenset(("alignment_weight", "cosine_margin", "distance_margin"))
+
+    def __init__(
+        self, foundation: nn.Module, latent_channels: int, alignment_weight=0.5, cosine_margin=0.0, distance_margin=0.0
+    ):
+        super().__init__()
+        self.alignment_weight = alignment_weight
+        self.cosine_margin, self.distance_margin = cosine_margin, distance_margin
+        self._foundation = (foundation.requires_grad_(False),)
+        self.projection = nn.Conv2d(latent_channels, foundation.width, 1, bias=False)
+
+    def forward(self, images, outputs, latents, reconstruction, last_layers) -> tuple[Tensor, dict[str, Tensor]]:
+        zero = latents.new_zeros(())
+        if not self.alignment_weight:
+            return zero, {}
+        features = self._foundation[0].to(images.device).features(images, latents.shape[2:])
+        projected = self.projection(latents)  # (B, F, h, w)
+        with torch.autocast(images.device.type, enabled=False):  # half precision is too coarse for cosines near 1
+            cosine = cosine_loss(projected.float(), features.float(), self.cosine_margin)
+            distance = distance_loss(projected.float(), features.float(), self.distance_margin)
+        logs = {"align_cosine": cosine, "align_distance": distance}
+        if not torch.is_grad_enabled():
+            return zero, logs
+        weight = adaptive_weight(self.alignment_weight, reconstruction, cosine + distance, last_layers[0])
+        return weight * (cosine + distance), logs | {"align_weight": weight}
+
+
+class Adversary(CodecLoss):
+    """A PatchGAN discriminator with hinge loss. Both opponents learn in one backward pass, each from its own loss only.
+
+    Args:
+        channels, image_size: C and H = W of the images.
+        adversarial_weight: ratio of the codec's adversarial gradient to the reconstruction's, see `adaptive_weight`.
+        adversarial_start: batches before the discriminator trains and acts; accumulated batches count one by one.
+        discriminator_width, discriminator_layers: channels of its first layer; number of its down-sampling layers.
+    """
+
+    name = "adversary"
+    options = frozenset(("adversarial_weight", "adversarial_start"))
+    optimizer = {"betas": (0.5, 0.9), "weight_decay": 0.0}  # shorter memory: what it discriminates keeps changing
+
+    def __init__(
+        self,
+        channels: int,
+        image_size: int,
+        adversarial_weight: float = 0.5,
+        adversarial_start: int = 0,
+        discriminator_width: int = 64,
+        discriminator_layers: int = 3,
+    ):
+        super().__init__()
+        if image_size < 3 * 2**discriminator_layers:
+            raise ValueError(f"discriminator_layers {discriminator_layers} is too many for {image_size} pixels")
+        self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
+        self.discriminator = PatchGAN(channels, discriminator_width, discriminator_layers)
+        self.register_buffer("batches", torch.tensor(0))
+
+    def forward(self, images, outputs, latents, reconstruction, last_layers) -> tuple[Tensor, dict[str, Tensor]]:
+        acts = torch.is_grad_enabled() and (not self.adversarial_start or self.batches >= self.adversarial_start)
+        if self.training:
+            self.batches += 1
+        if not acts:
+            return outputs.new_zeros(()), {}
+        frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        with torch.autocast(images.device.type, enabled=False):  # its logits are unbounded
+            images, outputs = images.float(), outputs.float()
+            generator = -functional_call(self.discriminator, frozen, (outputs,)).mean()
+            real, fake = self.discriminator(torch.cat([images, outputs.detach()])).chunk(2)
+        discriminator = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        weight = adaptive_weight(self.adversarial_weight, reconstruction, generator, last_layers[1])
+        logs = {"generator": generator, "discriminator": discriminator, "generator_weight": weight}
+        return weight * generator + discriminator, logs
+
+
+OPTIONS = Alignment.options | Adversary.options
+
+
+class PatchGAN(nn.Sequential):
+    """Images (B, C, H, W) → one logit for each overlapping patch, above 0 if it looks real. Group norm replaces the
+    original's batch norm: batches are small and hold real and decoded windows together."""
+
+    def __init__(self, channels: int, width: int = 64, layers: int = 3):
+        sizes = [width * min(2**level, 8) for level in range(layers + 1)]
+        steps = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for level, (before, size) in enumerate(pairwise(sizes), start=1):
+            convolution = nn.Conv2d(before, size, 4, stride=2 if level < layers else 1, padding=1, bias=False)
+            steps += [convolution, nn.GroupNorm(math.gcd(size, 8), size), nn.LeakyReLU(0.2)]
+        super().__init__(*steps, nn.Conv2d(sizes[-1], 1, 4, padding=1))
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0, 0.02)
+
+
+def cosine_loss(projected: Tensor, features: Tensor, margin: float = 0.0) -> Tensor:
+    """Mean over positions of relu(1 − margin − cos(z, f)), of maps (B, F, h, w)."""
+    return F.relu(1 - margin - F.cosine_similarity(projected, features)).mean()
+
+
+def distance_loss(projected: Tensor, features: Tensor, margin: float = 0.0) -> Tensor:
+    """Mean over pairs of positions of relu(|cos(z_i, z_j) − cos(f_i, f_j)| − margin), of maps (B, F, h, w)."""
+    directions = [F.normalize(maps.flatten(2), dim=1) for maps in (projected, features)]  # (B, F, h·w)
+    z_pairs, f_pairs = (maps.transpose(1, 2) @ maps for maps in directions)  # (B, h·w, h·w)
+    return F.relu((z_pairs - f_pairs).abs() - margin).mean()
+
+
+def adaptive_weight(weight: float, reconstruction: Tensor, loss: Tensor, layer: nn.Parameter) -> Tensor:
+    """weight · ‖∇reconstruction‖ / max(‖∇loss‖, 1e-4), gradients with respect to `layer`. The authors add 1e-4 and clip
+    the quotient, for a reconstruction summed over pixels; ours is a mean, and the floor works at any scale."""
+    # A mean over pixels has gradients below float16's smallest value: both are scaled, which cancels in the quotient.
+    reference, own = (
+        all_mean(torch.autograd.grad(HALF_PRECISION_SCALE * value, layer, retain_graph=True)[0].float()).norm()
+        for value in (reconstruction, loss)
+    )
+    quotient = reference / own.clamp_min(HALF_PRECISION_SCALE * GRADIENT_FLOOR)
+    return weight * quotient.nan_to_num(nan=0.0, posinf=0.0)  # 0 for a step whose half precision overflows

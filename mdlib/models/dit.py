@@ -1,9 +1,8 @@
-"""LightningDiT: a transformer that moves noise to latents along straight lines, conditioned on the user.
+"""LightningDiT (Yao et al. 2025): a transformer that moves noise to latents along straight lines.
 
-Network: Peebles and Xie 2023 (DiT, AdaLN-Zero) with RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer 2020) and
-rotary positions in two dimensions (Su et al. 2021; Fang et al. 2024), as combined by Yao et al. 2025. Objective:
-flow matching (Lipman et al. 2023; Liu et al. 2023) along x_t = t·x + (1 − t)·ε, so t = 1 is data; t from a
-logit-normal (Esser et al. 2024). Samplers are diffusers'.
+Network: DiT with AdaLN-Zero (Peebles and Xie 2023), RMSNorm, SwiGLU (Shazeer 2020) and rotary positions in two
+dimensions (Su et al. 2021; Fang et al. 2024). Objective: flow matching (Lipman et al. 2023; Liu et al. 2023) along
+x_t = t·x + (1 − t)·ε, so t = 1 is data; t from a logit-normal (Esser et al. 2024). Samplers are diffusers'.
 Legend: B batch, D latent channels, h w latent grid, N tokens, d width of a token.
 """
 
@@ -15,38 +14,33 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import apply_rotary_emb, get_1d_sincos_pos_embed_from_grid, get_timestep_embedding
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mdlib.models.layers import UserEmbedding
-from mdlib.models.pretrained import load_completely, load_weights
-from mdlib.models.prior import LatentPrior, check_choice, check_number, check_steps, evenly_spread
+from mdlib.models.layers import UserEmbedding, check_choice, check_number, check_steps
+from mdlib.models.pretrained import load_completely, load_weights, renamed
+from mdlib.models.prior import LatentPrior, evenly_spread
 
 SAMPLERS = ("euler", "heun")
-SIZES = {
-    "S": dict(hidden_size=384, depth=12, num_heads=6),  # 33 M parameters
-    "B": dict(hidden_size=768, depth=12, num_heads=12),  # 130 M
-    "L": dict(hidden_size=1024, depth=24, num_heads=16),  # 458 M
-    "XL": dict(hidden_size=1152, depth=28, num_heads=16),  # 675 M
-}
+COSINE_WEIGHT = 1.0  # of 1 − cos(velocity, its prediction) over the channels, added to the mean square error
+TIME_STD = 1.0  # of logit(t) in training
+RENAMES = (  # of published weights, in this order; an empty name is computed here
+    (r"module\.", ""),
+    (r"x_embedder\.proj\.", "x_embedder."),
+    (r"t_embedder\.mlp\.", "t_embedder."),
+    (r"y_embedder\.embedding_table\.weight", "classes"),
+    (r"adaLN_modulation\.1\.", "modulation."),
+    ("pos_embed", "positions"),
+    (r"^feat_rope\..*", ""),
+)
 
 
 class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
     """p(latents | user) by a velocity field.
 
-    Args (the others are in `mdlib.models.prior.Prior`):
+    Args (the others are in `Prior`):
         patch_size: side of the square of latent positions that is one token.
-        hidden_size: d, a multiple of num_heads; d / num_heads is a multiple of 4.
-        depth: number of blocks.
-        num_heads: attention heads.
-        mlp_ratio: the SwiGLU's hidden width is 2/3 of mlp_ratio·d.
         qk_norm: RMSNorm of queries and keys: more stable in half precision.
-        cosine_weight: of 1 − cos(velocity, its prediction) over the channels, added to the mean square error.
-        time_mean, time_std: of logit(t) in training.
-        gradient_checkpointing: recompute the blocks in the backward pass: less memory, a third more time.
-
-    Raises:
-        ValueError: sizes that do not fit.
     """
 
     timesteps = 1000
@@ -60,11 +54,7 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         hidden_size: int = 384,
         depth: int = 12,
         num_heads: int = 6,
-        mlp_ratio: float = 4.0,
         qk_norm: bool = False,
-        cosine_weight: float = 1.0,
-        time_mean: float = 0.0,
-        time_std: float = 1.0,
         label_dropout: float = 0.1,
         gradient_checkpointing: bool = False,
         num_conditions: int = 1,
@@ -74,20 +64,18 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         if not isinstance(patch_size, int) or patch_size < 1 or height % patch_size or width % patch_size:
             raise ValueError(f"latents of {(height, width)} cannot be cut into patches of {patch_size}")
         check_number("label_dropout", label_dropout, 0, 1)
-        check_number("cosine_weight", cosine_weight, 0)
-        check_number("time_std", time_std, 0, above=True)
         self.latent_shape, self.null_label = tuple(latent_shape), num_users
         self.grid = (height // patch_size, width // patch_size)
         self.x_embedder = nn.Conv2d(channels, hidden_size, patch_size, stride=patch_size)
         self.t_embedder = TimeEmbedder(hidden_size)
         self.users = UserEmbedding(num_users, num_conditions, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
         self.register_buffer("positions", sine_positions(hidden_size, *self.grid), persistent=False)
         self.register_buffer("rotation", rotation(hidden_size // num_heads, *self.grid), persistent=False)
         initialise(self)
 
-    def forward(self, noisy: torch.Tensor, t: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+    def forward(self, noisy: Tensor, t: Tensor, users: Tensor) -> Tensor:
         """Velocity (B, D, h, w) towards the data at latents (B, D, h, w), t () or (B,) in [0, 1], and users (B, d)."""
         x = self.x_embedder(noisy).flatten(2).transpose(1, 2) + self.positions  # (B, N, d)
         c = F.silu(self.t_embedder(t.expand(len(noisy))) + users)  # (B, d)
@@ -101,27 +89,25 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # from (B, h/p, w/p, p, p, D)
 
     def loss(self, latents, users, conditions=None):
-        """Mean square error of the velocity + cosine_weight·(1 − cosine) at one t per sample, see
-        `mdlib.models.prior.Prior.loss`."""
-        self.check_shape(latents)
+        """Mean square error of the velocity + COSINE_WEIGHT·(1 − cosine) at one t per sample, see `Prior`."""
         users = self.drop_users(users)
         noise = torch.randn_like(latents)
         level = evenly_spread(len(latents), latents.device).clamp(1e-6, 1 - 1e-6)
-        t = torch.sigmoid(self.config.time_mean + self.config.time_std * torch.special.ndtri(level))  # logit-normal
+        t = torch.sigmoid(TIME_STD * torch.special.ndtri(level))  # logit-normal
         along = t.view(-1, 1, 1, 1)
         velocity = latents - noise
         output = self(noise + along * velocity, t, self.users(users, conditions)).float()
         mse = F.mse_loss(output, velocity)
         # A new prior's velocity is zero, where the cosine's slope is 1/eps: at the default 1e-8 too much for float16.
         cosine = 1 - F.cosine_similarity(output, velocity, dim=1, eps=0.1).mean()
-        return mse + self.config.cosine_weight * cosine, {"velocity_mse": mse.detach(), "cosine": cosine.detach()}
+        return mse + COSINE_WEIGHT * cosine, {"velocity_mse": mse.detach(), "cosine": cosine.detach()}
 
     @torch.no_grad()
     def sample(
         self,
-        users: torch.Tensor,
+        users: Tensor,
         *,
-        conditions: torch.Tensor | None = None,
+        conditions: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -130,11 +116,11 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         timestep_shift: float = 1.0,
         classifier: Callable | None = None,
         classifier_scale: float = 0.0,
-        towards: torch.Tensor | None = None,
-        share: float | torch.Tensor = 0.0,
+        towards: Tensor | None = None,
+        share: float | Tensor = 0.0,
         on_step: Callable | None = None,
-    ) -> torch.Tensor:
-        """Latents (B, D, h, w) for users (B,), see `mdlib.models.unet.LatentDiffusion.sample`; t/T there is 1 − t here.
+    ) -> Tensor:
+        """Latents (B, D, h, w) for users (B,), see `LatentPrior`; t/T there is 1 − t here.
 
         Args:
             scheduler: "euler" (one network call per step) or "heun" (two, but one in the last step).
@@ -144,27 +130,22 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         guidance = (guidance_scale, guidance_interval, classifier, classifier_scale)
         return self.denoise(sampler, users, conditions, generator, towards, share, on_step, guidance)
 
-    def output(self, noisy: torch.Tensor, timestep: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+    def output(self, noisy: Tensor, timestep: Tensor, users: Tensor) -> Tensor:
         """The velocity towards noise: diffusers' flow runs in σ = 1 − t."""
         return -self(noisy, 1 - timestep / self.timesteps, users)
 
-    def estimate(self, noisy: torch.Tensor, output: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def estimate(self, noisy: Tensor, output: Tensor, timestep: Tensor) -> Tensor:
         return noisy - timestep / self.timesteps * output
 
-    def class_change(self, gradient: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """−σ/(α² + σ²)·∇ log p(label | x_0) with α = 1 − σ: as in `LatentDiffusion`, for a path where α² + σ² is not
-        1."""
+    def class_change(self, gradient: Tensor, timestep: Tensor) -> Tensor:
+        """−σ/(α² + σ²)·∇ log p(label | x_0), α = 1 − σ: as in `LatentDiffusion`, but here α² + σ² is not 1."""
         sigma = timestep / self.timesteps
         return -sigma / (sigma**2 + (1 - sigma) ** 2) * gradient
 
     def load_published(self, source: str | Path) -> None:
-        """Load the weights of a published LightningDiT of the same size (.pt, .ckpt or .safetensors). Every user starts
-        at its null class.
-
-        Raises:
-            ValueError: a file of other sizes or of another model; the message lists the names that do not fit.
-        """
-        found = renamed(load_weights(source))
+        """Load the weights of a published LightningDiT (.pt, .ckpt or .safetensors). Every user starts at its null
+        class. ValueError for a file of other sizes or of another model."""
+        found = renamed(load_weights(source), RENAMES)
         if "classes" not in found or "positions" not in found:
             raise ValueError(f"{source} holds no LightningDiT: it has no class table or no pos_embed")
         tokens = found.pop("positions").shape[1]
@@ -182,7 +163,7 @@ class TimeEmbedder(nn.Sequential):
     def __init__(self, width: int):
         super().__init__(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t: Tensor) -> Tensor:
         waves = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
         return super().forward(waves.to(self[0].weight.dtype))
 
@@ -190,14 +171,14 @@ class TimeEmbedder(nn.Sequential):
 class Block(nn.Module):
     """Attention, then SwiGLU, each scaled, shifted and gated by the condition (AdaLN-Zero)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool):
+    def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
         self.norm1, self.norm2 = ModulatedNorm(width, eps=1e-6), ModulatedNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm)
-        self.mlp = SwiGLU(width, int(mlp_ratio * width * 2 / 3))
+        self.mlp = SwiGLU(width)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, c: Tensor, rotation: Tensor) -> Tensor:
         """x (B, N, d), condition c (B, d) after its SiLU, rotation (N, d/heads/2, 2) → (B, N, d)."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
         x = torch.addcmul(x, gate, self.attn(self.norm1(x, shift, scale), rotation))
@@ -207,7 +188,7 @@ class Block(nn.Module):
 class ModulatedNorm(nn.RMSNorm):
     """(1 + scale)·RMSNorm(x) + shift. The weight joins the scale: it may be float32 where x is in half precision."""
 
-    def forward(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """x (B, N, d), shift and scale (B, 1, d) → (B, N, d)."""
         return torch.addcmul(shift, F.rms_norm(x, self.normalized_shape, eps=self.eps), self.weight * (1 + scale))
 
@@ -223,7 +204,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None for _ in range(2))
 
-    def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         """x (B, N, d), rotation (N, d/heads/2, 2) → (B, N, d)."""
         qk, v = self.qkv(x).unflatten(2, (-1, x.shape[2] // self.heads)).tensor_split((2 * self.heads,), dim=2)
         if self.q_norm:
@@ -238,11 +219,12 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """silu(a)·b of one projection, then another (Shazeer 2020)."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int):
         super().__init__()
+        hidden = int(4.0 * width * 2 / 3)
         self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         a, b = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(a) * b)
 
@@ -255,15 +237,15 @@ class FinalLayer(nn.Module):
         self.norm_final, self.linear = ModulatedNorm(width, eps=1e-6), nn.Linear(width, outputs)
         self.modulation = nn.Linear(width, 2 * width)
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, d), condition c (B, d) after its SiLU → (B, N, outputs)."""
         shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
         return self.linear(self.norm_final(x, shift, scale))
 
 
 def make_sampler(name: str, steps: int, timestep_shift: float = 1.0, device: torch.device | str = "cpu"):
-    """A diffusers flow-matching scheduler with its timesteps set: even steps in t, then shifted. Heun's are diffusers'
-    own: even ones from 0 to .999, and a last one of a thousandth, without correction."""
+    """A diffusers flow-matching scheduler: even steps in t, then shifted. Heun's are diffusers' own: even ones from 0
+    to .999, and a last one of a thousandth, without correction."""
     check_choice("scheduler", name, SAMPLERS)
     check_steps(steps, LightningDiT.timesteps)
     check_number("timestep_shift", timestep_shift, 0.01, 100)
@@ -295,7 +277,7 @@ def initialise(model: nn.Module) -> None:
     nn.init.zeros_(model.final_layer.linear.weight)
 
 
-def sine_positions(width: int, rows: int, columns: int) -> torch.Tensor:
+def sine_positions(width: int, rows: int, columns: int) -> Tensor:
     """Fixed sine-cosine embedding (1, rows·columns, width): of the column in the first half, of the row in the second,
     as in MAE and DiT. (diffusers' two-dimensional function is for square grids.)"""
     place = torch.arange(rows * columns)
@@ -303,29 +285,10 @@ def sine_positions(width: int, rows: int, columns: int) -> torch.Tensor:
     return torch.cat(tuple(axes), dim=1).float().unsqueeze(0)
 
 
-def rotation(head_dim: int, rows: int, columns: int) -> torch.Tensor:
+def rotation(head_dim: int, rows: int, columns: int) -> Tensor:
     """Cosine and sine (rows·columns, head_dim/2, 2) of the rotation of neighbouring values: those of the first half of
     a head by the row, those of the second by the column (Su et al. 2021)."""
     place = torch.arange(rows * columns)
     frequencies = 10_000 ** -(torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
     angles = torch.cat([axis.unsqueeze(1) * frequencies for axis in (place // columns, place % columns)], dim=1)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
-
-
-def renamed(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A published LightningDiT's tensors under the names they have here, without those that are computed."""
-    names = {
-        "x_embedder.proj.": "x_embedder.",
-        "t_embedder.mlp.": "t_embedder.",
-        "y_embedder.embedding_table.weight": "classes",
-        "adaLN_modulation.1.": "modulation.",
-        "pos_embed": "positions",
-        "module.": "",
-    }
-    result = {}
-    for key, value in found.items():
-        for theirs, ours in names.items():
-            key = key.replace(theirs, ours)
-        if not key.startswith("feat_rope."):
-            result[key] = value
-    return result

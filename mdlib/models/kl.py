@@ -1,7 +1,6 @@
-"""KL-regularised autoencoder (Kingma and Welling 2014; Rombach et al. 2022): a codec of continuous latents.
+"""Codecs of continuous latents: a KL-regularised autoencoder (Kingma and Welling 2014; Rombach et al. 2022) and VA-VAE.
+The network is diffusers' AutoencoderKL; latents are the posterior's mean, normalised per channel.
 
-The network is diffusers' AutoencoderKL. Latents are the posterior's mean, normalised per channel: a diffusion schedule
-assumes unit variance.
 Legend: B batch, C image channels, H W pixels, h w latent grid, D latent channels.
 """
 
@@ -13,7 +12,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from mdlib.models.codec import Codec
-from mdlib.models.layers import check_labels, drop_labels
+from mdlib.models.layers import UserEmbedding, check_choice, check_number, drop_labels
 
 
 class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module when it loads
@@ -23,7 +22,6 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         latent_channels: D.
         kl_weight: weight of the KL divergence from N(0, 1), per latent value.
         reconstruction: "mse" or "l1".
-        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         level_attention: self-attention after every residual block of the coarsest level as well.
         num_users: users that encoder and decoder are conditioned on; 0 for none. The null label is `num_users`.
         label_dropout: fraction of training windows whose user is replaced by the null label.
@@ -41,7 +39,6 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         latent_channels: int = 4,
         kl_weight: float = 1e-6,
         reconstruction: str = "mse",
-        mid_attention: bool = True,
         gradient_checkpointing: bool = False,
         level_attention: bool = False,
         num_users: int = 0,
@@ -49,10 +46,8 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
     ):
         widths = tuple(block_out_channels)
         super().__init__(image_size, patch_size, len(widths), latent_channels)
-        if reconstruction not in ("mse", "l1"):
-            raise ValueError(f"reconstruction must be mse or l1, got {reconstruction!r}")
-        if not 0 <= label_dropout <= 1:
-            raise ValueError(f"label_dropout must lie in [0, 1], got {label_dropout}")
+        check_choice("reconstruction", reconstruction, ("mse", "l1"))
+        check_number("label_dropout", label_dropout, 0, 1)
         channels = in_channels * self.patch[0] * self.patch[1]
         attention = "Attn" if level_attention else ""
         self.vae = AutoencoderKL(
@@ -64,7 +59,6 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
             layers_per_block=layers_per_block,
             latent_channels=latent_channels,
             norm_num_groups=norm_num_groups,
-            mid_block_add_attention=mid_attention,
         )
         # Start almost without noise: with the usual variance of 1 it would drown the encoder's signal.
         nn.init.constant_(self.vae.quant_conv.bias[latent_channels:], -6.0)
@@ -72,7 +66,7 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
             self.vae.enable_gradient_checkpointing()
         self.conditional = num_users > 0
         if self.conditional:
-            self.users = nn.Embedding(num_users + 1, 128)
+            self.users = UserEmbedding(num_users, 1, 128)
             self.encoder_shift = nn.Linear(128, 2 * latent_channels)
             self.decoder_shift = nn.Linear(128, latent_channels)
             for layer in (self.encoder_shift, self.decoder_shift):  # at first users make no difference
@@ -115,5 +109,13 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
             return maps
         if users is None:
             users = torch.full((len(maps),), self.config.num_users, device=maps.device)
-        check_labels(users, self.config.num_users, "users")
+        self.users.check(users)
         return maps + getattr(self, layer)(self.users(users))[:, :, None, None]
+
+
+class VAVAE(KLVAE, ModelMixin):
+    """VA-VAE (Yao et al. 2025): a `KLVAE` that is trained with `Alignment`, and optionally `Adversary`, so that a prior
+    learns its latents sooner at the same reconstruction."""
+
+    aligned = True
+    _keys_to_ignore_on_load_unexpected = [r"projection\.weight", r"discriminator\..*", "batches"]  # saved by mdlib 0.1

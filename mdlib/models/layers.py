@@ -1,10 +1,11 @@
-"""Parts that several models use: latent statistics, embeddings of users, sampling of codes, batches, processes."""
+"""Parts that several models use: latent statistics, embeddings of users, sampling of codes, checks, processes."""
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 class LatentStats(nn.Module):
@@ -16,15 +17,15 @@ class LatentStats(nn.Module):
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
 
-    def fit(self, latents: torch.Tensor) -> None:
+    def fit(self, latents: Tensor) -> None:
         """Compute the statistics of `latents` (B, C, h, w)."""
         self.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
         self.std.copy_(latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
 
-    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+    def normalise(self, latents: Tensor) -> Tensor:
         return (latents - self.mean) / self.std
 
-    def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
+    def denormalise(self, latents: Tensor) -> Tensor:
         return latents * self.std + self.mean
 
 
@@ -42,25 +43,28 @@ class UserEmbedding(nn.Embedding):
         if num_conditions > 1:
             self.conditions = nn.Parameter(torch.zeros(num_conditions, size))
 
-    def forward(self, users: torch.Tensor, conditions: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, users: Tensor, conditions: Tensor | None = None) -> Tensor:
         """Vectors (B, size) of users (B,) and conditions (B,); None is condition 0 for all."""
         vectors = super().forward(users)
         if self.num_conditions == 1:
             return vectors
         return vectors + self.conditions[torch.zeros_like(users) if conditions is None else conditions]
 
-    def null(self, users: torch.Tensor) -> torch.Tensor:
+    def null(self, users: Tensor) -> Tensor:
         """The null label, once for each of users (B,)."""
         return torch.full_like(users, self.num_embeddings - 1)
 
-    def check(self, users: torch.Tensor, conditions: torch.Tensor | None = None) -> None:
+    def check(self, users: Tensor, conditions: Tensor | None = None) -> None:
         """Raise ValueError where one of users (B,) or conditions (B,) is unknown."""
-        check_labels(users, self.num_embeddings - 1)
-        if conditions is not None:
-            check_labels(conditions, self.num_conditions - 1, "conditions")
+        for name, labels, count in (
+            ("users", users, self.num_embeddings),
+            ("conditions", conditions, self.num_conditions),
+        ):
+            if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < count:
+                raise ValueError(f"{name} must lie in 0…{count - 1}, got {int(labels.min())}…{int(labels.max())}")
 
 
-def drop_labels(users: torch.Tensor, null_label: int, probability: float) -> torch.Tensor:
+def drop_labels(users: Tensor, null_label: int, probability: float) -> Tensor:
     """Users (B,), each replaced by the null label with `probability` (classifier-free guidance)."""
     if probability <= 0:
         return users
@@ -68,20 +72,14 @@ def drop_labels(users: torch.Tensor, null_label: int, probability: float) -> tor
     return torch.where(drop, null_label, users)
 
 
-def check_labels(labels: torch.Tensor, highest: int, name: str = "labels") -> None:
-    """Raise ValueError where one of labels (B,) lies outside 0…highest."""
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= highest):
-        raise ValueError(f"{name} must lie in 0…{highest}, got {int(labels.min())}…{int(labels.max())}")
-
-
-def uniform(batch: int, length: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+def uniform(batch: int, length: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
     """Uniform numbers (batch, length), row i from generator i where there is one per row."""
     if isinstance(generator, list):
         return torch.stack([torch.rand(length, generator=one) for one in generator])
     return torch.rand(batch, length, generator=generator)
 
 
-def inverse_cdf(logits: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+def inverse_cdf(logits: Tensor, level: Tensor) -> Tensor:
     """Samples (…) of softmax(logits (…, K)), each by a uniform number of level (…); in float64, so that a probability
     of zero stays zero."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
@@ -89,10 +87,32 @@ def inverse_cdf(logits: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     return chosen.squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
 
-def parts(device: torch.device, size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, ...]]:
+def parts(device: torch.device, size: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
     """Batches of `size` rows of the tensors that are not None, on `device`."""
     for part in zip(*(tensor.split(size) for tensor in tensors if tensor is not None), strict=True):
         yield tuple(tensor.to(device) for tensor in part)
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError where `value` is not among the `known` ones."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf, above: bool = False) -> None:
+    """Raise ValueError unless `value` is a finite number in [low, high], or in (low, high] where it must be `above`."""
+    inside = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+    if inside and not (above and value == low):
+        return
+    if math.isfinite(high):
+        raise ValueError(f"{name} must be in {'(' if above else '['}{low}, {high}], got {value}")
+    raise ValueError(f"{name} must be {f'above {low}' if above else f'{low} or more'}, got {value}")
+
+
+def check_steps(steps: int, most: int) -> None:
+    """Raise ValueError unless `steps` is a whole number in 1…most."""
+    if not isinstance(steps, int) or not 1 <= steps <= most:
+        raise ValueError(f"num_inference_steps must be a whole number in 1…{most}, got {steps}")
 
 
 # Several processes that train together -----------------------------------------------------------------------
@@ -108,7 +128,7 @@ def rank() -> int:
     return dist.get_rank() if world() > 1 else 0
 
 
-def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+def all_sum(tensor: Tensor) -> Tensor:
     """The sum of `tensor` over all processes, the same bits in each."""
     if world() == 1:
         return tensor
@@ -117,12 +137,12 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def all_mean(tensor: torch.Tensor) -> torch.Tensor:
+def all_mean(tensor: Tensor) -> Tensor:
     """The mean of `tensor` over all processes, the same bits in each."""
     return all_sum(tensor) / world()
 
 
-def gather(rows: torch.Tensor) -> torch.Tensor:
+def gather(rows: Tensor) -> Tensor:
     """`rows` (N, …) of all processes in the order of their ranks: (N·world, …)."""
     if world() == 1:
         return rows
@@ -131,7 +151,7 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def broadcast_from_first(tensors: Iterable[torch.Tensor]) -> None:
+def broadcast_from_first(tensors: Iterable[Tensor]) -> None:
     """Overwrite each tensor by that of the first process."""
     if world() == 1:
         return

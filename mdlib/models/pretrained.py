@@ -1,21 +1,30 @@
-"""Published weights: files are read without unpickling anything but tensors, and fit a model completely or not at all.
+"""Published networks and weights: VA-VAE's, foundations to align with, LPIPS and Inception. Files are read without
+unpickling anything but tensors, and fit a model completely or not at all.
 
-VA-VAE's weights (f16d32, Yao et al. 2025) come in the layout of latent diffusion's autoencoder (Rombach et al. 2022),
-for RGB. For a codec of one channel the first convolution's weights are summed over RGB, and the last one's averaged:
-grey images give the same latents, and the decoded intensity is the mean of the colours.
+Legend: B batch, N windows, C image channels, H W pixels, h w grid, D latent channels, F width of features.
 """
 
+import inspect
+import os
 import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from mdlib.data.windows import to_float
+from mdlib.models.classifier import SmallCNN
 
 INSIDE = ("ema", "model", "state_dict")  # entries of a training's checkpoint that hold weights, best first
 PROJECTION = "losses.alignment.projection.weight"
-RENAMES = (
+RENAMES = (  # of latent diffusion's weights, in this order; an empty name is no part of the codec
+    (r"^(loss|foundation_model)\..*", ""),
+    (r"^(linear|reverse)_proj\.weight$", PROJECTION),
     (r"\.down\.(\d+)\.", r".down_blocks.\1."),
     (r"\.block\.(\d+)\.", r".resnets.\1."),
     (r"\.attn\.(\d+)\.", r".attentions.\1."),
@@ -76,41 +85,168 @@ def load_completely(model, found: dict[str, Tensor], source: str | Path, optiona
     model.load_state_dict(own | fitting)
 
 
-def load_ldm(codec, weights: str | Path, statistics: str | Path | None = None) -> None:
+def load_ldm(codec, weights: str | Path) -> None:
     """Load published VA-VAE weights into a `VAVAE` of the same sizes (preset f16d32), and their projection into an
-    attached `Alignment` of the same width; errors as in `load_weights` and `load_completely`.
+    attached `Alignment` of the same width. Call `codec.calibrate` afterwards."""
+    load_completely(codec, convert_ldm(load_weights(weights), codec), weights, (*codec.optional, "stats."))
 
-    statistics: the published `latents_stats.pt`, mean and std of (1, D, 1, 1); without it call `codec.calibrate`.
-    """
-    found = convert_ldm(load_weights(weights), codec)
-    optional = codec.optional
-    if statistics:
-        found |= {f"stats.{name}": tensor for name, tensor in load_weights(statistics).items()}
-        if missing := {"stats.mean", "stats.std"} - found.keys():
-            raise ValueError(f"{statistics} misses {', '.join(sorted(missing))}")
-    else:
-        optional += ("stats.",)
-    load_completely(codec, found, weights, optional)
+
+def renamed(found: dict[str, Tensor], renames: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """Tensors under other names, by regular expressions and their replacements; without those whose name gets empty."""
+    result = {}
+    for name, tensor in found.items():
+        for old, new in renames:
+            name = re.sub(old, new, name)
+        result |= {name: tensor} if name else {}
+    return result
 
 
 def convert_ldm(state: dict[str, Tensor], codec) -> dict[str, Tensor]:
-    """Weights in latent diffusion's layout under the names and in the shapes of `codec`."""
+    """Weights in latent diffusion's layout under the names and in the shapes of `codec`. For a codec of one channel the
+    first convolution's weights are summed over RGB, and the last one's averaged: grey images give the same latents, and
+    the decoded intensity is the mean of the colours."""
     levels, grey, found = len(codec.config.block_out_channels), codec.config.in_channels == 1, {}
-    for name, tensor in state.items():
-        if name.startswith(("loss.", "foundation_model.")):  # not part of the codec
-            continue
-        if name.startswith(("linear_proj.", "reverse_proj.")):
-            found[PROJECTION] = tensor
-            continue
-        # Latent diffusion counts the decoder's levels from the finest, diffusers from the coarsest.
-        name = re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}.", name)
-        for old, new in RENAMES:
-            name = re.sub(old, new, name)
+    # Latent diffusion counts the decoder's levels from the finest, diffusers from the coarsest.
+    up = tuple((rf"^decoder\.up\.{level}\.", f"decoder.up_blocks.{levels - 1 - level}.") for level in range(levels))
+    for name, tensor in renamed(state, up + RENAMES).items():
         if ".attentions." in name and tensor.ndim == 4:
             tensor = tensor.flatten(1)  # a 1×1 convolution (C, C, 1, 1) is a linear layer (C, C)
         elif grey and name == "encoder.conv_in.weight":
             tensor = tensor.sum(1, keepdim=True)
         elif grey and name.startswith("decoder.conv_out."):
             tensor = tensor.mean(0, keepdim=True)
-        found[f"vae.{name}"] = tensor
+        found[name if name == PROJECTION else f"vae.{name}"] = tensor
     return found
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class VisionFeatures(nn.Module):
+    """Patch tokens of a vision transformer of the package transformers. Pixels are normalised by `mean` and `std` of
+    RGB in [0, 1], as when the model was trained; the authors of VA-VAE leave that out."""
+
+    def __init__(self, model: nn.Module, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        super().__init__()
+        if not isinstance(getattr(model.config, "patch_size", None), int):
+            raise ValueError(f"{type(model).__name__} has no patch_size: a foundation is a vision transformer (DINOv2)")
+        self.model = model.eval().requires_grad_(False)
+        self.width: int = model.config.hidden_size
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        # DINOv2 always interpolates its position encodings; ViT and DeiT do on request.
+        optional = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if optional else {}
+
+    @torch.no_grad()
+    def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Features (B, F, h, w) of images (B, 1 or 3, H, W) in [−1, 1], resized to one patch a cell of `grid`."""
+        size = [cells * self.model.config.patch_size for cells in grid]
+        resized = F.interpolate(images.expand(-1, 3, -1, -1), size, mode="bicubic", antialias=True)  # (B, 3, h·p, w·p)
+        pixels = ((resized + 1) / 2 - self.mean) / self.std
+        tokens = self.model(pixel_values=pixels, **self.options).last_hidden_state  # (B, class and registers + h·w, F)
+        cells = grid[0] * grid[1]
+        if tokens.shape[1] < cells:
+            raise ValueError(f"{type(self.model).__name__} merges patches: {tokens.shape[1]} tokens for {cells} cells")
+        return tokens[:, -cells:].transpose(1, 2).unflatten(2, tuple(grid))
+
+
+class ClassifierFeatures(nn.Module):
+    """Features of all stages of a user classifier, concatenated, and standardised on (at most 512 of) uint8 images
+    (N, C, S, S)."""
+
+    def __init__(self, classifier: SmallCNN, images: Tensor):
+        super().__init__()
+        self.classifier = classifier.eval().requires_grad_(False)
+        some = images[torch.linspace(0, len(images) - 1, min(len(images), 512)).long()]
+        with torch.no_grad():
+            stages = classifier.stages(to_float(some.to(classifier.device)))
+        self.register_buffer("mean", torch.cat([stage.mean((0, 2, 3)) for stage in stages]).view(-1, 1, 1))
+        std = torch.cat([stage.std((0, 2, 3)) for stage in stages]).view(-1, 1, 1)
+        # A feature that is constant in these windows must not dominate where it is not.
+        self.register_buffer("std", torch.where(std > 1e-6, std, 1.0))
+        self.width: int = len(self.mean)
+
+    @torch.no_grad()
+    def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Features (B, F, h, w) of images (B, C, H, W) in [−1, 1], each stage averaged or interpolated to `grid`."""
+        stages = self.classifier.stages(images)
+        same = [F.interpolate(stage.float(), grid, mode="bilinear", antialias=True) for stage in stages]
+        return (torch.cat(same, 1) - self.mean) / self.std
+
+
+def load_foundation(name_or_path: str | Path) -> VisionFeatures:
+    """The vision transformer of a folder, or of a name on the Hugging Face hub; safetensors only. FileNotFoundError if
+    it is not on disk and cannot be downloaded, ValueError if it is no vision transformer."""
+    name = str(name_or_path)
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+    try:
+        with torch.random.fork_rng():  # its initial weights are random; the caller's random numbers stay as they are
+            model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, local_files_only=offline)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"the foundation model {name} is not here as a folder of config.json and model.safetensors, and could not "
+            "be downloaded: attach it (on Kaggle: as an input) and give its folder, or train without alignment by "
+            "foundation=none"
+        ) from error
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(name, local_files_only=offline)
+    except OSError:  # a folder without preprocessor_config.json
+        found = {}
+    return VisionFeatures(model, found.get("image_mean", IMAGENET_MEAN), found.get("image_std", IMAGENET_STD))
+
+
+LPIPS_BACKBONES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+INCEPTION = "inception_v3_google-0cc3c7bd.pth"
+
+
+def lpips_weights(net: str) -> Path:
+    """Path of the weights of an LPIPS backbone, whether they are there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
+
+
+def load_lpips(net: str = "squeeze") -> nn.Module:
+    """LPIPS distance (Zhang et al. 2018) of the `lpips` package, frozen; inputs (B, 1 or 3, H, W) in [−1, 1].
+    FileNotFoundError if the package is missing, or the backbone is not on disk and cannot be downloaded."""
+    if net not in LPIPS_BACKBONES:
+        raise ValueError(f"unknown LPIPS net {net!r}: choose one of {', '.join(LPIPS_BACKBONES)}")
+    try:
+        import lpips
+    except ImportError as error:
+        raise FileNotFoundError("LPIPS needs the package lpips: install it or set perceptual_weight=0") from error
+    weights = lpips_weights(net)
+    try:
+        if not weights.exists() and os.environ.get("HF_HUB_OFFLINE") == "1":
+            raise OSError("offline mode is on")
+        with torch.random.fork_rng():  # its initial weights are random; the caller's random numbers stay as they are
+            model = lpips.LPIPS(net=net, verbose=False)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"LPIPS needs {weights.name}, which is not in {weights.parent} and could not be downloaded ({error}): "
+            "put the file there (on Kaggle: attach it as a dataset and copy it) or set perceptual_weight=0"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def load_inception() -> nn.Module:
+    """torchvision's Inception v3 (Szegedy et al. 2016) without its last layer, frozen: images (B, 1 or 3, H, W) in
+    [−1, 1] → features (B, 2048). It is not the network of published FIDs: compare its figures with its own only.
+    FileNotFoundError if its weights are not on this machine; they are not downloaded."""
+    from torchvision.models import inception_v3
+
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+    if not weights.exists():
+        raise FileNotFoundError(f"{weights.name} is not on this machine")
+    network = inception_v3(weights=None, init_weights=False, transform_input=False)
+    try:
+        network.load_state_dict(load_weights(weights))
+    except (ValueError, RuntimeError) as error:
+        raise FileNotFoundError(f"{weights} is incomplete, or of another network: {error}") from error
+    network.fc = nn.Identity()
+    resize = lambda images: F.interpolate(images, size=(299, 299), mode="bilinear", antialias=True)
+    network.register_forward_pre_hook(lambda _, inputs: resize(*inputs).expand(-1, 3, -1, -1))
+    return network.eval().requires_grad_(False)

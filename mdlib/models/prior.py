@@ -4,76 +4,49 @@ Legend: B batch, D latent channels, h w grid of tokens or latents, E width of a 
 """
 
 import inspect
-import math
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
-from mdlib.models.layers import drop_labels
-
-# Arguments of `sample` that are no plain values: the pipeline passes them.
-NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "share", "on_step"}
+from mdlib.models.layers import check_number, drop_labels
 
 
 class Prior:
     """Base of p(tokens | user) and p(latents | user), mixed into a diffusers model.
 
     A subclass has `consumes` ("tokens" or "latents"), `token_shape` or `latent_shape`, `users` (a `UserEmbedding`),
-    `null_label`, and these arguments of its constructor:
+    `null_label`, and two methods: `loss(z, users, conditions=None)` of tokens (B, h, w) or latents (B, D, h, w) returns
+    the loss () and parts of it to log, `sample(users, *, ...)` tokens or latents for users (B,).
 
-    Args:
+    Args of the constructors:
         num_codes, token_shape: K and (h, w) of the codec's token grid.
         latent_shape: (D, h, w) of the codec's latents.
         num_users: n; label n is the null label of classifier-free guidance.
         num_conditions: carrying conditions, see `mdlib.models.layers.UserEmbedding`.
         label_dropout: fraction of training samples that get the null label.
+        hidden_size, depth, num_heads: of a transformer: width, number of blocks, attention heads.
+        gradient_checkpointing: recompute blocks in the backward pass: less memory, a third more time.
+
+    Args of `sample`:
+        users: labels in 0…num_users, the last of which is the null label.
+        conditions: labels (B,) of carrying conditions; None is condition 0 for all.
+        generator: one for the batch, or one per sample: a sample then does not depend on its batch.
+        guidance_scale: s in null + s·(user − null); 1 is plain conditional sampling.
+        num_inference_steps: steps from noise to data.
+        towards, share: second users (B,), and where to sample between the two: 0 is `users`, 1 is `towards`; one number
+            or one per sample.
+        on_step: called as on_step(number, estimate of the sample) after every network call.
     """
 
-    def loss(
-        self, z: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss () of tokens or latents `z` given users (B,) and conditions (B,), and the parts of it to log."""
-        raise NotImplementedError
-
-    def sample(self, users: torch.Tensor, **options) -> torch.Tensor:
-        """Tokens (B, h, w) or latents (B, D, h, w) for users (B,).
-
-        Args:
-            users: labels in 0…num_users, the last of which is the null label.
-            conditions: labels (B,) of carrying conditions; None is condition 0 for all.
-            generator: one for the batch, or one per sample: a sample then does not depend on its batch.
-            guidance_scale: s in null + s·(user − null); 1 is plain conditional sampling.
-            towards, share: (priors that denoise) second users (B,), and where to sample between the two: 0 is `users`,
-                1 is `towards`; one number or one per sample.
-            on_step: (priors that denoise) called as on_step(number, estimate of the sample) after every network call.
-            options: see the prior.
-
-        Raises:
-            ValueError: an option outside its range, an unknown label, or a wrong number of generators.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def sampling_options(cls) -> dict:
-        """The options of `sample` that are plain values, with their defaults."""
-        known = inspect.signature(cls.sample).parameters
-        return {name: option.default for name, option in known.items() if name not in NO_OPTIONS}
-
-    def check_shape(self, z: torch.Tensor) -> None:
-        """Raise ValueError unless tokens (B, h, w) or latents (B, D, h, w) have the shape this prior was built for."""
-        shape = self.token_shape if self.consumes == "tokens" else self.latent_shape
-        if tuple(z.shape[1:]) != shape:
-            raise ValueError(f"this prior takes {self.consumes} of shape {shape}, got {tuple(z.shape[1:])}")
-
-    def drop_users(self, users: torch.Tensor) -> torch.Tensor:
+    def drop_users(self, users: Tensor) -> Tensor:
         """Users (B,) after the label dropout of training."""
         return drop_labels(users, self.null_label, self.config.label_dropout if self.training else 0.0)
 
-    def check_request(self, users, conditions, generator, guidance_scale, towards=None, share=0.0) -> torch.Tensor:
+    def check_request(self, users, conditions, generator, guidance_scale, towards=None, share=0.0) -> Tensor:
         """Raise ValueError for arguments that `sample` must refuse; returns `share` as a tensor (B,)."""
         self.users.check(users, conditions)
-        if towards is not None:
-            self.users.check(towards)
+        self.users.check(users if towards is None else towards)
         check_number("guidance_scale", guidance_scale, 0)
         if guidance_scale != 1 and self.config.label_dropout == 0:
             raise ValueError("guidance needs a prior trained with label_dropout: guidance_scale must be 1")
@@ -92,13 +65,22 @@ class LatentPrior(Prior):
     `output(noisy, timestep, users (B, E))`: what the sampler's step takes (B, D, h, w);
     `estimate(noisy, output, timestep)`: the estimate of x_0 (B, D, h, w) that follows from it;
     `class_change(gradient, timestep)`: its change for a gradient of log p(label | x_0) (B, D, h, w).
+
+    Args of `sample` beyond those of `Prior`:
+        guidance_interval: guide only where t/T lies in it (Kynkäänniemi et al. 2024); 1 is pure noise.
+        scheduler: name of a sampler.
+        classifier: log p(user | latents) as a function (latents (B, D, h, w), users (B,)) → (B,), evaluated at the
+            estimate of x_0; needed where classifier_scale is not 0.
+        classifier_scale: of the classifier's gradient (Dhariwal and Nichol 2021, there with a classifier of noisy
+            latents); 0 turns it off.
+        towards, share: interpolate between the users' embeddings.
     """
 
     consumes = "latents"
 
-    def denoise(self, sampler, users, conditions, generator, towards, share, on_step, guidance: tuple) -> torch.Tensor:
+    def denoise(self, sampler, users, conditions, generator, towards, share, on_step, guidance: tuple) -> Tensor:
         """Latents (B, D, h, w) along the timesteps of a diffusers scheduler; guidance: guidance_scale,
-        guidance_interval, classifier and classifier_scale. See `sample`."""
+        guidance_interval, classifier and classifier_scale."""
         scale, interval, classifier, classifier_scale = guidance
         share = self.check_request(users, conditions, generator, scale, towards, share)
         check_number("classifier_scale", classifier_scale, 0)
@@ -135,34 +117,12 @@ class LatentPrior(Prior):
         return noisy
 
 
-def guided(user: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
+def guided(user: Tensor, null: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2022) of a network's outputs for the user and for the null label."""
     return null + scale * (user - null)
 
 
-def evenly_spread(count: int, device: torch.device) -> torch.Tensor:
+def evenly_spread(count: int, device: torch.device) -> Tensor:
     """Numbers (count,) in [0, 1) at equal distances from a random start (Kingma et al. 2021): each is uniform, and the
     loss of a batch varies less than with independent ones."""
     return (torch.rand((), device=device) + torch.arange(count, device=device) / count) % 1
-
-
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError where `value` is not among the `known` ones."""
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def check_number(name: str, value: float, low: float, high: float = math.inf, above: bool = False) -> None:
-    """Raise ValueError unless `value` is a finite number in [low, high], or in (low, high] where it must be `above`."""
-    inside = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
-    if inside and not (above and value == low):
-        return
-    if math.isfinite(high):
-        raise ValueError(f"{name} must be in {'(' if above else '['}{low}, {high}], got {value}")
-    raise ValueError(f"{name} must be {f'above {low}' if above else f'{low} or more'}, got {value}")
-
-
-def check_steps(steps: int, most: int) -> None:
-    """Raise ValueError unless `steps` is a whole number in 1…most."""
-    if not isinstance(steps, int) or not 1 <= steps <= most:
-        raise ValueError(f"num_inference_steps must be a whole number in 1…{most}, got {steps}")

@@ -1,16 +1,13 @@
-"""Token prior: a causal transformer over a codec's token grid, conditioned on the user.
-
-The network is transformers' GPT-2 (Radford et al. 2019), built from a configuration without pretrained weights. The
+"""Token prior: transformers' GPT-2 (Radford et al. 2019) over a codec's token grid, without pretrained weights. The
 user's embedding is added at every position. Tokens run column by column (time first, as they were measured), each
-column from the fastest Doppler row down.
-Legend: B batch, h w token grid, T = h·w tokens, K codes.
+column from the fastest Doppler row down. Legend: B batch, h w token grid, T = h·w tokens, K codes.
 """
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2Model
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -19,16 +16,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mdlib.models.layers import UserEmbedding, inverse_cdf, uniform
-from mdlib.models.prior import Prior, check_number, guided
+from mdlib.models.layers import UserEmbedding, check_number, inverse_cdf, uniform
+from mdlib.models.prior import Prior, guided
 
 
 class TokenPrior(Prior, ModelMixin, ConfigMixin):
-    """p(tokens | user) as a product over positions.
-
-    Args (the others are in `mdlib.models.prior.Prior`):
-        hidden_size, num_layers, num_heads, dropout: GPT-2's.
-    """
+    """p(tokens | user) as a product over positions. num_layers and dropout are GPT-2's, the other arguments are in
+    `Prior`."""
 
     consumes = "tokens"
 
@@ -49,8 +43,10 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
         self.token_shape, self.null_label = tuple(token_shape), num_users
         self.num_tokens = self.token_shape[0] * self.token_shape[1]
         self.start = num_codes  # the input at position 0: no token yet
+        self.tokens = nn.Embedding(num_codes + 1, hidden_size)
+        self.users = UserEmbedding(num_users, num_conditions, hidden_size)
         config = GPT2Config(
-            vocab_size=1,  # unused: the table below also holds the start symbol
+            vocab_size=1,  # unused: `tokens` also holds the start symbol
             n_positions=self.num_tokens,
             n_embd=hidden_size,
             n_layer=num_layers,
@@ -62,30 +58,25 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
             eos_token_id=None,
             attn_implementation="sdpa",
         )
-        self.tokens = nn.Embedding(num_codes + 1, hidden_size)
-        self.users = UserEmbedding(num_users, num_conditions, hidden_size)
         self.gpt = GPT2Model(config)
         self.head = nn.Linear(hidden_size, num_codes, bias=False)
         for table in (self.tokens, self.users, self.head):
             nn.init.normal_(table.weight, std=0.02)
 
     def loss(self, tokens, users, conditions=None):
-        """Mean cross-entropy in nats per token, see `mdlib.models.prior.Prior.loss`."""
-        self.check_shape(tokens)
+        """Mean cross-entropy in nats per token, see `Prior`."""
         sequence = self.to_sequence(tokens)
         logits = self(sequence, self.drop_users(users), conditions)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), sequence.flatten())
         return loss, {"nats_per_token": loss.detach()}
 
-    def forward(
-        self, sequence: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, sequence: Tensor, users: Tensor, conditions: Tensor | None = None) -> Tensor:
         """Logits (B, T, K) of every token of sequence (B, T) given the tokens before it, users and conditions (B,)."""
         start = sequence.new_full((len(sequence), 1), self.start)
         hidden, _ = self._step(torch.cat([start, sequence[:, :-1]], 1), self.users(users, conditions))
         return self.head(hidden)
 
-    def _step(self, inputs: torch.Tensor, users: torch.Tensor, cache: DynamicCache | None = None):
+    def _step(self, inputs: Tensor, users: Tensor, cache: DynamicCache | None = None):
         """Hidden states (B, t, hidden) of tokens (B, t) and embeddings of users (B, hidden), and the cache."""
         embeddings = self.tokens(inputs) + users.unsqueeze(1)
         output = self.gpt(inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None)
@@ -94,23 +85,30 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
     @torch.no_grad()
     def sample(
         self,
-        users: torch.Tensor,
+        users: Tensor,
         *,
-        conditions: torch.Tensor | None = None,
+        conditions: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         use_cache: bool = True,
-    ) -> torch.Tensor:
-        """Tokens (B, h, w) for users (B,), see `mdlib.models.prior.Prior.sample`; guidance acts on the logits.
+    ) -> Tensor:
+        """Tokens (B, h, w) for users (B,), see `Prior`; guidance acts on the logits.
 
         Args:
             temperature, top_k, top_p: transformers' logits warpers; 1, 0 and 1 leave the distribution as it is.
             use_cache: store keys and values of earlier positions instead of computing them again.
         """
-        warpers = _warpers(temperature, top_k, top_p)
+        check_number("temperature", temperature, 0, above=True)
+        check_number("top_k", top_k, 0)
+        check_number("top_p", top_p, 0, 1, above=True)
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+        if top_k:
+            warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            warpers.append(TopPLogitsWarper(float(top_p)))
         self.check_request(users, conditions, generator, guidance_scale)
         if not len(users):
             return users.new_empty(0, *self.token_shape)
@@ -130,24 +128,10 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
             sequence = torch.cat([sequence, chosen.unsqueeze(1)], 1)
         return self.to_grid(sequence[:, 1:])
 
-    def to_sequence(self, tokens: torch.Tensor) -> torch.Tensor:
+    def to_sequence(self, tokens: Tensor) -> Tensor:
         """(B, h, w) → (B, T), column by column."""
         return tokens.transpose(1, 2).flatten(1)
 
-    def to_grid(self, sequence: torch.Tensor) -> torch.Tensor:
+    def to_grid(self, sequence: Tensor) -> Tensor:
         """(B, T) → (B, h, w)."""
         return sequence.unflatten(1, self.token_shape[::-1]).transpose(1, 2)
-
-
-def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
-    check_number("temperature", temperature, 0, above=True)
-    check_number("top_k", top_k, 0)
-    check_number("top_p", top_p, 0, 1, above=True)
-    warpers = LogitsProcessorList()
-    if temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(float(top_p)))
-    return warpers

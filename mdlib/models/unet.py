@@ -1,11 +1,7 @@
-"""Diffusion over a codec's latents by a UNet, conditioned on the user.
+"""Diffusion over a codec's latents by diffusers' UNet, schedules and samplers, conditioned on the user.
 
-Ho et al. 2020 (DDPM), Salimans and Ho 2022 (v-prediction), Hang et al. 2023 (Min-SNR weights), Ho and Salimans 2022
-(classifier-free guidance). Network, noise schedules and samplers are diffusers'. Attention "window_axial" costs less
-than full attention, O(n²) for n positions: rows of the grid are Doppler, columns are time; window attention (Liu et al.
-2021, without shifts) costs O(n·w²) with windows of w × w; axial attention (Ho et al. 2019), first along time within a
-Doppler row, then along Doppler within a time column, costs O(n·√n).
-Legend: B batch, D latent channels, h w latent grid, x_t = α_t·x_0 + σ_t·ε.
+Ho et al. 2020 (DDPM), Salimans and Ho 2022 (v-prediction), Hang et al. 2023 (Min-SNR weights).
+Legend: B batch, D latent channels, h w latent grid (Doppler × time), x_t = α_t·x_0 + σ_t·ε.
 """
 
 import copy
@@ -24,10 +20,10 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.training_utils import compute_snr
-from torch import nn
+from torch import Tensor, nn
 
-from mdlib.models.layers import UserEmbedding
-from mdlib.models.prior import LatentPrior, check_choice, check_number, check_steps, evenly_spread
+from mdlib.models.layers import UserEmbedding, check_choice, check_number, check_steps
+from mdlib.models.prior import LatentPrior, evenly_spread
 
 # timestep_spacing "trailing" starts at pure noise (Lin et al. 2024). A clipped sample would be wrong: latents have unit
 # variance, not a range.
@@ -37,30 +33,30 @@ SAMPLERS = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "lambda_min_clipped": -5.1}),
 }
-SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
+SCHEDULES = {
+    "squaredcos_cap_v2": (0.0001, 0.02),
+    "linear": (0.0001, 0.02),
+    "scaled_linear": (0.00085, 0.012),
+}  # first and last β
+MIN_SNR_GAMMA = 5.0
 
 
 class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
     """p(latents | user) by denoising.
 
-    Args (the others are in `mdlib.models.prior.Prior`):
+    Args (the others are in `Prior`):
         block_out_channels: widths of the levels; n levels down-sample n − 1 times.
-        layers_per_block: residual blocks per level.
-        norm_num_groups: groups of the group norms.
+        layers_per_block, norm_num_groups, dropout: residual blocks per level, groups of their norms, their dropout.
         attention: "full" (at all levels but the first), "window_axial" (windows in the first half of the levels, both
-            axes in the others and the middle) or "none".
-        window: side of the windows in latent positions.
+            axes in the others and the middle) or "none". For n positions full attention costs O(n²), windows of w × w
+            (Liu et al. 2021, without shifts) O(n·w²), and axial attention (Ho et al. 2019) O(n·√n).
+        window: w in latent positions.
         head_dim: channels of an attention head.
-        dropout: of the residual blocks.
         prediction: what the network predicts, "epsilon" or "v_prediction".
         schedule: of the noise, "squaredcos_cap_v2", "linear" or "scaled_linear".
-        num_train_timesteps: T.
-        min_snr_gamma: γ of the Min-SNR weights; 0 weighs all timesteps equally.
-        gradient_checkpointing: recompute the residual blocks in the backward pass: less memory, a third more time.
-
-    Raises:
-        ValueError: sizes or names that do not fit.
     """
+
+    timesteps = 1000
 
     @register_to_config
     def __init__(
@@ -77,22 +73,19 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         label_dropout: float = 0.1,
         prediction: str = "v_prediction",
         schedule: str = "squaredcos_cap_v2",
-        num_train_timesteps: int = 1000,
-        min_snr_gamma: float = 5.0,
         gradient_checkpointing: bool = False,
         num_conditions: int = 1,
     ):
         super().__init__()
         check_choice("attention", attention, ("full", "window_axial", "none"))
         check_choice("prediction", prediction, ("epsilon", "v_prediction"))
-        check_choice("schedule", schedule, SCHEDULES)
+        check_choice("schedule", schedule, tuple(SCHEDULES))
         if prediction == "epsilon" and schedule == "squaredcos_cap_v2":
             # At the end of this schedule α is 5e-5: the estimate of x_0 would be the network's error times 20,000.
             raise ValueError("prediction epsilon fails at the end of squaredcos_cap_v2: choose schedule scaled_linear")
-        check_number("min_snr_gamma", min_snr_gamma, 0)
         check_number("label_dropout", label_dropout, 0, 1)
         self.latent_shape, self.null_label = tuple(latent_shape), num_users
-        self.timesteps, self.velocity = num_train_timesteps, prediction == "v_prediction"
+        self.velocity = prediction == "v_prediction"
         halvings = len(block_out_channels) - 1
         if any(side % 2**halvings for side in self.latent_shape[1:]):
             raise ValueError(f"latents of {self.latent_shape[1:]} cannot be halved {halvings} times: use fewer levels")
@@ -122,23 +115,21 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         self.users = UserEmbedding(num_users, num_conditions, 4 * block_out_channels[0])
         nn.init.normal_(self.users.weight, std=0.5)
         self.schedule = DDPMScheduler(
-            num_train_timesteps=num_train_timesteps,
+            num_train_timesteps=self.timesteps,
             beta_schedule=schedule,
-            # The usual values for a thousand timesteps; with fewer, each adds more noise.
-            beta_start=(0.00085 if schedule == "scaled_linear" else 0.0001) * 1000 / num_train_timesteps,
-            beta_end=(0.012 if schedule == "scaled_linear" else 0.02) * 1000 / num_train_timesteps,
+            beta_start=SCHEDULES[schedule][0],
+            beta_end=SCHEDULES[schedule][1],
             prediction_type=prediction,
             clip_sample=False,
             timestep_spacing="trailing",
         )
 
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+    def forward(self, noisy: Tensor, timesteps: Tensor, users: Tensor) -> Tensor:
         """ε or v (B, D, h, w) at noisy latents (B, D, h, w), timesteps (B,) and user embeddings (B, E)."""
         return self.unet(noisy, timesteps, class_labels=users).sample
 
     def loss(self, latents, users, conditions=None):
-        """Min-SNR weighted mean square error at one timestep per sample, see `mdlib.models.prior.Prior.loss`."""
-        self.check_shape(latents)
+        """Min-SNR weighted mean square error at one timestep per sample, see `Prior`."""
         users = self.drop_users(users)
         noise = torch.randn_like(latents)
         timesteps = (evenly_spread(len(latents), latents.device) * self.timesteps).long().clamp_max(self.timesteps - 1)
@@ -146,19 +137,17 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         target = self.schedule.get_velocity(latents, noise, timesteps) if self.velocity else noise
         output = self(noisy, timesteps, self.users(users, conditions)).float()
         error = (output - target).square().mean((1, 2, 3))  # (B,)
-        if gamma := self.config.min_snr_gamma:  # min(SNR, γ) in x_0, written for the error in ε or v
-            snr = compute_snr(self.schedule, timesteps)
-            weighted = snr.clamp_max(gamma) / (snr + 1 if self.velocity else snr) * error
-        else:
-            weighted = error
+        snr = compute_snr(self.schedule, timesteps)
+        # min(SNR, γ) in x_0, written for the error in ε or v.
+        weighted = snr.clamp_max(MIN_SNR_GAMMA) / (snr + 1 if self.velocity else snr) * error
         return weighted.mean(), {"denoising_mse": error.mean().detach()}
 
     @torch.no_grad()
     def sample(
         self,
-        users: torch.Tensor,
+        users: Tensor,
         *,
-        conditions: torch.Tensor | None = None,
+        conditions: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -166,22 +155,12 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         scheduler: str = "dpm++",
         classifier: Callable | None = None,
         classifier_scale: float = 0.0,
-        towards: torch.Tensor | None = None,
-        share: float | torch.Tensor = 0.0,
+        towards: Tensor | None = None,
+        share: float | Tensor = 0.0,
         on_step: Callable | None = None,
-    ) -> torch.Tensor:
-        """Latents (B, D, h, w) for users (B,), see `mdlib.models.prior.Prior.sample`.
-
-        Args:
-            guidance_interval: guide only where t/T lies in it (Kynkäänniemi et al. 2024); 1 is pure noise.
-            num_inference_steps: denoising steps.
-            scheduler: "ddpm", "ddim", "pndm" or "dpm++" (DPM-Solver++, Lu et al. 2022).
-            classifier: log p(user | latents) as a function (latents (B, D, h, w), users (B,)) → (B,), evaluated at the
-                estimate of x_0; needed where classifier_scale is not 0.
-            classifier_scale: of the classifier's gradient (Dhariwal and Nichol 2021, there with a classifier of noisy
-                latents); 0 turns it off.
-            towards, share: interpolate between the users' embeddings.
-        """
+    ) -> Tensor:
+        """Latents (B, D, h, w) for users (B,), see `LatentPrior`; scheduler: "ddpm", "ddim", "pndm" or "dpm++"
+        (DPM-Solver++, Lu et al. 2022)."""
         sampler = self._sampler(scheduler, num_inference_steps, users.device)
         guidance = (guidance_scale, guidance_interval, classifier, classifier_scale)
         return self.denoise(sampler, users, conditions, generator, towards, share, on_step, guidance)
@@ -200,49 +179,46 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
             raise ValueError(f"{name} cannot take {steps} steps: choose another number")
         return sampler
 
-    def output(self, noisy: torch.Tensor, timestep: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+    def output(self, noisy: Tensor, timestep: Tensor, users: Tensor) -> Tensor:
         return self(noisy, timestep, users)
 
-    def estimate(self, noisy: torch.Tensor, output: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def estimate(self, noisy: Tensor, output: Tensor, timestep: Tensor) -> Tensor:
         alpha, sigma = self._alpha_sigma(timestep)
         return alpha * noisy - sigma * output if self.velocity else (noisy - sigma * output) / alpha
 
-    def class_change(self, gradient: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def class_change(self, gradient: Tensor, timestep: Tensor) -> Tensor:
         """−σ·∇ log p(label | x_t) in ε, 1/α of it in v (Dhariwal and Nichol 2021). The gradient at x_0 is that at x_t
         times α, which is right for latents of unit variance."""
         alpha, sigma = self._alpha_sigma(timestep)
         return -sigma * gradient * (1 if self.velocity else alpha)
 
-    def _alpha_sigma(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         alpha_squared = self.schedule.alphas_cumprod.to(timestep.device)[timestep.long()]
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
 
 class TiledAttnProcessor:
-    """Processor of diffusers' Attention in which a position attends to its own tile of rows × columns positions.
-
-    Norm, projections and residual are the Attention's own. A side of 0 spans the grid; where the grid is no multiple of
-    the tile, the tiles at its lower and right edge are smaller.
-    """
+    """Processor of diffusers' Attention in which a position attends to its own tile of rows × columns positions. A side
+    of 0 spans the grid, as does one that does not divide it."""
 
     def __init__(self, rows: int, columns: int):
-        if rows < 0 or columns < 0:
-            raise ValueError(f"a tile's sides must be 0 (the whole grid) or more, got {rows} × {columns}")
         self.rows, self.columns = rows, columns
 
-    def __call__(self, attn: Attention, hidden_states: torch.Tensor, **_) -> torch.Tensor:
+    def __call__(self, attn: Attention, hidden_states: Tensor, **_) -> Tensor:
         """(B, C, h, w) → (B, C, h, w)."""
         height, width = hidden_states.shape[2:]
-        tile = (min(self.rows or height, height), min(self.columns or width, width))
-        flat = _tiles(attn.group_norm(hidden_states).permute(0, 2, 3, 1), tile)  # (B·tiles, r·c, C)
+        rows = self.rows if self.rows and height % self.rows == 0 else height
+        columns = self.columns if self.columns and width % self.columns == 0 else width
+        normed = attn.group_norm(hidden_states).permute(0, 2, 3, 1)
+        tiles = normed.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)  # (B, h/r, w/c, r, c, C)
+        # Tiles stand in the batch: with more than four dimensions torch has no fused attention.
+        flat = tiles.flatten(3, 4).flatten(0, 2)  # (B·tiles, r·c, C)
         shape = (*flat.shape[:2], attn.heads, -1)
         query, key, value = (part(flat).view(shape).transpose(1, 2) for part in (attn.to_q, attn.to_k, attn.to_v))
-        inside = _inside(height, width, tile, len(hidden_states), flat.device)
-        # Tiles stand in the batch: with more than four dimensions torch has no fused attention.
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=inside)  # (B·tiles, heads, r·c, d)
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B·tiles, heads, r·c, d)
         output = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
-        output = _grid(output, height, width, tile).permute(0, 3, 1, 2)
-        return (output + hidden_states if attn.residual_connection else output) / attn.rescale_output_factor
+        grid = output.view(tiles.shape).transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        return (grid + hidden_states if attn.residual_connection else grid) / attn.rescale_output_factor
 
 
 class AxialAttention(nn.Module):
@@ -257,7 +233,7 @@ class AxialAttention(nn.Module):
         self.time.set_processor(TiledAttnProcessor(1, 0))
         self.doppler.set_processor(TiledAttnProcessor(0, 1))
 
-    def forward(self, hidden_states: torch.Tensor, **_) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, **_) -> Tensor:
         """(B, C, h, w) → (B, C, h, w)."""
         return self.doppler(self.time(hidden_states))
 
@@ -274,28 +250,3 @@ def use_window_axial(unet: UNet2DModel, window: int) -> None:
                 attention.set_processor(TiledAttnProcessor(window, window))
             else:
                 block.attentions[number] = AxialAttention(attention)
-
-
-def _tiles(grid: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
-    """(B, h, w, C) → (B·tiles, r·c, C), zeros where the grid is no multiple of the tile."""
-    rows, columns = tile
-    below, right = -grid.shape[1] % rows, -grid.shape[2] % columns
-    if below or right:
-        grid = F.pad(grid, (0, 0, 0, right, 0, below))
-    parts = grid.unflatten(2, (-1, columns)).unflatten(1, (-1, rows))
-    return parts.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # from (B, h/r, r, w/c, c, C)
-
-
-def _grid(tiles: torch.Tensor, height: int, width: int, tile: tuple[int, int]) -> torch.Tensor:
-    """(B·tiles, r·c, C) → (B, h, w, C)."""
-    rows, columns = tile
-    parts = tiles.unflatten(1, (rows, columns)).unflatten(0, (-1, -(-height // rows), -(-width // columns)))
-    return parts.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
-
-
-def _inside(height: int, width: int, tile: tuple[int, int], count: int, device) -> torch.Tensor | None:
-    """Which keys of a tile lie in the grid, for `count` grids: bool (B·tiles, 1, 1, r·c); None when all do."""
-    if height % tile[0] == 0 and width % tile[1] == 0:
-        return None
-    ones = torch.ones(1, height, width, 1, device=device)
-    return _tiles(ones, tile)[:, None, None, :, 0].bool().repeat(count, 1, 1, 1)

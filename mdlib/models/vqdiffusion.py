@@ -1,7 +1,6 @@
-"""VQ-Diffusion: a codec's tokens emerge from masks and noise, all positions at once, conditioned on the user.
+"""VQ-Diffusion (Gu et al. 2022, after Austin et al. 2021): tokens emerge from masks and noise, all positions at once.
 
-Process and bound: Gu et al. 2022 (VQ-Diffusion), after Austin et al. 2021 (D3PM). Guidance: Tang et al. 2022. Few steps
-by confidence: Chang et al. 2022 (MaskGIT). The network consists of LightningDiT's blocks.
+Guidance: Tang et al. 2022. Few steps by confidence: Chang et al. 2022 (MaskGIT). The network has LightningDiT's blocks.
 Legend: B batch, h w token grid, N = h·w tokens, K codes, token K is the mask, T timesteps: x_0 data, x_T masks.
 """
 
@@ -13,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from torch import nn
+from torch import Tensor, nn
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from mdlib.models.dit import Block, FinalLayer, TimeEmbedder, initialise, rotation
-from mdlib.models.layers import UserEmbedding, all_sum, inverse_cdf, uniform
-from mdlib.models.prior import Prior, check_choice, check_number, check_steps, evenly_spread, guided
+from mdlib.models.layers import UserEmbedding, all_sum, check_choice, check_number, check_steps, inverse_cdf, uniform
+from mdlib.models.prior import Prior, evenly_spread, guided
 
 SAMPLERS = ("ancestral", "mask_predict")
 TINY = 1e-30  # stands for a probability of zero: its logarithm can still be multiplied by one
 ENOUGH = 10  # samples of every timestep, after which timesteps are sampled by their loss
+CHOICE_TEMPERATURE = 4.5  # of noise on the certainty by which "mask_predict" chooses, falling to 0 with the steps
 
 
 class MaskAndReplace:
@@ -39,12 +39,12 @@ class MaskAndReplace:
         self.alpha = F.pad(torch.linspace(0.99999, 0.000009, timesteps, dtype=torch.float64), (1, 0), value=1.0)
         self.gamma = F.pad(torch.linspace(0.000009, gamma_cum_end, timesteps, dtype=torch.float64), (1, 0))
 
-    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """ᾱ and γ̄ of t = 0…T (T + 1,) on `device`, where they stay."""
         self.alpha, self.gamma = self.alpha.to(device), self.gamma.to(device)
         return self.alpha, self.gamma
 
-    def rates(self, s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def rates(self, s: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         """log (α, β, γ) of the way from x_s to x_t, each (B, 1, 1)."""
         alpha, gamma = self.tables(t.device)
         keep = alpha[t] / alpha[s]
@@ -52,13 +52,13 @@ class MaskAndReplace:
         replace = (1 - keep - mask) / self.num_codes
         return tuple(rate.clamp_min(TINY).log().float().view(-1, 1, 1) for rate in (keep, replace, mask))
 
-    def marginal(self, log_x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def marginal(self, log_x0: Tensor, t: Tensor) -> Tensor:
         """log q(x_t) (B, N, K + 1) where x_0 has log probabilities log_x0 (B, N, K)."""
         keep, replace, mask = self.rates(torch.zeros_like(t), t)
         codes = torch.logaddexp(log_x0 + keep, replace)
         return torch.cat([codes, mask.expand(-1, codes.shape[1], 1)], dim=-1)
 
-    def likelihood(self, x_t: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def likelihood(self, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """log q(x_t | x_s = k) (B, N, K) of tokens x_t (B, N) for every code k."""
         keep, replace, mask = self.rates(s, t)
         masked = (x_t == self.num_codes).unsqueeze(-1)  # (B, N, 1)
@@ -66,7 +66,7 @@ class MaskAndReplace:
         others = torch.where(masked, mask, replace).expand(-1, -1, self.num_codes)
         return others.scatter(2, x_t.clamp_max(self.num_codes - 1).unsqueeze(-1), same)
 
-    def posterior(self, log_x0: torch.Tensor, x_t: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def posterior(self, log_x0: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """log Σ_k q(x_s | x_t, x_0 = k)·p(x_0 = k) (B, N, K + 1) of tokens x_t (B, N), p given by log_x0 (B, N, K)."""
         joint = log_x0 - self.likelihood(x_t, torch.zeros_like(t), t)
         total = joint.logsumexp(-1, keepdim=True)
@@ -74,14 +74,14 @@ class MaskAndReplace:
         onwards = torch.cat([self.likelihood(x_t, s, t), stays], dim=-1)
         return self.marginal(joint - total, s) + onwards + total
 
-    def noised(self, x_0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def noised(self, x_0: Tensor, t: Tensor) -> Tensor:
         """A sample of x_t (B, N) for tokens x_0 (B, N)."""
         level = torch.rand(x_0.shape, device=x_0.device)
         alpha, gamma = (table[t].unsqueeze(1) for table in self.tables(t.device))
         replaced = torch.where(level < 1 - alpha, torch.randint_like(x_0, self.num_codes), x_0)
         return torch.where(level < gamma, self.num_codes, replaced)
 
-    def prior(self) -> torch.Tensor:
+    def prior(self) -> Tensor:
         """log probabilities (K + 1,) of a token of x_T, whatever x_0 was."""
         gamma = self.gamma[-1].float()
         return torch.cat([((1 - gamma) / self.num_codes).expand(self.num_codes), gamma.view(1)]).log()
@@ -90,18 +90,14 @@ class MaskAndReplace:
 class VQDiffusion(Prior, ModelMixin, ConfigMixin):
     """p(tokens | user) by denoising.
 
-    Args (the others are in `mdlib.models.prior.Prior`):
-        hidden_size, depth, num_heads, mlp_ratio, qk_norm: as in `mdlib.models.dit.LightningDiT`.
-        num_train_timesteps: T.
-        gamma_cum_end: γ̄_T, the fraction of masks at the end; the other tokens are random codes: one in a hundred
-            thousand in the authors' code (the default), one in ten in their paper (0.9).
+    Args (the others are in `Prior`):
+        qk_norm: RMSNorm of queries and keys: more stable in half precision.
         auxiliary_weight: of the cross-entropy of x_0, added to the bound.
-
-    Raises:
-        ValueError: sizes that do not fit.
     """
 
     consumes = "tokens"
+    timesteps = 100  # T
+    gamma_end = 0.99999  # γ̄_T, the fraction of masks at the end, as in the authors' code; their paper has 0.9
 
     @register_to_config
     def __init__(
@@ -112,40 +108,32 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         hidden_size: int = 128,
         depth: int = 4,
         num_heads: int = 4,
-        mlp_ratio: float = 4.0,
         qk_norm: bool = False,
         label_dropout: float = 0.1,
-        num_train_timesteps: int = 100,
-        gamma_cum_end: float = 0.99999,
         auxiliary_weight: float = 5e-4,
         num_conditions: int = 1,
     ):
         super().__init__()
         check_number("label_dropout", label_dropout, 0, 1)
         check_number("auxiliary_weight", auxiliary_weight, 0)
-        check_number("num_train_timesteps", num_train_timesteps, 2)
-        check_number("gamma_cum_end", gamma_cum_end, 0.1, 0.99999)
         self.token_shape, self.null_label = tuple(token_shape), num_users
         self.num_tokens = self.token_shape[0] * self.token_shape[1]
-        self.noise = MaskAndReplace(num_codes, num_train_timesteps, gamma_cum_end)
+        self.noise = MaskAndReplace(num_codes, self.timesteps, self.gamma_end)
         self.tokens = nn.Embedding(num_codes + 1, hidden_size)
         self.rows, self.columns = (nn.Embedding(side, hidden_size) for side in self.token_shape)
         self.t_embedder = TimeEmbedder(hidden_size)
         self.users = UserEmbedding(num_users, num_conditions, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, num_codes)
         self.register_buffer("rotation", rotation(hidden_size // num_heads, *self.token_shape), persistent=False)
-        self.register_buffer("square_loss", torch.zeros(num_train_timesteps))  # mean of bound² at t = 1…T
-        self.register_buffer("seen", torch.zeros(num_train_timesteps, dtype=torch.long))
+        self.register_buffer("square_loss", torch.zeros(self.timesteps))  # mean of bound² at t = 1…T
+        self.register_buffer("seen", torch.zeros(self.timesteps, dtype=torch.long))
         initialise(self)
         for table in (self.tokens, self.rows, self.columns):
             nn.init.normal_(table.weight, std=0.02)
 
-    def forward(
-        self, noisy: torch.Tensor, t: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """log p(x_0 | x_t, t, user) (B, N, K), float32, of tokens x_t (B, N) at times t (B,) in 1…T, users (B,) and
-        conditions (B,)."""
+    def forward(self, noisy: Tensor, t: Tensor, users: Tensor, conditions: Tensor | None = None) -> Tensor:
+        """log p(x_0 | x_t, t, user) (B, N, K), float32, of tokens x_t (B, N), t (B,) in 1…T, users, conditions (B,)."""
         places = self.rows.weight.unsqueeze(1) + self.columns.weight  # (h, w, d)
         x = self.tokens(noisy) + places.flatten(0, 1)  # (B, N, d)
         c = F.silu(self.t_embedder(t) + self.users(users, conditions))  # (B, d)
@@ -154,9 +142,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         return self.final_layer(x, c).float().log_softmax(-1)
 
     def loss(self, tokens, users, conditions=None):
-        """Variational bound on −log p (nats per token) + weighted cross-entropy of x_0, estimated at one t per sample,
-        see `mdlib.models.prior.Prior.loss`."""
-        self.check_shape(tokens)
+        """Variational bound on −log p (nats per token) + weighted cross-entropy of x_0, at one t per sample."""
         users = self.drop_users(users)
         clean = tokens.flatten(1)
         t, chance = self._times(len(tokens), tokens.device)
@@ -171,14 +157,14 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         aux = (weight * entropy / chance).mean()
         return vb + aux, {"vb": vb.detach(), "aux": aux.detach()}
 
-    def _bound(self, log_x0: torch.Tensor, clean: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def _bound(self, log_x0: Tensor, clean: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) (B,), nats per token; at t = 1 it is −log p(x_0 | x_1)."""
         certain = torch.full_like(log_x0, math.log(TINY)).scatter_(2, clean.unsqueeze(2), 0.0)
         true = self.noise.posterior(certain, noisy, t - 1, t)
         found = self.noise.posterior(log_x0, noisy, t - 1, t)
         return (true.exp() * (true - found)).sum(2).mean(1)
 
-    def _times(self, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _times(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """t (count,) in 1…T and the probability of each: in proportion to the root mean square of its bound once every
         t was sampled often enough (Nichol and Dhariwal 2021), which minimises the variance of the estimated sum."""
         steps = self.noise.timesteps
@@ -191,9 +177,8 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         return index + 1, chance[index]
 
     @torch.no_grad()
-    def _remember(self, t: torch.Tensor, bound: torch.Tensor) -> None:
-        """Update the mean square of the bound at each t, over all processes: a true mean at first, then a running
-        one."""
+    def _remember(self, t: Tensor, bound: Tensor) -> None:
+        """Update the mean square of the bound at each t, over all processes: a true mean, later a running one."""
         counts = all_sum(torch.zeros_like(self.seen).index_add_(0, t - 1, torch.ones_like(t)))
         sums = all_sum(torch.zeros_like(self.square_loss).index_add_(0, t - 1, bound.square()))
         self.seen += counts
@@ -203,44 +188,38 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
     @torch.no_grad()
     def sample(
         self,
-        users: torch.Tensor,
+        users: Tensor,
         *,
-        conditions: torch.Tensor | None = None,
+        conditions: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_scale: float = 1.0,
         sampler: str = "ancestral",
         num_inference_steps: int = 50,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        choice_temperature: float = 4.5,
-        towards: torch.Tensor | None = None,
-        share: float | torch.Tensor = 0.0,
+        towards: Tensor | None = None,
+        share: float | Tensor = 0.0,
         on_step: Callable | None = None,
-    ) -> torch.Tensor:
-        """Tokens (B, h, w) for users (B,), see `mdlib.models.prior.Prior.sample`; guidance and share act on the log
-        probabilities of x_0.
+    ) -> Tensor:
+        """Tokens (B, h, w) for users (B,), see `Prior`; guidance and share act on the log probabilities of x_0.
 
         Args:
             sampler: "ancestral" (x_T to x_0 by the posterior) or "mask_predict" (all masks at first; every step fixes
                 the most certain tokens, few at first, by a cosine).
-            num_inference_steps: network calls; at most T (ancestral) or N (mask_predict).
-            temperature: of p(x_0); below 1 likely codes become likelier.
-            top_p: sample from the likeliest codes that together reach it (the authors' truncation rate, 0.86); 1 uses
-                all.
-            choice_temperature: noise on the certainty by which "mask_predict" chooses, falling to 0 with the steps.
+            num_inference_steps: at most T (ancestral) or N (mask_predict).
+            temperature, top_p: of p(x_0); the authors' truncation rate is a top_p of 0.86.
         """
         share = self.check_request(users, conditions, generator, guidance_scale, towards, share)
         check_choice("sampler", sampler, SAMPLERS)
         check_steps(num_inference_steps, self.num_tokens if sampler == "mask_predict" else self.noise.timesteps)
         check_number("temperature", temperature, 0, above=True)
         check_number("top_p", top_p, 0, 1, above=True)
-        check_number("choice_temperature", choice_temperature, 0)
         if not len(users):
             return users.new_empty(0, *self.token_shape)
         draw = lambda: uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, N)
         numbers = itertools.count()
 
-        def predict(tokens: torch.Tensor, time: int) -> torch.Tensor:
+        def predict(tokens: Tensor, time: int) -> Tensor:
             """log p(x_0) (B, N, K) of tokens (B, N)."""
             log_x0 = self._predict(tokens, time, users, conditions, towards, share, guidance_scale)
             log_x0 = (log_x0 / temperature).log_softmax(-1)
@@ -251,12 +230,12 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
             return log_x0
 
         if sampler == "mask_predict":
-            tokens = self._mask_predict(users, num_inference_steps, predict, draw, choice_temperature)
+            tokens = self._mask_predict(users, num_inference_steps, predict, draw)
         else:
             tokens = self._ancestral(users, num_inference_steps, predict, draw)
         return tokens.unflatten(1, self.token_shape)
 
-    def _predict(self, tokens, time, users, conditions, towards, share, scale) -> torch.Tensor:
+    def _predict(self, tokens, time, users, conditions, towards, share, scale) -> Tensor:
         """log p(x_0) (B, N, K) up to a constant, of tokens (B, N), in one network call."""
         every = [users]
         every += [towards] if towards is not None else []
@@ -269,7 +248,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
             user = torch.lerp(user, others[0], share.view(-1, 1, 1))
         return user if scale == 1 else guided(user, others[-1], scale)
 
-    def _ancestral(self, users: torch.Tensor, steps: int, predict: Callable, draw: Callable) -> torch.Tensor:
+    def _ancestral(self, users: Tensor, steps: int, predict: Callable, draw: Callable) -> Tensor:
         """Tokens (B, N); a step may span several timesteps."""
         times = [self.noise.timesteps * step // steps for step in range(steps, -1, -1)]
         x = inverse_cdf(self.noise.prior().to(users.device).expand(len(users), self.num_tokens, -1), draw())
@@ -278,7 +257,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
             x = inverse_cdf(self.noise.posterior(predict(x, now), x, s, t), draw())
         return x
 
-    def _mask_predict(self, users, steps: int, predict: Callable, draw: Callable, temperature: float) -> torch.Tensor:
+    def _mask_predict(self, users: Tensor, steps: int, predict: Callable, draw: Callable) -> Tensor:
         """Tokens (B, N) in exactly `steps` network calls."""
         mask = self.noise.num_codes
         x = torch.full((len(users), self.num_tokens), mask, device=users.device)
@@ -288,7 +267,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
             sampled = inverse_cdf(log_x0, draw())
             certainty = log_x0.gather(2, sampled.unsqueeze(2)).squeeze(2)  # (B, N)
             gumbel = -torch.log(-torch.log(draw().clamp_min(TINY)))
-            certainty = certainty + temperature * (1 - step / steps) * gumbel
+            certainty = certainty + CHOICE_TEMPERATURE * (1 - step / steps) * gumbel
             order = certainty.masked_fill(x != mask, -math.inf).argsort(1, descending=True)
             x = torch.where(order.argsort(1) < before - after, sampled, x)
         return x

@@ -1,7 +1,7 @@
 """VQ-VAE (van den Oord et al. 2017): a convolutional codec whose latent is a grid of codebook indices.
 
-Encoder and decoder are diffusers' blocks. The quantiser is our own because the codebook must not collapse: it starts
-from data, follows an exponential moving average with Laplace smoothing, and replaces unused codes.
+The quantiser is our own because the codebook must not collapse: it starts from data, follows an exponential moving
+average with Laplace smoothing, and replaces unused codes.
 Legend: B batch, C image channels, H W pixels, h w latent grid, D code width, K codes.
 """
 
@@ -16,23 +16,22 @@ from mdlib.models.codec import Codec
 from mdlib.models.layers import all_sum, broadcast_from_first, gather
 
 EPSILON = 1e-5  # Laplace smoothing of the counts
+COMMITMENT_WEIGHT = 0.25
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest-code quantiser with an EMA codebook (van den Oord et al. 2017, appendix A.1).
-
-    With several processes (`mdlib.training.distributed`) the codebook follows the vectors of all of them.
+    """Nearest-code quantiser with an EMA codebook (van den Oord et al. 2017, appendix A.1). The codebook follows the
+    vectors of all processes that train together.
 
     Args:
         num_codes, dim: K and D.
         decay: EMA decay of counts and sums.
-        cosine: compare directions instead of points (ViT-VQGAN, Yu et al. 2022); codes then lie on the unit sphere.
         revive_below: fraction of the average use below which a code is reset, see `_reset_unused_codes`.
     """
 
-    def __init__(self, num_codes: int, dim: int, decay: float = 0.95, cosine: bool = False, revive_below: float = 0.1):
+    def __init__(self, num_codes: int, dim: int, decay: float = 0.95, revive_below: float = 0.1):
         super().__init__()
-        self.num_codes, self.decay, self.cosine, self.revive_below = num_codes, decay, cosine, revive_below
+        self.num_codes, self.decay, self.revive_below = num_codes, decay, revive_below
         self.register_buffer("codebook", torch.randn(num_codes, dim))
         self.register_buffer("counts", torch.ones(num_codes))
         self.register_buffer("sums", self.codebook.clone())
@@ -46,29 +45,23 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise z (B, D, h, w): straight-through codes (B, D, h, w), indices (B, h, w), commitment loss ()."""
         z = z.float()
-        flat = self.project(z.movedim(1, -1).flatten(0, 2))  # (B·h·w, D): channels last, so a vector is a pixel
+        flat = z.detach().movedim(1, -1).flatten(0, 2)  # (B·h·w, D): channels last, so a vector is a pixel
         if self.training and not self._started:
             if not self.initialised:
-                self._start_from(flat.detach())
+                self._start_from(flat)
             self._started = True
-        index = self.nearest(flat)
+        indices = self.nearest(z)
         if self.training:
-            self._update(flat.detach(), index)
-        indices = index.view(z.shape[0], *z.shape[2:])  # (B, h, w)
+            self._update(flat, indices.flatten())
         codes = self.lookup(indices)
-        target = self.project(z.movedim(1, -1)).movedim(-1, 1)
-        commitment = F.mse_loss(target, codes.detach())
-        return target + (codes - target).detach(), indices, commitment
+        return z + (codes - z).detach(), indices, F.mse_loss(z, codes.detach())
 
-    def project(self, vectors: Tensor) -> Tensor:
-        """Vectors (..., D) as they are compared with the codes."""
-        return F.normalize(vectors, dim=-1) if self.cosine else vectors
-
-    def nearest(self, flat: Tensor) -> Tensor:
-        """Index (N,) of the code nearest to each row of flat (N, D): argmin |z−e|² = argmin |e|² − 2·z·e."""
-        with torch.autocast(flat.device.type, enabled=False):  # half precision would confuse close codes
-            distance = self.codebook.square().sum(1) - 2 * flat.float() @ self.codebook.T  # (N, K)
-        return distance.argmin(1)
+    def nearest(self, z: Tensor) -> Tensor:
+        """Indices (B, h, w) of the codes nearest to z (B, D, h, w): argmin |z−e|² = argmin |e|² − 2·z·e."""
+        flat = z.movedim(1, -1).flatten(0, 2)
+        with torch.autocast(z.device.type, enabled=False):  # half precision would confuse close codes
+            distance = self.codebook.square().sum(1) - 2 * flat.float() @ self.codebook.T  # (B·h·w, K)
+        return distance.argmin(1).view(z.shape[0], *z.shape[2:])
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, D, h, w) of indices (B, h, w)."""
@@ -95,19 +88,15 @@ class VectorQuantizer(nn.Module):
         self.sums.lerp_(sums, 1 - self.decay)
         total = self.counts.sum()
         smoothed = (self.counts + EPSILON) / (total + self.num_codes * EPSILON) * total
-        self.codebook.copy_(self.project(self.sums / smoothed.unsqueeze(1)))
+        self.codebook.copy_(self.sums / smoothed.unsqueeze(1))
         self._reset_unused_codes(flat)
 
     def _reset_unused_codes(self, flat: Tensor) -> None:
-        """Reset rule of the codebook (Jukebox, Dhariwal et al. 2020), applied after each training step.
-
-        A code is unused if its moving count is below `revive_below` times the average count of all codes. It becomes a
-        random vector of the current batch, flat (N, D), and its count the average: with a count near zero the next step
-        would reset it again.
-        """
-        total = self.counts.sum()
-        average = total / self.num_codes
-        unused = self.counts < self.revive_below * total / self.num_codes  # (K,)
+        """Reset rule of the codebook (Jukebox, Dhariwal et al. 2020), applied after each training step: a code whose
+        moving count is below `revive_below` times the average becomes a random vector of the batch, flat (N, D), and
+        its count the average. With a count near zero the next step would reset it again."""
+        average = self.counts.sum() / self.num_codes
+        unused = self.counts < self.revive_below * self.counts.sum() / self.num_codes  # (K,)
         # The n-th unused code takes the n-th sampled row. Masks instead of indexing: the GPU is not waited for.
         rows = self._sample_rows(flat)[(unused.cumsum(0) - 1).clamp_min(0)]  # (K, D)
         self.codebook.copy_(torch.where(unused[:, None], rows, self.codebook))
@@ -124,13 +113,8 @@ class VectorQuantizer(nn.Module):
 
 
 class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in this module when it loads
-    """Codec: image (B, C, H, W) in [−1, 1] ↔ tokens (B, h, w) ↔ normalised latents (B, D, h, w).
-
-    Args beyond those of `Codec`:
-        num_codes, code_dim: K and D.
-        decay, cosine, revive_below: see `VectorQuantizer`.
-        commitment_weight: β of the commitment loss.
-    """
+    """Codec: image (B, C, H, W) in [−1, 1] ↔ tokens (B, h, w) ↔ normalised latents (B, D, h, w). num_codes and code_dim
+    are K and D, the other arguments are in `Codec`."""
 
     @register_to_config
     def __init__(
@@ -143,29 +127,19 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         norm_num_groups: int = 8,
         num_codes: int = 256,
         code_dim: int = 32,
-        decay: float = 0.95,
-        cosine: bool = False,
-        revive_below: float = 0.1,
-        commitment_weight: float = 0.25,
-        mid_attention: bool = True,
     ):
         widths = tuple(block_out_channels)
         super().__init__(image_size, patch_size, len(widths), code_dim)
         self.num_codes, self.token_shape = num_codes, self.latent_shape[1:]  # rows Doppler, columns time
-        shared = dict(
-            block_out_channels=widths,
-            layers_per_block=layers_per_block,
-            norm_num_groups=norm_num_groups,
-            mid_block_add_attention=mid_attention,
-        )
+        shared = dict(block_out_channels=widths, layers_per_block=layers_per_block, norm_num_groups=norm_num_groups)
         channels = in_channels * self.patch[0] * self.patch[1]
         down, up = ("DownEncoderBlock2D",) * len(widths), ("UpDecoderBlock2D",) * len(widths)
         self.encoder = Encoder(channels, code_dim, down_block_types=down, double_z=False, **shared)
-        self.quantizer = VectorQuantizer(num_codes, code_dim, decay, cosine, revive_below)
+        self.quantizer = VectorQuantizer(num_codes, code_dim)
         self.decoder = Decoder(code_dim, channels, up_block_types=up, **shared)
 
     def loss(self, images: Tensor, users: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean square error + commitment_weight·commitment + attached losses of images (B, C, H, W), and logs."""
+        """Mean square error + weighted commitment + attached losses of images (B, C, H, W), and logs."""
         codes, indices, commitment = self.quantizer(self._features(images))
         outputs = self._pixels(codes)
         mse = F.mse_loss(outputs, images)
@@ -179,12 +153,11 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
             "perplexity": entropy.exp(),
             "entropy": entropy,
         }
-        return self._total(mse, self.config.commitment_weight * commitment, images, outputs, codes, logs)
+        return self._total(mse, COMMITMENT_WEIGHT * commitment, images, outputs, codes, logs)
 
     def encode_tokens(self, images: Tensor, users: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] → tokens (B, h, w), long."""
-        flat = self.quantizer.project(self._features(images).float().movedim(1, -1))  # (B, h, w, D)
-        return self.quantizer.nearest(flat.flatten(0, 2)).view(flat.shape[:3])
+        return self.quantizer.nearest(self._features(images))
 
     def decode_tokens(self, tokens: Tensor, users: Tensor | None = None) -> Tensor:
         """Tokens (B, h, w) → images (B, C, H, W), clipped to [−1, 1]."""
@@ -193,9 +166,8 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
     def decode(self, latents: Tensor, users: Tensor | None = None) -> Tensor:
         """Normalised latents (B, D, h, w) → images (B, C, H, W), clipped to [−1, 1]; each vector is replaced by its
         nearest code, with a straight-through gradient."""
-        vectors = self.quantizer.project(self.stats.denormalise(latents).movedim(1, -1))
-        indices = self.quantizer.nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
-        codes, vectors = self.quantizer.lookup(indices), vectors.movedim(-1, 1)
+        vectors = self.stats.denormalise(latents)
+        codes = self.quantizer.lookup(self.quantizer.nearest(vectors))
         return self._pixels(codes + (vectors - vectors.detach())).clamp(-1, 1)
 
     def raw_latents(self, images: Tensor, users: Tensor | None = None) -> Tensor:

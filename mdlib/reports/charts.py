@@ -3,7 +3,7 @@
 import numpy as np
 
 from mdlib.reports.pages import describe
-from mdlib.reports.plots import ACCENT, DOTTED, INK, SECOND, Figure, coloured, heatmap, new_figure, style
+from mdlib.reports.plots import ACCENT, DOTTED, INK, SECOND, Figure, coloured, heatmap, new_figure, panels, style
 
 HEADLINE = ("real_only", "real_plus_generated", "real_x2")  # what the top of a report shows, as far as it was measured
 COLOURS = {"generated_only": SECOND, "real_plus_generated": ACCENT, "resnet18_real_plus_generated": ACCENT}
@@ -16,9 +16,9 @@ def line(axis, places, figures: list[dict], colour, label: str) -> None:
     axis.errorbar(places, values, spread, fmt="o-", color=colour, markersize=3, linewidth=1, label=label)
 
 
-def counts_axis(axis, counts) -> None:
-    """A logarithmic x axis that names these counts."""
-    axis.set_xscale("log")
+def counts_axis(axis, counts, scale: str = "log") -> None:
+    """An x axis that names these counts."""
+    axis.set_xscale(scale)
     axis.set_xticks(counts, [f"{count:g}" for count in counts])
     axis.minorticks_off()
 
@@ -31,19 +31,18 @@ def confusion(fraction: list[list[float]], users: tuple[int, ...] | list[int]) -
 
 
 def accuracies(augmentation: dict, names: tuple[str, ...] = ()) -> Figure:
-    """Accuracy of classifiers that differ in their training windows: a dot a seed, the bar its 95 % interval, dotted
-    chance. names: which of them; all where none is given."""
+    """Accuracy of classifiers that differ in their training windows (names; all where none is given): a dot a seed, the
+    bar its 95 % interval, dotted chance."""
     order = ("real_only", "real_plus_generated", "real_x2", "generated_only", "real_unaugmented")
     every = [*order, *(name for name in augmentation if name not in order)]
     known = [name for name, entry in augmentation.items() if isinstance(entry, dict) and "per_seed" in entry]
     shown = [name for name in names or every if name in known]
     figure, (axis,) = new_figure(5.6, 0.4 * len(shown) + 0.9)
     for row, name in enumerate(shown):
-        entry, colour = augmentation[name], COLOURS.get(name, INK)
-        axis.plot(
-            100 * np.array(entry["ci95"]), [row] * 2, color=colour, linewidth=9, alpha=0.25, solid_capstyle="butt"
-        )
-        axis.plot(100 * np.array(entry["per_seed"]), [row] * len(entry["per_seed"]), "o", color=colour, markersize=4)
+        colour = COLOURS.get(name, INK)
+        ends, seeds = (100 * np.array(augmentation[name][key]) for key in ("ci95", "per_seed"))
+        axis.plot(ends, [row] * 2, color=colour, linewidth=9, alpha=0.25, solid_capstyle="butt")
+        axis.plot(seeds, [row] * len(seeds), "o", color=colour, markersize=4)
     axis.axvline(100 / max(1, len(augmentation["per_user"])), **DOTTED)
     axis.set_yticks(range(len(shown)), [describe("augmentation", name)["label"] for name in shown])
     axis.set_ylim(len(shown) - 0.5, -0.5)
@@ -53,26 +52,24 @@ def accuracies(augmentation: dict, names: tuple[str, ...] = ()) -> Figure:
 
 def gain_curves(augmentation: dict) -> Figure:
     """The gain, in points, against generated windows a user, and against the fraction of them that filters retain."""
-    panels = [("windows_per_user", {"all": augmentation["gain_by_windows"]}, "generated windows a user")]
+    found = [("windows_per_user", {"all": augmentation["gain_by_windows"]}, "generated windows a user")]
     filters: dict[str, list[dict]] = {}
     for row in augmentation["gain_by_selection"]:
         filters.setdefault(row["by"], []).append(row)
     if filters:
-        panels.append(("kept", filters, "fraction that a filter retains"))
-    figure, axes = new_figure(4.0 * len(panels), 2.6, 1, len(panels), sharey=True)
-    for axis, (key, lines, title) in zip(axes, panels, strict=True):
+        found.append(("kept", filters, "fraction that a filter retains"))
+    figure, axes = new_figure(4.0 * len(found), 2.6, 1, len(found), sharey=True)
+    for axis, (key, lines, title) in zip(axes, found, strict=True):
         axis.axhline(0, **DOTTED)
         for name, rows, colour in coloured(lines):
             line(axis, [row[key] for row in rows], rows, colour, name)
         style(axis, title, "" if axis is not axes[0] else "gain, points", legend=len(lines) > 1)
-    counts = [row["windows_per_user"] for row in augmentation["gain_by_windows"]]
-    axes[0].set_xticks(counts, [f"{count:g}" for count in counts])
+    counts_axis(axes[0], [row["windows_per_user"] for row in augmentation["gain_by_windows"]], "linear")
     return figure
 
 
 def roc(curves: list[dict]) -> Figure:
-    """Verification: true against false acceptance of generated and of real probes, shaded their 95 % intervals; curves:
-    of the report."""
+    """Verification: true against false acceptance of generated and of real probes, shaded their 95 % intervals."""
     figure, (axis,) = new_figure(3.6, 3.2)
     axis.plot([0, 1], [1, 0], **DOTTED)  # equal error rates lie here
     for curve, colour in zip(curves, (ACCENT, INK), strict=True):
@@ -84,40 +81,34 @@ def roc(curves: list[dict]) -> Figure:
 
 def user_means(physics: dict) -> Figure:
     """A panel a metric, a dot a user: mean over generated windows against mean over unseen real ones, and equality."""
-    panels = {name: one for name, one in physics.items() if "generated_means" in one}
-    columns = min(4, len(panels))
-    figure, axes = new_figure(2.2 * columns, 2.3 * -(-len(panels) // columns), -(-len(panels) // columns), columns)
-    for axis, (name, one) in zip(axes, panels.items(), strict=False):
+    shown = {name: one for name, one in physics.items() if "generated_means" in one}
+    figure, axes = panels(len(shown), 4, 2.2, 2.3)
+    for axis, (name, one) in zip(axes, shown.items(), strict=True):
         pairs = zip(one["unseen_means"], one["generated_means"], strict=True)
         points = np.array([pair for pair in pairs if None not in pair])
         ends = [points.min(), points.max()]
         axis.plot(ends, ends, **DOTTED)
         axis.plot(*points.T, "o", color=ACCENT, markersize=3.5, alpha=0.7)
         style(axis, f"real, {one['unit']}".rstrip(", "), "generated", describe("physics", name)["label"])
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
     return figure
 
 
-def user_spreads(physics: dict, users: list[int], names: tuple[str, ...], most: int = 8) -> Figure:
-    """A panel a metric, for each of some users a box over the unseen real windows and one over the generated ones:
+def user_spreads(physics: dict, users: list[int], names: tuple[str, ...]) -> Figure:
+    """A panel a metric, for each of eight users a box over the unseen real windows and one over the generated ones:
     middle half, median, and from the 5th to the 95th percentile."""
-    chosen = np.linspace(0, len(users) - 1, min(most, len(users))).round().astype(int)
-    columns = min(2, len(names))
-    figure, axes = new_figure(4.4 * columns, 2.2 * -(-len(names) // columns), -(-len(names) // columns), columns)
-    for axis, name in zip(axes, names, strict=False):
+    chosen = np.linspace(0, len(users) - 1, min(8, len(users))).round().astype(int)
+    keys = ("whislo", "q1", "med", "q3", "whishi")
+    figure, axes = panels(len(names), 2, 4.4, 2.2)
+    for axis, name in zip(axes, names, strict=True):
         for shift, part, colour in ((-0.18, "unseen", INK), (0.18, "generated", ACCENT)):
-            spreads = [(place + shift, physics[name][f"{part}_spread"][row]) for place, row in enumerate(chosen)]
-            spreads = [(place, spread) for place, spread in spreads if spread]
-            keys, line = ("whislo", "q1", "med", "q3", "whishi"), {"color": colour, "linewidth": 0.8}
-            styles = dict(boxprops=line, whiskerprops=line, medianprops=line | {"linewidth": 1.6})
-            boxes = [dict(zip(keys, spread, strict=True)) for _, spread in spreads]
-            places = [place for place, _ in spreads]
-            axis.bxp(boxes, places, widths=0.28, manage_ticks=False, showfliers=False, showcaps=False, **styles)
+            spreads = {place + shift: physics[name][f"{part}_spread"][row] for place, row in enumerate(chosen)}
+            boxes = {place: dict(zip(keys, spread, strict=True)) for place, spread in spreads.items() if spread}
+            line = {"color": colour, "linewidth": 0.8}
+            styles = dict(boxprops=line, whiskerprops=line, medianprops=line | {"linewidth": 1.6}, widths=0.28)
+            hidden = dict(manage_ticks=False, showfliers=False, showcaps=False)
+            axis.bxp(list(boxes.values()), list(boxes), **styles, **hidden)
         axis.set_xticks(range(len(chosen)), [f"ID_{users[row]}" for row in chosen])
         style(axis, title=f"{describe('physics', name)['label']}, {physics[name]['unit']}".rstrip(", "))
-    for axis in axes[len(names) :]:
-        axis.set_axis_off()
     figure.suptitle("dark: real, blue: generated", fontsize=8, color=INK)
     return figure
 
@@ -129,10 +120,9 @@ def study(rows: list[dict]) -> Figure:
     """Accuracy on unseen windows against real training windows a user; rows: of study.json. Hollow: 2× real data."""
     figure, (axis,) = new_figure(5.8, 3.4)
     counts = np.array([row["windows_per_user"] for row in rows])
-    lines = (("real_only", INK), ("real_plus_generated", ACCENT), ("generated_only", SECOND))
-    for place, (name, colour) in enumerate(lines):
-        figures = [row["augmentation"][name] for row in rows]
-        line(axis, counts * 1.03 ** (place - 1), figures, colour, describe("augmentation", name)["label"])
+    for place, name in enumerate(("real_only", "real_plus_generated", "generated_only")):
+        figures, label = [row["augmentation"][name] for row in rows], describe("augmentation", name)["label"]
+        line(axis, counts * 1.03 ** (place - 1), figures, COLOURS.get(name, INK), label)
     doubled = [(2 * row["windows_per_user"], row["augmentation"]["real_x2"]["value"]) for row in rows]
     doubled = np.array([pair for pair in doubled if pair[1] is not None]).reshape(-1, 2)
     axis.plot(doubled[:, 0], 100 * doubled[:, 1], "o", color=INK, markerfacecolor="none", label="2× real data")

@@ -1,8 +1,5 @@
-"""Pages for people: how each figure is named and written, and the jinja2 templates that put figures into HTML.
-
-`templates/figures.toml` holds label, unit, what is good and one sentence for every figure of report.json;
-`docs/evaluation.md` defines them. Pages open offline: style and charts are part of the file.
-"""
+"""Pages for people: how each figure is named (`templates/figures.toml`) and written, and the jinja2 templates that put
+figures into HTML. Pages open offline: style and charts are part of the file."""
 
 import base64
 import json
@@ -28,13 +25,13 @@ COLUMNS = {  # what stands next to a figure, and the column's heading
 def describe(section: str, name: str) -> dict:
     """A figure's label, unit, help, cue (what is good) and place on the page; a name that figures.toml lacks is its own
     label."""
+    about = {"label": name.replace("_", " "), "unit": "", "help": "", "cue": "", "place": 1000}
     for place, (pattern, entry) in enumerate(SECTIONS[section].get("figures", {}).items()):
         if found := re.fullmatch(pattern.replace("*", "(.+)"), name):
             label = entry["label"].format(*(part.replace("_", " ") for part in found.groups()))
             good = entry.get("good", "")
-            about = {"unit": entry.get("unit", ""), "help": entry["help"], "place": place}
-            return about | {"label": label, "cue": CUES.get(good, f"≈ near {good}")}
-    return {"label": name.replace("_", " "), "unit": "", "help": "", "cue": "", "place": 1000}
+            return about | entry | {"label": label, "cue": CUES.get(good, f"≈ near {good}"), "place": place}
+    return about
 
 
 def number(value: float | str | list | None, unit: str = "") -> str:
@@ -51,10 +48,8 @@ def number(value: float | str | list | None, unit: str = "") -> str:
 
 
 def written(figure: dict | float | str | list | None, unit: str = "", reference: bool = False) -> str:
-    """A figure of report.json, or a bare value, with unit and 95 % interval: `+4.4 points [+1.0, +7.8]`.
-
-    reference: followed by that of real windows, or by the ratio to it.
-    """
+    """A figure of report.json, or a bare value, with unit and 95 % interval: `+4.4 points [+1.0, +7.8]`; with
+    `reference` followed by that of real windows, or by the ratio to it."""
     figure = figure if isinstance(figure, dict) else {"value": figure}
     if figure["value"] is None:
         return "–"
@@ -81,13 +76,13 @@ def table(section: str, figures: dict) -> list[dict]:
         about = describe(section, name)
         unit = entry.get("unit", about["unit"])
         real = {"value": entry.get("real", entry.get("real_vs_real")), "ci95": entry.get("real_ci95")}
-        row = {"real": written(real, unit), "train": written(entry.get("train"), unit)}
+        row = {"value": written(figure, unit), "real": written(real, unit), "train": written(entry.get("train"), unit)}
         row |= {"ratio": written(entry.get("ratio")), "n": written(entry.get("n"))}
         own, of_real = (number(entry.get(f"user_correlation{suffix}")) for suffix in ("", "_real"))
         row["correlation"] = "–" if own == "–" else f"{own} ({of_real})"
         if between := entry.get("between"):
             about["help"] += f" Measured from {number(between[0])} to {number(between[1])}."
-        rows.append(about | row | {"value": written(figure, unit)})
+        rows.append(about | row)
     return sorted(rows, key=lambda row: row["place"])
 
 
@@ -115,13 +110,8 @@ def compared(section: str, names: list[str], reports: list[dict]) -> list[dict]:
 
 
 def write(result: dict, out: Path, name: str, charts: dict, **content) -> None:
-    """Write NAME.json, and NAME.html by the template of that name, into `out`.
-
-    Args:
-        result: what the JSON holds.
-        charts: figures of `plots` by the key that the template shows them under.
-        content: whatever else the template shows.
-    """
+    """Write NAME.json, which holds `result`, and NAME.html by the template of that name, which shows `result`, `charts`
+    (figures of `plots` by key) and `content`, into `out`."""
     with whole_file(out / f"{name}.json") as path:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     options = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

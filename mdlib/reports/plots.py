@@ -2,9 +2,8 @@
 functions take tensors or plain data and return a Figure."""
 
 from collections import Counter
-from collections.abc import Iterator
 from io import BytesIO
-from itertools import chain
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -24,23 +23,27 @@ DOTTED = {"color": INK, "linewidth": 0.7, "linestyle": ":"}
 DPI = 120
 
 
-# ---- shared helpers
-
-
 class Picture(Figure):
-    """A figure that a notebook shows: outside pyplot's list it would be known there by its text alone."""
+    """A figure that a notebook shows as a picture although pyplot does not know it."""
 
     def _repr_png_(self) -> bytes:
         return to_png(self)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, list]:
-    """A figure outside pyplot's global list, so that notebooks show it once and batch runs do not keep it; its axes."""
+    """A figure outside pyplot's global list, so that notebooks show it once and batch runs free it; its axes."""
     figure = Picture(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
-    for axis in axes:
-        style(axis)
-    return figure, axes
+    return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
+
+
+def panels(number: int, most: int, width: float, height: float) -> tuple[Figure, list]:
+    """A figure with `number` panels of this size in inches, at most `most` in a row; their axes."""
+    columns = min(most, number)
+    rows = -(-number // columns)
+    figure, axes = new_figure(width * columns, height * rows, rows, columns)
+    for axis in axes[number:]:
+        axis.set_axis_off()
+    return figure, axes[:number]
 
 
 def style(axis, x: str = "", y: str = "", title: str = "", legend: bool | str = False) -> None:
@@ -54,10 +57,9 @@ def style(axis, x: str = "", y: str = "", title: str = "", legend: bool | str = 
         axis.legend(fontsize=7, frameon=False, loc=legend if isinstance(legend, str) else "best")
 
 
-def coloured(lines: dict) -> Iterator[tuple]:
+def coloured(lines: dict) -> list[tuple]:
     """Name, value and a colour of its own for each item."""
-    for (name, value), colour in zip(lines.items(), seaborn.color_palette("colorblind", len(lines)), strict=True):
-        yield name, value, colour
+    return list(zip(lines, lines.values(), seaborn.color_palette("colorblind", len(lines)), strict=True))
 
 
 def _show(axis, image: np.ndarray | None, title: str = "", **options) -> None:
@@ -75,16 +77,17 @@ def _pictures(lines: list[tuple[str, list]], side: float = 1.3) -> Figure:
     figure, axes = new_figure(side * columns + 0.3, (side + 0.15) * len(lines) + 0.1, len(lines), columns)
     for place, (name, images) in enumerate(lines):
         row = axes[place * columns : (place + 1) * columns]
-        for axis, (image, title) in zip(row, images + [(None, "")] * (columns - len(images)), strict=True):
+        for axis, (image, title) in zip_longest(row, images, fillvalue=(None, "")):
             _show(axis, image, title)
         row[0].set_ylabel(name, fontsize=8, color=INK)
     return figure
 
 
-def _some(windows: WindowSet, each: int, title: str) -> list[tuple]:
-    """`each` (image, title) of evenly spaced windows, the first one titled; None where there are fewer windows."""
-    rows = np.linspace(0, len(windows) - 1, min(each, len(windows))).round().astype(int)
-    shown = [picture(windows.images[row], windows.colormap) for row in rows] + [None] * (each - len(rows))
+def _some(windows: WindowSet, user: int, each: int, title: str) -> list[tuple]:
+    """`each` (image, title) of a user's windows, evenly spaced, the first one titled; None where there are fewer."""
+    mine = windows.of_user(user)
+    rows = np.linspace(0, len(mine) - 1, min(each, len(mine))).round().astype(int)
+    shown = [picture(mine.images[row], mine.colormap) for row in rows] + [None] * (each - len(rows))
     return list(zip(shown, [title] + [""] * (each - 1), strict=True))
 
 
@@ -96,7 +99,7 @@ def picture(image: torch.Tensor, colormap: str) -> np.ndarray:
     return colorize(image[0], "jet" if colormap == "none" else colormap)
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path | BytesIO) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, dpi=DPI)
 
@@ -105,21 +108,18 @@ def to_png(*figures: Figure) -> bytes:
     """Figures as PNG bytes, one below the other."""
     images = []
     for figure in figures:
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI)
-        images.append(np.array(Image.open(buffer).convert("RGB")))
-    width = max(image.shape[1] for image in images)
-    padded = [np.pad(one, ((0, 0), (0, width - one.shape[1]), (0, 0)), constant_values=255) for one in images]
-    return _png(Image.fromarray(np.concatenate(padded)))
+        save(figure, buffer := BytesIO())
+        images.append(Image.open(buffer).convert("RGB"))
+    page = Image.new("RGB", (max(one.width for one in images), sum(one.height for one in images)), "white")
+    for place, image in enumerate(images):
+        page.paste(image, (0, sum(one.height for one in images[:place])))
+    return _png(page)
 
 
 def _png(image: Image.Image) -> bytes:
     buffer = BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-# ---- windows
 
 
 def windows(images, titles=None, colormap: str = "jet", columns: int = 8, side: float = 1.3) -> Figure:
@@ -130,8 +130,7 @@ def windows(images, titles=None, colormap: str = "jet", columns: int = 8, side: 
 
 
 def sheet(folder: str | Path, rows: list[dict]) -> Figure:
-    """The first ten windows on disk of each user, a row a user. rows: of a manifest, `path` (within `folder`) and
-    `user` in each."""
+    """The first ten windows on disk of each user, a row a user. rows: of the manifest in `folder`."""
     lines = []
     for user, every in Counter(row["user"] for row in rows).items():
         paths = [Path(folder) / row["path"] for row in rows if row["user"] == user][:10]
@@ -142,20 +141,19 @@ def sheet(folder: str | Path, rows: list[dict]) -> Figure:
 
 def real_and_generated(real: WindowSet, generated: WindowSet, users: list[int] | None = None, each: int = 4) -> Figure:
     """Contact sheet: a row a user, real windows on the left, generated ones on the right."""
-    some = lambda user: _some(real.of_user(user), each, "real") + _some(generated.of_user(user), each, "generated")
+    some = lambda user: _some(real, user, each, "real") + _some(generated, user, each, "generated")
     return _pictures([(f"ID_{user}", some(user)) for user in users or real.users[:8]], 1.2)
 
 
 def side_by_side(sets: dict[str, WindowSet], users: int = 2, each: int = 4) -> Figure:
     """A row a set, `each` windows of the first `users` users in it."""
-    some = lambda part: [_some(part.of_user(user), each, f"ID_{user}") for user in part.users[:users]]
-    return _pictures([(name, list(chain(*some(part)))) for name, part in sets.items()], 1.2)
+    some = lambda part: [_some(part, user, each, f"ID_{user}") for user in part.users[:users]]
+    return _pictures([(name, sum(some(part), [])) for name, part in sets.items()], 1.2)
 
 
 def reconstructions(real: torch.Tensor, decoded: torch.Tensor, colormap: str = "jet") -> Figure:
     """Windows (N, C, H, W) above their codec round trips, and the absolute difference below."""
-    lines = {"real": [picture(image, colormap) for image in real]}
-    lines["round trip"] = [picture(image, colormap) for image in decoded]
+    lines = {name: [picture(one, colormap) for one in some] for name, some in (("real", real), ("round trip", decoded))}
     lines["|difference|"] = colormaps["magma"]((decoded - real).abs().mean(1).clamp(0, 1).numpy())[..., :3]
     return _pictures([(name, [(image, "") for image in images]) for name, images in lines.items()])
 
@@ -163,17 +161,13 @@ def reconstructions(real: torch.Tensor, decoded: torch.Tensor, colormap: str = "
 def user_view(real: WindowSet, generated: WindowSet, nearest: WindowSet | None = None, ratios=()) -> Figure:
     """Windows of one user: real ones, generated ones, and below each of those the training window nearest to it.
 
-    ratios: distance to `nearest`, for each generated window, over that of real unseen windows: 1 where a generated
-    window is as new as a real one, well below where it is copied.
+    ratios: distance to `nearest` over that of real unseen windows: 1 for one as new as a real window, less for a copy.
     """
-    rows = [("real", real, [""] * len(real))]
-    rows.append(("generated", generated, [str(place) for place in range(1, len(generated) + 1)]))
+    some = lambda part, titles: list(zip([picture(one, part.colormap) for one in part.images], titles, strict=True))
+    lines = [("real", some(real, [""] * len(real)))]
+    lines.append(("generated", some(generated, [str(place + 1) for place in range(len(generated))])))
     if nearest is not None:
-        rows.append(("nearest training", nearest, [f"distance {ratio:.2f}" for ratio in ratios]))
-    lines = [
-        (name, [(picture(image, part.colormap), title) for image, title in zip(part.images, titles, strict=True)])
-        for name, part, titles in rows
-    ]
+        lines.append(("nearest training", some(nearest, [f"distance {ratio:.2f}" for ratio in ratios])))
     figure = _pictures(lines, 1.5)
     figure.suptitle(f"ID_{generated.files[0].user} {generated.files[0].condition}".strip(), fontsize=9, color=INK)
     return figure
@@ -182,18 +176,14 @@ def user_view(real: WindowSet, generated: WindowSet, nearest: WindowSet | None =
 def neighbourhoods(points: list[dict]) -> Figure:
     """The report's map of windows: a colour a user, dots where generated, crosses where real."""
     figure, (axis,) = new_figure(5.6, 3.6)
-    rows = [
-        {**point, "user": f"ID_{point['user']}", "": "generated" if point["generated"] else "real"} for point in points
-    ]
+    kinds = ("real", "generated")
+    rows = [{**point, "user": f"ID_{point['user']}", "": kinds[point["generated"]]} for point in points]
     looks = dict(style="", markers={"generated": "o", "real": "X"}, hue="user", palette="colorblind", s=28)
     seaborn.scatterplot(DataFrame(rows), x="x", y="y", ax=axis, **looks)
     style(axis)
     axis.set(xticks=[], yticks=[])
     axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-# ---- codec and training
 
 
 def history(rows: list[dict], keys: list[tuple[str, ...]]) -> Figure:
@@ -242,10 +232,8 @@ def user_codes(counts: torch.Tensor, users: tuple[int, ...]) -> Figure:
     fraction = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
     ratio = (fraction / fraction.mean(0).clamp_min(1e-9)).clamp(0.25, 4).log2()
     ratio = ratio[:, counts.sum(0).argsort(descending=True)].numpy()
-    bar = {"label": "log2 of use over mean use"}
-    return heatmap(
-        ratio, users, (8, 0.14 * len(users) + 1.2), "codes, most used first", center=0, cmap="vlag", cbar_kws=bar
-    )
+    looks = dict(center=0, cmap="vlag", cbar_kws={"label": "log2 of use over mean use"})
+    return heatmap(ratio, users, (8, 0.14 * len(users) + 1.2), "codes, most used first", **looks)
 
 
 def heatmap(values: np.ndarray, users, size: tuple, x: str, y: str = "", **options) -> Figure:
@@ -268,16 +256,13 @@ def tile(patch: torch.Tensor, colormap: str, height: int = 36) -> bytes:
 
 
 def code_tiles(book, codes: list[int], columns: int = 16) -> Figure:
-    """What codes decode to, each below its index and how often it is used. book: a `Codebook`."""
+    """What codes of a `Codebook` decode to, each below its index and how often it is used."""
     titles = [f"{code}\n×{book.times[code]}" for code in codes]
     return windows(book.decoded[codes], titles, book.windows.colormap, columns, 0.62)
 
 
 def code_card(book, code: int) -> Figure:
-    """One code: what it decodes to and stands for, its cells in the grid, who uses it, and windows with it marked.
-
-    book: of `mdlib.evaluation.codec_quality.survey`.
-    """
+    """One code of a `Codebook`: what it decodes to and stands for, its cells, who uses it, windows with it marked."""
     windows, times, users = book.windows, int(book.times[code]), book.windows.users
     figure = Picture(figsize=(9.0, 3.7), layout="constrained")
     grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.15))

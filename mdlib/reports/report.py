@@ -1,11 +1,12 @@
-"""report.json and report.html of one generator, and the folders of images that they are made from."""
+"""Report, comparison and study as JSON and HTML, and the folders of images that a report is made from."""
 
 from pathlib import Path
 
 from mdlib.data.splits import apply_split, describe_training, read_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.data.windows import DataError, WindowSet, load_windows, to_float
+from mdlib.evaluation.codec_quality import choose_codec
 from mdlib.evaluation.evidence import Evidence, Protocol
-from mdlib.evaluation.intervals import absent
+from mdlib.evaluation.metrics import absent
 from mdlib.evaluation.protocol import evaluate, through_codec
 from mdlib.reports import charts, pages, plots
 from mdlib.training.fit import read_history
@@ -17,7 +18,12 @@ OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
 def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str, plots.Figure]:
     """Write report.json and report.html into `out`; returns the page's charts by name (see templates/figures.toml),
     those that there was something to draw for. Training curves need the run's codec/ and prior/ in `out`."""
-    shown = _charts(report, evidence) | _training_curves(Path(out))
+    shown = _charts(report, evidence)
+    for part in ("codec", "prior"):
+        if (Path(out) / part / "history.csv").exists():
+            history = read_history(Path(out) / part)
+            pairs = [(name, f"held_out_{name}") for name in history[-1] if f"held_out_{name}" in history[-1]]
+            shown[part] = plots.history(history, pairs[:4])
     measured = {**report, "training": {}, "augmentation": dict(report["augmentation"])}
     if "codec" not in shown:
         measured["training"]["curves"] = absent("no training logs in this folder")
@@ -77,11 +83,7 @@ def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None) ->
 
 
 def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:
-    """Generated windows at the real set's size, with the real set's label map.
-
-    Raises:
-        DataError: a generated user without real windows.
-    """
+    """Generated windows at the real set's size, with its label map; DataError on a user without real windows."""
     channels, size = real.images.shape[1:3]
     return load_windows(folder, size=size, channels=channels, colormap=real.colormap, users=real.users)
 
@@ -95,7 +97,7 @@ def _charts(report: dict, evidence: Evidence) -> dict[str, plots.Figure]:
         "accuracies": charts.accuracies(augmentation),
         "contact": plots.real_and_generated(real, generated, users),
         "confusion": charts.confusion(report["identity"]["confusion"], report["users"]),
-        "nearest": nearest_pairs(report["memorisation"], evidence),
+        "nearest": _nearest_pairs(report["memorisation"]["nearest"], evidence),
     }
     if len(augmentation["gain_by_windows"]) > 1 or augmentation["gain_by_selection"]:
         shown["gain_curves"] = charts.gain_curves(augmentation)
@@ -116,22 +118,78 @@ def _charts(report: dict, evidence: Evidence) -> dict[str, plots.Figure]:
     return shown
 
 
-def _training_curves(run: Path) -> dict[str, plots.Figure]:
-    """The first four training curves of a run folder's codec and prior, as far as their logs are there."""
-    shown = {}
-    for part in ("codec", "prior"):
-        if (run / part / "history.csv").exists():
-            history = read_history(run / part)
-            pairs = [(name, f"held_out_{name}") for name in history[-1] if f"held_out_{name}" in history[-1]]
-            shown[part] = plots.history(history, pairs[:4])
-    return shown
-
-
-def nearest_pairs(memorisation: dict, evidence: Evidence) -> plots.Figure:
+def _nearest_pairs(pairs: list[dict], evidence: Evidence) -> plots.Figure:
     """The generated windows nearest to a training window, each above that; titles: its distance over a real one's."""
-    pairs, images = memorisation["nearest"], []
+    images = []
     for name, part in (("generated", evidence.generated), ("train", evidence.train)):
         row = {path: row for row, path in enumerate(part.paths)}
         images += [part.images[row[pair[name]]] for pair in pairs]
     titles = [f"{pair['ratio']:.2f}" for pair in pairs] + ["training"] * len(pairs)
     return plots.windows(images, titles, evidence.train.colormap, columns=len(pairs))
+
+
+# ---- several reports on one page
+
+
+def write_study(result: dict, out: str | Path) -> None:
+    """Write study.json and study.html into `out`. result: settings, and rows (windows_per_user, folds and sections of a
+    report, verdict among them), with mdlib and created."""
+    counts = {row["windows_per_user"]: row for row in result["rows"]}
+    pages.write(result, Path(out), "study", {"study": charts.study(result["rows"])}, counts=counts)
+
+
+def write_comparison(result: dict, windows: dict[str, WindowSet], out: str | Path) -> None:
+    """Write comparison.json and comparison.html into `out`. result: settings, conclusions and systems (figures, or an
+    error, by name), with mdlib and created; windows: "real" and those of each measured system, may be empty."""
+    measured = {name: figures for name, figures in result["systems"].items() if "error" not in figures}
+    shown = {"gains": charts.gains(measured), "learning": charts.learning(measured)} if measured else {}
+    if windows:
+        shown["windows"] = plots.side_by_side(windows)
+    pages.write(result, Path(out), "comparison", shown, systems=measured)
+
+
+def conclusions(systems: dict[str, dict]) -> dict:
+    """Answers, each a dictionary with value and sentence: which system by gain, by Fréchet distance and by identity,
+    and which kind of codec by the rule of `codec_quality.choose_codec`."""
+    measured = {name: figures for name, figures in systems.items() if "error" not in figures}
+    return {**_best_systems(measured), "codec": _best_codec(measured)}
+
+
+def _best_systems(systems: dict[str, dict]) -> dict:
+    if not systems:
+        return {}
+    gains = {name: figures["augmentation"]["gain"] for name, figures in systems.items()}
+    best = max(gains, key=lambda name: gains[name]["value"])
+    apart = [name for name in gains if gains[name]["ci95"][1] < gains[best]["ci95"][0]]
+    how = f"its interval lies above that of {', '.join(apart)}" if apart else "but the intervals of all systems overlap"
+    sentence = f"Largest gain: {best}, {pages.written(gains[best], 'points')}; {how}."
+    if gains[best]["ci95"][0] <= 0:
+        sentence = f"No system's generated windows help for certain. {sentence}"
+    found = {"gain": {"value": best, "sentence": sentence}}
+    for key, title, pick, name in (
+        ("fidelity", "Nearest to real windows by Fréchet distance", min, "fd_ratio"),
+        ("identity", "Most often recognised as their user", max, "accuracy"),
+    ):
+        values = {system: figures[key][name]["value"] for system, figures in systems.items()}
+        values = {system: value for system, value in values.items() if value is not None}
+        if values:
+            best = pick(values, key=values.get)
+            figure = pages.written(values[best], pages.describe(key, name)["unit"])
+            found[key] = {"value": best, "sentence": f"{title}: {best} ({figure})."}
+    return found
+
+
+def _best_codec(systems: dict[str, dict]) -> dict:
+    """VQ or KL: the codecs of best PSNR with and without a codebook."""
+    best = {}
+    for name, figures in systems.items():
+        psnr, usage = figures["reconstruction"]["psnr_db"]["value"], figures["codebook"]["usage"]["value"]
+        kind = "kl" if usage is None else "vq"
+        if psnr is not None and psnr > best.get(kind, {"psnr_db": 0.0})["psnr_db"]:
+            best[kind] = {"psnr_db": psnr, "usage": usage, "system": name}
+    if len(best) < 2:
+        reason = "it takes a codec with a codebook and one without"
+        return {"value": None, "reason": reason, "sentence": f"VQ or KL codec: not measured ({reason})."}
+    choice, names = choose_codec(best["vq"], best["kl"]), {kind: one["system"] for kind, one in best.items()}
+    sentence = f"{choice['sentence']} (VQ: {names['vq']}, KL: {names['kl']}.)"
+    return {"value": choice["choice"], **choice, "systems": names, "sentence": sentence}

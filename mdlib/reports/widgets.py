@@ -7,7 +7,8 @@ shows the picture alone. Only what ipywidgets 7 and 8 share is used.
 import html
 from base64 import b64encode
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,17 +33,12 @@ SLIDERS = {"guidance_scale": (0.0, 8.0), "temperature": (0.1, 2.0)}
 
 
 def browse_codes(codec, windows: WindowSet, tokens: torch.Tensor) -> None:
-    """Codebook explorer: how often all users or one use each code, and every code as a picture; click one to see what
-    it decodes to, who uses it and where it occurs.
-
-    Args:
-        codec: with a codebook.
-        windows, tokens: windows and their tokens (N, h, w), in which use is counted.
-    """
+    """Codebook explorer: how often all users or one use each code in windows and their tokens (N, h, w), and every code
+    as a picture; click one to see what it decodes to, who uses it and where it occurs."""
     book = survey(codec, windows, tokens)
-    codes = book.times.argsort(descending=True, stable=True).tolist()[: 2 * TILES]
     card = plots.code_card(book, book.most_telling())
-    _display([plots.code_usage(book.times.numpy()), plots.code_tiles(book, codes), card], lambda: _Codes(book))
+    tiles = plots.code_tiles(book, _most_used(book.times)[: 2 * TILES])
+    _display([plots.code_usage(book.times.numpy()), tiles, card], lambda: _Codes(book))
 
 
 def browse_users(
@@ -67,7 +63,7 @@ def browse_users(
         seed, sampling: the first settings of live windows.
     """
     people = _People(real, generated, train, pipeline, each)
-    first = people.on_disk(generated.files[0].user, generated.files[0].condition)
+    first, _ = people.on_disk(generated.files[0].user, generated.files[0].condition)
     _display([people.picture(first)], lambda: _Users(people, folder, seed, sampling))
 
 
@@ -80,6 +76,10 @@ def _display(figures: list, view: Callable) -> None:
     live = {"version_major": 2, "version_minor": 0, "model_id": view().box.model_id}
     shown = {"application/vnd.jupyter.widget-view+json": live, "text/plain": "an interactive view"}
     display(shown | {"image/png": b64encode(plots.to_png(*figures)).decode()}, raw=True)
+
+
+def _most_used(times: torch.Tensor) -> list[int]:
+    return times.argsort(descending=True, stable=True).tolist()
 
 
 class _View:
@@ -120,8 +120,13 @@ class _Codes(_View):
         self.page = ipywidgets.IntSlider(min=1, max=-(-codes // TILES), description="page", continuous_update=False)
         self.code = ipywidgets.BoundedIntText(value=book.most_telling(), max=codes - 1, description="code")
         self.usage, self.card, self.style = self.image(), self.image(), ipywidgets.HTML()
-        self.tiles = [self._tile(place) for place in range(min(TILES, codes))]
         self.shown: list[int] = []
+        self.tiles = [ipywidgets.Button() for _ in range(min(TILES, codes))]
+        for place, tile in enumerate(self.tiles):
+            tile.layout = ipywidgets.Layout(width="54px", height="60px", margin="1px")
+            tile.add_class("mdlib-tile")
+            tile.add_class(f"mdlib-{self.code.model_id}-{place}")  # its own in the whole notebook
+            tile.on_click(lambda _, place=place: setattr(self.code, "value", self.shown[place]))
         tiles = ipywidgets.Box(self.tiles, layout=ipywidgets.Layout(flex_flow="row wrap", max_width="940px"))
         controls = ipywidgets.HBox([self.whose, self.page, self.code])
         self.box = ipywidgets.VBox([controls, self.usage, self.style, tiles, self.line, self.card])
@@ -129,14 +134,6 @@ class _Codes(_View):
             control.observe(lambda _, draw=draw: self.attempt(draw), names="value")
         self.attempt(self.draw_usage)
         self.attempt(self.draw_card)
-
-    def _tile(self, place: int):
-        """The button of one place on the page; one of its style classes is its own in the whole notebook."""
-        tile = ipywidgets.Button(layout=ipywidgets.Layout(width="54px", height="60px", margin="1px"))
-        for name in ("mdlib-tile", f"mdlib-{self.code.model_id}-{place}"):
-            tile.add_class(name)
-        tile.on_click(lambda _: setattr(self.code, "value", self.shown[place]))
-        return tile
 
     @property
     def times(self) -> torch.Tensor:
@@ -154,7 +151,7 @@ class _Codes(_View):
     def draw_tiles(self) -> None:
         """A page of codes as buttons that show what each decodes to, most used first."""
         first, times = TILES * (self.page.value - 1), self.times
-        self.shown = times.argsort(descending=True, stable=True).tolist()[first : first + TILES]
+        self.shown = _most_used(times)[first : first + TILES]
         # Buttons can show no picture of their own: a style sheet puts one above each one's text.
         rules = ["button.mdlib-tile { background: no-repeat center 4px; padding: 42px 0 2px; line-height: 16px }"]
         for place, tile in enumerate(self.tiles):
@@ -178,16 +175,9 @@ class _Codes(_View):
             tile.button_style = "info" if code == self.code.value else ""
 
 
-@dataclass(frozen=True)
-class _Generated:
-    """Generated windows of one user in one condition, and what saves those at some places into a folder."""
-
-    windows: WindowSet
-    save: Callable[[str, list[int]], list[dict]]
-
-
 class _People:
-    """What the user browser shows, without its controls."""
+    """What the user browser shows, without its controls: windows, each time with a function (folder, places) that saves
+    those at some places."""
 
     def __init__(self, real: WindowSet, generated: WindowSet, train: WindowSet, pipeline, each: int):
         self.real, self.generated, self.train, self.pipeline, self.each = real, generated, train, pipeline, each
@@ -197,31 +187,30 @@ class _People:
         distance, _ = nearest_train(real, train)
         self.usual = float(distance[distance.isfinite()].median().clamp_min(1e-9))
 
-    def on_disk(self, user: int, condition: str) -> _Generated:
+    def on_disk(self, user: int, condition: str) -> tuple[WindowSet, Callable]:
         found = self._some(self.generated, user, condition)
         if not len(found):
             name = f"ID_{user}" + (f" with {condition}" if condition else "")
             raise DataError(f"{found.root} holds no window of {name}: generate some, or switch to {LIVE}")
-        return _Generated(found, lambda out, places: copy_windows(found.root, [found.paths[k] for k in places], out))
+        return found, lambda out, places: copy_windows(found.root, [found.paths[k] for k in places], out)
 
-    def live(self, user: int, condition: str, seed: int, sampling: dict) -> _Generated:
+    def live(self, user: int, condition: str, seed: int, sampling: dict) -> tuple[WindowSet, Callable]:
         found = self.pipeline([user], self.each, seed, conditions=[condition], output_type="pt", **sampling)
         images, rows = found.images, found.manifest
         files = tuple(WindowFile(str(row["number"]), user, condition, "", row["number"]) for row in rows)
         labels = torch.full((len(rows),), self.real.users.index(user))
-        return _Generated(
-            replace(self.real, images=to_uint8(images), labels=labels, files=files),
-            lambda out, places: self.pipeline.save_windows(out, [rows[k] for k in places], images[places], **sampling),
+        save = lambda out, places: self.pipeline.save_windows(
+            out, [rows[k] for k in places], images[places], **sampling
         )
+        return replace(self.real, images=to_uint8(images), labels=labels, files=files), save
 
-    def picture(self, generated: _Generated):
+    def picture(self, generated: WindowSet):
         """Real windows, the generated ones, and the training windows nearest to those."""
-        file = generated.windows.files[0]
-        real = self._some(self.real, file.user, file.condition)
-        distance, rows = nearest_train(generated.windows, self.train)
+        real = self._some(self.real, generated.files[0].user, generated.files[0].condition)
+        distance, rows = nearest_train(generated, self.train)
         if not distance.isfinite().all():  # no training window shows this user
-            return plots.user_view(real, generated.windows)
-        return plots.user_view(real, generated.windows, self.train.select(rows), (distance / self.usual).tolist())
+            return plots.user_view(real, generated)
+        return plots.user_view(real, generated, self.train.select(rows), (distance / self.usual).tolist())
 
     def _some(self, windows: WindowSet, user: int, condition: str) -> WindowSet:
         """A few windows of a user, spread over all of them."""
@@ -235,14 +224,14 @@ class _Users(_View):
 
     def __init__(self, people: _People, folder: str | Path, seed: int, sampling: dict):
         super().__init__()
-        self.people, self.sampling, self.shown = people, sampling, None
+        self.people, self.sampling, self.shown, self.copy = people, sampling, None, None
         users = [(f"ID_{user}", user) for user in people.users]
         self.user = ipywidgets.SelectionSlider(options=users, description="user", continuous_update=False)
         self.condition = ipywidgets.Dropdown(options=people.conditions, description="condition")
         self.source = ipywidgets.ToggleButtons(options=[ON_DISK, LIVE])
         self.seed = ipywidgets.BoundedIntText(value=seed, max=2**31 - 1, description="seed")
         self.options = {**people.pipeline.sampling_options(), **sampling} if people.pipeline else {}
-        self.sliders = _sliders(self.options)
+        self.sliders = {name: _slider(name, self.options[name]) for name in SLIDERS if name in self.options}
         self.selected = [ipywidgets.ToggleButton(description=f"select {k + 1}") for k in range(people.each)]
         self.folder = ipywidgets.Text(value=str(folder), description="folder", layout=ipywidgets.Layout(width="450px"))
         self.button, self.view = ipywidgets.Button(description="save selected"), self.image()
@@ -270,37 +259,26 @@ class _Users(_View):
             self.source.value = LIVE
 
     def _draw(self) -> None:
-        who = self.user.value, self.condition.value
+        find = self.people.on_disk
         if self.source.value == LIVE:
             moved = {name: slider.value for name, slider in self.sliders.items() if slider.value != self.options[name]}
-            generated = self.people.live(*who, self.seed.value, {**self.sampling, **moved})
-        else:
-            generated = self.people.on_disk(*who)
-        self.view.value = plots.to_png(self.people.picture(generated))
+            find = partial(self.people.live, seed=self.seed.value, sampling={**self.sampling, **moved})
+        found, copy = find(self.user.value, self.condition.value)
+        self.view.value = plots.to_png(self.people.picture(found))
         for place, button in enumerate(self.selected):
-            button.value, button.disabled = False, place >= len(generated.windows)
-        self.shown = generated
+            button.value, button.disabled = False, place >= len(found)
+        self.shown, self.copy = found, copy
 
     def save(self) -> str:
         places = [place for place, button in enumerate(self.selected) if button.value]
         if not self.shown or not places:
             raise DataError("no window is selected: use the buttons below the picture")
-        self.shown.save(self.folder.value, places)
+        self.copy(self.folder.value, places)
         return f"{count(len(places), 'window')} of ID_{self.user.value} saved in {self.folder.value}"
 
 
-def _sliders(options: dict) -> dict:
-    """A slider by name for each of SLIDERS among the sampling options and their values."""
-    return {
-        name: ipywidgets.FloatSlider(
-            value=options[name],
-            min=min(low, options[name]),
-            max=max(high, options[name]),
-            step=0.05,
-            description=name.split("_")[0],
-            style={"description_width": "initial"},
-            continuous_update=False,
-        )
-        for name, (low, high) in SLIDERS.items()
-        if name in options
-    }
+def _slider(name: str, value: float):
+    low, high = min(SLIDERS[name][0], value), max(SLIDERS[name][1], value)
+    slider = ipywidgets.FloatSlider(value=value, min=low, max=high, step=0.05, continuous_update=False)
+    slider.description, slider.style.description_width = name.split("_")[0], "initial"
+    return slider

@@ -1,28 +1,27 @@
-"""Radar recordings of simulated walking people: a data set that needs no measurements.
+"""Radar recordings of simulated walking people (`walker`) before a `radar`, cut into overlapping windows.
 
-A person (`walker`) walks to and fro before a radar (`radar`) for about two minutes. Windows four steps long are cut one
-step apart and scaled to dB of the display. Speckle, clutter and gait drift run on through a walk, so overlapping
-windows share what they share in real recordings, and a random split leaks.
+Speckle, clutter and gait drift run on through a walk: overlapping windows share what they share in real recordings.
 """
 
 import json
 import os
-import shutil
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 from scipy.ndimage import maximum_filter1d
+from scipy.signal import detrend
 
 from mdlib.simulation import walker as gait
 from mdlib.simulation.radar import CHEST, FEET, RADAR_HEIGHT, SNR, echoes, receive, short_time_spectrum, speckle
 from mdlib.simulation.walker import CONDITIONS
 from mdlib.utils import bar
 
-COLUMNS, HOP = 56, 13.76  # of a window; from one window to the next, which is one step
-CLOCK_COLUMNS, CLOCK_HOP, CLOCK_S = 60, 15, 3.0 / 60  # of windows 3 s long; seconds a column
+STEP_CUT = 13.76, 56  # columns from one window to the next, which is one step, and columns of a window
+CLOCK_CUT, CLOCK_S = (15, 60), 3.0 / 60  # the same of windows 3 s long; seconds a column
 DYNAMIC, THRESHOLD = 38, 0.17  # dB shown; intensities below are set to 0
 HALF_STEP = 0.006  # s, half the base of the range derivatives
 MARGIN = 4  # columns before and after the windows of a run
@@ -30,7 +29,7 @@ CUT_SD, STRETCH_SD = 0.5, 0.015  # windows cut at the steps: error of the cut in
 
 
 def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="normal", clock=False):
-    """Simulate the windows of one recording of one user, who walks to and fro; turns are left out.
+    """Simulate the windows of one recording of one user, who walks to and fro for about two minutes, without the turns.
 
     Args:
         user, recording, seed: user k of a seed is the same person in every call.
@@ -46,11 +45,7 @@ def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="norm
             oscillation.
         numbers: int (n_windows,), positions in time: consecutive in a walk, gaps of 3 to 17 at the turns. A window
             shares three quarters with the next.
-
-    Raises:
-        ValueError: an unknown condition, or a number below 1 (seed: 0).
     """
-    _check([condition], user=user, recording=recording, n_windows=n_windows, seed=seed)
     person, height = gait.draw_person(np.random.default_rng([seed, 0, user]))
     key = [user, recording, CONDITIONS.index(condition), 0]
     session_rng = np.random.default_rng([seed, 1, *key])
@@ -63,10 +58,9 @@ def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="norm
         windows = int(rng.integers(14, 26))
         power, truth = _simulate_run(rng, walker, height, condition, windows, away, clock)
         pictures, truth = _cut(rng, power, truth, windows, clock)
-        for name, value in (("run", run + 1), ("away", int(away)), ("height", height)):
-            truth[name] = np.full(windows, value)
+        same = {"run": run + 1, "away": int(away), "height": height}
+        truths.append(truth | {name: np.full(windows, value) for name, value in same.items()})
         images.append(pictures)
-        truths.append(truth)
         numbers.append(number + np.arange(windows))
         number += windows + int(rng.integers(3, 18))
         run, away = run + 1, not away
@@ -85,42 +79,37 @@ def simulate_dataset(out, users=31, windows=150, size=256, seed=0, condition="no
         size: pixels a side of the jet-coloured PNGs.
         condition: one of `CONDITIONS` (case 1 to 4), or "all" for all of them, in `out/<condition>/ID_k/…`.
 
-    Returns:
-        The Path of `out`.
-
     Raises:
         ValueError: an argument is out of range.
         FileExistsError: `out` holds anything else.
     """
     out = Path(out)
-    conditions = CONDITIONS if condition == "all" else (condition,)
-    _check(conditions, users=users, size=size, recordings=recordings, seed=seed)
+    arguments = dict(users=users, windows=windows, size=size, seed=seed, condition=condition, recordings=recordings)
+    if condition not in (*CONDITIONS, "all"):
+        raise ValueError(f"condition={condition!r}: choose one of {', '.join(CONDITIONS)} or all")
+    for name, least in dict(users=1, size=1, recordings=1, seed=0).items():
+        if arguments[name] < least:
+            raise ValueError(f"{name}={arguments[name]}: must be at least {least}")
     if windows < recordings:
         raise ValueError(f"windows={windows}: must be at least one for each of the {recordings} recordings")
-    arguments = dict(users=users, windows=windows, size=size, seed=seed, condition=condition, recordings=recordings)
     if _already_there(out, arguments):
         return out
+    conditions = CONDITIONS if condition == "all" else (condition,)
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        rows = []
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        work, rows = Path(temporary) / "set", []
         with bar(users * windows * len(conditions), "simulate", unit="window", show=progress) as done:
-            for name in conditions:
-                for user in range(1, users + 1):
-                    for recording in range(1, recordings + 1):
-                        number = windows // recordings + (recording <= windows % recordings)
-                        found = simulate_recording(user, recording, seed, number, name)
-                        folder = work / (name if condition == "all" else "") / f"ID_{user}"
-                        rows += _write(work, folder, user, recording, name, size, *found)
-                        done.update(number)
+            for name, user, recording in product(conditions, range(1, users + 1), range(1, recordings + 1)):
+                number = windows // recordings + (recording <= windows % recordings)
+                found = simulate_recording(user, recording, seed, number, name)
+                folder = work / (name if condition == "all" else "") / f"ID_{user}"
+                rows += _write(work, folder, user, recording, name, size, *found)
+                done.update(number)
         pd.DataFrame(rows).to_csv(work / "parameters.csv", index=False)
         (work / "simulation.json").write_text(json.dumps(arguments, indent=1))
         if out.is_dir():
             out.rmdir()  # empty, or _already_there had refused
-        work.chmod(0o755)
         os.replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return out
 
 
@@ -129,22 +118,11 @@ def colour(image, size):
     from mdlib.data.colormaps import colormap_table  # imports torch, which takes a second
 
     y, x = (np.arange(size) * cells // size for cells in image.shape)
-    return colormap_table("jet")[image[y][:, x]]
-
-
-def _check(conditions, **numbers):
-    """ValueError on the first argument that is out of range."""
-    for condition in conditions:
-        if condition not in CONDITIONS:
-            raise ValueError(f"condition={condition!r}: choose one of {', '.join(CONDITIONS)}")
-    for name, value in numbers.items():
-        least = 0 if name == "seed" else 1
-        if value < least:
-            raise ValueError(f"{name}={value}: must be at least {least}")
+    return colormap_table("jet")[image[np.ix_(y, x)]]
 
 
 def _already_there(out, arguments):
-    """Whether `out` is a complete earlier result; FileExistsError when it holds anything else."""
+    """Whether `out` is a complete earlier result."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
@@ -158,33 +136,28 @@ def _already_there(out, arguments):
 
 
 def _write(root, folder, user, recording, condition, size, images, truth, numbers):
-    """Write the windows of one recording; returns their rows of parameters.csv, with paths below `root`."""
+    """Write the windows of one recording and yield their rows of parameters.csv, with paths below `root`."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
     for i, number in enumerate(numbers):
         path = folder / f"ID{user}_case{CONDITIONS.index(condition) + 1}_{recording}_Doppler{number}.png"
         Image.fromarray(colour(images[i], size)).save(path, compress_level=1)
-        where = path.relative_to(root).as_posix()
-        row = dict(path=where, user=user, recording=recording, condition=condition, window=number)
-        rows.append(row | {name: f"{values[i]:.6g}" for name, values in truth.items()})
-    return rows
+        row = dict(path=path.relative_to(root).as_posix(), user=user, recording=recording, condition=condition)
+        yield row | {"window": number} | {name: f"{values[i]:.6g}" for name, values in truth.items()}
 
 
 # ---- one walk
 
 
 def _simulate_run(rng, walker, height, condition, windows, away, clock):
-    """Simulate one straight walk: power (columns, rows), lowest velocity first, and truth {name: (columns,)}.
-
-    Columns are computed once and shared by the windows cut from them. The gait drifts between knots a hop apart.
-    """
-    hop, columns = (CLOCK_HOP, CLOCK_COLUMNS) if clock else (HOP, COLUMNS)
+    """Simulate one straight walk: power (columns, rows), lowest velocity first, and truth {name: (columns,)}. The gait
+    drifts between knots a hop apart."""
+    hop, columns = CLOCK_CUT if clock else STEP_CUT
     n = int(np.ceil((windows - 1) * hop)) + columns + 2 * MARGIN
     position = (np.arange(n) + 0.5) / hop
     knots = np.arange(int(position[-1]) + 2)
     values = gait.combine(walker, gait.draw_window(rng, len(knots)))
     values["speed"] = values["speed"] * np.interp(knots, position, _slow_down(rng, n, hop))
-    g = gait.blend(gait.make_gait(values, height, condition), position)
+    g = {name: gait.between(a, position) for name, a in gait.make_gait(values, height, condition).items()}
     now = {k: np.interp(position, knots, v) for k, v in values.items() if v.ndim == 1}
     rcs = np.stack([np.interp(position, knots, v) for v in values["rcs"].T], 1)
     rcs[:, gait.SEGMENTS.index("torso")] += 1.5 if condition == "backpack" else 0.0
@@ -214,8 +187,7 @@ def _simulate_run(rng, walker, height, condition, windows, away, clock):
 
     stride = int(round(1 / np.diff(phase).mean()))  # columns
     feet = maximum_filter1d(speed[:, FEET].max(2), stride, axis=0)  # the peak of the stride
-    same = {k: now[k] for k in ("arm", "armasym", "legasym", "tasym", "aspect")}
-    return power, same | dict(
+    return power, {k: now[k] for k in ("arm", "armasym", "legasym", "tasym", "aspect")} | dict(
         dt=dt, phase=phase, v_torso=speed[:, CHEST], v_low=speed.min(1), v_right=feet[:, 0], v_left=feet[:, 1],
         step_hz=2 * rate, speed=g["speed"], snr=snr, range=trunk, dynamic=DYNAMIC + now["dynamic"],
     )  # fmt: skip
@@ -232,10 +204,8 @@ def _slow_down(rng, columns, hop):
 
 
 def _seen_from_radar(rng, joints, speed, dt, heading, moments, away):
-    """Move joints from the body frame into the radar's, in place, along a walk that stays about 3 m away or more.
-
-    speed, dt, heading: (F,); `moments` in s about the columns' centres.
-    """
+    """Move joints from the body frame into the radar's, in place, along a walk that stays about 3 m away or more:
+    speed, dt, heading (F,), `moments` in s about the columns' centres."""
     direction = np.stack([np.cos(heading), np.sin(heading)], 1)
     walk = np.cumsum((speed * dt)[:, None] * direction, 0)
     walk -= walk[len(walk) // 2]
@@ -251,7 +221,7 @@ def _seen_from_radar(rng, joints, speed, dt, heading, moments, away):
 
 def _cut(rng, power, truth, windows, clock):
     """Cut a run into windows: uint8 images (N, rows, columns), top row = highest velocity, and their truth (N,)."""
-    hop, columns = (CLOCK_HOP, CLOCK_COLUMNS) if clock else (HOP, COLUMNS)
+    hop, columns = CLOCK_CUT if clock else STEP_CUT
     starts, stretch = MARGIN + hop * np.arange(windows), np.ones(windows)
     if not clock:  # every window is cut at the detected steps and scaled to the same length on its own
         starts = starts + np.clip(CUT_SD * rng.standard_normal(windows), -1, 1)
@@ -267,18 +237,11 @@ def _cut(rng, power, truth, windows, clock):
 
     phase, torso = t.pop("phase"), t.pop("v_torso")
     right, left = t.pop("v_right").mean(1), t.pop("v_left").mean(1)
+    hann = np.hanning(columns)  # v_osc: of the trunk's speed without its linear trend
+    v_osc = 2 * np.abs((detrend(torso) * hann * np.exp(-4j * np.pi * phase)).sum(1)) / hann.sum()
     rows = dict(
-        v_torso=torso.mean(1), v_osc=_oscillation(torso, phase), v_foot=(right + left) / 2, v_foot_right=right,
-        v_foot_left=left, v_min=t.pop("v_low").min(1), span=t["dt"].sum(1), start_phase=phase[:, 0] % 1.0,
+        v_torso=torso.mean(1), v_osc=v_osc, v_foot=(right + left) / 2, v_foot_right=right, v_foot_left=left,
+        v_min=t.pop("v_low").min(1), span=t["dt"].sum(1), start_phase=phase[:, 0] % 1.0,
     )  # fmt: skip
     rows |= {name: values.mean(1) for name, values in t.items()}
     return images, rows | {"step_len": rows["speed"] / rows["step_hz"], "stride_t": 2 / rows["step_hz"]}
-
-
-def _oscillation(v, phase):
-    """Amplitude of the once-a-step oscillation of `v` (windows, columns), linear trend removed, Hann weighted."""
-    c = np.arange(v.shape[1]) - (v.shape[1] - 1) / 2
-    v = v - v.mean(1, keepdims=True)
-    v = v - (v @ c)[:, None] / (c @ c) * c
-    w = np.hanning(v.shape[1])
-    return 2 * np.abs((v * w * np.exp(-4j * np.pi * phase)).sum(1)) / w.sum()

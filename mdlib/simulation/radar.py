@@ -1,8 +1,6 @@
-"""A 77 GHz FMCW radar: a walker's scatter centres in, the power of the micro-Doppler spectrogram out.
+"""A 77 GHz FMCW radar: a walker's 52 scatter centres in, the power of the micro-Doppler spectrogram out.
 
-A body (`walker`) is 52 scatter centres on 16 ellipsoids. The slow-time signal is the sum of their phase histories
-exp(-4πi R/λ); its short-time Fourier transform, summed in power over the receive channels, is the spectrogram
-(V. C. Chen, "The Micro-Doppler Effect in Radar", Artech House 2011). A column of the spectrogram is one frame.
+V. C. Chen, "The Micro-Doppler Effect in Radar", Artech House 2011. A column of the spectrogram is one frame.
 """
 
 from typing import NamedTuple
@@ -65,10 +63,11 @@ def velocity_axis():
 
 
 def short_time_spectrum(distance, speed, acceleration, weights):
-    """Complex spectrum (F, looks, rows) of moving points in every frame, lowest velocity first.
+    """Complex spectrum (F, looks, rows) of moving points in every frame, lowest velocity first: the short-time Fourier
+    transform of their phase histories exp(-4πi R/λ), where within a frame each distance R is a parabola in time.
 
     distance m, speed m/s towards the radar, acceleration m/s²: (F, P) at the frames' centres; weights: complex
-    amplitudes (F, looks, P). Within a frame each distance is a parabola in time.
+    amplitudes (F, looks, P).
     """
     k = 4 * np.pi * CARRIER / SPEED_OF_LIGHT
     t = ((np.arange(SAMPLES) - (SAMPLES - 1) / 2) / PRF).astype(np.float32)
@@ -89,10 +88,8 @@ def _complex_normal(rng, shape):
 
 
 def speckle(rng, columns, points, column_s):
-    """Complex weights (columns, LOOKS, points) of mean power 1: a constant plus a Gaussian AR(1) process in time.
-
-    Head and trunk, the first six points, are steadier than the limbs.
-    """
+    """Complex weights (columns, LOOKS, points) of mean power 1: a constant plus a Gaussian AR(1) process in time. Head
+    and trunk, the first six points, are steadier than the limbs."""
     steady = np.where(np.arange(points) < 6, 0.8, 0.55)
     rho = np.exp(-column_s / SPECKLE_TIME)
     noise = _complex_normal(rng, (columns, LOOKS, points))

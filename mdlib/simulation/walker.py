@@ -1,12 +1,9 @@
 """How people walk: the kinematics of one walker, and how walkers, days and steps vary.
 
 Joint curves: R. Boulic, N. Magnenat-Thalmann, D. Thalmann, "A global human walking model with real-time kinematic
-personification", The Visual Computer 6 (1990), 344-358. Segment lengths: V. C. Chen, "The Micro-Doppler Effect in
-Radar", Artech House 2011. Two corrections, because a radar would show limbs that are not there: the standing foot
-stands still (the hip angle is solved for it), and the trunk is fastest just after double support.
-
-Every curve is a Fourier series over the gait cycle, phase 0 = heel strike of that leg. Angles are in degrees in the
-`Knob` tables and in radians in series; lengths in metres, times in seconds.
+personification", The Visual Computer 6 (1990), 344-358. Two corrections, because a radar would show limbs that are not
+there: the standing foot stands still (the hip angle is solved for it), and the trunk is fastest just after double
+support. Every curve is a Fourier series over the gait cycle, phase 0 = heel strike of that leg; SI units, radians.
 """
 
 from functools import cache
@@ -30,10 +27,8 @@ HEAD, TORSO, SHOULDER, PELVIS, THIGH, SHANK, FOOT, UPPER_ARM, FOREARM = (
 
 
 class Knob(NamedTuple):
-    """A gait parameter: its centre, and its SDs between persons, between sessions and within a session.
-
-    `log` parameters are log-normal (their SDs are relative). Arrays hold one value for each segment or harmonic.
-    """
+    """A gait parameter (angles in degrees): its centre, and its SDs between persons, between sessions and within a
+    session. `log` parameters are log-normal, their SDs relative; arrays hold a value for each segment or harmonic."""
 
     centre: float | np.ndarray
     between: float | np.ndarray
@@ -102,16 +97,15 @@ def draw_person(rng):
     return draw(rng, "between"), height
 
 
-def draw_window(rng, knots, per_window=4):
-    """Sample every parameter's slow drift at `knots` points, `per_window` of them per window: name → (knots, …).
+def draw_window(rng, knots):
+    """Sample every parameter's slow drift at `knots` points, four of them per window: name → (knots, …).
 
     A Gaussian moving average: neighbours are alike, points a window apart are nearly unrelated. The mean over a window
     has the SD of the table.
     """
-    lag = np.arange(-per_window - 2, per_window + 3)
-    kernel = np.exp(-((lag / (0.375 * per_window)) ** 2))
-    over_window = np.convolve(kernel, np.full(per_window, 1 / per_window))
-    kernel /= np.sqrt((over_window**2).sum())
+    lag = np.arange(-6, 7)
+    kernel = np.exp(-((lag / 1.5) ** 2))
+    kernel /= np.sqrt((np.convolve(kernel, np.full(4, 0.25)) ** 2).sum())
     deviations = {}
     for name, knob in KNOBS.items():
         noise = rng.standard_normal((knots + len(lag) - 1, np.size(knob.centre)))
@@ -129,9 +123,6 @@ def combine(*deviations):
     return values
 
 
-# ---- Fourier series
-
-
 def to_series(curve):
     """(…, N_PHASE) → complex (…, HARMONICS + 1) with curve(p) = Re Σ c_k exp(2πi k p)."""
     series = np.fft.rfft(curve, axis=-1)[..., : HARMONICS + 1] * (2 / N_PHASE)
@@ -141,17 +132,13 @@ def to_series(curve):
 
 def to_curve(series):
     """The inverse of `to_series`: (…, harmonics + 1) → (…, N_PHASE)."""
-    k = np.arange(series.shape[-1])
-    return np.real(series @ np.exp(2j * np.pi * np.outer(k, PHASE)))
+    return np.real(series @ np.exp(2j * np.pi * np.outer(np.arange(series.shape[-1]), PHASE)))
 
 
 def evaluate(series, phase):
     """Series (F, J, harmonics + 1) at phases (F, D) → (F, J, D)."""
     basis = np.exp(2j * np.pi * phase[:, None, :] * np.arange(series.shape[-1])[:, None])
     return np.real(series @ basis)
-
-
-# ---- Boulic's curves
 
 
 def _periodic(points):
@@ -200,29 +187,19 @@ def _boulic_table():
     return rv, np.stack([boulic_curves(r) for r in rv])
 
 
-# ---- one walker's gait
-
-
-def blend(gait, position):
-    """A gait of K moments (`make_gait`) at fractional moments `position` (F,), linear in between."""
-    i = np.clip(position.astype(int), 0, len(gait["speed"]) - 2)
-    f = position - i
-    found = {}
-    for name, a in gait.items():
-        w = f.reshape(-1, *[1] * (a.ndim - 1))
-        found[name] = a[i] * (1 - w) + a[i + 1] * w
-    return found
+def between(values, position):
+    """Values (K, …) of K moments at fractional moments `position` (F,), linear in between: (F, …)."""
+    i = np.clip(position.astype(int), 0, len(values) - 2)
+    f = (position - i).reshape(-1, *[1] * (values.ndim - 1))
+    return values[i] * (1 - f) + values[i + 1] * f
 
 
 def _toe_speed(toe_off, landing, rise, fall):
-    """Toe speed over body speed, (K, N_PHASE): 0 on the ground, s^rise (1-s)^fall in swing, mean 1 a stride.
-
-    With mean 1 the foot keeps up with the body exactly. Landing may lie beyond the end of the cycle.
-    """
+    """Toe speed over body speed, (K, N_PHASE): 0 on the ground, s^rise (1-s)^fall in swing, mean 1 a stride, so that
+    the foot keeps up with the body exactly. Landing may lie beyond the end of the cycle."""
     s = ((PHASE - toe_off[:, None]) % 1.0) / (landing - toe_off)[:, None]
-    inside = s < 1
-    s = np.where(inside, s, 0.5)
-    pulse = np.where(inside, s ** rise[:, None] * (1 - s) ** fall[:, None], 0.0)
+    swing = np.minimum(s, 1)
+    pulse = swing ** rise[:, None] * (1 - swing) ** fall[:, None]  # 0 once the toe has landed
     return pulse / pulse.mean(1, keepdims=True)
 
 
@@ -280,11 +257,9 @@ def make_gait(p, height, condition="normal"):
         pitch, shoulder, elbow and thorax; "fore_aft", series of the trunk's displacement in m; "stride_time" in s;
         "rv", the relative velocity in 1/s; "speed", "height" and the parameters that `skeleton` needs.
     """
-    p = dict(p)
-    p["speed"] = p["speed"] * np.sqrt(height / 1.70)
+    p = p | {"speed": p["speed"] * np.sqrt(height / 1.70)}
     if condition == "backpack":
-        p["speed"], p["cadence"], p["arm"] = 0.97 * p["speed"], 1.02 * p["cadence"], 0.85 * p["arm"]
-        p["lean"] = p["lean"] + 6.0
+        p |= dict(speed=0.97 * p["speed"], cadence=1.02 * p["cadence"], arm=0.85 * p["arm"], lean=p["lean"] + 6.0)
     if condition == "bag_phone":
         p["speed"] = 0.93 * p["speed"]
     hip_height = (THIGH + SHANK) * height * p["leg"]
@@ -298,11 +273,8 @@ def make_gait(p, height, condition="normal"):
     fore_aft[:, 2] = -1j * amplitude * np.exp(-4j * np.pi * p["crest"])
     fore_aft[:, 4] = -1j * amplitude * p["cusp"] / 2 * np.exp(-8j * np.pi * p["crest"])
 
-    grid, table = _boulic_table()  # linear between tabulated speeds
-    x = np.clip((rv - grid[0]) / (grid[1] - grid[0]), 0, len(grid) - 1.001)
-    i = x.astype(int)
-    f = (x - i)[:, None, None]
-    curves = table[i] * (1 - f) + table[i + 1] * f
+    grid, table = _boulic_table()
+    curves = between(table, np.clip((rv - grid[0]) / (grid[1] - grid[0]), 0, len(grid) - 1.001))
     own = p["curves"][:, :, 0] + 1j * p["curves"][:, :, 1]  # (K, 2, 6, 4)
     own = to_curve(np.concatenate([np.zeros_like(own[..., :1]), own], -1))
     sides = []
@@ -312,17 +284,12 @@ def make_gait(p, height, condition="normal"):
         arm = _arm(p, side, mine, condition)
         sides.append(to_series(np.concatenate([leg, arm, np.radians(mine[:, 5:6])], 1)))
     gait = {k: p[k] for k in ("speed", "leg", "tasym", "sway", "bob", "torsion", "lean")}
-    gait |= dict(right=sides[0], left=sides[1], fore_aft=fore_aft, stride_time=stride_time, rv=rv)
-    return gait | {"height": np.full_like(rv, height)}
+    gait |= dict(right=sides[0], left=sides[1], height=np.full_like(rv, height))
+    return gait | dict(fore_aft=fore_aft, stride_time=stride_time, rv=rv)
 
 
 def _vector(x, y, z):
     return np.stack(np.broadcast_arrays(x, y, z), -1)
-
-
-def _turned(x, y, angle):
-    """The horizontal offset (x, y) turned by `angle` about the vertical."""
-    return _vector(x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle), 0.0)
 
 
 def skeleton(gait, phase):
@@ -330,7 +297,7 @@ def skeleton(gait, phase):
 
     `gait` has F moments, `phase` (F, D) gait phases of the right leg in cycles → {joint: (F, D, 3)}.
     """
-    g = {k: gait[k][:, None] for k in ("height", "leg", "rv", "tasym", "sway", "bob", "torsion", "lean")}
+    g = {name: value[:, None] for name, value in gait.items() if value.ndim == 1}
     h, tau = g["height"], 2 * np.pi
     thigh, shank = THIGH * h * g["leg"], SHANK * h * g["leg"]
     hip_height = thigh + shank
@@ -350,13 +317,13 @@ def skeleton(gait, phase):
     joints = {"base": base, "neck": neck, "head": neck + HEAD * h[..., None] * up}
     for name, side, angles in (("R", -1, right), ("L", 1, left)):
         hip_a, knee_a, pitch, shoulder_a, elbow_a = (angles[:, i] for i in range(5))
-        hip = base + _turned(0.0, side * PELVIS * h, pelvis)
+        hip = base + side * PELVIS * h[..., None] * _vector(-np.sin(pelvis), np.cos(pelvis), 0.0)
         knee = hip + _vector(thigh * np.sin(hip_a), 0.0, -thigh * np.cos(hip_a))
         ankle = knee + _vector(shank * np.sin(hip_a - knee_a), 0.0, -shank * np.cos(hip_a - knee_a))
         ankle[..., 1] = side * PELVIS * h  # the foot keeps its track while the trunk sways over it
         knee[..., 1] = (hip[..., 1] + ankle[..., 1]) / 2
         toe = ankle + _vector(FOOT * h * np.cos(pitch), 0.0, FOOT * h * np.sin(pitch) - 0.03)
-        shoulder = neck + _turned(0.0, side * SHOULDER * h, thorax)
+        shoulder = neck + side * SHOULDER * h[..., None] * _vector(-np.sin(thorax), np.cos(thorax), 0.0)
         bend = shoulder_a + elbow_a
         elbow = shoulder + UPPER_ARM * h[..., None] * _vector(np.sin(shoulder_a), 0.0, -np.cos(shoulder_a))
         hand = elbow + FOREARM * h[..., None] * _vector(np.sin(bend), 0.0, -np.cos(bend))

@@ -12,7 +12,21 @@ from pkgutil import resolve_name
 
 from mdlib.utils import DataError
 
+<<<<<<< HEAD
 CODECS = {"vq": "mdlib.models.vqvae:VQVAE", "kl": "mdlib.models.kl:KLVAE", "va": "mdlib.models.vavae:VAVAE"}
+=======
+if TYPE_CHECKING:
+    import torch
+
+    from mdlib.training.fit import TrainConfig
+
+CODECS = {
+    "vq": "mdlib.models.vqvae:VQVAE",
+    "kl": "mdlib.models.kl:KLVAE",
+    "va": "mdlib.models.kl:VAVAE",
+}
+
+>>>>>>> main
 # Arguments of prior.sample that are no plain values.
 NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "share", "fraction", "on_step"}
 
@@ -295,7 +309,7 @@ def _with_options(preset: Preset, part: str, model: type, options: dict) -> Pres
 
 def _loss_options(codec: type) -> set[str]:
     """Names in `Preset.losses` that apply to a codec of that class."""
-    from mdlib.models.codec_losses import Adversary, Alignment
+    from mdlib.models.codec import Adversary, Alignment
 
     return {"perceptual_weight", "perceptual_net"} | (
         _options(Alignment) | _options(Adversary) if codec.aligned else set()
@@ -320,7 +334,7 @@ def make_codec(preset: Preset, channels: int = 1, num_users: int = 0):
 def attach_losses(codec, preset: Preset, teacher=None, lpips=None, foundation=None) -> None:
     """Attach the preset's losses to a codec: the distances of the frozen networks `teacher` and `lpips`, and the
     alignment with the features of `foundation`, where these are given; and the adversary, where it has a weight."""
-    from mdlib.models.codec_losses import Adversary, Alignment, Distance
+    from mdlib.models.codec import Adversary, Alignment, Distance
 
     options = preset.losses
     if teacher:

@@ -20,7 +20,7 @@ DEMO = dict(
 
 SYSTEM = System(
     name="vavae-dit",
-    codec_class="mdlib.models.vavae:VAVAE",
+    codec_class="mdlib.models.kl:VAVAE",
     prior_class="mdlib.models.dit:LightningDiT",
     notebooks=("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate"),
     curves=("mse", "psnr_db", "kl", "perplexity", "align_cosine", "align_distance", "velocity_mse", "cosine"),

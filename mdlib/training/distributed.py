@@ -1,24 +1,21 @@
 """Training in several processes: how they are started, and what they exchange.
 
-A process that has used CUDA cannot be forked, and a notebook's has: so a module is started afresh in each process.
-Without a process group, or with one process, the collectives do nothing. All processes call them in the same order
-with tensors of the same shapes; "the first" has rank 0.
+A notebook's process has used CUDA and cannot be forked: a module is started afresh in each. Without a process group the
+collectives do nothing. All processes call them in the same order with tensors of the same shapes.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from mdlib.models.layers import rank, world
+from mdlib.models.layers import all_mean, rank, world
 
-T = TypeVar("T")
 ERROR = "mdlib: "  # starts the line in which a process prints why it fails
 
 
@@ -40,12 +37,8 @@ def check_batch(size: int) -> None:
 
 def launch(number: int, module: str, *arguments) -> None:
     """Run `python -m module arguments` in `number` processes that train together, by Accelerate's launcher, and print
-    their lines as they come. The processes end with this call, however it ends.
-
-    Raises:
-        RuntimeError: one of them failed, with the exit code and why: the first line that starts with ERROR, or else
-            the last one.
-    """
+    their lines as they come. The processes end with this call, however it ends. RuntimeError if one fails, with the
+    exit code and why: the first line that starts with ERROR, or else the last one."""
     torch.cuda.empty_cache()  # memory cached here would be missing in the process that trains on this GPU
     # What the launcher would otherwise read from a configuration file or warn of; TrainConfig's precision counts.
     options = dict(gpu_ids="all", num_processes=number, num_machines=1, machine_rank=0, mixed_precision="no")
@@ -87,19 +80,17 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
 
 
-def mean_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+def mean_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, all in one message. The same parameters must have
     gradients in each."""
     if world() > 1:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        means = (flat / world()).split([gradient.numel() for gradient in gradients])
-        for gradient, mean in zip(gradients, means, strict=True):
+        means = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, mean in zip(gradients, means.split([one.numel() for one in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
 
-def on_first(function: Callable[[], T]) -> T:
+def on_first(function: Callable):
     """Call `function` in the first process only; all return its value. If it raises, the launcher ends the others."""
     value = [function() if rank() == 0 else None]
     if world() > 1:

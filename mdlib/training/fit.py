@@ -1,24 +1,22 @@
 """One training loop for every model: `fit(model, data, config, run_dir)`.
 
-A step is a pure function of the state and the step number: data order depends on (seed, epoch), noise on (seed, step).
-A run that is killed and resumed on the same CPU therefore ends bit for bit like an uninterrupted one, except under a
-time budget, where the learning rate follows the clock. Models are trained by `loss`, not by `forward`: nothing wraps
-them, also where several processes train one (`accelerate launch --multi_gpu`, `torchrun`).
+A step depends on the state and the step number alone, so a killed run resumes bit for bit on the same CPU; only under a
+time budget the learning rate follows the clock. Models are trained by `loss`, not by `forward`: nothing wraps them.
 """
 
-import csv
 import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from mdlib.models.layers import all_mean, rank, world
-from mdlib.training import state as checkpoints
 from mdlib.training.distributed import mean_gradients, on_first
 from mdlib.training.state import State, TrainConfig, precision
 from mdlib.utils import bar, end_session, has_deadline, time_is_up, whole_file
@@ -73,9 +71,9 @@ def fit(
     The model ends in eval mode with the weights of the best held-out loss (with `run_dir` and `held_out`), or else
     with the last ones, averaged where `ema_decay` is set.
 
-    Several processes each call it with the same arguments and take their part of every batch of batch_size ×
-    processes. The weights change as by one process with that batch; only noise and dropout differ between processes,
-    and batch norms see their own part. The first process evaluates and writes files; all return the same.
+    Several processes (`accelerate launch --multi_gpu`, `torchrun`) each call it with the same arguments and take their
+    part of every batch of batch_size × processes. The weights change as by one process with that batch, but for noise,
+    dropout and batch norms. The first process evaluates and writes files; all return the same.
 
     Args:
         run_dir: receives state.pt (checkpoint), best.safetensors, history.csv, tensorboard/ and snapshots/. Called
@@ -88,23 +86,20 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite, in any process; no checkpoint and no history row contains it.
-        OSError: the disk has no room for the checkpoints.
-        RuntimeError: `launch` left something to train.
         SystemExit: the session's time is up (`mdlib.utils`); a checkpoint was written to `run_dir`.
-        ValueError: `run_dir` holds a run of another configuration.
     """
     with torch.random.fork_rng():  # the caller's random state is left alone
-        state = checkpoints.start(model, config, run_dir)
+        state = State(model, config, run_dir)
         if state.unfinished and launch:
             _train_elsewhere(launch, state, name)
         elif state.unfinished:
-            on_first(lambda: checkpoints.check_room(state, name))
-            log, end_log = _tracker(config, state.run_dir)
+            on_first(lambda: state.check_room(name))
             data, held_out = data.to(state.device), held_out and held_out.to(state.device)
             losses = []  # those not yet known to be finite: looking at one makes the host wait for the GPU
             clock, late = time.monotonic() - state.seconds, False
             model.train()
-            with bar(config.steps, name, initial=state.step, show=progress and rank() == 0) as shown:
+            steps = bar(config.steps, name, initial=state.step, show=progress and rank() == 0)
+            with steps as shown, _tracker(config, state.run_dir) as log:
                 while state.unfinished and not late:
                     _set_learning_rate(state)
                     logs = _step(state, data, losses)
@@ -124,11 +119,10 @@ def fit(
                         shown.set_postfix(_evaluate(state, logs, held_out, evaluate, preview, log), refresh=False)
                         model.train()
                     if state.run_dir and (saves or state.stopped):
-                        on_first(lambda: checkpoints.save(state))
-            end_log()
+                        on_first(state.save)
             if late:
                 _end_session(state, name)
-        checkpoints.load_final_weights(state, found_best=bool(run_dir and held_out))
+        state.load_final_weights()
     return state.history
 
 
@@ -138,7 +132,8 @@ def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, 
     config = state.config
     _seed(_mix(config.seed, state.step, 2 + 8 * rank()), state.device)
     generator = torch.Generator().manual_seed(_mix(config.seed, state.step, 3 + 8 * rank()))
-    state.optimizer.zero_grad()
+    for parameter in state.parameters:  # as optimizer.zero_grad(), but leaner
+        parameter.grad = None
     for part in range(config.accumulation):
         number = state.step * config.accumulation + part
         index = batch_order(number, config.batch_size * world(), len(data), config.seed, state.device)
@@ -146,7 +141,7 @@ def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, 
             loss, logs = state.model.loss(*data.take(index.chunk(world())[rank()], generator))
         state.scaler.scale(loss / config.accumulation).backward()
         losses.append(loss.detach())
-    mean_gradients(state.model.parameters())  # before fp16's scale is taken out: all see one process's overflow
+    mean_gradients(state.parameters)  # before fp16's scale is taken out: all see one process's overflow
     state.scaler.unscale_(state.optimizer)
     # Clip each group by itself (a discriminator's gradient must not shrink others), as clip_grad_norm_, but leaner.
     for group in state.optimizer.param_groups:
@@ -156,11 +151,9 @@ def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, 
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
-    if state.average:  # with a decay that rises from 0 to ema_decay
+    if state.ema is not None:  # with a decay that rises from 0 to ema_decay
         decay = 0.0 if state.step == 1 else min(state.step / (state.step + 9), config.ema_decay)
-        change = torch._foreach_sub(state.average, state.weights)
-        torch._foreach_mul_(change, 1 - decay)
-        torch._foreach_sub_(state.average, change)
+        state.ema -= (state.ema - state.weights()).mul_(1 - decay)
     return logs
 
 
@@ -210,26 +203,25 @@ def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str,
     """Append a row to the history and return what the bar shows of it. The first process measures; what it decides
     holds in all."""
     _set_learning_rate(state)
-    rate, row = state.optimizer.param_groups[0]["lr"], {}
-    if logs:
-        values = torch.stack([torch.as_tensor(value, device=state.device).double() for value in logs.values()])
-        row = dict(zip(logs, all_mean(values).tolist(), strict=True))
-    row = {"step": state.step, "seconds": round(state.seconds, 2), "learning_rate": rate, **row}
+    row = {"step": state.step, "seconds": round(state.seconds, 2)}
+    row["learning_rate"] = state.optimizer.param_groups[0]["lr"]
+    values = [torch.as_tensor(value, device=state.device).double() for value in logs.values()]
+    row |= zip(logs, all_mean(torch.stack(values)).tolist(), strict=True) if logs else {}
 
     def measure() -> tuple:
         state.model.eval()
-        checkpoints.swap_average(state)
+        state.swap_average()
         with torch.no_grad():
             if held_out:
                 row.update(_held_out_logs(state, held_out))
-                checkpoints.keep_best(state, row["held_out_loss"])
+                state.keep_best(row["held_out_loss"])
             if evaluate:
                 row.update(evaluate(state.model))
             if preview:
                 preview(state.model, state.step)
         state.history.append(row)
-        checkpoints.save_snapshot(state)
-        checkpoints.swap_average(state)
+        state.save_snapshot()
+        state.swap_average()
         if state.run_dir:
             write_history(state.history, state.run_dir / "history.csv")
         log(row)
@@ -254,20 +246,23 @@ def _held_out_logs(state: State, held_out: Batches) -> dict[str, float]:
     return {f"held_out_{key}": value / len(held_out) for key, value in sums.items()}
 
 
-def _tracker(config: TrainConfig, run_dir: Path | None) -> tuple[Callable[[dict], None], Callable[[], None]]:
-    """Functions that log a row of the history to TensorBoard or Weights & Biases, and close the log."""
+@contextmanager
+def _tracker(config: TrainConfig, run_dir: Path | None):
+    """`with` a function that logs a row of the history to TensorBoard or Weights & Biases."""
     if not run_dir or config.tracker == "none" or rank() > 0:
-        return lambda row: None, lambda: None
-    if config.tracker == "wandb":
+        yield lambda row: None
+    elif config.tracker == "wandb":
         import wandb
 
         title = " ".join(run_dir.parts[-2:])
         run = wandb.init(project="mdlib", dir=str(run_dir), name=title, config=asdict(config))
-        return lambda row: run.log(row, step=row["step"]), run.finish
-    from torch.utils.tensorboard import SummaryWriter
+        yield lambda row: run.log(row, step=row["step"])
+        run.finish()
+    else:
+        from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(run_dir / "tensorboard")
-    return lambda row: [writer.add_scalar(key, row[key], row["step"]) for key in row if key != "step"], writer.close
+        with SummaryWriter(run_dir / "tensorboard") as writer:
+            yield lambda row: [writer.add_scalar(key, row[key], row["step"]) for key in row if key != "step"]
 
 
 def _train_elsewhere(launch: Callable[[], None], state: State, name: str) -> None:
@@ -275,7 +270,7 @@ def _train_elsewhere(launch: Callable[[], None], state: State, name: str) -> Non
     if time_is_up():
         _end_session(state, name)
     launch()
-    checkpoints.resume(state)
+    state.resume()
     if state.unfinished and time_is_up():
         raise SystemExit(0)  # the other processes have printed why
     if state.unfinished:
@@ -298,13 +293,9 @@ def fit_stages(
 ) -> list[dict]:
     """`fit`, stage after stage; without stages one `fit` in `run_dir`. Returns the joined history.
 
-    Before each stage `model.configure(**its options)` changes the model's loss. A stage has its fraction of the steps,
-    a learning rate that warms up and falls again, and the folder stage-N in `run_dir`. max_minutes is for all stages:
-    each has its fraction of it and what earlier ones left; once it is spent no further stage starts.
-
-    Args:
-        stages: pairs of a fraction of config.steps and options of `model.configure`.
-        options: as for `fit`.
+    stages: pairs of a fraction of config.steps and options of `model.configure`, which changes the model's loss. Each
+    has a learning rate that warms up and falls again, and the folder stage-N in `run_dir`. Of max_minutes it has its
+    fraction and what earlier ones left; once they are spent no further stage starts.
     """
     if not stages:
         return fit(model, data, config, run_dir, **options)
@@ -330,17 +321,14 @@ def fit_stages(
 
 def write_history(history: list[dict], path: Path) -> None:
     """Write the history as a CSV file, a row an evaluation."""
-    columns = list(dict.fromkeys(key for row in history for key in row))
-    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)
+    with whole_file(path) as temporary:
+        pd.DataFrame(history).to_csv(temporary, index=False)
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
     """The history of a run folder, as `write_history` left it; a row lacks what it did not measure."""
-    with open(folder / "history.csv", newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    table = pd.read_csv(folder / "history.csv", dtype=float, float_precision="round_trip")
+    return [row.dropna().to_dict() for _, row in table.iterrows()]
 
 
 def _seed(value: int, device: torch.device) -> None:

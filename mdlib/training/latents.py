@@ -1,10 +1,11 @@
-"""A codec's tokens or latents of a set of windows, computed once and cached; and their images."""
+"""A codec's tokens or latents: of a set of windows, computed once and cached; and trained together with a prior."""
 
 import hashlib
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from mdlib.data.windows import to_float
 from mdlib.models.layers import parts
@@ -20,13 +21,8 @@ def encode_all(
     batch_size: int = 128,
     labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Tokens (N, h, w) or latents (N, D, h, w) of uint8 images (N, C, H, W).
-
-    Args:
-        kind: "tokens" or "latents".
-        cache: folder for the result, in a file named by the codec's weights and the data; None: no cache.
-        labels: users (N,), for a conditional codec.
-    """
+    """Tokens (N, h, w) or latents (N, D, h, w), by `kind`, of uint8 images (N, C, H, W) and, for a conditional codec,
+    users (N,). cache: folder for the result, in a file named by the codec's weights and the data."""
     path = Path(cache) / f"{kind}-{fingerprint(codec, images, labels)}.safetensors" if cache else None
     if path and path.exists():
         return load_file(path)[kind]
@@ -46,7 +42,7 @@ def decode_all(codec, latents: torch.Tensor, batch_size: int = 64, labels: torch
     return torch.cat([decode(*part).cpu() for part in parts(codec.device, batch_size, latents, labels)])
 
 
-def fingerprint(model: torch.nn.Module, *tensors: torch.Tensor | None) -> str:
+def fingerprint(model: nn.Module, *tensors: torch.Tensor | None) -> str:
     """16 hex digits over a model's weights and further tensors; None is left out."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -55,3 +51,39 @@ def fingerprint(model: torch.nn.Module, *tensors: torch.Tensor | None) -> str:
     for tensor in filter(torch.is_tensor, tensors):
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+class JointFineTuning(nn.Module):
+    """The sum of a codec's and a prior's losses, end to end: latents become easier to predict. Call `codec.calibrate`
+    again afterwards.
+
+    Small latents would be the easiest to predict: normalising each batch by its own statistics rules that out (REPA-E,
+    Leng et al. 2025).
+
+    Args:
+        codec: of continuous latents; a codebook's codes carry no gradient.
+        prior: over its latents.
+        prior_weight: of the prior's loss.
+    """
+
+    def __init__(self, codec: nn.Module, prior: nn.Module, prior_weight: float = 0.1):
+        super().__init__()
+        if hasattr(codec, "encode_tokens") or prior.consumes != "latents":
+            raise ValueError("joint fine-tuning needs a codec of continuous latents (kl, va) and a prior over latents")
+        self.codec, self.prior, self.prior_weight = codec, prior, prior_weight
+
+    def parameter_groups(self) -> list[dict]:
+        """The codec's groups (a discriminator has its own), and the prior."""
+        return [*self.codec.parameter_groups(), {"params": list(self.prior.parameters())}]
+
+    def loss(
+        self, images: torch.Tensor, users: torch.Tensor, conditions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """codec loss + prior_weight · prior loss for images (B, C, H, W) in [−1, 1], users and conditions (B,)."""
+        codec_loss, codec_logs = self.codec.loss(images, users)
+        latents = self.codec.raw_latents(images, users).float()  # the noise schedule is too fine for half precision
+        spread = latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+        prior_loss, prior_logs = self.prior.loss(
+            (latents - latents.mean((0, 2, 3), keepdim=True)) / spread, users, conditions
+        )
+        return codec_loss + self.prior_weight * prior_loss, {**codec_logs, **prior_logs}

@@ -1,7 +1,7 @@
 """How to train (`TrainConfig`), what training changes (`State`), and its checkpoints."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,25 +58,34 @@ class TrainConfig:
         return settings | {"batch_size": self.batch_size * world()}
 
 
-@dataclass
 class State:
-    """What training changes; a checkpoint holds all of it."""
+    """What training changes, at first the same in all processes, or as in the checkpoint of `run_dir`."""
 
-    config: TrainConfig
-    run_dir: Path | None
-    device: torch.device
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    autocast: torch.autocast
-    scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
-    weights: list[torch.Tensor]  # the trainable parameters, without their graph
-    average: list[torch.Tensor]  # their moving average; empty without ema_decay
-    step: int = 0
-    seconds: float = 0.0
-    best: float = math.inf  # lowest held-out loss
-    stale: int = 0  # evaluations since then
-    stopped: str = ""  # why training ends before its last step
-    history: list[dict] = field(default_factory=list)
+    PLAIN = ("step", "seconds", "best", "stale", "stopped", "history")  # in a checkpoint as they are
+
+    def __init__(self, model: torch.nn.Module, config: TrainConfig, run_dir: str | Path | None):
+        self.model, self.config, self.run_dir = model, config, Path(run_dir) if run_dir else None
+        self.device = torch.device(PartialState(cpu=not torch.cuda.is_available()).device.type)
+        # On a CPU channels last is the faster layout of a convolution.
+        layout = torch.channels_last if self.device.type == "cpu" else torch.preserve_format
+        model.to(self.device, memory_format=layout)
+        broadcast_from_first(model.state_dict().values())
+        rate, betas, decay = config.learning_rate, (0.9, config.beta2), config.weight_decay
+        groups = _parameter_groups(model, config)
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=decay, fused=True)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        kind = precision(config.mixed_precision)
+        dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=kind != "no")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=kind == "fp16")
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.ema = self.weights() if config.ema_decay else None  # moving average of the weights
+        self.step, self.seconds = 0, 0.0
+        self.best, self.stale = math.inf, 0  # lowest held-out loss, and evaluations since then
+        self.stopped = ""  # why training ends before its last step
+        self.history: list[dict] = []
+        self.resume()
 
     @property
     def unfinished(self) -> bool:
@@ -86,41 +95,86 @@ class State:
     def budget_spent(self) -> bool:
         return 0 < 60 * self.config.max_minutes < self.seconds
 
+    def weights(self) -> torch.Tensor:
+        """A copy of the trainable parameters in one vector."""
+        return torch.cat([parameter.detach().flatten() for parameter in self.parameters])
 
-_PLAIN = ("step", "seconds", "best", "stale", "stopped", "history")  # fields of State that are plain values
+    def swap_average(self) -> None:
+        """Exchange the weights and their average, where there is one."""
+        if self.ema is not None:
+            own = self.weights()
+            averages = self.ema.split([parameter.numel() for parameter in self.parameters])
+            for parameter, average in zip(self.parameters, averages, strict=True):
+                parameter.detach().copy_(average.view_as(parameter))
+            self.ema.copy_(own)
 
+    def save(self) -> None:
+        """Write `run_dir`/state.pt, whole or not at all."""
+        content = {key: getattr(self, key) for key in (*self.PLAIN, "ema")}
+        content |= {key: getattr(self, key).state_dict() for key in ("model", "optimizer", "scaler")}
+        with whole_file(self.run_dir / "state.pt") as path:
+            torch.save({**content, "config": self.config.defining()}, path)
 
-def start(model: torch.nn.Module, config: TrainConfig, run_dir: str | Path | None) -> State:
-    """The state before the first step, the same in all processes, or that of the checkpoint in `run_dir`."""
-    device = torch.device(PartialState(cpu=not torch.cuda.is_available()).device.type)
-    # On a CPU channels last is the faster layout of a convolution.
-    model.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.preserve_format)
-    broadcast_from_first(model.state_dict().values())
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, config),
-        lr=config.learning_rate,
-        betas=(0.9, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    kind = precision(config.mixed_precision)
-    dtype = torch.bfloat16 if kind == "bf16" else torch.float16
-    weights = [parameter.data for parameter in model.parameters() if parameter.requires_grad]
-    state = State(
-        config,
-        Path(run_dir) if run_dir else None,
-        device,
-        model,
-        optimizer,
-        torch.autocast(device.type, dtype, enabled=kind != "no"),
-        torch.amp.GradScaler(device.type, enabled=kind == "fp16"),
-        weights,
-        [tensor.clone() for tensor in weights if config.ema_decay],
-    )
-    resume(state)
-    return state
+    def resume(self) -> None:
+        """Load `run_dir`/state.pt if it exists; ValueError if it is of other settings."""
+        if not self.run_dir or not (self.run_dir / "state.pt").exists():
+            return
+        content = torch.load(self.run_dir / "state.pt", map_location=self.device, weights_only=True)
+        if "ema" not in content:
+            raise ValueError(f"{self.run_dir}/state.pt is of an earlier mdlib: delete it, or choose another folder")
+        wanted = self.config.defining()
+        if changed := [key for key in wanted if content["config"].get(key) != wanted[key]]:
+            raise ValueError(
+                f"{self.run_dir} holds a run with other settings ({', '.join(changed)}): choose another folder, "
+                "delete this one, or restore the settings and the number of processes"
+            )
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
+        for key in (*self.PLAIN, "ema"):
+            setattr(self, key, content[key])
+        if self.stopped.startswith("the budget") and not self.budget_spent:
+            self.stopped = ""  # a larger budget was granted
+
+    def check_room(self, name: str) -> None:
+        """OSError without room for a checkpoint and the best weights, each twice: a new file replaces a whole one."""
+        if self.run_dir:
+            model = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+            moments = (2 + (self.ema is not None)) * sum(parameter.nbytes for parameter in self.parameters)
+            files = 1 if (self.run_dir / "state.pt").exists() else 2
+            require_room(self.run_dir, files * (2 * model + moments), f"training the {name}")
+
+    def keep_best(self, loss: float) -> None:
+        """Save the weights if the held-out loss is the lowest so far; end training where patience is exhausted."""
+        if loss < self.best:
+            self.best, self.stale = loss, 0
+            if self.config.keep_best and self.run_dir:
+                self._save_weights("best.safetensors")
+            return
+        self.stale += 1
+        if 0 < self.config.patience <= self.stale:
+            self.stopped = f"no better held-out loss for {self.stale} evaluations"
+
+    def save_snapshot(self) -> None:
+        """Save the weights if snapshots are wanted and training has taken twice as long as at the last one."""
+        if self.config.snapshots and self.run_dir:
+            saved = {int(path.stem) for path in (self.run_dir / "snapshots").glob("*.safetensors")}
+            if self.seconds >= 2 * max((row["seconds"] for row in self.history if row["step"] in saved), default=0):
+                self._save_weights(f"snapshots/{self.step}.safetensors")
+
+    def _save_weights(self, name: str) -> None:
+        with whole_file(self.run_dir / name) as path:
+            save_file({key: value.contiguous() for key, value in self.model.state_dict().items()}, path)
+
+    def load_final_weights(self) -> None:
+        """The best held-out weights, or else the average, or else the last ones; the same in all processes."""
+        if self.run_dir and self.config.keep_best and self.best < math.inf:
+            self.model.load_state_dict(load_file(self.run_dir / "best.safetensors", device=str(self.device)))
+        else:
+            self.swap_average()
+        broadcast_from_first(self.model.state_dict().values())  # a batch norm's averages are each process's own
+        self.model.eval()
 
 
 def _parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list[dict]:
@@ -138,12 +192,8 @@ def _parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list[dict]
 
 
 def precision(wanted: str) -> str:
-    """`wanted`, or for "auto" fp16 on a GPU with tensor cores (compute capability 7 and above) and "no" elsewhere:
-    older GPUs gain nothing from half precision.
-
-    Raises:
-        ValueError: half precision without a GPU, or bf16 on one that emulates it, as all below capability 8 do.
-    """
+    """`wanted`, or for "auto" fp16 on a GPU with tensor cores (compute capability 7 and above) and "no" elsewhere.
+    ValueError for half precision without a GPU, or bf16 on one that emulates it, as all below capability 8 do."""
     generation = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
     if wanted == "auto":
         return "fp16" if generation >= 7 else "no"
@@ -152,102 +202,3 @@ def precision(wanted: str) -> str:
     if wanted == "bf16" and generation < 8:
         raise ValueError(f"{torch.cuda.get_device_name()} only emulates bf16, and slowly: take fp16")
     return wanted
-
-
-# Checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def save(state: State) -> None:
-    """Write `run_dir`/state.pt, whole or not at all."""
-    content = {key: getattr(state, key) for key in _PLAIN} | {
-        "config": state.config.defining(),
-        "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        "average": state.average,
-    }
-    with whole_file(state.run_dir / "state.pt") as path:
-        torch.save(content, path)
-
-
-def resume(state: State) -> None:
-    """Load `run_dir`/state.pt if it exists.
-
-    Raises:
-        ValueError: it is a run of another configuration.
-    """
-    if not state.run_dir or not (state.run_dir / "state.pt").exists():
-        return
-    content = torch.load(state.run_dir / "state.pt", map_location=state.device, weights_only=True)
-    if "average" not in content:
-        raise ValueError(
-            f"{state.run_dir}/state.pt is of mdlib 0.1: delete it to train again, or choose another folder"
-        )
-    wanted = state.config.defining()
-    if changed := [key for key in wanted if content["config"].get(key) != wanted[key]]:
-        raise ValueError(
-            f"{state.run_dir} holds a run with other settings ({', '.join(changed)}): choose another folder, "
-            "delete this one, or restore the settings and the number of processes"
-        )
-    state.model.load_state_dict(content["model"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    if content["scaler"]:
-        state.scaler.load_state_dict(content["scaler"])
-    for tensor, saved in zip(state.average, content["average"], strict=True):
-        tensor.copy_(saved)
-    for key in _PLAIN:
-        setattr(state, key, content[key])
-    if state.stopped.startswith("the budget") and not state.budget_spent:
-        state.stopped = ""  # a larger budget was granted
-
-
-def check_room(state: State, name: str) -> None:
-    """OSError without room for a checkpoint and the best weights, each twice: a new file replaces a whole one."""
-    if state.run_dir:
-        model = sum(tensor.nbytes for tensor in state.model.state_dict().values())
-        checkpoint = model + sum(tensor.nbytes for tensor in (*state.weights, *state.weights, *state.average))
-        files = 1 if (state.run_dir / "state.pt").exists() else 2
-        require_room(state.run_dir, files * (checkpoint + model), f"training the {name}")
-
-
-def swap_average(state: State) -> None:
-    """Exchange the weights and their average, where there is one."""
-    for weight, average in zip(state.weights, state.average, strict=False):
-        own = weight.clone()
-        weight.copy_(average)
-        average.copy_(own)
-
-
-def keep_best(state: State, loss: float) -> None:
-    """Save the weights if the held-out loss is the lowest so far; end training where patience is exhausted."""
-    if loss < state.best:
-        state.best, state.stale = loss, 0
-        if state.config.keep_best and state.run_dir:
-            _save_weights(state, "best.safetensors")
-        return
-    state.stale += 1
-    if 0 < state.config.patience <= state.stale:
-        state.stopped = f"no better held-out loss for {state.stale} evaluations"
-
-
-def save_snapshot(state: State) -> None:
-    """Save the weights if snapshots are wanted and training has taken twice as long as at the last one."""
-    if state.config.snapshots and state.run_dir:
-        saved = {int(path.stem) for path in (state.run_dir / "snapshots").glob("*.safetensors")}
-        if state.seconds >= 2 * max((row["seconds"] for row in state.history if row["step"] in saved), default=0):
-            _save_weights(state, f"snapshots/{state.step}.safetensors")
-
-
-def _save_weights(state: State, name: str) -> None:
-    with whole_file(state.run_dir / name) as path:
-        save_file({key: value.contiguous() for key, value in state.model.state_dict().items()}, path)
-
-
-def load_final_weights(state: State, found_best: bool) -> None:
-    """The best held-out weights, or else the average, or else the last ones; the same in all processes."""
-    if found_best and state.config.keep_best and (state.run_dir / "best.safetensors").exists():
-        state.model.load_state_dict(load_file(state.run_dir / "best.safetensors", device=str(state.device)))
-    else:
-        swap_average(state)
-    broadcast_from_first(state.model.state_dict().values())  # a batch norm's averages are each process's own
-    state.model.eval()

@@ -1,5 +1,7 @@
-"""Arms differ in their training windows alone, and the windows are those that each arm stands for."""
+"""Arms differ in their training windows alone, and the windows are those that each arm stands for; what classifiers
+made of test windows is written, read again, and put together over folds."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,12 +11,15 @@ import torch
 from toys import ONCE, QUICK, SILENT, evidence, gait, windows
 
 from mdlib.data.windows import DataError, WindowSet
-from mdlib.evaluation import augmentation_study
+from mdlib.evaluation import augmentation_study, classifiers
 from mdlib.evaluation.augmentation_study import (
     Arms,
+    Outcomes,
     augmentation,
+    compared,
     correctness,
     count_classifiers,
+    joined,
     mixed,
     real_only_classifiers,
     times,
@@ -150,11 +155,11 @@ def test_the_reference_classifier_joins_the_small_one(monkeypatch):
 def test_classifiers_do_not_see_the_windows_they_are_tested_on(monkeypatch):
     seen = []
 
-    def fake(images, labels, num_users, *_):
+    def fake(images, labels, num_users, *_, **__):
         seen.append(images)
         return SmallCNN(num_users).eval()
 
-    monkeypatch.setattr(augmentation_study, "train_classifier", fake)
+    monkeypatch.setattr(classifiers, "train_classifier", fake)
     given = evidence(windows(5, 7))
     protocol = replace(QUICK, evaluation_steps=1)
     unseen_classifiers(given, protocol, SILENT)
@@ -176,11 +181,11 @@ def test_a_filter_decides_which_windows_its_arm_sees(monkeypatch):
     seen = []
     rows = lambda images: {image.numpy().tobytes() for image in images}
 
-    def fake(images, labels, num_users, steps, seed, *_):
+    def fake(images, labels, num_users, steps, seed, *_, **__):
         seen.append((seed, rows(images)))
         return SmallCNN(num_users).eval()
 
-    monkeypatch.setattr(augmentation_study, "train_classifier", fake)
+    monkeypatch.setattr(classifiers, "train_classifier", fake)
     monkeypatch.setattr(augmentation_study, "keep_plausible", lambda made, train: np.arange(len(made)) % 10 == 0)
     monkeypatch.setattr(augmentation_study, "scores", lambda made, judge: {"confidence": np.tile(np.arange(10.0), 4)})
     case = evidence(windows(10, 7), spare=None)
@@ -198,3 +203,81 @@ def test_a_filter_decides_which_windows_its_arm_sees(monkeypatch):
         assert sum(found == expected for _, found in seen) == 2, "one a seed"
     filters = [found for seed, found in seen if seed == 3]
     assert filters == [train], "the filter saw training windows only"
+
+
+ARMS = ("real_only", "real_plus_generated", "generated_only", "real_x2")
+
+
+def measured(seed=0, n=40, seeds=3, rates=(0.5, 0.7, 0.4, 0.8)):
+    rng = np.random.default_rng(seed)
+    correct = {name: rng.random((seeds, n)) < rate for name, rate in zip(ARMS, rates, strict=True)}
+    paths = tuple(f"ID_{1 + i // 20}/{seed}-{i}.png" for i in range(n))
+    return Outcomes(correct, np.arange(n) // 4, paths, 1 + np.arange(n) // 20)
+
+
+def test_outcomes_read_back_as_they_were():
+    outcomes = measured()
+    back = Outcomes.from_json(json.loads(json.dumps(outcomes.to_json())))
+    assert back.paths == outcomes.paths and (back.blocks == outcomes.blocks).all()
+    assert (back.users == outcomes.users).all()
+    assert back.correct.keys() == outcomes.correct.keys()
+    assert all(
+        (back.correct[name] == rows).all() and back.correct[name].dtype == bool
+        for name, rows in outcomes.correct.items()
+    )
+
+
+def test_folds_count_by_their_windows_and_keep_their_own_blocks():
+    first, second = measured(0, n=40), measured(1, n=120)
+    both = joined([first, second])
+    assert len(np.unique(both.blocks)) == 10 + 30 and both.paths == first.paths + second.paths
+    found = compared(both, 10.0, "none")
+    gains = [np.subtract(*(one.correct[name].mean() for name in ARMS[1::-1])) for one in (first, second)]
+    assert found["gain"]["value"] == pytest.approx((40 * gains[0] + 120 * gains[1]) / 160)
+    assert found["real_only"]["n"] == 160 and found["seeds"] == 3
+
+
+def test_a_window_in_two_folds_counts_once():
+    first, second = measured(0), measured(1)
+    again = Outcomes(second.correct, second.blocks, first.paths[-3:] + second.paths[3:], second.users)
+    both = joined([first, again])
+    assert both.paths == first.paths + second.paths[3:]
+    assert (both.correct["real_only"][:, :40] == first.correct["real_only"]).all()
+    assert (both.correct["real_only"][:, 40:] == second.correct["real_only"][:, 3:]).all() and len(both.blocks) == 77
+
+
+def test_more_folds_narrow_the_interval_as_more_windows_do():
+    wide, narrow = (compared(joined([measured(seed) for seed in range(n)]), 10.0, "none") for n in (1, 8))
+    width = [np.diff(found["gain_ci95"])[0] for found in (wide, narrow)]
+    assert width[1] < 0.7 * width[0]
+
+
+def test_users_who_gain_unlike_one_another_widen_what_other_people_could_expect():
+    outcomes = measured(n=200, rates=(0.5, 0.5, 0.4, 0.8))
+    own = outcomes.correct["real_only"].copy()
+    own[:, outcomes.users <= 5] = True  # five users lose all, five win all
+    both = ~own
+    found = compared(Outcomes({"real_only": own, "real_plus_generated": both}, *_where(outcomes)), 10.0, "none")
+    low, high = found["gain_other_users"]["ci95"]
+    assert found["gain_other_users"]["n"] == 10 and high - low > 1.5 * np.diff(found["gain_ci95"])[0]
+    assert [row["real_only"] for row in found["per_user"][:5]] == [1.0] * 5 and found["per_user"][0]["n"] == 20
+    assert found["gain_other_users"]["value"] == pytest.approx(
+        np.mean([row["real_plus_generated"] - row["real_only"] for row in found["per_user"]])
+    )
+
+
+def _where(outcomes):
+    return outcomes.blocks, outcomes.paths, outcomes.users
+
+
+def test_an_arm_that_one_fold_lacks_is_left_out():
+    short = measured(1)
+    del short.correct["real_x2"]
+    both = joined([measured(0), short])
+    assert set(both.correct) == set(ARMS) - {"real_x2"}
+    assert compared(both, 10.0, "too few")["gain_over_x2"] == {"value": None, "reason": "too few"}
+
+
+def test_folds_of_other_numbers_of_seeds_are_refused():
+    with pytest.raises(DataError, match="folds of 2 and 3 seeds: evaluate all with the same number"):
+        joined([measured(seeds=3), measured(seeds=2)])

@@ -6,26 +6,27 @@ import pytest
 import torch
 from toys import USERS, evidence, windows
 
-from mdlib.evaluation import augmentation_study, classifiers
+from mdlib.evaluation import classifiers
 from mdlib.evaluation.augmentation_study import real_only_classifiers
-from mdlib.evaluation.classifiers import train_resnet, trained_once
+from mdlib.evaluation.classifiers import trained_once
 from mdlib.evaluation.evidence import Protocol
 from mdlib.models.classifier import ResNet18, SmallCNN, features
 
 
-def test_a_resnet_learns_users_and_is_saved(tmp_path):
+def test_a_resnet_learns_users_and_is_saved(tmp_path, monkeypatch):
     real, others = windows(8, 1), windows(8, 2, 40)
-    how = (train_resnet, ResNet18, tmp_path, real.images, real.labels, real.num_users, 40)
+    how = (ResNet18, tmp_path, real.images, real.labels, real.num_users, 40)
     found = trained_once(*how)
     assert (found.probabilities(others.images).argmax(1) == others.labels).float().mean() > 0.5, "chance is a quarter"
-    again = trained_once(None, *how[1:])
+    monkeypatch.setattr(classifiers, "train_classifier", None)
+    again = trained_once(*how)
     torch.testing.assert_close(found.probabilities(others.images), again.probabilities(others.images))
 
 
 def test_classifiers_of_real_windows_are_saved_for_other_runs(tmp_path, monkeypatch):
     protocol, case = Protocol(evaluation_steps=2, seeds=2), evidence(windows(5, 7))
     trained = real_only_classifiers(case, protocol, tmp_path)
-    monkeypatch.setattr(augmentation_study, "train_classifier", None)
+    monkeypatch.setattr(classifiers, "train_classifier", None)
     again = real_only_classifiers(case, protocol, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     for one, other in zip(trained, again, strict=True):

@@ -51,7 +51,7 @@ def weights(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("psnr_db, grade", [(28.5, "excellent"), (25.5, "good"), (24.5, "fair"), (19.5, "poor")])
 def test_the_verdict_names_the_grade(psnr_db, grade):
-    found = check_codec(Noisy(error=2 * 10 ** (-psnr_db / 20)), images(), batch_size=7)
+    found = check_codec(Noisy(error=2 * 10 ** (-psnr_db / 20)), images())
     assert found["psnr_db"] == pytest.approx(psnr_db, abs=0.01) == found["psnr_db_worst"]
     assert f"is {grade}: PSNR {psnr_db:.1f} dB" in found["verdict"] and "calibrate" not in found["verdict"]
     assert found["n"] == 20
@@ -77,7 +77,7 @@ def test_both_kinds_of_codec_are_checked(kind):
     torch.manual_seed(0)
     codec = kind(**SMALL).eval()
     codec.calibrate(to_float(images()))
-    found = check_codec(codec, images(), batch_size=8)
+    found = check_codec(codec, images())
     with torch.no_grad():
         real = to_float(images())
         decoded = codec.decode(codec.encode(real))
@@ -107,7 +107,7 @@ def test_lpips_is_measured_where_its_weights_are(weights, monkeypatch):
             return (one - other).abs().mean((1, 2, 3), keepdim=True)
 
     monkeypatch.setattr(codec_quality, "load_lpips", lambda net: Distance())
-    found = check_codec(Noisy(0.1), images(), batch_size=7)
+    found = check_codec(Noisy(0.1), images())
     assert found["lpips"] == pytest.approx(0.1, rel=1e-4) and "lpips_reason" not in found
 
 

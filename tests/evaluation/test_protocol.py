@@ -1,19 +1,32 @@
-"""The report: what is fed in decides what it says."""
+"""The report: what is fed in decides what it says. Claims are verified by embedders that never met the users."""
 
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from toys import ONCE, QUICK, USERS, evidence, gait, windows
+from toys import ONCE, QUICK, SILENT, USERS, evidence, gait, windows
 
 from mdlib.data.windows import DataError
+from mdlib.evaluation import classifiers
+from mdlib.evaluation import protocol as protocol_file
 from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.fidelity import fidelity
-from mdlib.evaluation.protocol import evaluate, memorisation, other_label, verdict
-from mdlib.models.classifier import SmallCNN
-from mdlib.models.vavae import VAVAE
+from mdlib.evaluation.protocol import (
+    Trials,
+    evaluate,
+    folds,
+    memorisation,
+    other_label,
+    rates_of,
+    resampled,
+    verdict,
+    verification,
+)
+from mdlib.models.classifier import Embedder, SmallCNN
+from mdlib.models.kl import VAVAE
 
 CODEC = dict(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4)
 
@@ -154,3 +167,60 @@ def test_the_verdict_comes_from_the_interval(honest, ci95, word):
     assert told.endswith(" By ResNet-18 the gain is -2.0 points, -4.0 to +0.0.")
     warned = verdict({**honest["augmentation"], "gain_ci95": ci95}, copied=0.96)
     assert warned["sentence"].endswith(" 96 % of the generated windows are copies of training windows.")
+
+
+def test_verification_needs_users_to_hold_out():
+    assert folds(3) == []
+    for users in (4, 5, 8, 31):
+        held = folds(users)
+        assert sorted(np.concatenate(held)) == list(range(users))
+        assert all(2 <= len(fold) <= users - 2 for fold in held)
+
+
+def test_embedders_do_not_meet_the_users_they_verify(monkeypatch):
+    met = []
+
+    def fake(images, labels, *_, **__):
+        met.append(set(labels.tolist()))
+        return Embedder().eval()
+
+    monkeypatch.setattr(classifiers, "train_classifier", fake)
+    monkeypatch.setattr(protocol_file, "DRAWS", 5)
+    found = verification(evidence(windows(5, 7)), QUICK, SILENT)
+    assert met == [set(range(4)) - set(held.tolist()) for held in folds(4)]
+    assert 0 <= found["verification_eer"]["ci95"][0] <= found["verification_eer"]["ci95"][1] <= 1
+    for curve in found["roc"]:
+        low, true, high = (np.array(curve[name]) for name in ("low", "true", "high"))
+        assert all(np.all(np.diff(rates) >= 0) for rates in (low, true, high)), "acceptance grows with the threshold"
+        assert np.all(low <= true) and np.all(true <= high)
+
+
+def test_the_curve_holds_the_equal_error_rate():
+    """Half of one user's claims lie below every impostor's, no claim of the other's: 1/4 at an equal rate."""
+    named = np.array([3, 3, 4, 4, 4, 4, 3, 3])
+    trials = Trials(np.array([0.9, 0.1, 0.5, 0.4, 0.9, 0.9, 0.5, 0.4]), np.repeat([3, 4], 4), named)
+    error, curve = rates_of(trials)
+    assert error == pytest.approx(0.25)
+    assert curve[0] == pytest.approx(0.75) and curve[-1] == 1
+    errors, curves = resampled([trials])
+    assert set(errors) == {error} and np.all(curves == curve), "one user twice tells nothing: both were drawn"
+
+
+def verified(rng: np.random.Generator, users: int = 8) -> list[Trials]:
+    """Trials of three folds whose scores depend on the user shown, and on the pair of an impostor and his victim."""
+    own, pairs, folds_of = 2 + 0.6 * rng.normal(size=users), 0.5 * rng.normal(size=(users, users)), []
+    pairs += 0.4 * rng.normal(size=(users, 1))
+    for held in np.array_split(rng.permutation(users), 3):
+        shown = np.repeat(held, 10 * len(held))
+        named = np.tile(held, 10 * len(held))
+        scores = np.where(shown == named, own[shown], pairs[shown, named]) + 0.5 * rng.normal(size=len(shown))
+        folds_of.append(Trials(scores, shown, named))
+    return folds_of
+
+
+def test_intervals_of_verification_are_as_wide_as_chance(monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(protocol_file, "DRAWS", 60)
+    drawn = [np.mean([rates_of(fold)[0] for fold in verified(rng)]) for _ in range(200)]
+    spreads = [resampled(verified(rng))[0].std() for _ in range(15)]
+    assert 0.9 < np.mean(spreads) / np.std(drawn) < 1.4, "folds apart, and one side of a claim alone: 0.56"

@@ -200,7 +200,7 @@ def test_windows_of_a_generator_that_saw_the_test_are_refused(denoised, tmp_path
     args = (data, run / "generated", tmp_path / "split.json", tmp_path / "out")
     assert seen_beyond(run / "generated", split, data) == 0
     assert seen_beyond(run / "generated", {**split, "train": split["train"][:-3]}, data) == 3
-    told = f"generated comes from training on {len(other['test'])} of the test windows: judge it by its own split"
+    told = f"generated was trained on {len(other['test'])} of the test windows: evaluate it with its own split"
     with pytest.raises(DataError, match=told):
         validate_folders(*args)
     assert not (tmp_path / "out").exists()

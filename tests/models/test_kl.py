@@ -126,7 +126,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
 
 
 def test_an_unknown_reconstruction_is_refused():
-    with pytest.raises(ValueError, match="^reconstruction must be mse or l1, got 'ssim'$"):
+    with pytest.raises(ValueError, match="^reconstruction must be one of mse, l1, got 'ssim'$"):
         small_codec(reconstruction="ssim")
 
 

@@ -21,10 +21,9 @@ ENDS = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos
     "prediction, schedule",
     [("v_prediction", name) for name in ENDS] + [("epsilon", "linear"), ("epsilon", "scaled_linear")],
 )
-@pytest.mark.parametrize("gamma", [0.0, 5.0])
-def test_the_loss_is_the_weighted_error(schedule, prediction, gamma):
-    """Min-SNR weighs the error of x_0 by min(SNR, γ), whatever the network predicts; γ = 0 weighs its output alike."""
-    prior = small_unet(schedule=schedule, prediction=prediction, min_snr_gamma=gamma)
+def test_the_loss_is_the_weighted_error(schedule, prediction):
+    """Min-SNR weighs the error of x_0 by min(SNR, 5), whatever the network predicts."""
+    prior = small_unet(schedule=schedule, prediction=prediction)
     latents, labels = torch.randn(8, 3, 4, 2), torch.arange(8) % 5
     torch.manual_seed(3)
     loss, logs = prior.loss(latents, labels)
@@ -38,9 +37,8 @@ def test_the_loss_is_the_weighted_error(schedule, prediction, gamma):
         error, estimate = output - noise, (noisy - sigma * output) / alpha
     else:
         error, estimate = output - (alpha * noise - sigma * latents), alpha * noisy - sigma * output
-    weighted = ((alpha / sigma) ** 2).clamp_max(gamma) * (estimate - latents) ** 2
-    expected = weighted.mean() if gamma else (error**2).mean().double()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
+    weighted = ((alpha / sigma) ** 2).clamp_max(5.0) * (estimate - latents) ** 2
+    torch.testing.assert_close(loss.double(), weighted.mean(), rtol=1e-3, atol=0)
     torch.testing.assert_close(logs["denoising_mse"].double(), (error**2).mean().double(), rtol=1e-3, atol=0)
 
 
@@ -172,12 +170,6 @@ def test_heads_wider_than_the_level_are_refused(attention):
         small_unet(head_dim=32, attention=attention)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_fewer_timesteps_end_in_noise_too(schedule):
-    prior = small_unet(schedule=schedule, num_train_timesteps=100)
-    assert prior.schedule.alphas_cumprod[-1] < 0.02
-
-
 def test_a_sampler_of_another_family_is_refused():
     with pytest.raises(ValueError, match=r"^scheduler must be one of ddpm, ddim, pndm, dpm\+\+, got 'euler'$"):
         small_unet().sample(torch.tensor([0]), scheduler="euler")
@@ -254,15 +246,17 @@ def test_one_tile_is_diffusers_full_attention(tile):
     torch.testing.assert_close(module(inputs), expected)
 
 
-@pytest.mark.parametrize("size, tile", [((4, 6), (2, 3)), ((5, 7), (2, 3)), ((3, 8), (4, 5)), ((5, 1), (2, 2))])
-def test_every_tile_is_attention_of_its_own(size, tile):
-    """The last three grids are no multiple of the tile: what pads them is never attended to."""
+@pytest.mark.parametrize(
+    "size, tile, used", [((4, 6), (2, 3), (2, 3)), ((5, 9), (2, 3), (5, 3)), ((6, 7), (3, 2), (3, 7))]
+)
+def test_every_tile_is_attention_of_its_own(size, tile, used):
+    """A side that does not divide the grid spans it."""
     module, inputs = attention(), grid(*size)
     module.set_processor(TiledAttnProcessor(*tile))
-    torch.testing.assert_close(module(inputs), by_hand(module, inputs, *tile))
+    torch.testing.assert_close(module(inputs), by_hand(module, inputs, *used))
 
 
-@pytest.mark.parametrize("rows, columns", [(2, 2), (1, 0), (0, 1), (3, 4)])
+@pytest.mark.parametrize("rows, columns", [(5, 2), (1, 0), (0, 1), (1, 3)])
 def test_a_position_reaches_its_tile_and_nothing_else(rows, columns):
     module, inputs = attention(), grid(5, 6)
     module.group_norm = torch.nn.Identity()  # its statistics span the grid
@@ -348,9 +342,7 @@ def test_a_prior_with_tiled_attention_saves_and_loads(tmp_path):
         assert first.shape == noisy.shape
 
 
-def test_tiles_without_a_size_are_refused():
-    with pytest.raises(ValueError, match=r"^a tile's sides must be 0 \(the whole grid\) or more, got -1 × 2$"):
-        TiledAttnProcessor(-1, 2)
+def test_windows_without_a_size_are_refused():
     for window in (0, -4):
         with pytest.raises(ValueError, match=f"^window must be at least 1, got {window}$"):
             LatentDiffusion(

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mdlib.models.vqvae import VQVAE, VectorQuantizer
 
@@ -27,7 +26,8 @@ def test_a_token_belongs_to_its_place():
 
 
 def test_a_change_in_the_image_changes_tokens_near_it_only():
-    codec = small_codec(image_size=64, mid_attention=False).eval()
+    codec = small_codec(image_size=64).eval()
+    codec.encoder.mid_block.attentions = torch.nn.ModuleList([None])
     images = torch.randn(1, 1, 64, 64).clamp(-1, 1)
     other = images.clone()
     other[:, :, :8, :8] = 1
@@ -58,18 +58,16 @@ def test_forward_agrees_with_diffusers_quantizer():
     torch.testing.assert_close(mine.grad, z.grad)  # straight through
 
 
-@pytest.mark.parametrize("cosine", [False, True])
-def test_ema_update_agrees_with_vector_quantize_pytorch(cosine):
+def test_ema_update_agrees_with_vector_quantize_pytorch():
     from vector_quantize_pytorch import VectorQuantize
 
     torch.manual_seed(0)
     reference = VectorQuantize(
-        4, codebook_size=6, decay=0.9, eps=1e-5, kmeans_init=False, use_cosine_sim=cosine, threshold_ema_dead_code=0
+        4, codebook_size=6, decay=0.9, eps=1e-5, kmeans_init=False, threshold_ema_dead_code=0
     ).train()
     book = reference._codebook
-    ours = VectorQuantizer(6, 4, decay=0.9, cosine=cosine, revive_below=0.0).train()
+    ours = VectorQuantizer(6, 4, decay=0.9, revive_below=0.0).train()
     start = torch.randn(6, 4)
-    start = F.normalize(start, dim=-1) if cosine else start
     for target in (book.embed, book.embed_avg):
         target.data.copy_(start.unsqueeze(0))
     book.cluster_size.data.fill_(1)

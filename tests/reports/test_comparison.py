@@ -6,8 +6,7 @@ import json
 import pytest
 from test_report import Page, case, report  # noqa: F401
 
-from mdlib.reports.comparison import conclusions, write_comparison
-from mdlib.reports.study import write_study
+from mdlib.reports.report import conclusions, write_comparison, write_study
 
 
 @pytest.fixture

@@ -119,19 +119,18 @@ def test_seed_and_temperature_draw_live(users, pipeline):
     users.seed.value = 5
     assert users.source.value == widgets.LIVE, "who moves a control wants to see what it does"
     expected = lambda **options: to_uint8(pipeline([3], 2, seed=5, output_type="pt", **options).images)
-    assert torch.equal(users.shown.windows.images, expected())
+    assert torch.equal(users.shown.images, expected())
     users.sliders["temperature"].value = 2.0
-    assert torch.equal(users.shown.windows.images, expected(temperature=2.0))
+    assert torch.equal(users.shown.images, expected(temperature=2.0))
     assert not torch.equal(expected(), expected(temperature=2.0))
 
 
 def test_only_what_the_prior_knows_can_be_turned(real, generated, codec):
     prior = LatentDiffusion(codec.latent_shape, num_users=3, block_out_channels=(8,), norm_num_groups=4, head_dim=8)
     diffusion = MicroDopplerPipeline(codec, prior, users=USERS, sampling=dict(guidance_scale=12.0))
-    assert list(widgets._sliders(diffusion.sampling_options())) == ["guidance_scale"]
-    assert widgets._sliders(diffusion.sampling_options())["guidance_scale"].value == 12.0, (
-        "beyond the slider's usual end"
-    )
+    live = widgets._Users(widgets._People(real, generated, real, diffusion, each=1), "selected", 0, {})
+    assert list(live.sliders) == ["guidance_scale"]
+    assert live.sliders["guidance_scale"].value == 12.0, "beyond the slider's usual end"
     alone = widgets._Users(widgets._People(real, generated, real, None, each=2), "selected", 0, {})
     assert not alone.sliders and [value for _, value in alone.user.options] == [3, 7], "no pipeline: what is on disk"
 
@@ -198,7 +197,7 @@ def test_people_with_conditions_are_shown_by_condition(real, generated):
         list(browser.condition.options) == ["bag", "normal"] and browser.condition in browser.box.children[0].children
     )
     browser.condition.value = "normal"
-    assert torch.equal(browser.shown.windows.images, generated.images[1:2]) and browser.selected[1].disabled
+    assert torch.equal(browser.shown.images, generated.images[1:2]) and browser.selected[1].disabled
 
 
 def test_a_batch_run_shows_pictures_instead(shown, codec, real, generated, monkeypatch):

@@ -94,7 +94,7 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(ma
     strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     assert strip(again) == strip(history)
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "broken")]
-    for key in ("model", "optimizer", "average", "best", "stale"):
+    for key in ("model", "optimizer", "ema", "best", "stale"):
         assert str(states[0][key]) == str(states[1][key]), key
 
 
@@ -436,3 +436,9 @@ def test_stages_share_the_time_and_what_is_left_of_it(tmp_path):
     first = max(row["seconds"] for row in history if row["factor"] == 1)
     assert first == pytest.approx(0.6, abs=0.1) and history[-1]["seconds"] == pytest.approx(0.9, abs=0.1)
     assert history[-1]["factor"] == 2
+
+
+def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path):
+    torch.save({"average": [], "config": {}}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="state.pt is of an earlier mdlib: delete it"):
+        fit(line(), points(), CONFIG, tmp_path, progress=False)

@@ -44,8 +44,10 @@ def without_noise() -> Line:
 
 def small_codec() -> VQVAE:
     torch.manual_seed(0)
-    sizes = dict(image_size=16, block_out_channels=(8, 8), norm_num_groups=4, mid_attention=False)
-    return VQVAE(**sizes, num_codes=64, code_dim=4, decay=0.7, revive_below=0.5)
+    sizes = dict(image_size=16, block_out_channels=(8, 8), norm_num_groups=4)
+    codec = VQVAE(**sizes, num_codes=64, code_dim=4)
+    codec.quantizer.decay, codec.quantizer.revive_below = 0.7, 0.5
+    return codec
 
 
 class Uneven(nn.Module):

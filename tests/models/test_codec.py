@@ -10,7 +10,7 @@ from torch import nn
 
 from mdlib.experiments.steps import train_teacher
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.codec_losses import (
+from mdlib.models.codec import (
     Adversary,
     Alignment,
     Distance,
@@ -19,12 +19,11 @@ from mdlib.models.codec_losses import (
     cosine_loss,
     distance_loss,
 )
-from mdlib.models.kl import KLVAE
-from mdlib.models.vavae import VAVAE
+from mdlib.models.kl import KLVAE, VAVAE
 from mdlib.models.vqvae import VQVAE
 from mdlib.training.fit import Batches, TrainConfig, fit
 
-SMALL = dict(image_size=16, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, mid_attention=False)
+SMALL = dict(image_size=16, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4)
 VQ_SMALL = dict(image_size=32, block_out_channels=(8, 8), norm_num_groups=4, num_codes=8, code_dim=4)
 
 

@@ -1,4 +1,4 @@
-"""Frozen features on a grid: of a vision transformer that stands in for DINOv2, and of a user classifier."""
+"""Frozen networks: features of a vision transformer that stands in for DINOv2, and of a user classifier; LPIPS."""
 
 import pytest
 import torch
@@ -16,7 +16,17 @@ from transformers import (
 )
 
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.foundation import IMAGENET_MEAN, IMAGENET_STD, ClassifierFeatures, VisionFeatures, load_foundation
+from mdlib.models.codec import Distance
+from mdlib.models.pretrained import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LPIPS_BACKBONES,
+    ClassifierFeatures,
+    VisionFeatures,
+    load_foundation,
+    load_lpips,
+)
+from mdlib.models.vqvae import VQVAE
 
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)
 
@@ -150,3 +160,30 @@ def test_a_feature_no_window_excites_stays_small():
     with torch.no_grad():
         network.blocks[0][2].bias[0] = 0.5
     assert foundation.features(windows(5) / 127.5 - 1, (8, 8))[:, 0].abs().max() < 100
+
+
+# LPIPS --------------------------------------------------------------------------------------------------------------
+
+
+def test_lpips_without_weights_says_what_to_attach(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="squeezenet1_1-b8a52dc0.pth.*perceptual_weight=0"):
+        load_lpips()
+    with pytest.raises(ValueError, match="unknown LPIPS net 'resnet': choose one of alex, vgg, squeeze"):
+        load_lpips("resnet")
+
+
+def test_lpips_from_weights_on_disk_stays_out_of_the_codec(tmp_path, monkeypatch):
+    from torchvision.models import squeezenet1_1
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = tmp_path / "hub" / "checkpoints" / LPIPS_BACKBONES["squeeze"]
+    weights.parent.mkdir(parents=True)
+    torch.save(squeezenet1_1().state_dict(), weights)
+    codec = VQVAE(image_size=64, block_out_channels=(8, 16), norm_num_groups=4, num_codes=8, code_dim=4)
+    names = set(codec.state_dict())
+    codec.attach(Distance("lpips", load_lpips(), 0.1))
+    loss, logs = codec.loss(torch.rand(2, 1, 64, 64))
+    assert torch.isfinite(loss) and "lpips" in logs
+    assert set(codec.state_dict()) == names and not list(codec.losses.parameters())
