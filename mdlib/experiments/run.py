@@ -18,36 +18,14 @@ from safetensors.torch import load_file
 from mdlib import __version__
 from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, seen_of_test, write_split
 from mdlib.data.windows import WindowSet, find_windows, load_windows
-<<<<<<< HEAD
 from mdlib.experiments.settings import RunSettings, defaults, read_record, write_record
-from mdlib.models.foundation import load_foundation
-from mdlib.models.perceptual import load_lpips
+from mdlib.models.pretrained import load_foundation, load_lpips
 from mdlib.systems import Preset, System, attach_losses, get_preset, get_system, make_codec, make_prior, start
 from mdlib.systems.system import gpus, preset_for
 from mdlib.training.distributed import check_batch, processes
 from mdlib.training.fit import precision
-from mdlib.training.joint import JointFineTuning
-from mdlib.utils import DataError
-=======
-from mdlib.experiments.settings import RunSettings, defaults, read_record
-from mdlib.models.pretrained import load_foundation, load_lpips
-from mdlib.systems import (
-    Preset,
-    System,
-    attach_losses,
-    get_preset,
-    get_system,
-    make_codec,
-    make_prior,
-    start_codec,
-    start_prior,
-)
-from mdlib.systems.machines import gpus, preset_for
-from mdlib.training.distributed import check_batch, processes
-from mdlib.training.fit import precision
 from mdlib.training.latents import JointFineTuning
-from mdlib.utils import DataError, whole_file
->>>>>>> main
+from mdlib.utils import DataError
 
 # What a notebook writes; it is removed before the notebook runs again.
 PRODUCTS = {

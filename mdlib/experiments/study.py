@@ -15,14 +15,8 @@ from mdlib.evaluation.protocol import verdict
 from mdlib.experiments.compare import claim_folder, resolve_preset, run_series, shared_classifiers
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import check_starts
-<<<<<<< HEAD
 from mdlib.experiments.settings import check_names, read_record
-from mdlib.reports.study import write_study
-=======
-from mdlib.experiments.series import claim_folder, resolve_preset, run_series, shared_classifiers
 from mdlib.reports.report import write_study
-from mdlib.systems import get_preset
->>>>>>> main
 from mdlib.utils import DataError
 
 FOLDS = number_of_folds()

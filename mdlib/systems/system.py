@@ -12,21 +12,7 @@ from pkgutil import resolve_name
 
 from mdlib.utils import DataError
 
-<<<<<<< HEAD
-CODECS = {"vq": "mdlib.models.vqvae:VQVAE", "kl": "mdlib.models.kl:KLVAE", "va": "mdlib.models.vavae:VAVAE"}
-=======
-if TYPE_CHECKING:
-    import torch
-
-    from mdlib.training.fit import TrainConfig
-
-CODECS = {
-    "vq": "mdlib.models.vqvae:VQVAE",
-    "kl": "mdlib.models.kl:KLVAE",
-    "va": "mdlib.models.kl:VAVAE",
-}
-
->>>>>>> main
+CODECS = {"vq": "mdlib.models.vqvae:VQVAE", "kl": "mdlib.models.kl:KLVAE", "va": "mdlib.models.kl:VAVAE"}
 # Arguments of prior.sample that are no plain values.
 NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "share", "fraction", "on_step"}
 
