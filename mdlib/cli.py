@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mdlib.experiments.settings import check_data, check_names, check_request, options_page
-from mdlib.systems import SYSTEMS, get_system
+from mdlib.systems import SYSTEMS
 
 app = typer.Typer(
     help="Generative models for micro-Doppler spectrograms, user by user.",
@@ -38,11 +38,12 @@ def simulate(
     recordings: Annotated[int, typer.Option(min=1, help="recordings (days) of each user")] = 1,
 ):
     """Simulate walking people as a 77 GHz radar records them, with every gait parameter in parameters.csv."""
+    from mdlib.data.windows import count
     from mdlib.simulation.dataset import simulate_dataset
 
     sizes = dict(users=users, windows=windows, size=size, seed=seed, condition=condition, recordings=recordings)
     simulate_dataset(out, **sizes)
-    print(f"{out}: {users} users with {_count(windows, 'window')} each, condition {condition}")
+    print(f"{out}: {users} users with {count(windows, 'window')} each, condition {condition}")
 
 
 @app.command()
@@ -57,12 +58,12 @@ def split(
     """Split by recording and time, so that no windows of different parts overlap."""
     check_data(data)
     from mdlib.data.splits import make_split, split_summary, write_split
-    from mdlib.data.windows import find_windows
+    from mdlib.data.windows import count, find_windows
 
     files = find_windows(data)
     parts = make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
     write_split(parts, out)
-    print(f"{out}: {_count(len(parts['users']), 'user')}, {split_summary(parts)}")
+    print(f"{out}: {count(len(parts['users']), 'user')}, {split_summary(parts)}")
 
 
 @app.command()
@@ -70,7 +71,7 @@ def run(
     out: Annotated[Path, typer.Option(help="run folder")],
     data: Annotated[Path | None, typer.Option(help="folder of ID_k/ folders; an existing run has its own")] = None,
     system: Annotated[str, typer.Option(help="; ".join(SYSTEMS) + "; the first, or the run's, when left out")] = "",
-    preset: Annotated[str, typer.Option(help="auto (by the GPU), a size, a machine or size@machine")] = "",
+    preset: PresetName = "",
     parameter: Parameters = [],  # noqa: B006
     first: Annotated[str, typer.Option("--from", help="first notebook (03); runs again from there")] = "",
     last: Annotated[str, typer.Option("--to", help="last notebook (06)")] = "",
@@ -98,7 +99,7 @@ def compare(
     parameter: Parameters = [],  # noqa: B006
 ):
     """Train and evaluate systems on one split with one budget, up to comparison.html; a second call continues."""
-    chosen = _checked(data, systems.split(",") if systems != "all" else list(SYSTEMS), preset, parameter)
+    chosen = _checked(data, systems if systems != "all" else ",".join(SYSTEMS), preset, parameter)
     from mdlib.experiments.compare import compare as run_comparison
 
     result = run_comparison(data, out, systems, preset, budget_minutes, images_per_user, chosen)
@@ -120,7 +121,7 @@ def study(
     parameter: Parameters = [],  # noqa: B006
 ):
     """Train and evaluate a system on few and more windows of each user, up to study.html; a second call continues."""
-    numbers, given = _numbers("windows", windows, int), _checked(data, [system], preset, parameter)
+    numbers, given = _numbers("windows", windows, int), _checked(data, system, preset, parameter)
     from mdlib.experiments.study import study as run_study
 
     result = run_study(data, out, system, preset, numbers, folds, given)
@@ -143,7 +144,7 @@ def generate(
     options = dict(map(pair, option))
     if not (pipeline / "model_index.json").exists():
         raise ValueError(f"{pipeline} holds no pipeline (no model_index.json): give the pipeline/ folder of a run")
-    from mdlib.data.windows import parse_users
+    from mdlib.data.windows import count, parse_users
     from mdlib.pipeline import load_pipeline
 
     chosen, carried = parse_users(users) if users else None, conditions.split(",") if conditions else None
@@ -152,7 +153,7 @@ def generate(
         from mdlib.reports import plots
 
         plots.save(plots.sheet(out, rows), out / "grid.png")
-    print(f"{out}: {_count(len(rows), 'window')} of {_count(len({row['user'] for row in rows}), 'user')}")
+    print(f"{out}: {count(len(rows), 'window')} of {count(len({row['user'] for row in rows}), 'user')}")
 
 
 @app.command()
@@ -167,10 +168,11 @@ def select(
 ):
     """Select generated windows by a filter that knows only the generator's training windows."""
     _exist(real, generated, split)
+    from mdlib.data.windows import count
     from mdlib.evaluation.filters import select_folder
 
     selected, every = select_folder(real, generated, split, out, by, keep, size)
-    print(f"{out}: {selected} of {_count(every, 'window')}")
+    print(f"{out}: {selected} of {count(every, 'window')}")
 
 
 @app.command()
@@ -216,14 +218,12 @@ def pair(text: str) -> tuple[str, object]:
         return key, value
 
 
-def _checked(data: Path, systems: list[str], preset: str, parameters: list[str]) -> dict:
+def _checked(data: Path, systems: str, preset: str, parameters: list[str]) -> dict:
     """The parameters of a comparison or study, after its names and its folder were checked."""
     check_data(data)
     given = dict(map(pair, parameters))
-    for system in map(get_system, map(str.strip, systems)):
-        check_names(given, system.notebooks)
-        if preset != "auto":
-            system.table(preset)
+    for system in systems.split(","):
+        check_names(system.strip(), preset, given)
     return given
 
 
@@ -239,10 +239,6 @@ def _numbers(name: str, text: str, kind: type) -> tuple:
     except ValueError as error:
         what = "whole numbers" if kind is int else "numbers"
         raise ValueError(f"{name}: {what} separated by commas, got {text!r}") from error
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def main() -> None:

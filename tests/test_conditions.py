@@ -19,14 +19,14 @@ from mdlib.experiments.run import open_run
 from mdlib.models.transformer import TokenPrior
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import MicroDopplerPipeline
-from mdlib.systems import start_prior
+from mdlib.systems import start
 
 
 @pytest.mark.parametrize(("known", "wanted"), [(2, 2), (2, 1), (1, 2), (3, 2)])
 def test_a_prior_starts_from_other_people_with_other_conditions(known, wanted, tmp_path):
     source, prior = small_dit(num_conditions=known), small_dit(num_conditions=wanted)
     source.save_pretrained(tmp_path)
-    start_prior(prior, tmp_path, other_users=True)
+    start(prior, tmp_path, other_users=True)
     if wanted > 1:
         kept = source.users.conditions if known == wanted else torch.zeros(wanted, 16)
         assert torch.equal(prior.users.conditions, kept)

@@ -1,4 +1,4 @@
-"""Train systems on one split with one budget, and compare them.
+"""Train systems on one split with one budget, and compare them; and what a comparison shares with a study.
 
 Every system has a run folder in `out`; a second call continues where the first one stopped. Measured here is what the
 report of a run lacks: quality against training time, sampling speed, and sizes.
@@ -6,8 +6,10 @@ report of a run lacks: quality against training time, sampling speed, and sizes.
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -15,19 +17,20 @@ import torch
 from accelerate.utils import release_memory
 from safetensors.torch import load_file
 
+from mdlib import __version__
 from mdlib.data.splits import PARTS, read_split
 from mdlib.data.windows import WindowSet, find_windows, to_uint8
 from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers, unseen_classifiers
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.fidelity import distances
 from mdlib.evaluation.protocol import identity
-from mdlib.experiments.execute import check_parameters, execute
+from mdlib.experiments.execute import execute
 from mdlib.experiments.run import Run, open_run, versions
-from mdlib.experiments.series import claim_folder, resolve_preset, run_series, shared_classifiers
-from mdlib.experiments.settings import read_record
+from mdlib.experiments.settings import check_names, read_record
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.reports.report import conclusions, gather, load_generated, write_comparison
 from mdlib.systems import SYSTEMS, get_preset
+from mdlib.systems.system import gpus, preset_for
 from mdlib.training.fit import read_history
 from mdlib.utils import DataError, bar, whole_file
 
@@ -66,10 +69,6 @@ def compare(
 
     Returns:
         The content of comparison.json; a system that failed is in it with its error.
-
-    Raises:
-        DataError: an unknown system, preset or parameter, a budget below 0, no windows in `data`, or `out` holds a
-            comparison with other settings.
     """
     out, given = Path(out), parameters or {}
     names = [*SYSTEMS] if systems == "all" else [*dict.fromkeys(filter(None, map(str.strip, systems.split(","))))]
@@ -84,14 +83,13 @@ def compare(
         "parameters": given,
     }
     claim_folder(out, settings, "a comparison")
-    parameters = _parameters(settings)
+    wanted = _parameters(settings)
     found = {name: measure(open_run(out / name), settings) for name in SYSTEMS if _is_measured(out / name)}
 
     def run_system(name: str) -> None:
         try:
-            execute(
-                str(out / name), parameters | shared_classifiers(out / name), data=str(data), system=name, preset=preset
-            )
+            own = wanted | shared_classifiers(out / name)
+            execute(str(out / name), own, data=str(data), system=name, preset=preset)
             run = open_run(out / name)
             for other in (out / one / "split.json" for one in found.keys() - {name}):
                 if other.exists() and any(read_split(other)[part] != run.split[part] for part in PARTS):
@@ -101,12 +99,14 @@ def compare(
             found[name] = {"error": " ".join(str(error).split()) or type(error).__name__}
             print(f"{name}: {found[name]['error']}", flush=True)
 
-    def collect() -> dict:
+    def write(about: dict) -> dict:
         measured = {name: found[name] for name in SYSTEMS if name in found}
-        return {"versions": versions(), "conclusions": conclusions(measured), "systems": measured}
+        result = {**about, "versions": versions(), "conclusions": conclusions(measured), "systems": measured}
+        write_comparison(result, _windows(out, result), out)
+        return result
 
     jobs = {f"{name}: {n} of {len(names)}": partial(run_system, name) for n, name in enumerate(names, 1)}
-    return run_series(jobs, settings, collect, lambda result: write_comparison(result, _windows(out, result), out))
+    return run_series(jobs, settings, write)
 
 
 def _check(names: list[str], preset: str, minutes: float, images: int, parameters: dict) -> None:
@@ -120,8 +120,7 @@ def _check(names: list[str], preset: str, minutes: float, images: int, parameter
     if not isinstance(parameters.get("prior_options", {}), dict):
         raise DataError(f"prior_options must be a dictionary, got {parameters['prior_options']!r}")
     for name in names:
-        get_preset(name, preset)
-        check_parameters(name, parameters)
+        check_names(name, preset, parameters)
 
 
 def _images_per_user(preset: str) -> int:
@@ -135,17 +134,10 @@ def _images_per_user(preset: str) -> int:
 
 def _parameters(settings: dict) -> dict:
     """The notebooks' parameters for a run with these settings."""
-    images, given = settings["images_per_user"], settings["parameters"]
-    wanted = {
-        "images_per_user": images,
-        "counts": [n for n in (images // 9, images // 3) if n],
-        **given,
-        "prior_options": {"snapshots": True, **given.get("prior_options", {})},
-    }
-    if settings["budget_minutes"]:
-        half = settings["budget_minutes"] / 2
-        wanted |= {"codec_steps": UNLIMITED, "prior_steps": UNLIMITED, "max_minutes": half}
-    return wanted
+    images, given, half = settings["images_per_user"], settings["parameters"], settings["budget_minutes"] / 2
+    wanted = {"images_per_user": images, "counts": [n for n in (images // 9, images // 3) if n], **given}
+    wanted["prior_options"] = {"snapshots": True, **given.get("prior_options", {})}
+    return wanted | ({"codec_steps": UNLIMITED, "prior_steps": UNLIMITED, "max_minutes": half} if half else {})
 
 
 def _chosen(settings: dict, names) -> dict:
@@ -162,9 +154,6 @@ def _windows(out: Path, result: dict) -> dict[str, WindowSet]:
             sets.setdefault("real", run.parts["test"])
             sets[name] = load_generated(run.path / "generated", run.windows)
     return sets
-
-
-# ---- measured here
 
 
 def _is_measured(folder: Path) -> bool:
@@ -197,13 +186,13 @@ def costs(run: Run) -> dict:
     in GB (None: unknown) and device. A notebook that was interrupted counts from its last start."""
     steps = read_record(run.path)["steps"]
     peaks = [step["peak_memory_gb"] for name, step in steps.items() if name[:2] in ("02", "03", "04")]
+    generation, training = steps["05_generate"], {}
     resources = {
         "wall_minutes": sum(step["seconds"] for step in steps.values()) / 60,
         "training_memory_gb": None if None in peaks else max(peaks),
-        "generation_memory_gb": steps["05_generate"]["peak_memory_gb"],
-        "device": steps["05_generate"]["device"],
+        "generation_memory_gb": generation["peak_memory_gb"],
+        "device": generation["device"],
     }
-    training = {}
     for part in ("codec", "prior"):
         last = read_history(run.path / part)[-1]
         training |= {f"{part}_minutes": last["seconds"] / 60, f"{part}_steps": int(last["step"])}
@@ -265,3 +254,51 @@ def quality(run: Run, generated: WindowSet, folder: Path, **changes) -> dict:
         "identity": identity(evidence, classifiers)["accuracy"]["value"],
         "fd_ratio": distances(evidence, arms)["fd_ratio"]["value"],
     }
+
+
+# ---- shared with a study: runs in one folder, executed one after the other
+
+
+def run_series(jobs: dict[str, Callable], settings: dict, write: Callable[[dict], dict]) -> dict:
+    """Call every job, and after each write what was measured so far; returns the last result.
+
+    Args:
+        jobs: title → function without arguments that executes one run, or skips what is done.
+        settings: those of the series.
+        write: completes a result (mdlib's version, the time, the settings) by what was measured, and writes it.
+    """
+    result: dict = {}
+    for title, job in jobs.items():
+        print(title, flush=True)
+        job()
+        about = {"mdlib": __version__, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+        result = write({**about, "settings": {**settings, "data": Path(settings["data"]).name}})
+    return result
+
+
+def shared_classifiers(run: Path) -> dict:
+    """The parameter of notebook 06 by which the runs of a series share classifiers; {} where it is done already."""
+    return {} if (run / "report.json").exists() else {"classifiers": str((run.parent / "classifiers").resolve())}
+
+
+def saved_settings(out: Path) -> dict:
+    """The settings of the runs in `out`; {} where there are none."""
+    files = [out / "settings.json", out / "terms.json"]  # the second one: of mdlib 0.1
+    found = next((path for path in files if path.exists()), None)
+    return json.loads(found.read_text()) if found and any(out.glob("*/run.json")) else {}
+
+
+def resolve_preset(out: Path, preset: str) -> str:
+    """The name of the preset that "auto" stands for: that of the runs in `out`, or else the one for the GPUs here."""
+    return preset if preset != "auto" else saved_settings(out).get("preset") or preset_for(gpus())
+
+
+def claim_folder(out: Path, settings: dict, what: str) -> None:
+    """Write out/settings.json; DataError where `out` holds runs with other settings. what: the folder holds."""
+    settings = json.loads(json.dumps(settings))  # as it reads back: a tuple is a list
+    before = saved_settings(out) or settings
+    pairs = [(key, before.get(key), value) for key, value in settings.items()]
+    if changed := ", ".join(f"{key}: {old!r} is not {new!r}" for key, old, new in pairs if old != new):
+        raise DataError(f"{out} holds {what} with other settings ({changed}): choose another --out or those settings")
+    with whole_file(out / "settings.json") as path:
+        path.write_text(json.dumps(settings, indent=1) + "\n")

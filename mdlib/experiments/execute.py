@@ -7,24 +7,24 @@ import shutil
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from accelerate.utils import patch_environment
 from traitlets.config import Config
 
-from mdlib.experiments.run import PRODUCTS, Run, device_name, open_run, versions, write_record
+from mdlib.experiments.run import PRODUCTS, Run, device_name, open_run, versions
 from mdlib.experiments.settings import (
     NOTEBOOKS,
     RunSettings,
-    check_names,
     check_request,
     defaults,
     notebook_parameters,
     read_record,
+    write_record,
 )
 from mdlib.pipeline import load_pipeline
-from mdlib.systems import System, get_system
+from mdlib.systems import get_system
 from mdlib.training.distributed import python_path
 from mdlib.training.fit import read_history
 from mdlib.utils import DataError
@@ -52,26 +52,25 @@ def execute(
     """
     out = Path(out).absolute()
     wanted, names = check_request(out, parameters, first, last, **given)
-    _check_sampling(out, get_system(wanted.system), parameters)
+    _check_sampling(out, wanted.system, parameters)
     if not first:
         _check_done(out, names, parameters)
     if extend:
         extended(out, wanted)
     run = open_run(out, **wanted.to_dict())
     if first:
-        _forget(run.path, [name for name in run.system.notebooks if name[:2] >= first])
+        _forget(run, first)
     common = {**parameters, **run.settings, "out": str(run.path)}
     for name in names:
         if name in read_record(run.path)["steps"]:
             print(f"{name}: done already (--from {name[:2]} runs it again)", flush=True)
             continue
-        values = {key: value for key, value in common.items() if key in notebook_parameters(name)}
         check = name[:2] == "01" and not first and not parameters.get("expect")
         if check and _passed(run).exists():
             run.done(name, time.monotonic())
             print(f"{name}: passed here before (--from 01 runs it again)", flush=True)
             continue
-        _execute_one(name, run.path, values)
+        _execute_one(name, run.path, {key: common[key] for key in notebook_parameters(name) if key in common})
         if check:
             with suppress(OSError):  # a cache: without it the next run checks again
                 _passed(run).parent.mkdir(parents=True, exist_ok=True)
@@ -86,23 +85,18 @@ def _passed(run: Run) -> Path:
     return cache / f"passed-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
 
 
-def check_parameters(system: str, parameters: dict) -> None:
-    """DataError where no notebook of `system` has one of the parameters."""
-    check_names(parameters, get_system(system).notebooks)
-
-
-def _check_sampling(out: Path, system: System, parameters: dict) -> None:
+def _check_sampling(out: Path, system: str, parameters: dict) -> None:
     """DataError where the prior does not take one of notebook 05's options among the parameters."""
     own = notebook_parameters("05_generate").keys() - NO_SAMPLING
     options = {key: value for key, value in parameters.items() if key in own and value}
-    known = system.sampling_options()
+    known = get_system(system).sampling_options()
     if unknown := ", ".join(sorted(options.keys() - known)):
         raise DataError(f"this prior has no sampling option {unknown}; there are {', '.join(sorted(known))}")
-    asked = {key: parameters[key] for key in ("users", "conditions") if parameters.get(key)}
-    if (options or asked) and (out / "pipeline" / "model_index.json").exists():
+    users, conditions = parameters.get("users"), parameters.get("conditions")
+    if (options or users or conditions) and (out / "pipeline" / "model_index.json").exists():
         pipeline = load_pipeline(out / "pipeline")
         pipeline.check_options(options)
-        pipeline.plan(asked.get("users", []), 1, 0, asked.get("conditions"))
+        pipeline.plan(users or [], 1, 0, conditions or None)
 
 
 def _check_done(out: Path, names: tuple[str, ...], parameters: dict) -> None:
@@ -124,26 +118,23 @@ def extended(out: Path, wanted: RunSettings) -> None:
     The further training starts from the trained weights and takes the missing steps, with a warm-up and a falling
     learning rate of its own. The earlier training moves to codec-N/ or prior-N/; what depends on it is removed, so a
     codec that trains further takes a new prior.
-
-    Raises:
-        DataError: other settings change too, the steps are not more, or there are no trained weights.
     """
     if not (out / "run.json").exists():
         raise DataError(f"{out} holds no run to extend: leave out --extend")
-    record = read_record(out)
-    kept, earlier = {**defaults(), **record["settings"]}, {"codec": [], "prior": [], **record.get("earlier", {})}
+    run = open_run(out)
     given = {key: value for key, value in wanted.to_dict().items() if key != "data" and value != "auto"}
-    changed = {key: value for key, value in given.items() if value != kept[key]}
+    changed = {key: value for key, value in given.items() if value != run.settings[key]}
     if not changed or changed.keys() - {"codec_steps", "prior_steps"}:
         names = ", ".join(changed) or "nothing"
         raise DataError(f"--extend takes more codec_steps or prior_steps and no other change, got {names}")
-    if kept["joint_steps"]:
+    if run.settings["joint_steps"]:
         raise DataError(f"{out} ends with joint_steps, after which codec and prior cannot train alone: start a new run")
     part = "codec" if "codec_steps" in changed else "prior"
     weights = out / "codec" if part == "codec" else out / "pipeline" / "prior"
     if not (weights / "config.json").exists():
         raise DataError(f"{out} has no trained {part} yet: give the command without {part}_steps and --extend first")
-    earlier[part].append(int(read_history(out / part)[-1]["step"]))
+    earlier = {"codec": [], "prior": [], **run.earlier}
+    earlier[part] = [*earlier[part], int(read_history(out / part)[-1]["step"])]
     if changed[f"{part}_steps"] <= (done := sum(earlier[part])):
         raise DataError(f"{part}_steps={changed[f'{part}_steps']}: the {part} has {done} steps already, give more")
     moved = out / f"{part}-{len(earlier[part])}"
@@ -157,9 +148,11 @@ def extended(out: Path, wanted: RunSettings) -> None:
         earlier["prior"] = []
         for folder in out.glob("prior-*"):
             shutil.rmtree(folder)
+    record = read_record(out)
+    if part == "codec":
         record["steps"].pop("02_train_vqvae")
-    write_record(out, {**record, "settings": {**kept, **changed}, "earlier": earlier})
-    _forget(out, [name for name in get_system(kept["system"]).notebooks if name[:2] >= "03"])
+    write_record(out, {**record, "settings": {**run.settings, **changed}, "earlier": earlier})
+    _forget(run, "03")
 
 
 def _execute_one(name: str, out: Path, values: dict) -> None:
@@ -169,7 +162,12 @@ def _execute_one(name: str, out: Path, values: dict) -> None:
     started = time.monotonic()
     target = out / "notebooks" / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with patch_environment(MDLIB_BATCH="1", PYTHONPATH=python_path()), _private_sockets() as config:
+    # Kernel sockets in a folder of our own where the system has such: nothing else on the network can listen, and two
+    # runs started in one folder do not meet.
+    private = os.name == "posix"
+    sockets = tempfile.TemporaryDirectory(prefix="mdlib-") if private else nullcontext("")
+    with patch_environment(MDLIB_BATCH="1", PYTHONPATH=python_path()), sockets as folder:
+        kernel = {"transport": "ipc", "ip": str(Path(folder) / "kernel")} if private else {}
         try:
             papermill.execute_notebook(
                 NOTEBOOKS / f"{name}.ipynb",
@@ -177,7 +175,7 @@ def _execute_one(name: str, out: Path, values: dict) -> None:
                 parameters=values,
                 kernel_name="python3",
                 progress_bar=False,
-                config=config,
+                config=Config(KernelManager=kernel),
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
             )
@@ -195,24 +193,10 @@ def _execute_one(name: str, out: Path, values: dict) -> None:
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
 
 
-@contextmanager
-def _private_sockets():
-    """Kernel sockets in a folder of our own where the system has such: nothing else on the network can listen, and two
-    runs started in one folder do not meet."""
-    if os.name != "posix":
-        yield Config()
-        return
-    with tempfile.TemporaryDirectory(prefix="mdlib-") as folder:
-        yield Config(KernelManager={"transport": "ipc", "ip": str(Path(folder) / "kernel")})
-
-
-def _forget(out: Path, names: list[str]) -> None:
-    """Remove what the named notebooks wrote, and the note that they are done."""
-    record = read_record(out)
-    for name in names:
-        record["steps"].pop(name, None)
-    write_record(out, record)
-    for name in names:
-        for product in PRODUCTS[name[:2]]:
-            path = out / product
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def _forget(run: Run, first: str) -> None:
+    """Remove what the system's notebooks from number `first` on wrote, and the note that they are done."""
+    record, names = read_record(run.path), [name for name in run.system.notebooks if name[:2] >= first]
+    steps = {name: step for name, step in record["steps"].items() if name not in names}
+    write_record(run.path, {**record, "steps": steps})
+    for path in (run.path / product for name in names for product in PRODUCTS[name[:2]]):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from mdlib.data.windows import holds_users
-from mdlib.experiments.settings import read_record
-from mdlib.systems.machines import Gpu, gpus, preset_for
-from mdlib.utils import DEADLINE, DataError, batch_run, require_room, room, size, whole_file
+from mdlib.experiments.settings import read_record, write_record
+from mdlib.systems.system import Gpu, gpus, preset_for
+from mdlib.utils import DEADLINE, DataError, batch_run, require_room, room, size
 
 INPUT = Path("/kaggle/input")
 ROOT = Path(__file__).resolve().parents[2]  # of the repository, where relative paths of notebooks start
@@ -40,8 +40,7 @@ def begin(out: str | Path = "", data: str = "") -> str:
         The data folder: `data`, or the one among the inputs; "" where the run in `out` continues.
 
     Raises:
-        DataError: a GPU was requested and is missing; several data folders, or runs with different settings, are
-            attached.
+        DataError: a requested GPU is missing; several data folders or runs with different settings are attached.
     """
     if not os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
         if Path.cwd().is_relative_to(ROOT) and not batch_run():
@@ -65,13 +64,10 @@ def begin(out: str | Path = "", data: str = "") -> str:
 def summary(found: Sequence[Gpu], end: float, free: int) -> str:
     """One line: GPUs, preset, time and disk space."""
     kind = "a batch run" if batch_run() else "an interactive session"
-    cards = f"no GPU ({NO_GPU})"
-    if found:
-        cards = f"{len(found)} × {found[0].name}, {found[0].memory / 1e9:.0f} GB each"
-    hours = max(0, end - time.time()) / 3600
+    cards = f"{len(found)} × {found[0].name}, {found[0].memory / 1e9:.0f} GB each" if found else f"no GPU ({NO_GPU})"
     return (
-        f"Kaggle, {kind}: {cards}; preset auto is {preset_for(found)}; training stops by itself in {hours:.1f} h; "
-        f"{free / 1e9:.0f} GB may be written"
+        f"Kaggle, {kind}: {cards}; preset auto is {preset_for(found)}; training stops by itself in "
+        f"{max(0, end - time.time()) / 3600:.1f} h; {free / 1e9:.0f} GB may be written"
     )
 
 
@@ -91,15 +87,9 @@ def session_end() -> float:
     return start + HOURS * 3600 - MARGIN
 
 
-# ---- inputs
-
-
 def find_data(root: Path) -> Path | None:
-    """The folder of windows below `root`: the one with ID_k folders, or with folders of conditions that hold them.
-
-    Raises:
-        DataError: there are several.
-    """
+    """The folder of windows below `root`: the one with ID_k folders, or with folders of conditions that hold them;
+    DataError where there are several."""
     holding = [folder for folder in _folders(root) if holds_users(folder)]
     siblings = {f.parent for f in holding if sum(g.parent == f.parent for g in holding) > 1}
     found = {f.parent if f.parent in siblings and _within_one_input(f.parent, root) else f for f in holding}
@@ -116,11 +106,8 @@ def find_wheels(root: Path) -> Path | None:
 
 
 def find_run(root: Path) -> Path | None:
-    """The run folder below `root`; of several stages of one run the most advanced.
-
-    Raises:
-        DataError: there are runs with different settings.
-    """
+    """The run folder below `root`; of several stages of one run the most advanced. DataError where there are runs with
+    different settings."""
     found = {folder: read_record(folder) for folder in _folders(root) if (folder / "run.json").exists()}
     kinds = {json.dumps({**record["settings"], "data": ""}, sort_keys=True) for record in found.values()}
     if len(kinds) > 1:
@@ -133,11 +120,7 @@ def find_run(root: Path) -> Path | None:
 
 def copy_run(attached: Path, out: Path, root: Path) -> None:
     """Copy a run from the read-only inputs to `out`; if its windows have moved, they are looked for below `root`.
-
-    Raises:
-        DataError: its windows are not attached.
-        OSError: there is not enough room.
-    """
+    DataError where they are not attached, OSError where there is not enough room."""
     record = read_record(attached)
     if not Path(record["settings"]["data"]).is_dir():
         if not (data := find_data(root)):
@@ -148,17 +131,12 @@ def copy_run(attached: Path, out: Path, root: Path) -> None:
     shutil.copytree(attached, out, ignore=last, copy_function=shutil.copyfile, dirs_exist_ok=True)
     for folder in (out, *(path for path in out.rglob("*") if path.is_dir())):
         folder.chmod(0o755)  # inputs are read-only, and so would be the copies
-    with whole_file(out / "run.json") as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(out, record)
 
 
 def home() -> Path:
     """The folder of check_environment.py: the repository or, where mdlib is installed from a wheel, a writable copy of
-    the files next to the wheels (the check measures the disk it lies on).
-
-    Raises:
-        DataError: it is in neither.
-    """
+    the files next to the wheels (the check measures the disk it lies on)."""
     if (ROOT / "check_environment.py").exists():
         return ROOT
     if not (wheels := find_wheels(INPUT)):

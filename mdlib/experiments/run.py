@@ -18,26 +18,15 @@ from safetensors.torch import load_file
 from mdlib import __version__
 from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, seen_of_test, write_split
 from mdlib.data.windows import WindowSet, find_windows, load_windows
-from mdlib.experiments.settings import RunSettings, defaults, read_record
+from mdlib.experiments.settings import RunSettings, defaults, read_record, write_record
 from mdlib.models.pretrained import load_foundation, load_lpips
-from mdlib.systems import (
-    Preset,
-    System,
-    attach_losses,
-    get_preset,
-    get_system,
-    make_codec,
-    make_prior,
-    start_codec,
-    start_prior,
-)
-from mdlib.systems.machines import gpus, preset_for
+from mdlib.systems import Preset, System, attach_losses, get_preset, get_system, make_codec, make_prior, start
+from mdlib.systems.system import gpus, preset_for
 from mdlib.training.distributed import check_batch, processes
 from mdlib.training.fit import precision
 from mdlib.training.latents import JointFineTuning
-from mdlib.utils import DataError, whole_file
+from mdlib.utils import DataError
 
-RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 # What a notebook writes; it is removed before the notebook runs again.
 PRODUCTS = {
     "01": (),
@@ -123,25 +112,18 @@ class Run:
             "time": ", ".join(f"{name} {step['seconds']:.0f} s" for name, step in steps.items()),
         }
 
-    def start_codec(self, codec: torch.nn.Module) -> None:
-        """Initialise a new codec from an earlier training of this run, or from what the settings name."""
-        if earlier := self.earlier.get("codec"):
-            folder = self.path / f"codec-{len(earlier)}"
-            start_codec(codec, folder)
-            codec.losses.load_state_dict(load_file(folder / "losses.safetensors"))
+    def start(self, part: str, model: torch.nn.Module) -> None:
+        """Initialise a new model, the part "codec" or "prior", from an earlier training of this run, or from what the
+        settings name."""
+        if earlier := self.earlier.get(part):
+            folder = self.path / f"{part}-{len(earlier)}"
+            start(model, folder / "weights" if part == "prior" else folder)
+            if part == "codec":
+                model.losses.load_state_dict(load_file(folder / "losses.safetensors"))
         elif self.settings["init"]:
-            start_codec(codec, Path(self.settings["init"]) / "codec", other_users=True)
-        elif self.settings["codec_start"]:
-            start_codec(codec, self.settings["codec_start"])
-
-    def start_prior(self, prior: torch.nn.Module) -> None:
-        """The same for a new prior."""
-        if earlier := self.earlier.get("prior"):
-            start_prior(prior, self.path / f"prior-{len(earlier)}" / "weights")
-        elif self.settings["init"]:
-            start_prior(prior, Path(self.settings["init"]) / "prior", other_users=True)
-        elif self.settings["prior_start"]:
-            start_prior(prior, self.settings["prior_start"])
+            start(model, Path(self.settings["init"]) / part, other_users=True)
+        elif source := self.settings[f"{part}_start"]:
+            start(model, source)
 
     def expect(self, notebook: str) -> None:
         """DataError where `notebook` is none of this run's system."""
@@ -168,10 +150,7 @@ def open_run(out: str | Path, **given) -> Run:
     Args:
         out: the folder.
         given: fields of `RunSettings`. For an existing run `data` may be left out: its settings then apply, and a
-            setting that is given all the same has to agree with them.
-
-    Raises:
-        DataError: `out` holds a run with other settings, there is no run and no data, or a setting cannot be used.
+            setting that is given all the same has to agree with them. DataError where it does not, or cannot be used.
     """
     given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     out, wanted = Path(out).absolute(), RunSettings(**given).to_dict()
@@ -179,17 +158,23 @@ def open_run(out: str | Path, **given) -> Run:
         if wanted[key] and (key != "foundation" or Path(wanted[key]).exists()):
             wanted[key] = str(Path(wanted[key]).resolve())
     record = read_record(out) if (out / "run.json").exists() else {}
-    kept = {**defaults(), **record["settings"]} if record else {}
+    stored = {**defaults(), **record["settings"]} if record else {}
     if wanted["preset"] == "auto":
-        wanted["preset"] = kept.get("preset") or preset_for(gpus())
-    if kept:
+        wanted["preset"] = stored.get("preset") or preset_for(gpus())
+    if stored:
         relevant = wanted if wanted["data"] else {k: v for k, v in wanted.items() if v != defaults()[k]}
-        changed = [key for key in relevant if kept[key] != wanted[key]]
+        changed = [key for key in relevant if stored[key] != wanted[key]]
         if not changed:
-            return Run(out, kept, record.get("earlier", {}))
+            return Run(out, stored, record.get("earlier", {}))
         if any((out / product).exists() for products in PRODUCTS.values() for product in products):
-            _refuse(out, kept, wanted, changed)
-        wanted = {**kept, **relevant}
+            differences = ", ".join(f"{key}: {stored[key]!r} is not {wanted[key]!r}" for key in changed)
+            advice = "choose another --out or those settings"
+            if set(changed) <= {"codec_steps", "prior_steps"}:
+                options = " ".join(f"-p {key}={wanted[key]}" for key in changed)
+                command = f"python -m mdlib run --out {out} {options} --extend"
+                advice = f"to train it further, {command}; else choose another --out"
+            raise DataError(f"{out} holds a run with other settings ({differences}): {advice}")
+        wanted = {**stored, **relevant}
     if not wanted["data"]:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
     run = Run(out, wanted)
@@ -199,22 +184,12 @@ def open_run(out: str | Path, **given) -> Run:
     return run
 
 
-def _refuse(out: Path, kept: dict, wanted: dict, changed: list[str]) -> None:
-    differences = ", ".join(f"{key}: {kept[key]!r} is not {wanted[key]!r}" for key in changed)
-    if set(changed) <= {"codec_steps", "prior_steps"}:
-        options = " ".join(f"-p {key}={wanted[key]}" for key in changed)
-        raise DataError(
-            f"{out} holds a run with other settings ({differences}): to train it further, "
-            f"python -m mdlib run --out {out} {options} --extend; else choose another --out"
-        )
-    raise DataError(f"{out} holds a run with other settings ({differences}): choose another --out or those settings")
-
-
 def _check(run: Run) -> None:
     """DataError where a setting cannot be used."""
-    init, unrecorded = run.settings["init"], run.settings["unrecorded"]
+    settings = run.settings
+    init, split, unrecorded = (settings[key] for key in ("init", "split", "unrecorded"))
     if init:
-        if run.settings["codec_start"] or run.settings["prior_start"]:
+        if settings["codec_start"] or settings["prior_start"]:
             raise DataError("init starts both codec and prior: leave codec_start and prior_start empty")
         if not (Path(init) / "model_index.json").exists():
             raise DataError(f"init: {init} holds no pipeline: give the pipeline/ folder of a run")
@@ -222,28 +197,47 @@ def _check(run: Run) -> None:
         name = json.loads((Path(init) / "prior" / "config.json").read_text()).get("_class_name")
         if name != (wanted := run.system.prior.__name__):
             raise DataError(f"init: {init}/prior holds a {name}, this system's prior is a {wanted}: take its own run")
-    files = find_windows(run.settings["data"])
+    files = find_windows(settings["data"])
     preset = _buildable(run, len({file.user for file in files}), len({file.condition for file in files}))
-    if unrecorded:
-        if run.settings["split"]:
-            raise DataError("unrecorded shapes the split that is made: leave it out with a split file of your own")
-        if not all(isinstance(users, list) for users in unrecorded.values()):
-            raise DataError(f'unrecorded names users by condition, {{"backpack": [1, 2]}}, got {unrecorded}')
-        make_split(files, unrecorded=unrecorded)
+    if unrecorded and split:
+        raise DataError("unrecorded shapes the split that is made: leave it out with a split file of your own")
+    if not all(isinstance(users, list) for users in unrecorded.values()):
+        raise DataError(f'unrecorded names users by condition, {{"backpack": [1, 2]}}, got {unrecorded}')
     for training in (preset.codec_training, preset.prior_training):
         check_batch(training.batch_size)
         try:
             precision(training.mixed_precision)
         except ValueError as error:
-            message = f"preset {run.settings['preset']!r}: {error}; demo and demo-long train in float32"
+            message = f"preset {settings['preset']!r}: {error}; demo and demo-long train in float32"
             raise DataError(message) from error
     if preset.foundation not in ("none", "classifier"):
         load_foundation(preset.foundation)
     if preset.losses.get("perceptual_weight"):
         load_lpips(preset.losses.get("perceptual_net", "squeeze"))
-    split = read_split(run.settings["split"]) if run.settings["split"] else None
-    if any(run.settings[key] for key in STARTS):
-        check_starts(run.settings, split or make_split(files, unrecorded=unrecorded))
+    if split:
+        check_starts(settings, read_split(split))
+    elif unrecorded or any(settings[key] for key in STARTS):
+        check_starts(settings, make_split(files, unrecorded=unrecorded))
+
+
+def _buildable(run: Run, users: int, conditions: int) -> Preset:
+    """The run's preset, after its models were built and initialised on the meta device: sizes and weights that do not
+    fit raise now, not after an hour of training."""
+    try:
+        preset = run.preset
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            codec = make_codec(preset, run.settings["channels"], users)
+            attach_losses(codec, preset)
+            prior = make_prior(run.settings["system"], preset, codec, users, conditions)
+            run.start("codec", codec)
+            run.start("prior", prior)
+    except TypeError as error:
+        raise DataError(f"codec_options or prior_options: {error}") from error
+    if run.settings["joint_steps"]:
+        JointFineTuning(codec, prior)
+    if run.settings["classifier_steps"] and prior.consumes == "tokens":
+        raise DataError("classifier_steps: a classifier guides a prior over latents, and this one is over tokens")
+    return preset
 
 
 def check_starts(settings: dict, split: dict) -> None:
@@ -256,41 +250,16 @@ def check_starts(settings: dict, split: dict) -> None:
             )
 
 
-def _buildable(run: Run, users: int, conditions: int) -> Preset:
-    """The run's preset, after its models were built and initialised on the meta device: sizes and weights that do not
-    fit raise now, not after an hour of training."""
-    try:
-        preset = run.preset
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            codec = make_codec(preset, run.settings["channels"], users)
-            attach_losses(codec, preset)
-            prior = make_prior(run.settings["system"], preset, codec, users, conditions)
-            run.start_codec(codec)
-            run.start_prior(prior)
-        if run.settings["joint_steps"]:
-            JointFineTuning(codec, prior)
-        if run.settings["classifier_steps"] and prior.consumes == "tokens":
-            raise DataError("classifier_steps: a classifier guides a prior over latents, and this one is over tokens")
-    except TypeError as error:
-        raise DataError(f"codec_options or prior_options: {error}") from error
-    return preset
-
-
-def write_record(out: Path, record: dict) -> None:
-    with whole_file(out / "run.json") as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
-
-
 def versions() -> dict[str, str]:
     """Python, platform and the packages that decide a result."""
-    packages = {package: version(package) for package in RECORDED_PACKAGES}
+    packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "numpy")}
     return {"python": platform.python_version(), "platform": platform.platform(), **packages}
 
 
 def device_name() -> str:
-    if torch.cuda.is_available():
-        return f"{processes()} × {torch.cuda.get_device_name()}" if processes() > 1 else torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads"
+    return f"{processes()} × {torch.cuda.get_device_name()}" if processes() > 1 else torch.cuda.get_device_name()
 
 
 def peak_memory_gb() -> float | None:

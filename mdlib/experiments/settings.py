@@ -2,14 +2,13 @@
 
 import ast
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from mdlib.systems import get_system
-from mdlib.utils import DataError
+from mdlib.systems import System, get_system
+from mdlib.utils import DataError, whole_file
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-MAX_MINUTES = "of each training, over all resumes; the learning rate falls within it; 0: no limit"
 
 
 def _setting(default, help: str):
@@ -63,20 +62,6 @@ def defaults() -> dict:
     return asdict(RunSettings())
 
 
-def parameter_cell() -> str:
-    """The parameters cell of notebook 02: all settings, the run folder and the time limit."""
-    lines = [
-        f"{one.name}: {one.type.__name__} = {_written(one)}  # {one.metadata['help']}" for one in fields(RunSettings)
-    ]
-    lines.insert(1, 'out: str = "runs/demo"  # run folder; a relative path starts at the repository')
-    return "\n".join([*lines, f"max_minutes: float = 0.0  # {MAX_MINUTES}"])
-
-
-def _written(one) -> str:
-    default = one.default if one.default is not MISSING else one.default_factory()
-    return json.dumps(default) if isinstance(default, str) else repr(default)
-
-
 def notebook_parameters(notebook: str) -> dict[str, tuple[str, str]]:
     """Default and help of each parameter of a notebook, read from its parameters cell."""
     cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -88,12 +73,17 @@ def notebook_parameters(notebook: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def check_names(parameters, notebooks: tuple[str, ...]) -> None:
-    """DataError where none of the notebooks has one of the parameters."""
-    known = set().union(*(notebook_parameters(name) for name in notebooks)) - {"system", "preset", "data", "out"}
+def check_names(system: str, preset: str, parameters) -> System:
+    """The system of that name; DataError where there is none, or its preset or a parameter of its notebooks is
+    unknown."""
+    found = get_system(system)
+    known = set().union(*map(notebook_parameters, found.notebooks)) - {"system", "preset", "data", "out"}
     for key in parameters:
         if key not in known:
             raise DataError(f"no notebook has a parameter {key!r}; there are {', '.join(sorted(known))}")
+    if preset != "auto":
+        found.table(preset)
+    return found
 
 
 def check_data(folder: str | Path) -> None:
@@ -108,34 +98,27 @@ def check_data(folder: str | Path) -> None:
 def check_request(
     out: Path, parameters: dict, first: str = "", last: str = "", **given: str
 ) -> tuple[RunSettings, tuple[str, ...]]:
-    """Settings and notebooks of a request to run, checked as far as names and types go, which takes no torch.
+    """Settings and notebooks of a request to run; DataError as far as names and types go, which takes no torch.
 
     Args:
         out: the run folder; settings that are not given are those of the run in it, or else the defaults.
         parameters: of any notebook.
         first, last: numbers of notebooks, or "".
         given: data, system and preset, where not "".
-
-    Raises:
-        DataError: a folder, name, number or type that does not exist.
     """
-    kept = read_record(out)["settings"] if (out / "run.json").exists() else {}
-    own = {one.name for one in fields(RunSettings)}
-    wanted = {**kept, **parameters, **{key: value for key, value in given.items() if value}}
-    settings = RunSettings(**{key: value for key, value in wanted.items() if key in own})
-    system = get_system(settings.system)
-    check_names(parameters, system.notebooks)
-    if settings.preset != "auto":
-        system.table(settings.preset)
+    stored = read_record(out)["settings"] if (out / "run.json").exists() else {}
+    wanted = {**stored, **parameters, **{key: value for key, value in given.items() if value}}
+    settings = RunSettings(**{key: wanted[key] for key in defaults() if key in wanted})
+    notebooks = check_names(settings.system, settings.preset, parameters).notebooks
     if not settings.data:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
-    if not kept or given.get("data"):
+    if not stored or given.get("data"):
         check_data(settings.data)
-    numbers = [name[:2] for name in system.notebooks]
+    numbers = [name[:2] for name in notebooks]
     for number in (first, last):
         if number and number not in numbers:
             raise DataError(f"this system has no notebook {number!r}: choose among {', '.join(numbers)}")
-    return settings, tuple(name for name in system.notebooks if (first or "00") <= name[:2] <= (last or "99"))
+    return settings, tuple(name for name in notebooks if (first or "00") <= name[:2] <= (last or "99"))
 
 
 def read_record(out: Path) -> dict:
@@ -143,19 +126,20 @@ def read_record(out: Path) -> dict:
     return json.loads((out / "run.json").read_text(encoding="utf-8"))
 
 
+def write_record(out: Path, record: dict) -> None:
+    with whole_file(out / "run.json") as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def options_page() -> str:
     """The text of docs/options.md."""
-    parts = [
-        "# Options",
-        "Every parameter of the notebooks. On the command line they are given as `-p NAME=VALUE` to `run`, `compare` "
-        "and `study`; `out`, `data`, `system` and `preset` have options of their own. This page is generated: "
-        "`python -m mdlib options > docs/options.md`.",
-    ]
+    page = (
+        "# Options\n\nEvery parameter of the notebooks. On the command line they are given as `-p NAME=VALUE` to "
+        "`run`, `compare` and `study`; `out`, `data`, `system` and `preset` have options of their own. This page is "
+        "generated: `python -m mdlib options > docs/options.md`.\n"
+    )
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        parts += [f"## Notebook {path.stem}", "| parameter | default | meaning |\n|---|---|---|"]
-        rows = [
-            f"| `{name}` | `{default}` | {help.replace('|', 'or')} |"
-            for name, (default, help) in notebook_parameters(path.stem).items()
-        ]
-        parts[-1] += "".join(f"\n{row}" for row in rows)
-    return "\n\n".join(parts) + "\n"
+        page += f"\n## Notebook {path.stem}\n\n| parameter | default | meaning |\n|---|---|---|\n"
+        for name, (default, help) in notebook_parameters(path.stem).items():
+            page += f"| `{name}` | `{default}` | {help.replace('|', 'or')} |\n"
+    return page

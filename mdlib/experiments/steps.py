@@ -6,9 +6,9 @@ the prior's inputs once and saves them in the run folder.
 """
 
 import argparse
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,11 +48,7 @@ class Stage:
 
 
 def codec_stage(run: Run, max_minutes: float = 0.0) -> Stage:
-    """The run's codec with its initial weights and the losses it is trained with.
-
-    Raises:
-        ValueError: the GPUs here cannot share the batch.
-    """
+    """The run's codec with its initial weights and the losses it is trained with."""
     config = _config(run.preset.codec_training, max_minutes)
     train, val = run.parts["train"], run.parts["val"]
     images, labels = codec_windows(run)
@@ -64,34 +60,21 @@ def codec_stage(run: Run, max_minutes: float = 0.0) -> Stage:
         return codec
 
     codec = seeded(run.settings["seed"], make)
-    run.start_codec(codec)
-    return Stage(
-        run,
-        "codec",
-        codec,
-        codec,
-        images,
-        Batches((images, labels), as_they_are),
-        Batches((val.images, val.labels), as_they_are),
-        config,
-        {"stages": run.preset.stages, "evaluate": _held_out_codes(val)},
-    )
+    run.start("codec", codec)
+    batches = Batches((images, labels), as_they_are), Batches((val.images, val.labels), as_they_are)
+    options = {"stages": run.preset.stages, "evaluate": partial(_held_out_codes, val)}
+    return Stage(run, "codec", codec, codec, images, *batches, config, options)
 
 
 def prior_stage(run: Run, max_minutes: float = 0.0) -> Stage:
-    """The run's prior with its initial weights; its inputs, encoded by the trained codec, are cached in codec/.
-
-    Raises:
-        DataError: the run has no trained codec yet.
-        ValueError: the GPUs here cannot share the batch.
-    """
+    """The run's prior with its initial weights; its inputs, encoded by the trained codec, are cached in codec/."""
     config = _config(run.preset.prior_training, max_minutes)
     train, val = run.parts["train"], run.parts["val"]
     codec = load_codec(run.path / "codec").to(best_device())
     sizes = (train.num_users, len(run.conditions))
     prior = seeded(run.settings["seed"], make_prior, run.settings["system"], run.preset, codec, *sizes)
-    run.start_prior(prior)
-    images, labels = prior_windows(run)
+    run.start("prior", prior)
+    images, labels = _enlarged(run, run.settings["seed"] + 1)  # other recombinations than the codec's
     inputs = encode_all(codec, images, prior.consumes, run.path / "codec", labels=labels[0])
     held_out = encode_all(codec, val.images, prior.consumes, run.path / "codec", labels=val.labels)
     batches = Batches((inputs, *labels)), Batches((held_out, *run.labels(val)))
@@ -102,11 +85,7 @@ def train_stage(stage: Stage) -> list[dict]:
     """Train a stage's model on all GPUs, or continue; returns the history, see `mdlib.training.fit.fit_stages`.
 
     With several GPUs a process for each trains on its part of every batch; the caller waits and then has the trained
-    weights in its model.
-
-    Raises:
-        RuntimeError: one of the processes failed.
-        SystemExit: the session's time is up (`mdlib.utils`).
+    weights in its model. RuntimeError: one of the processes failed; SystemExit: the session's time is up.
     """
     number, words = processes(), (stage.run.path.resolve(), stage.name, "--max-minutes", stage.config.max_minutes)
     return fit_stages(
@@ -119,9 +98,6 @@ def train_stage(stage: Stage) -> list[dict]:
         launch=(lambda: launch(number, "mdlib.experiments.steps", *words)) if number > 1 else None,
         **stage.options,
     )
-
-
-# ---- their parts
 
 
 def train_teacher(
@@ -151,13 +127,9 @@ def codec_windows(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels[0]
 
 
-def prior_windows(run: Run) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Training windows and other stride recombinations, uint8 (N, C, S, S), and what a prior is conditioned on, see
-    `Run.labels`."""
-    return _enlarged(run, run.settings["seed"] + 1)
-
-
 def _enlarged(run: Run, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Training windows and stride recombinations, uint8 (N, C, S, S), and what a prior is conditioned on, see
+    `Run.labels`."""
     windows = run.parts["train"]
     groups = windows.labels + windows.num_users * windows.condition_labels(run.conditions)
     images, rows = enlarge(windows.images, groups, run.preset.variants, seed)
@@ -194,26 +166,19 @@ def attach_trained_losses(run: Run, codec) -> None:
 
 
 def _config(config: TrainConfig, max_minutes: float) -> TrainConfig:
-    """The configuration of this process: the batch of a preset is that of all GPUs together."""
+    """The configuration of this process: the batch of a preset is that of all GPUs together, which have to share it."""
     check_batch(config.batch_size)
     return replace(config, batch_size=config.batch_size // world(), max_minutes=max_minutes)
 
 
-def _held_out_codes(windows: WindowSet) -> Callable[[torch.nn.Module], dict[str, float]]:
-    """Returns a function that measures codebook use on windows, for a codec with a codebook."""
-    counts = windows.labels.bincount(minlength=windows.num_users)
-
-    def measure(codec) -> dict[str, float]:
-        if not hasattr(codec, "encode_tokens"):
-            return {}
-        tokens = encode_all(codec, windows.images, "tokens")
-        used = code_counts(tokens, windows.labels, codec.num_codes, windows.num_users)
-        return {f"held_out_{key}": value for key, value in codebook_figures(used, counts).items()}
-
-    return measure
-
-
-# ---- one of several processes
+def _held_out_codes(windows: WindowSet, codec: torch.nn.Module) -> dict[str, float]:
+    """Codebook use on windows, for a codec with a codebook."""
+    if not hasattr(codec, "encode_tokens"):
+        return {}
+    tokens = encode_all(codec, windows.images, "tokens")
+    used = code_counts(tokens, windows.labels, codec.num_codes, windows.num_users)
+    figures = codebook_figures(used, windows.labels.bincount(minlength=windows.num_users))
+    return {f"held_out_{key}": value for key, value in figures.items()}
 
 
 def main() -> None:

@@ -5,16 +5,18 @@ import re
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
+
 from mdlib.data.splits import PARTS, make_split, read_split, write_split
 from mdlib.data.splits import folds as number_of_folds
 from mdlib.data.windows import find_windows
 from mdlib.evaluation.augmentation_study import Outcomes, compared, joined
 from mdlib.evaluation.protocol import verdict
-from mdlib.experiments.execute import check_parameters, execute
+from mdlib.experiments.compare import claim_folder, resolve_preset, run_series, shared_classifiers
+from mdlib.experiments.execute import execute
 from mdlib.experiments.run import check_starts
-from mdlib.experiments.series import claim_folder, resolve_preset, run_series, shared_classifiers
+from mdlib.experiments.settings import check_names, read_record
 from mdlib.reports.report import write_study
-from mdlib.systems import get_preset
 from mdlib.utils import DataError
 
 FOLDS = number_of_folds()
@@ -47,15 +49,12 @@ def study(
 
     Returns:
         The content of study.json.
-
-    Raises:
-        DataError: a user has too few windows for one of the numbers, a parameter that the study sets itself, `out`
-            holds a study with other settings, or initial weights have seen a fold's test windows.
     """
     out, given = Path(out), parameters or {}
     for key in given.keys() & set(EXCLUDED):
         raise DataError(f"{key} is no parameter of a study, which sets it: leave it out")
-    check_parameters(system, given)
+    preset = resolve_preset(out, preset)
+    check_names(system, preset, given)
     if not counts or any(not isinstance(count, int) or count < 1 for count in counts):
         raise DataError(f"counts must be whole numbers of 1 or more, got {list(counts)}")
     if not isinstance(folds, int) or not 1 <= folds <= FOLDS:
@@ -64,30 +63,28 @@ def study(
     splits = {(k, fold): make_split(files, windows_per_user=k, fold=fold) for fold in range(folds) for k in counts}
     for split in splits.values():
         check_starts({**given, "data": str(data)}, split)
-    preset = resolve_preset(out, preset)
-    get_preset(system, preset)
     settings = {"data": str(Path(data).resolve()), "system": system, "preset": preset, "parameters": given}
     claim_folder(out, settings, "a study")
     _check_splits(out, splits)
 
     def run_one(run: Path, split: dict) -> None:
         wanted = {**given, "split": _split_file(run, split), **shared_classifiers(run)}
-        first = "06" if folds > 1 and _lacks_outcomes(run) else ""
-        execute(str(run), wanted, first, data=str(data), system=system, preset=preset)
+        report = run / "report.json"
+        # A report of an early version cannot be joined with those of other folds.
+        again = folds > 1 and report.exists() and "users" not in json.loads(report.read_text()).get("outcomes", {})
+        execute(str(run), wanted, "06" if again else "", data=str(data), system=system, preset=preset)
 
-    jobs = {
-        f"{k} training windows per user, fold {fold + 1} of {folds}": partial(
-            run_one, out / (f"windows-{k}-fold-{fold}" if fold else f"windows-{k}"), split
-        )
-        for (k, fold), split in splits.items()
-    }
-    return run_series(jobs, settings, lambda: {"rows": _rows(out)}, lambda result: write_study(result, out))
+    def write(about: dict) -> dict:
+        result = {**about, "rows": _rows(out)}
+        write_study(result, out)
+        return result
 
-
-def _lacks_outcomes(run: Path) -> bool:
-    """Whether a run's report is of an early version, which cannot be joined with others."""
-    report = run / "report.json"
-    return report.exists() and "users" not in json.loads(report.read_text()).get("outcomes", {})
+    jobs = {}
+    for (k, fold), split in splits.items():
+        folder = out / (f"windows-{k}-fold-{fold}" if fold else f"windows-{k}")
+        title = f"{k} training windows per user, fold {fold + 1} of {folds}"
+        jobs[title] = partial(run_one, folder, split)
+    return run_series(jobs, settings, write)
 
 
 def _runs(out: Path, what: str) -> list[tuple[int, int, Path]]:
@@ -111,7 +108,7 @@ def _check_splits(out: Path, splits: dict[tuple[int, int], dict]) -> None:
 def _split_file(run: Path, split: dict) -> str:
     """The split file of a run: the one in its settings, wherever the study lies now, or a new one."""
     if (run / "run.json").exists():
-        return json.loads((run / "run.json").read_text())["settings"]["split"]
+        return read_record(run)["settings"]["split"]
     path = run.parent / f"{run.name.replace('windows', 'split')}.json"
     write_split(split, path)
     return str(path)
@@ -152,11 +149,6 @@ def _means(sections: list[dict]) -> dict:
         if not all(isinstance(figure, dict) and "value" in figure for figure in figures):
             continue
         missing = [figure for figure in figures if not isinstance(figure["value"], int | float)]
-        numbers = [
-            key
-            for key in figures[0]
-            if key != "n" and all(isinstance(figure.get(key), int | float) for figure in figures)
-        ]
-        means = {key: sum(figure[key] for figure in figures) / len(figures) for key in numbers}
-        found[name] = missing[0] if missing else means | {"n_per_fold": [figure.get("n") for figure in figures]}
+        means = pd.DataFrame(figures).drop(columns="n", errors="ignore").select_dtypes("number").dropna(axis=1).mean()
+        found[name] = missing[0] if missing else {**means, "n_per_fold": [figure.get("n") for figure in figures]}
     return found

@@ -13,8 +13,7 @@ from mdlib.systems.system import (
     make_codec,
     make_prior,
     seeded,
-    start_codec,
-    start_prior,
+    start,
 )
 
 MODULES = (

@@ -1,31 +1,105 @@
-"""What a system is, the preset that a name stands for, and how a codec and a prior are built, started and loaded.
+"""What a system is, the preset that a name stands for, and how a codec and a prior are built and loaded.
 
 Nothing here imports torch before a model is needed, so the names of systems and presets can be checked at once.
 """
 
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING
 
-from mdlib.systems.machines import EFFORTS, MACHINES, gpus, preset_for
 from mdlib.utils import DataError
 
-if TYPE_CHECKING:
-    import torch
-
-    from mdlib.training.fit import TrainConfig
-
-CODECS = {
-    "vq": "mdlib.models.vqvae:VQVAE",
-    "kl": "mdlib.models.kl:KLVAE",
-    "va": "mdlib.models.kl:VAVAE",
-}
-
+CODECS = {"vq": "mdlib.models.vqvae:VQVAE", "kl": "mdlib.models.kl:KLVAE", "va": "mdlib.models.kl:VAVAE"}
 # Arguments of prior.sample that are no plain values.
 NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "share", "fraction", "on_step"}
+
+# Of TrainConfig.
+SMOKE = dict(steps=6, batch_size=8, warmup_steps=1, evaluate_every=3, save_every=3)
+DEMO = dict(batch_size=8, learning_rate=2e-3, warmup_steps=20)
+BASE = dict(batch_size=64, mixed_precision="auto", save_every=250)
+PRIOR = dict(weight_decay=0.01, keep_best=False)
+# What all systems have in common at a size: arguments of the models and of TrainConfig, and fields of `Preset`. Sizes
+# that are not named here start from base.
+EFFORTS = {
+    "smoke": dict(  # seconds: for tests
+        codec=dict(image_size=32, patch_size=(2, 2), block_out_channels=(8, 16), norm_num_groups=4),
+        codec_training=SMOKE,
+        prior_training=SMOKE,
+        teacher_steps=2,
+        variants=1,
+        images_per_user=3,
+        validation=dict(evaluation_steps=4, seeds=2),
+    ),
+    "demo": dict(  # minutes on two CPU cores
+        codec=dict(image_size=64),
+        codec_training=DEMO | dict(steps=1000, evaluate_every=500, save_every=250),
+        prior_training=PRIOR | dict(batch_size=32, evaluate_every=100, save_every=100),
+        teacher_steps=300,
+        images_per_user=10,
+        windows_per_user=10,
+        validation=dict(evaluation_steps=300),
+    ),
+    "demo-long": dict(  # the same sizes, half an hour
+        codec=dict(image_size=64),
+        codec_training=DEMO | dict(steps=4000, evaluate_every=500, save_every=500),
+        prior_training=PRIOR | dict(batch_size=32, evaluate_every=250, save_every=250),
+        teacher_steps=600,
+        images_per_user=20,
+        windows_per_user=10,
+        validation=dict(evaluation_steps=1000),
+    ),
+    "base": dict(  # a GPU
+        codec=dict(image_size=128, layers_per_block=2, norm_num_groups=32),
+        # No averaged weights of a codec: they would not fit a codebook.
+        codec_training=BASE | dict(steps=6000, learning_rate=5e-4, warmup_steps=200, evaluate_every=250),
+        prior_training=BASE
+        | PRIOR
+        | dict(steps=20_000, learning_rate=2e-4, warmup_steps=500, ema_decay=0.9995, evaluate_every=1000),
+        teacher_steps=1500,
+        images_per_user=50,
+        validation=dict(evaluation_steps=2000, seeds=5, multiples=(2, 4), keep=(0.75, 0.5, 0.25)),
+    ),
+}
+# Of size base: the batch of all GPUs together, and the precision. A size with a smaller batch keeps it.
+MACHINES = {
+    "cpu": dict(batch_size=64, mixed_precision="no"),
+    "p100": dict(batch_size=64, mixed_precision="no"),  # Pascal has no tensor cores: half precision gains nothing
+    "t4x2": dict(batch_size=64, mixed_precision="fp16"),
+    "gpu-6gb": dict(batch_size=16, mixed_precision="fp16"),
+    "gpu-8gb": dict(batch_size=32, mixed_precision="fp16"),
+    "gpu-16gb": dict(batch_size=64, mixed_precision="fp16"),
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    capability: tuple[int, int]
+    memory: int  # bytes
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    seen = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [Gpu(one.name, (one.major, one.minor), one.total_memory) for one in seen]
+
+
+def preset_for(found: Sequence[Gpu]) -> str:
+    """The preset that "auto" stands for on these GPUs: a machine, or demo on a CPU."""
+    if not found:
+        return "demo"
+    if found[0].capability[0] < 7:
+        return "p100"
+    if found[0].memory >= 14e9:
+        return "t4x2" if len(found) > 1 else "gpu-16gb"
+    return "gpu-8gb" if found[0].memory >= 7.5e9 else "gpu-6gb"
 
 
 @dataclass(frozen=True)
@@ -62,33 +136,27 @@ class System:
         return {name: one.default for name, one in known if name not in NO_OPTIONS}
 
     @property
-    def preset_names(self) -> tuple[str, ...]:
-        """Sizes and machines; besides them there are "auto" and "size@machine"."""
+    def presets(self) -> dict[str, "Preset"]:
+        """The presets of its sizes and machines; besides them there are "auto" and "size@machine"."""
+        return {name: get_preset(self.name, name) for name in self._names()}
+
+    def _names(self) -> tuple[str, ...]:
         return (*self.sizes, *(MACHINES if "base" in self.sizes else ()))
 
-    @property
-    def presets(self) -> dict[str, "Preset"]:
-        return {name: get_preset(self.name, name) for name in self.preset_names}
-
     def table(self, preset: str) -> dict:
-        """The preset's table: nested dictionaries as in `sizes`.
-
-        Raises:
-            DataError: an unknown name.
-        """
+        """The preset's fields as nested dictionaries; DataError for an unknown name."""
         name = preset_for(gpus()) if preset == "auto" else preset
         size, _, machine = ("base", "", name) if name in MACHINES else name.partition("@")
         if size not in self.sizes or "@" in name and machine not in MACHINES:
-            known = f"choose one of {', '.join(('auto', *self.preset_names))}, or SIZE@MACHINE such as demo@t4x2"
+            known = f"choose one of {', '.join(('auto', *self._names()))}, or SIZE@MACHINE such as demo@t4x2"
             raise DataError(f"unknown preset {preset!r} of system {self.name}: {known}")
-        table = _joined(EFFORTS.get(size, EFFORTS["base"]), self.sizes[size])
-        if size == "base":
-            table = _joined(table, self.base_on.get(machine, {}))
-        if machine:
-            for part in ("codec_training", "prior_training"):
-                here = MACHINES[machine]
-                batch = min(here["batch_size"], table[part]["batch_size"])
-                table[part] = table[part] | here | {"batch_size": batch}
+        table = EFFORTS.get(size, EFFORTS["base"])
+        for changes in (self.sizes[size], self.base_on.get(machine, {}) if size == "base" else {}):
+            joined = ("codec", "prior", "codec_training", "prior_training")
+            table = {**table, **changes, **{part: table.get(part, {}) | changes.get(part, {}) for part in joined}}
+        for part in ("codec_training", "prior_training") if machine else ():
+            batch = min(MACHINES[machine]["batch_size"], table[part]["batch_size"])
+            table[part] |= MACHINES[machine] | {"batch_size": batch}
         return table
 
 
@@ -101,8 +169,8 @@ class Preset:
 
     codec: dict  # keyword arguments of the codec class, image_size among them
     prior: dict  # keyword arguments of the prior class that the codec and the users do not fix
-    codec_training: "TrainConfig"
-    prior_training: "TrainConfig"
+    codec_training: "TrainConfig"  # noqa: F821
+    prior_training: "TrainConfig"  # noqa: F821
     codec_class: type = None  # the system's, or another kind of codec of the same sizes
     sampling: dict = field(default_factory=dict)  # keyword arguments of prior.sample
     losses: dict = field(default_factory=dict)  # options of LPIPS, alignment and adversary, see `attach_losses`
@@ -150,37 +218,30 @@ def get_preset(
     Args:
         name: a size (smoke, demo, base, ...), a machine (size base on it), size@machine, or auto.
         init: a pipeline trained on other people from which both models start: fewer and smaller steps.
-        the others: see `mdlib.experiments.settings.RunSettings`.
-
-    Raises:
-        DataError: a name that does not exist, or a codec that the system's prior cannot read.
+        the others: see `mdlib.experiments.settings.RunSettings`. DataError where one cannot be used.
     """
     from mdlib.training.fit import TrainConfig
 
-    known = get_system(system)
+    known, codec_options = get_system(system), codec_options or {}
     table = known.table(name)
     for part in ("codec_training", "prior_training"):
         table[part] = TrainConfig(**table[part])
-    preset = fine_tuning(Preset(**table)) if init else Preset(**table)
-    preset = _with_codec(preset, known, codec)
+    preset = _with_codec(fine_tuning(Preset(**table)) if init else Preset(**table), known, codec)
     if not preset.codec_class.aligned and (foundation not in ("", "none") or user_codec):
         raise DataError("foundation and user_codec are of a VA-VAE: take system vavae-dit, or codec va")
     preset = replace(
         preset,
-        losses={**preset.losses, "perceptual_weight": perceptual_weight} if perceptual_weight else preset.losses,
+        losses=preset.losses | ({"perceptual_weight": perceptual_weight} if perceptual_weight else {}),
         codec_training=replace(preset.codec_training, seed=seed, steps=codec_steps or preset.codec_training.steps),
         prior_training=replace(preset.prior_training, seed=seed, steps=prior_steps or preset.prior_training.steps),
-        windows_per_user=max(0, windows_per_user) if windows_per_user else preset.windows_per_user,
+        windows_per_user=max(0, windows_per_user or preset.windows_per_user),
         variants=preset.variants if variants < 0 else variants,
         foundation=foundation or preset.foundation,
         user_codec=user_codec or preset.user_codec,
         # An option that is given by name holds in every stage.
-        stages=tuple(
-            (fraction, {key: value for key, value in options.items() if key not in (codec_options or {})})
-            for fraction, options in preset.stages
-        ),
+        stages=tuple((part, _only(options, options.keys() - codec_options)) for part, options in preset.stages),
     )
-    preset = _with_options(preset, "codec", preset.codec_class, codec_options or {})
+    preset = _with_options(preset, "codec", preset.codec_class, codec_options)
     if preset.codec_training.ema_decay and hasattr(preset.codec_class, "encode_tokens"):
         raise DataError("a VQ codec trains without ema_decay: averaged weights would not fit its codebook")
     return _with_options(preset, "prior", known.prior, prior_options or {})
@@ -205,21 +266,14 @@ def fine_tuning(preset: Preset) -> Preset:
     )
 
 
-def _joined(table: dict, changes: dict) -> dict:
-    """`table` with `changes`; the arguments of models and trainings are joined name by name."""
-    parts = ("codec", "prior", "codec_training", "prior_training")
-    return {**table, **changes, **{part: {**table.get(part, {}), **changes.get(part, {})} for part in parts}}
-
-
 def _with_codec(preset: Preset, system: System, kind: str) -> Preset:
-    """The preset with its codec's class, and with those of its sizes that the class takes."""
+    """The preset with its codec's class, and with those of its sizes and losses that the class takes."""
     if kind and kind not in CODECS:
         raise DataError(f"unknown codec {kind!r}: choose one of {', '.join(CODECS)}, or leave it empty")
     chosen = resolve_name(CODECS[kind]) if kind else system.codec
     if system.prior.consumes == "tokens" and not hasattr(chosen, "encode_tokens"):
         raise DataError(f"this system's prior reads tokens, which a {kind} codec does not make: leave codec empty")
-    sizes = {key: value for key, value in preset.codec.items() if key in _arguments(chosen)}
-    losses = {key: value for key, value in preset.losses.items() if key in _loss_options(chosen)}
+    sizes, losses = _only(preset.codec, _options(chosen)), _only(preset.losses, _loss_options(chosen))
     preset = replace(preset, codec_class=chosen, codec=sizes, losses=losses)
     if not chosen.aligned:
         return replace(preset, foundation="none", stages=())
@@ -229,40 +283,32 @@ def _with_codec(preset: Preset, system: System, kind: str) -> Preset:
 def _with_options(preset: Preset, part: str, model: type, options: dict) -> Preset:
     """The preset with `options` of its codec or prior changed: arguments of the model, options of the
     codec's losses, or fields of its training."""
-    # Fixed by the data, the users and the other model.
-    fixed = {"in_channels", "num_users", "latent_shape", "token_shape"}
-    fixed |= {"num_codes"} if part == "prior" else set()
     training = getattr(preset, f"{part}_training")
-    sizes, effort = _arguments(model) - fixed, {entry.name for entry in fields(training)} - {"steps", "seed"}
+    sizes = _options(model) - {"in_channels", "num_users", "num_conditions"}  # these follow from the data
+    effort = {entry.name for entry in fields(training)} - {"steps", "seed"}
     losses = _loss_options(model) if part == "codec" else set()
     for key in options.keys() - sizes - effort - losses:
         raise DataError(f"{part}_options has no {key!r}; there are {', '.join(sorted(sizes | effort | losses))}")
-    own = lambda names: {key: value for key, value in options.items() if key in names}
-    return replace(
-        preset,
-        losses=preset.losses | own(losses),
-        **{part: getattr(preset, part) | own(sizes), f"{part}_training": replace(training, **own(effort))},
-    )
+    changed = {part: getattr(preset, part) | _only(options, sizes), "losses": preset.losses | _only(options, losses)}
+    return replace(preset, **changed, **{f"{part}_training": replace(training, **_only(options, effort))})
 
 
 def _loss_options(codec: type) -> set[str]:
     """Names in `Preset.losses` that apply to a codec of that class."""
     from mdlib.models.codec import Adversary, Alignment
 
-    aligned = (_arguments(Alignment) | _arguments(Adversary)) if codec.aligned else set()
-    return {"perceptual_weight", "perceptual_net"} | aligned - {
-        "foundation",
-        "latent_channels",
-        "channels",
-        "image_size",
-    }
+    return {"perceptual_weight", "perceptual_net"} | (
+        _options(Alignment) | _options(Adversary) if codec.aligned else set()
+    )
 
 
-def _arguments(model: type) -> set[str]:
-    return set(inspect.signature(model.__init__).parameters) - {"self"}
+def _options(model: type) -> set[str]:
+    """Names of the arguments of a class that have a default."""
+    return {name for name, one in inspect.signature(model).parameters.items() if one.default is not one.empty}
 
 
-# ---- models
+def _only(options: dict, names: set[str]) -> dict:
+    return {key: value for key, value in options.items() if key in names}
 
 
 def make_codec(preset: Preset, channels: int = 1, num_users: int = 0):
@@ -277,15 +323,15 @@ def attach_losses(codec, preset: Preset, teacher=None, lpips=None, foundation=No
     from mdlib.models.codec import Adversary, Alignment, Distance
 
     options = preset.losses
-    own = lambda kind: {key: value for key, value in options.items() if key in _arguments(kind)}
     if teacher:
         codec.attach(Distance("teacher", teacher, preset.teacher_weight))
     if lpips:
         codec.attach(Distance("lpips", lpips, options["perceptual_weight"]))
     if foundation:
-        codec.attach(Alignment(foundation, codec.latent_shape[0], **own(Alignment)))
+        codec.attach(Alignment(foundation, codec.latent_shape[0], **_only(options, _options(Alignment))))
     if options.get("adversarial_weight"):
-        codec.attach(Adversary(codec.config.in_channels, codec.config.image_size, **own(Adversary)))
+        sizes = (codec.config.in_channels, codec.config.image_size)
+        codec.attach(Adversary(*sizes, **_only(options, _options(Adversary))))
 
 
 def make_prior(system: str, preset: Preset, codec, num_users: int, num_conditions: int = 1):
@@ -308,11 +354,7 @@ def seeded(seed: int, make, *arguments):
 
 
 def load_codec(path: str | Path):
-    """The codec of a folder written by its `save_pretrained` (the codec/ folder of a run), of whichever kind.
-
-    Raises:
-        DataError: no codec at `path`.
-    """
+    """The codec of the codec/ folder of a run, of whichever kind; DataError where there is none."""
     config = Path(path) / "config.json"
     classes = {*CODECS.values(), *(system.codec_class for system in SYSTEMS.values())}
     kinds = {name.split(":")[1]: name for name in classes}
@@ -322,59 +364,36 @@ def load_codec(path: str | Path):
     return resolve_name(kinds[name]).from_pretrained(path)
 
 
-def start_codec(codec, source: str | Path, other_users: bool = False) -> None:
-    """Initialise a new codec from a codec/ folder, or from a published VA-VAE file.
+def start(model, source: str | Path, other_users: bool = False) -> None:
+    """Initialise a new codec or prior from the folder of another (codec/, pipeline/prior/ of a run), or from a
+    published VA-VAE or LightningDiT file; DataError where the weights do not fit.
 
-    other_users: see `start_prior`; for a codec that is conditioned on users.
-
-    Raises:
-        DataError: weights that do not fit.
-    """
-    from mdlib.models.pretrained import load_ldm
-
-    _start(codec, source, load_codec, load_ldm, other_users, codec.config.get("num_users", 0))
-
-
-def start_prior(prior, source: str | Path, other_users: bool = False) -> None:
-    """Initialise a new prior from a prior folder (pipeline/prior of a run), or from a published LightningDiT file.
-
-    other_users: the folder's prior was trained on other people. Each user starts as the mean of its users; all other
+    other_users: the folder's model was trained on other people. Each user starts as the mean of its users; all other
     weights are taken as they are, the null label among them. Conditions are taken where their number fits, else they
     start from zero.
-
-    Raises:
-        DataError: weights that do not fit.
     """
-    published = getattr(type(prior), "load_published", None)
-    _start(prior, source, type(prior).from_pretrained, published, other_users, prior.null_label)
-
-
-def _start(model, source: str | Path, from_folder, from_file, other_users: bool, num_users: int) -> None:
-    from mdlib.models.pretrained import load_completely
-
-    try:
-        if Path(source).is_dir():
-            found = from_folder(source).state_dict()
-            if other_users and "users.weight" in found:
-                found = _for_users(found, num_users, getattr(model.users, "conditions", None))
-            load_completely(model, found, source, getattr(model, "optional", ()))
-        elif from_file is None:
-            raise DataError(f"there are no published weights of a {type(model).__name__}: give a folder")
-        else:
-            from_file(model, source)
-    except (ValueError, OSError) as error:
-        raise DataError(f"cannot start from {source}: {error}") from error
-
-
-def _for_users(found: dict, num_users: int, conditions: "torch.Tensor | None") -> dict:
-    """Weights by name with `num_users` new rows in the table of users; conditions: of the model that starts."""
     import torch
 
-    table, known = found["users.weight"], found.get("users.conditions")
-    mean = table[:-1].mean(0, keepdim=True).expand(num_users, -1)
-    found = {key: value for key, value in found.items() if key != "users.conditions"}
-    found["users.weight"] = torch.cat([mean, table[-1:]])
-    if conditions is not None:
-        fits = known is not None and known.shape == conditions.shape
-        found["users.conditions"] = known if fits else torch.zeros_like(conditions)
-    return found
+    from mdlib.models.pretrained import load_completely, load_ldm
+
+    is_codec, users = hasattr(model, "encode"), getattr(model, "users", None)
+    try:
+        if Path(source).is_dir():
+            found = (load_codec if is_codec else type(model).from_pretrained)(source).state_dict()
+            if other_users and users is not None and "users.weight" in found:
+                table, fresh = found["users.weight"], users.state_dict()
+                mean = table[:-1].mean(0, keepdim=True).expand(len(fresh["weight"]) - 1, -1)
+                found["users.weight"] = torch.cat([mean, table[-1:]])
+                known = found.pop("users.conditions", None)
+                if (wanted := fresh.get("conditions")) is not None:
+                    fits = known is not None and known.shape == wanted.shape
+                    found["users.conditions"] = known if fits else torch.zeros_like(wanted)
+            load_completely(model, found, source, getattr(model, "optional", ()))
+        elif is_codec:
+            load_ldm(model, source)
+        elif hasattr(model, "load_published"):
+            model.load_published(source)
+        else:
+            raise DataError(f"there are no published weights of a {type(model).__name__}: give a folder")
+    except (ValueError, OSError) as error:
+        raise DataError(f"cannot start from {source}: {error}") from error

@@ -3,7 +3,7 @@
 from mdlib.systems.system import System
 
 SMALL = dict(block_out_channels=(48, 96), norm_num_groups=8, head_dim=16, label_dropout=0.15, attention="full")
-CODEC = dict(patch_size=(2, 2), layers_per_block=2, norm_num_groups=32, latent_channels=4)
+CODEC = dict(patch_size=(2, 2), latent_channels=4)
 UNET = dict(layers_per_block=2, norm_num_groups=32, head_dim=64, dropout=0.1, attention="full")
 
 DEMO = dict(
@@ -21,7 +21,7 @@ SYSTEM = System(
     curves=("mse", "psnr_db", "kl", "perplexity", "align_cosine", "denoising_mse", "velocity_mse"),
     sizes={
         "smoke": dict(
-            codec=dict(patch_size=(2, 2), block_out_channels=(8, 16), norm_num_groups=4, latent_channels=2),
+            codec=dict(latent_channels=2),
             prior=dict(block_out_channels=(8, 16), norm_num_groups=4, head_dim=8, attention="full"),
             prior_training=dict(ema_decay=0.5),
             sampling=dict(num_inference_steps=3),

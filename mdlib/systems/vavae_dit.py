@@ -26,7 +26,7 @@ SYSTEM = System(
     curves=("mse", "psnr_db", "kl", "perplexity", "align_cosine", "align_distance", "velocity_mse", "cosine"),
     sizes={
         "smoke": dict(
-            codec=dict(patch_size=(2, 2), block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4),
+            codec=dict(latent_channels=4),
             losses=dict(adversarial_weight=0.5, discriminator_width=8, discriminator_layers=2),
             prior=dict(patch_size=2, hidden_size=16, depth=2, num_heads=2),
             prior_training=dict(ema_decay=0.5),
@@ -38,14 +38,7 @@ SYSTEM = System(
         "demo": DEMO | dict(prior_training=dict(steps=800, learning_rate=2e-3, ema_decay=0.99)),
         "demo-long": DEMO | dict(prior_training=dict(steps=4000, learning_rate=2e-3, ema_decay=0.998)),
         "base": dict(
-            codec=dict(
-                patch_size=(2, 2),
-                block_out_channels=(64, 128, 256),
-                layers_per_block=2,
-                norm_num_groups=32,
-                latent_channels=16,
-                reconstruction="l1",
-            ),
+            codec=dict(patch_size=(2, 2), block_out_channels=(64, 128, 256), latent_channels=16, reconstruction="l1"),
             losses=dict(adversarial_weight=0.5),
             prior=DIT_B | dict(qk_norm=True, gradient_checkpointing=False),
             prior_training=dict(learning_rate=1e-4, beta2=0.95),
@@ -58,8 +51,6 @@ SYSTEM = System(
             codec=dict(
                 image_size=256,
                 block_out_channels=(128, 128, 256, 256, 512),
-                layers_per_block=2,
-                norm_num_groups=32,
                 latent_channels=32,
                 level_attention=True,
                 reconstruction="l1",

@@ -12,6 +12,7 @@ DEMO = dict(
     prior=dict(hidden_size=128, depth=4, num_heads=4, auxiliary_weight=0.1),
     sampling=SAMPLING,
 )
+TRAINING = dict(batch_size=16, learning_rate=2e-3, evaluate_every=200)
 
 SYSTEM = System(
     name="vq-diffusion",
@@ -21,30 +22,15 @@ SYSTEM = System(
     curves=("mse", "psnr_db", "perplexity", "vb", "aux"),
     sizes={
         "smoke": dict(
-            codec=dict(patch_size=(2, 2), block_out_channels=(8, 16), norm_num_groups=4, num_codes=16, code_dim=4),
+            codec=dict(num_codes=16, code_dim=4),
             prior=dict(hidden_size=16, depth=1, num_heads=2),
             prior_training=dict(ema_decay=0.5),
             sampling=dict(num_inference_steps=3),
         ),
-        "demo": DEMO
-        | dict(
-            prior_training=dict(steps=600, batch_size=16, learning_rate=2e-3, ema_decay=0.99, evaluate_every=200),
-            images_per_user=20,
-        ),
-        "demo-long": DEMO
-        | dict(
-            prior_training=dict(steps=4000, batch_size=16, learning_rate=2e-3, ema_decay=0.998, evaluate_every=200),
-            images_per_user=30,
-        ),
+        "demo": DEMO | dict(prior_training=dict(steps=600, ema_decay=0.99) | TRAINING, images_per_user=20),
+        "demo-long": DEMO | dict(prior_training=dict(steps=4000, ema_decay=0.998) | TRAINING, images_per_user=30),
         "base": dict(
-            codec=dict(
-                patch_size=(2, 2),
-                block_out_channels=(64, 128, 256),
-                layers_per_block=2,
-                norm_num_groups=32,
-                num_codes=512,
-                code_dim=32,
-            ),
+            codec=dict(patch_size=(2, 2), block_out_channels=(64, 128, 256), num_codes=512, code_dim=32),
             prior=dict(hidden_size=384, depth=12, num_heads=6, qk_norm=True, auxiliary_weight=0.1),
             sampling=SAMPLING,
         ),

@@ -21,7 +21,7 @@ SYSTEM = System(
     curves=("mse", "psnr_db", "perplexity", "kl", "align_cosine", "denoising_mse", "velocity_mse"),
     sizes={
         "smoke": dict(
-            codec=dict(patch_size=(2, 2), block_out_channels=(8, 8, 16), norm_num_groups=4, num_codes=16, code_dim=4),
+            codec=dict(block_out_channels=(8, 8, 16), num_codes=16, code_dim=4),
             prior=dict(block_out_channels=(8, 16), norm_num_groups=4, head_dim=8, attention="window_axial", window=4),
             prior_training=dict(ema_decay=0.5),
             sampling=dict(num_inference_steps=3),
@@ -29,23 +29,9 @@ SYSTEM = System(
         "demo": DEMO | dict(prior_training=dict(steps=1500, ema_decay=0.99)),
         "demo-long": DEMO | dict(prior_training=dict(steps=6000, ema_decay=0.998)),
         "base": dict(
-            codec=dict(
-                patch_size=(2, 2),
-                block_out_channels=(64, 128, 256),
-                layers_per_block=2,
-                norm_num_groups=32,
-                num_codes=256,
-                code_dim=8,
-            ),
-            prior=dict(
-                block_out_channels=(128, 256, 384),
-                layers_per_block=2,
-                norm_num_groups=32,
-                head_dim=64,
-                dropout=0.1,
-                attention="window_axial",
-                window=4,
-            ),
+            codec=dict(patch_size=(2, 2), block_out_channels=(64, 128, 256), num_codes=256, code_dim=8),
+            prior=dict(block_out_channels=(128, 256, 384), layers_per_block=2, norm_num_groups=32, head_dim=64)
+            | dict(dropout=0.1, attention="window_axial", window=4),
             sampling=dict(guidance_scale=1.5, num_inference_steps=20),
         ),
     },

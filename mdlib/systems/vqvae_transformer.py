@@ -18,7 +18,7 @@ SYSTEM = System(
     curves=("mse", "psnr_db", "perplexity", "nats_per_token"),
     sizes={
         "smoke": dict(
-            codec=dict(patch_size=(2, 2), block_out_channels=(8, 16), norm_num_groups=4, num_codes=16, code_dim=4),
+            codec=dict(num_codes=16, code_dim=4),
             prior=dict(hidden_size=16, num_layers=1, num_heads=2),
         ),
         "demo": DEMO
@@ -29,14 +29,7 @@ SYSTEM = System(
         ),
         "demo-long": DEMO | dict(prior_training=dict(steps=2000, learning_rate=2e-3, weight_decay=0.05)),
         "base": dict(
-            codec=dict(
-                patch_size=(2, 2),
-                block_out_channels=(64, 128, 256),
-                layers_per_block=2,
-                norm_num_groups=32,
-                num_codes=512,
-                code_dim=32,
-            ),
+            codec=dict(patch_size=(2, 2), block_out_channels=(64, 128, 256), num_codes=512, code_dim=32),
             prior=dict(hidden_size=384, num_layers=8, num_heads=6, dropout=0.2),
             prior_training=dict(
                 steps=8000,

@@ -21,7 +21,7 @@ from mdlib.experiments import kaggle_session
 from mdlib.experiments.kaggle_session import find_data, find_run, find_wheels
 from mdlib.experiments.run import open_run
 from mdlib.systems import SYSTEMS
-from mdlib.systems.machines import Gpu, preset_for
+from mdlib.systems.system import Gpu, preset_for
 from mdlib.training.fit import fit, precision
 from mdlib.utils import bar
 

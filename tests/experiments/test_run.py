@@ -159,8 +159,8 @@ def test_a_run_starts_from_one_on_other_people(finished, people, tmp_path):
     run = open_run(tmp_path / "run", data=str(tmp_path / "others"), preset="smoke", init=str(source))
     codec = make_codec(run.preset)
     prior = make_prior("vqvae-transformer", run.preset, codec, 2)
-    run.start_codec(codec)
-    run.start_prior(prior)
+    run.start("codec", codec)
+    run.start("prior", prior)
     torch.testing.assert_close(codec.state_dict(), load_codec(source / "codec").state_dict())
     known = load_pipeline(source).prior
     assert torch.equal(prior.users.weight[2], known.users.weight[3])
@@ -484,7 +484,7 @@ def test_a_prior_trains_further_in_its_own_run(finished, tmp_path, monkeypatch):
     run = open_run(out)
     assert run.settings["prior_steps"] == 10 and run.preset.prior_training.steps == 4 and run.earlier["prior"] == [6]
     prior = make_prior("vqvae-transformer", run.preset, make_codec(run.preset), 3)
-    run.start_prior(prior)
+    run.start("prior", prior)
     torch.testing.assert_close(prior.state_dict(), weights)
     with pytest.raises(DataError, match="has no trained prior yet: give the command without prior_steps and --extend"):
         execute(out, {"prior_steps": 12}, extend=True)
@@ -501,7 +501,7 @@ def test_a_codec_trains_further_and_the_prior_again(finished, tmp_path, monkeypa
     assert run.preset.codec_training.steps == 2 and run.preset.prior_training.steps == 6
     assert (out / "split.json").read_bytes() == split and (out / "codec" / "teacher.safetensors").exists()
     codec = make_codec(run.preset)
-    run.start_codec(codec)
+    run.start("codec", codec)
     torch.testing.assert_close(codec.state_dict(), load_codec(out / "codec-1").state_dict())
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 
 import nbformat
 import pytest
@@ -15,7 +16,6 @@ from mdlib.experiments.settings import (
     defaults,
     notebook_parameters,
     options_page,
-    parameter_cell,
 )
 from mdlib.systems import get_preset
 
@@ -25,8 +25,20 @@ def parameters(notebook: str) -> str:
     return next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
 
 
+def parameter_cell() -> str:
+    """The parameters cell of notebook 02: all settings, the run folder and the time limit."""
+    lines = []
+    for one in fields(RunSettings):
+        default = one.default if one.default is not MISSING else one.default_factory()
+        value = json.dumps(default) if isinstance(default, str) else repr(default)
+        lines.append(f"{one.name}: {one.type.__name__} = {value}  # {one.metadata['help']}")
+    lines.insert(1, 'out: str = "runs/demo"  # run folder; a relative path starts at the repository')
+    limit = "of each training, over all resumes; the learning rate falls within it; 0: no limit"
+    return "\n".join([*lines, f"max_minutes: float = 0.0  # {limit}"])
+
+
 def test_notebook_02_takes_the_settings_and_the_others_none_of_them():
-    assert parameters("02_train_vqvae") == parameter_cell(), "mdlib.experiments.settings.parameter_cell() writes it"
+    assert parameters("02_train_vqvae") == parameter_cell()
     names: dict = {}
     exec(parameter_cell(), names)
     assert {key: names[key] for key in defaults()} == defaults()

@@ -21,10 +21,9 @@ from mdlib.systems import (
     make_codec,
     make_prior,
     seeded,
-    start_codec,
-    start_prior,
+    start,
 )
-from mdlib.systems.machines import gpus, preset_for
+from mdlib.systems.system import gpus, preset_for
 
 
 @pytest.mark.parametrize("system, preset", [(s, p) for s in SYSTEMS for p in SYSTEMS[s].presets])
@@ -83,27 +82,27 @@ def test_training_starts_from_the_weights_of_another(tmp_path):
     preset = get_preset("vavae-dit", "smoke")
     first, second = (seeded(seed, make_codec, preset) for seed in (1, 2))
     first.save_pretrained(tmp_path / "codec")
-    start_codec(second, tmp_path / "codec")
+    start(second, tmp_path / "codec")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     priors = [seeded(seed, make_prior, "vavae-dit", preset, first, 3) for seed in (1, 2)]
     priors[0].save_pretrained(tmp_path / "prior")
-    start_prior(priors[1], tmp_path / "prior")
+    start(priors[1], tmp_path / "prior")
     assert torch.equal(priors[0].x_embedder.weight, priors[1].x_embedder.weight)
     with pytest.raises(DataError, match="cannot start from .*prior: .* of another shape are users.weight"):
-        start_prior(make_prior("vavae-dit", preset, first, 4), tmp_path / "prior")
+        start(make_prior("vavae-dit", preset, first, 4), tmp_path / "prior")
     told = make_codec(get_preset("vavae-dit", "smoke", user_codec=True), num_users=3)
     users = told.users.weight.clone()
-    start_codec(told, tmp_path / "codec")  # what only one of the two has stays as it was
+    start(told, tmp_path / "codec")  # what only one of the two has stays as it was
     assert torch.equal(told.users.weight, users) and torch.equal(
         told.vae.encoder.conv_in.weight, first.vae.encoder.conv_in.weight
     )
     with pytest.raises(DataError, match="cannot start from .*codec: .* does not fit this VQVAE"):
-        start_codec(make_codec(get_preset("vqvae-ldm", "smoke")), tmp_path / "codec")
+        start(make_codec(get_preset("vqvae-ldm", "smoke")), tmp_path / "codec")
     with pytest.raises(DataError, match="no published weights of a TokenPrior: give a folder"):
         plain = get_preset("vqvae-transformer", "smoke")
-        start_prior(make_prior("vqvae-transformer", plain, make_codec(plain), 3), tmp_path / "weights.pt")
+        start(make_prior("vqvae-transformer", plain, make_codec(plain), 3), tmp_path / "weights.pt")
     with pytest.raises(DataError, match="cannot start from .*weights.pt: "):
-        start_prior(priors[0], tmp_path / "weights.pt")
+        start(priors[0], tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -112,14 +111,14 @@ def test_what_a_prior_knows_of_walking_is_kept_for_other_users(system, tmp_path)
     codec = make_codec(preset)
     known, prior = (seeded(seed, make_prior, system, preset, codec, users) for seed, users in ((1, 3), (2, 5)))
     known.save_pretrained(tmp_path)
-    start_prior(prior, tmp_path, other_users=True)
+    start(prior, tmp_path, other_users=True)
     old, new = known.state_dict(), prior.state_dict()
     assert all(torch.equal(old[name], new[name]) for name in old if name != "users.weight")
     table, fresh = old["users.weight"], new["users.weight"]
     assert fresh.shape[0] == 6 and torch.equal(fresh[5], table[3]), "nobody in particular stays nobody in particular"
     torch.testing.assert_close(fresh[:5], table[:3].mean(0).expand(5, -1))
     with pytest.raises(DataError, match="of another shape are users.weight"):
-        start_prior(prior, tmp_path)
+        start(prior, tmp_path)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -138,7 +137,7 @@ def test_a_codec_that_is_told_users_meets_new_ones(tmp_path):
     preset = get_preset("vavae-dit", "smoke", user_codec=True)
     known, codec = (make_codec(preset, num_users=users) for users in (3, 3))
     known.save_pretrained(tmp_path)
-    start_codec(codec, tmp_path, other_users=True)
+    start(codec, tmp_path, other_users=True)
     table = known.users.weight
     torch.testing.assert_close(codec.users.weight[:3], table[:3].mean(0).expand(3, -1))
     assert torch.equal(codec.users.weight[3], table[3])
