@@ -289,8 +289,8 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     of_folds = f" of {augmentation['folds']} folds" if augmentation.get("folds", 1) > 1 else ""
     sentence = (
         f"{meaning}: with {augmentation['real_windows_per_user']:.3g} real windows per user, accuracy on unseen "
-        f"windows goes from {100 * real['value']:.1f} % to {100 * both['value']:.1f} % when generated windows are added "
-        f"(gain {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
+        f"windows goes from {100 * real['value']:.1f} % to {100 * both['value']:.1f} % when generated windows are "
+        f"added (gain {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
         f"{seeds}, {real['n']} test windows{of_folds})."
     )
     users = max(2, len(augmentation["per_user"]))
