@@ -34,17 +34,19 @@ class RunSettings:
     prior_steps: int = _setting(0, "optimizer steps of the prior; 0: the preset's")
     codec_options: dict = _setting({}, 'arguments of the codec or its training: {"batch_size": 16}')
     prior_options: dict = _setting({}, 'arguments of the prior or its training: {"ema_decay": 0.999}')
-    perceptual_weight: float = _setting(0.0, "of LPIPS in the codec's loss; needs its backbone's weights")
+    perceptual_weight: float = _setting(0.0, "weight of LPIPS in the codec's loss; needs its backbone's weights")
     foundation: str = _setting("", "what a VA-VAE is aligned with: none | classifier | a transformers vision model")
     user_codec: bool = _setting(False, "condition a VA-VAE on the user")
     codec_start: str = _setting("", "initial weights: a codec/ folder, or a published VA-VAE file")
     prior_start: str = _setting("", "initial weights: a pipeline's prior/, or a published LightningDiT file")
     init: str = _setting("", "pipeline/ of a run on other people that initialises both; users get new embeddings")
-    joint_steps: int = _setting(0, "of codec (kl, va) and a prior over latents together, at the end; 0: none")
-    classifier_steps: int = _setting(0, "of a user classifier that can guide a prior over latents; 0: none")
+    joint_steps: int = _setting(
+        0, "steps of joint training of codec (kl, va) and a prior over latents, at the end; 0: none"
+    )
+    classifier_steps: int = _setting(0, "steps of a user classifier that can guide a prior over latents; 0: none")
     channels: int = _setting(1, "1: intensity, the colour map inverted; 3: RGB as it is")
-    colormap: str = _setting("auto", "of the images on disk: auto | jet | parula | viridis | grey")
-    seed: int = _setting(0, "of weights, data order and noise")
+    colormap: str = _setting("auto", "colour map of the images on disk: auto | jet | parula | viridis | grey")
+    seed: int = _setting(0, "random seed of weights, data order and noise")
 
     def __post_init__(self):
         for one in fields(self):
@@ -135,8 +137,9 @@ def options_page() -> str:
     """The text of docs/options.md."""
     page = (
         "# Options\n\nEvery parameter of the notebooks. On the command line they are given as `-p NAME=VALUE` to "
-        "`run`, `compare` and `study`; `out`, `data`, `system` and `preset` have options of their own. This page is "
-        "generated: `python -m mdlib options > docs/options.md`.\n"
+        "`run`, `compare` and `study`, except those that `compare` (`images_per_user`, `classifiers`, `joint_steps`) and "
+        "`study` (`split`, `windows_per_user`, `classifiers`) set themselves; `out`, `data`, `system` and `preset` have "
+        "options of their own. This page is generated: `python -m mdlib options > docs/options.md`.\n"
     )
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         page += f"\n## Notebook {path.stem}\n\n| parameter | default | meaning |\n|---|---|---|\n"
