@@ -137,9 +137,9 @@ def options_page() -> str:
     """The text of docs/options.md."""
     page = (
         "# Options\n\nEvery parameter of the notebooks. On the command line they are given as `-p NAME=VALUE` to "
-        "`run`, `compare` and `study`, except those that `compare` (`images_per_user`, `classifiers`, `joint_steps`) and "
-        "`study` (`split`, `windows_per_user`, `classifiers`) set themselves; `out`, `data`, `system` and `preset` have "
-        "options of their own. This page is generated: `python -m mdlib options > docs/options.md`.\n"
+        "`run`, `compare` and `study`, except those that `compare` (`images_per_user`, `classifiers`, `joint_steps`) "
+        "and `study` (`split`, `windows_per_user`, `classifiers`) set themselves; `out`, `data`, `system` and "
+        "`preset` have options of their own. This page is generated: `python -m mdlib options > docs/options.md`.\n"
     )
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         page += f"\n## Notebook {path.stem}\n\n| parameter | default | meaning |\n|---|---|---|\n"
