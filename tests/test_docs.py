@@ -88,7 +88,7 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
     for first, *words in told_commands(page):
         if first == "-m":
             module, *words = words
-            command, options = (words[0], words[1:]) if module == "mdlib" else ("", [])
+            command, *options = words if module == "mdlib" and words else [""]
             if command in (
                 "",
                 "split",

@@ -268,7 +268,7 @@ def test_one_frame_is_the_window_itself_and_a_classifier_has_no_say_between_user
     torch.testing.assert_close(diffusion.denoising(7, frames=1), diffusion([7], output_type="pt").images)
     with pytest.raises(DataError, match="frames must be at least 1, got 0"):
         diffusion.denoising(7, frames=0)
-    with pytest.raises(DataError, match="no class for a classifier"):
+    with pytest.raises(DataError, match="classifier guidance needs one user, not two"):
         diffusion.interpolate(3, 7, classifier_scale=1.0)
 
 

@@ -279,5 +279,7 @@ def test_an_arm_that_one_fold_lacks_is_left_out():
 
 
 def test_folds_of_other_numbers_of_seeds_are_refused():
-    with pytest.raises(DataError, match="folds of 2 and 3 seeds: evaluate all with the same number"):
+    with pytest.raises(
+        DataError, match="the folds used different numbers of seeds .2 and 3.: evaluate all with the same number"
+    ):
         joined([measured(seeds=3), measured(seeds=2)])
