@@ -200,7 +200,7 @@ def _check(run: Run) -> None:
     files = find_windows(settings["data"])
     preset = _buildable(run, len({file.user for file in files}), len({file.condition for file in files}))
     if unrecorded and split:
-        raise DataError("unrecorded shapes the split that is made: leave it out with a split file of your own")
+        raise DataError("unrecorded cannot be combined with a split file: leave one of them out")
     if not all(isinstance(users, list) for users in unrecorded.values()):
         raise DataError(f'unrecorded names users by condition, {{"backpack": [1, 2]}}, got {unrecorded}')
     for training in (preset.codec_training, preset.prior_training):
