@@ -14,7 +14,7 @@ from mdlib.utils import DataError
 
 CODECS = {"vq": "mdlib.models.vqvae:VQVAE", "kl": "mdlib.models.kl:KLVAE", "va": "mdlib.models.kl:VAVAE"}
 # Arguments of prior.sample that are no plain values.
-NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "share", "fraction", "on_step"}
+NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "share", "on_step"}
 
 # Of TrainConfig.
 SMOKE = dict(steps=6, batch_size=8, warmup_steps=1, evaluate_every=3, save_every=3)
