@@ -115,7 +115,7 @@ def test_the_table_of_conditions_tells_recorded_from_not():
     [
         ({"unrecorded": {"skis": [1]}}, "no windows of ID_1 in condition 'skis'"),
         ({"unrecorded": {"backpack": 1}}, "names users by condition"),
-        ({"unrecorded": {"backpack": [1]}, "split": "mine.json"}, "leave it out with a split file"),
+        ({"unrecorded": {"backpack": [1]}, "split": "mine.json"}, "cannot be combined with a split file"),
         ({"unrecorded": {"backpack": [1], "normal": [1]}}, "ID_1 has 0 windows, too few"),
     ],
 )
