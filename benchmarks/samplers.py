@@ -16,11 +16,11 @@ import time
 import torch
 import torch.nn.functional as F
 
-from mdlib.data.windows import DataError
 from mdlib.evaluation.metrics import frechet_distance
 from mdlib.models.dit import LightningDiT
 from mdlib.models.unet import LatentDiffusion
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
+from mdlib.utils import DataError
 
 SAMPLERS = {  # of each prior, the reference first
     LatentDiffusion: {

@@ -38,8 +38,8 @@ def simulate(
     recordings: Annotated[int, typer.Option(min=1, help="recordings (days) of each user")] = 1,
 ):
     """Simulate walking people as a 77 GHz radar records them, with every gait parameter in parameters.csv."""
-    from mdlib.data.windows import count
     from mdlib.simulation.dataset import simulate_dataset
+    from mdlib.utils import count
 
     sizes = dict(users=users, windows=windows, size=size, seed=seed, condition=condition, recordings=recordings)
     simulate_dataset(out, **sizes)
@@ -57,8 +57,9 @@ def split(
 ):
     """Split by recording and time, so that no windows of different parts overlap."""
     check_data(data)
+    from mdlib.data.files import find_windows
     from mdlib.data.splits import make_split, split_summary, write_split
-    from mdlib.data.windows import count, find_windows
+    from mdlib.utils import count
 
     files = find_windows(data)
     parts = make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
@@ -144,8 +145,9 @@ def generate(
     options = dict(map(pair, option))
     if not (pipeline / "model_index.json").exists():
         raise ValueError(f"{pipeline} holds no pipeline (no model_index.json): give the pipeline/ folder of a run")
-    from mdlib.data.windows import count, parse_users
+    from mdlib.data.files import parse_users
     from mdlib.pipeline import load_pipeline
+    from mdlib.utils import count
 
     chosen, carried = parse_users(users) if users else None, conditions.split(",") if conditions else None
     rows = load_pipeline(pipeline).generate_folder(out, chosen, per_user, seed, batch_size, carried, **options)
@@ -168,8 +170,8 @@ def select(
 ):
     """Select generated windows by a filter that knows only the generator's training windows."""
     _exist(real, generated, split)
-    from mdlib.data.windows import count
     from mdlib.evaluation.filters import select_folder
+    from mdlib.utils import count
 
     selected, every = select_folder(real, generated, split, out, by, keep, size)
     print(f"{out}: {selected} of {count(every, 'window')}")

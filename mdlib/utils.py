@@ -19,6 +19,11 @@ class DataError(ValueError):
     """The user's data or request cannot be used; the message is one line that says what to do."""
 
 
+def count(n: int, what: str) -> str:
+    """Such as "1 window", "2 windows"."""
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
 @contextmanager
 def whole_file(path: str | Path):
     """`with` a temporary name to write to; the complete file then replaces `path`. On an error it is removed."""

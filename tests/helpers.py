@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from mdlib.data.colormaps import colorize
-from mdlib.data.windows import DataError, WindowFile, WindowSet
+from mdlib.data.files import WindowFile
+from mdlib.data.windows import WindowSet
+from mdlib.utils import DataError
 
 ROOT = Path(__file__).parents[1]
 

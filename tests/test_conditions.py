@@ -10,8 +10,9 @@ from helpers import listed, small_set, write_set
 from priors import small_dit
 from torch import nn
 
+from mdlib.data.files import find_windows
 from mdlib.data.splits import make_split
-from mdlib.data.windows import DataError, find_windows, load_windows
+from mdlib.data.windows import load_windows
 from mdlib.evaluation.augmentation_study import Arms, conditions
 from mdlib.evaluation.evidence import Evidence
 from mdlib.experiments.execute import execute
@@ -20,6 +21,7 @@ from mdlib.models.transformer import TokenPrior
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import MicroDopplerPipeline
 from mdlib.systems import start
+from mdlib.utils import DataError
 
 
 @pytest.mark.parametrize(("known", "wanted"), [(2, 2), (2, 1), (1, 2), (3, 2)])

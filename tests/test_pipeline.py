@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from mdlib.data.windows import DataError, load_windows
+from mdlib.data.windows import load_windows
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.kl import KLVAE
 from mdlib.models.transformer import TokenPrior
@@ -17,6 +17,7 @@ from mdlib.models.unet import LatentDiffusion
 from mdlib.models.vqdiffusion import VQDiffusion
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import MicroDopplerPipeline, copy_windows, load_pipeline
+from mdlib.utils import DataError
 
 
 @pytest.fixture

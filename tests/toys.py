@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from mdlib.data.windows import WindowFile, WindowSet
+from mdlib.data.files import WindowFile
+from mdlib.data.windows import WindowSet
 from mdlib.evaluation.evidence import Evidence, Protocol
 
 USERS = (2, 5, 9, 11)

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mdlib.data.windows import DataError, WindowFile, WindowSet, count, to_float
-from mdlib.utils import whole_file
+from mdlib.data.files import WindowFile
+from mdlib.data.windows import WindowSet, to_float
+from mdlib.utils import DataError, count, whole_file
 
 PARTS = ("train", "val", "test")
 STARTS = ("init", "codec_start", "prior_start")  # a run's settings that name weights to start from

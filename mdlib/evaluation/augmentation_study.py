@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mdlib.data.windows import DataError, WindowSet
+from mdlib.data.windows import WindowSet
 from mdlib.evaluation import metrics
 from mdlib.evaluation.classifiers import train_each
 from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate, first_of_each
 from mdlib.evaluation.filters import FILTERS, keep_best, keep_plausible, scores
 from mdlib.evaluation.metrics import absent, figure, missing, paired_gain, scored
 from mdlib.models.classifier import Classifier, ResNet18, SmallCNN
-from mdlib.utils import best_device
+from mdlib.utils import DataError, best_device
 
 REFERENCED = ("real_only", "real_plus_generated", "generated_only", "real_x2")  # arms of ResNet-18, too
 TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is measured by default

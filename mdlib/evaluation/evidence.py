@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mdlib.data.windows import DataError, WindowSet
+from mdlib.data.windows import WindowSet
+from mdlib.utils import DataError
 
 # Sets that are compared: generated windows with unseen real ones; the halves of the unseen ones with each other; the
 # generator's training windows with the unseen ones, which is what a perfect copier would get.

@@ -8,11 +8,12 @@ import pandas as pd
 import torch
 
 from mdlib.data.splits import apply_split, read_split
-from mdlib.data.windows import DataError, WindowSet, load_windows
+from mdlib.data.windows import WindowSet, load_windows
 from mdlib.evaluation import gait_metrics
 from mdlib.evaluation.classifiers import train_classifier
 from mdlib.models.classifier import SmallCNN, features
 from mdlib.pipeline import copy_windows
+from mdlib.utils import DataError
 
 FILTERS = ("confidence", "margin", "specificity", "diversity")  # see `scores`
 SPREADS = 3.0  # a user's range of a metric: the mean of the training windows ± so many standard deviations

@@ -18,8 +18,9 @@ from accelerate.utils import release_memory
 from safetensors.torch import load_file
 
 from mdlib import __version__
+from mdlib.data.files import find_windows
 from mdlib.data.splits import PARTS, read_split
-from mdlib.data.windows import WindowSet, find_windows, to_uint8
+from mdlib.data.windows import WindowSet, to_uint8
 from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers, unseen_classifiers
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.fidelity import distances

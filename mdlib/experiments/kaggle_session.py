@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mdlib.data.windows import holds_users
+from mdlib.data.files import holds_users
 from mdlib.experiments.settings import read_record, write_record
 from mdlib.systems.system import Gpu, gpus, preset_for
 from mdlib.utils import DEADLINE, DataError, batch_run, require_room, room, size

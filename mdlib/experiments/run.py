@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mdlib import __version__
+from mdlib.data.files import find_windows
 from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, seen_of_test, write_split
-from mdlib.data.windows import WindowSet, find_windows, load_windows
+from mdlib.data.windows import WindowSet, load_windows
 from mdlib.experiments.settings import RunSettings, defaults, read_record, write_record
 from mdlib.models.pretrained import load_foundation, load_lpips
 from mdlib.systems import Preset, System, attach_losses, get_preset, get_system, make_codec, make_prior, start

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from mdlib.data.files import find_windows
 from mdlib.data.splits import PARTS, make_split, read_split, write_split
 from mdlib.data.splits import folds as number_of_folds
-from mdlib.data.windows import find_windows
 from mdlib.evaluation.augmentation_study import Outcomes, compared, joined
 from mdlib.evaluation.protocol import verdict
 from mdlib.experiments.compare import claim_folder, resolve_preset, run_series, shared_classifiers

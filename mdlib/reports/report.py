@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from mdlib.data.splits import apply_split, describe_training, read_split, seen_beyond, seen_of_test, spare_windows
-from mdlib.data.windows import DataError, WindowSet, load_windows, to_float
+from mdlib.data.windows import WindowSet, load_windows, to_float
 from mdlib.evaluation.codec_quality import choose_codec
 from mdlib.evaluation.evidence import Evidence, Protocol
 from mdlib.evaluation.metrics import absent
 from mdlib.evaluation.protocol import evaluate, through_codec
 from mdlib.reports import charts, pages, plots
 from mdlib.training.fit import read_history
+from mdlib.utils import DataError
 
 GAIT = ("torso_speed", "cadence", "step_length", "foot_speed")  # whose spread within a user is pictured
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing

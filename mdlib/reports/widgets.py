@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from IPython.display import display
 
-from mdlib.data.windows import DataError, WindowFile, WindowSet, count, to_uint8
+from mdlib.data.files import WindowFile
+from mdlib.data.windows import WindowSet, to_uint8
 from mdlib.evaluation.codec_quality import Codebook, survey
 from mdlib.evaluation.metrics import nearest_train
 from mdlib.pipeline import MicroDopplerPipeline, copy_windows
 from mdlib.reports import plots
-from mdlib.utils import batch_run
+from mdlib.utils import DataError, batch_run, count
 
 try:
     import ipywidgets

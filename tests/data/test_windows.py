@@ -7,9 +7,10 @@ import torch
 from helpers import message, picture, small_set, walk, write_image, write_set
 from PIL import Image
 
-from mdlib.data import windows
+from mdlib.data import reading
 from mdlib.data.colormaps import colorize
-from mdlib.data.windows import WindowFile, find_windows, load_windows, parse_users, to_float, to_uint8
+from mdlib.data.files import WindowFile, find_windows, parse_users
+from mdlib.data.windows import load_windows, to_float, to_uint8
 
 # ---- finding windows
 
@@ -243,7 +244,7 @@ def test_cache_gives_the_same_without_reading_images(tmp_path, cache_folder, mon
     root = write_set(tmp_path / "set")
     first = load_windows(root)
     assert len(list(cache_folder.iterdir())) == 1
-    monkeypatch.setattr(windows, "_read_images", lambda *a, **k: pytest.fail("read again"))
+    monkeypatch.setattr(reading, "_read_files", lambda *a, **k: pytest.fail("read again"))
     again = load_windows(root)
     assert torch.equal(first.images, again.images) and again.colormap == "jet"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from toys import ONCE, QUICK, SILENT, evidence, gait, windows
 
-from mdlib.data.windows import DataError, WindowSet
+from mdlib.data.windows import WindowSet
 from mdlib.evaluation import augmentation_study, classifiers
 from mdlib.evaluation.augmentation_study import (
     Arms,
@@ -30,6 +30,7 @@ from mdlib.evaluation.evidence import Evidence, Protocol
 from mdlib.evaluation.protocol import verdict
 from mdlib.models.classifier import SmallCNN
 from mdlib.reports import charts
+from mdlib.utils import DataError
 
 
 def blurred(label: int, n: int, seed: int) -> torch.Tensor:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from toys import USERS, windows
 
-from mdlib.data.windows import DataError
 from mdlib.evaluation.evidence import Protocol, alike, concatenate, first_of_each, halves
+from mdlib.utils import DataError
 
 
 def test_halves_of_real_windows_share_no_step():

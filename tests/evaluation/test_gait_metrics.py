@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from mdlib.data.windows import WindowFile, WindowSet
+from mdlib.data.files import WindowFile
+from mdlib.data.windows import WindowSet
 from mdlib.evaluation import gait_metrics
 from mdlib.evaluation.evidence import Evidence, halves
 from mdlib.evaluation.gait_metrics import compare, image_axis, measure, of_user, physics, plausible, read

@@ -8,7 +8,6 @@ import pytest
 import torch
 from toys import ONCE, QUICK, SILENT, USERS, evidence, gait, windows
 
-from mdlib.data.windows import DataError
 from mdlib.evaluation import classifiers
 from mdlib.evaluation import protocol as protocol_file
 from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers
@@ -27,6 +26,7 @@ from mdlib.evaluation.protocol import (
 )
 from mdlib.models.classifier import Embedder, SmallCNN
 from mdlib.models.kl import VAVAE
+from mdlib.utils import DataError
 
 CODEC = dict(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4)
 

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from mdlib.cli import app, main
 from mdlib.data.splits import read_split, seen_beyond, write_split
-from mdlib.data.windows import DataError
 from mdlib.evaluation.filters import select_folder
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import open_run
@@ -27,6 +26,7 @@ from mdlib.pipeline import load_pipeline
 from mdlib.reports.report import validate_folders
 from mdlib.systems import SYSTEMS, load_codec, make_codec, make_prior
 from mdlib.training.latents import encode_all
+from mdlib.utils import DataError
 
 ROOT = NOTEBOOKS.parent
 

@@ -9,7 +9,6 @@ import nbformat
 import pytest
 from helpers import ROOT
 
-from mdlib.data.windows import DataError
 from mdlib.experiments.settings import (
     NOTEBOOKS,
     RunSettings,
@@ -18,6 +17,7 @@ from mdlib.experiments.settings import (
     options_page,
 )
 from mdlib.systems import get_preset
+from mdlib.utils import DataError
 
 
 def parameters(notebook: str) -> str:

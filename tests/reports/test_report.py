@@ -7,13 +7,13 @@ import pytest
 from helpers import ROOT
 from toys import evidence, windows
 
-from mdlib.data.windows import DataError
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.protocol import evaluate, verdict
 from mdlib.models.vqvae import VQVAE
 from mdlib.reports import pages, plots
 from mdlib.reports.report import load_generated, write_report
 from mdlib.training.fit import read_history, write_history
+from mdlib.utils import DataError
 
 
 class Page(HTMLParser):

@@ -10,7 +10,8 @@ import torch
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 
-from mdlib.data.windows import WindowFile, WindowSet, to_uint8
+from mdlib.data.files import WindowFile
+from mdlib.data.windows import WindowSet, to_uint8
 from mdlib.evaluation.codec_quality import survey
 from mdlib.evaluation.metrics import nearest_train
 from mdlib.models.transformer import TokenPrior

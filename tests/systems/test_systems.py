@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import ROOT, write_set
 
-from mdlib.data.windows import DataError
 from mdlib.evaluation.evidence import Protocol
 from mdlib.systems import (
     SYSTEMS,
@@ -24,6 +23,7 @@ from mdlib.systems import (
     start,
 )
 from mdlib.systems.system import gpus, preset_for
+from mdlib.utils import DataError
 
 
 @pytest.mark.parametrize("system, preset", [(s, p) for s in SYSTEMS for p in SYSTEMS[s].presets])
