@@ -15,9 +15,7 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,11 +27,9 @@ GIB = 1 << 30
 LEAST_DISK, LEAST_MEMORY, LEAST_CORES, LEAST_SHARED = 5 * GIB, 6 * GIB, 2, GIB // 4
 WORKING = Path("/kaggle/working")
 KAGGLE_OUTPUT, KAGGLE_HOURS = 20 * GIB, 12
-LAUNCHER_PORT = 29500  # of accelerate and torchrun
 # The machines of the presets: GPU name, at least this number of GPUs, each with at least this memory in MiB.
 EXPECTED = {"cpu": ("", 0, 0), "gpu": ("", 1, 0), "t4x2": ("T4", 2, 0), "p100": ("P100", 1, 0)}
 EXPECTED.update({"gpu-6gb": ("", 1, 5500), "gpu-8gb": ("", 1, 7500), "gpu-16gb": ("", 1, 14500)})
-# Why a check fails: the usual reason, in one line each.
 CAUSES = {
     "kernels": "a build of torch has kernels for some GPUs only: on the others the first sum fails",
     "replaced": "a later pip install replaced torch, or added parts of a second CUDA",
@@ -44,8 +40,8 @@ CAUSES = {
     "driver": "CUDA 12 needs driver 525 or later, CUDA 13 driver 580",
     "data": "the path of a data set below /kaggle/input differs between sessions and accounts",
     "download": "weights are downloaded when they are first used, which fails without a network",
-    "launcher": "notebook_launcher forks: CUDA must not have started, and its port and the GPUs must be free",
     "precision": "before capability 8.0 bf16 is emulated, before 7.0 nothing is compiled for the GPU",
+    "foreign": "diffusers and transformers import peft, xformers, bitsandbytes and tensorflow where they are installed",
     "resources": "a run that fills the disk or the memory, or outlasts the session, ends without its results",
     "widgets": "the page shows widgets of one major version; another one stays at 'Loading widget...'",
     "package": "the package is missing, damaged or outside the range that mdlib supports",
@@ -61,7 +57,7 @@ def row(name: str, detail: str, remedy: str | None = "", cause: str = "package",
 def check(python: Path | str | None = None, *, expect: str = "", precision: str = "") -> list[dict]:
     """Check an interpreter (default: this one, and the modules it has loaded) and this machine; nothing is changed.
 
-    expect: the machine, a key of EXPECTED; '' accepts any. precision: 'no', 'fp16', 'bf16', or '' for accelerate's.
+    expect: the machine, a key of EXPECTED; '' accepts any. precision: 'no', 'fp16', 'bf16', or '' for no check.
     Returns a list of {"name", "status": "ok" | "warn" | "fail", "detail", "cause", "remedy"}; cause and remedy are ''
     if the status is ok.
     """
@@ -82,7 +78,7 @@ def check(python: Path | str | None = None, *, expect: str = "", precision: str 
     version, path = ".".join(map(str, s.interpreter["version"])), s.interpreter["executable"]
     label = ".venv" if s.ours else "the running Python" if python == Path(sys.executable) else "another Python"
     rows = [row("python", f"{version}, {label} ({path})"), *check_machine()]
-    rows += [*check_torch(s, conflicts.result()), *check_gpus(s, expect, here, precision)]
+    rows += [*check_torch(s, conflicts.result()), *check_gpus(s, expect, precision)]
     return [*rows, *check_packages(s, here, conflicts.result()), *check_files(online.result())]
 
 
@@ -137,9 +133,6 @@ def check_torch(s: setup.State, conflicts):
     else:
         detail = pair or f"{s.modules['torchvision']['version']}, same build as torch"
         yield row("torchvision", detail, pair and s.repair, "pair", "fail")
-    if "torchaudio" in s.installed:  # mdlib does not use it, but a broken one can break transformers
-        error, uninstall = s.modules["torchaudio"]["error"], [str(s.python), "-m", "pip", "uninstall", "torchaudio"]
-        yield row("torchaudio", error or s.installed["torchaudio"], error and shlex.join(uninstall), "pair")
     file, have = s.folder / "constraints.txt", s.installed.get("torch")
     held = re.findall(r"^torch===(.+)$", file.read_text(encoding="utf-8") if file.is_file() else "", re.MULTILINE)
     changed = [f"{version} was set up, found {have}" for version in held if version != have]
@@ -158,16 +151,8 @@ def precision_of(capability: tuple[int, int]) -> str:
     return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "no"
 
 
-def accelerate_setting(name: str) -> str:
-    """A setting of accelerate, from the environment or its configuration file; '' without one."""
-    file = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "accelerate", "default_config.yaml").expanduser()
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    found = re.search(rf"^\s*{name}: *['\"]?(\w+)", text, re.MULTILINE)
-    return os.environ.get(f"ACCELERATE_{name.upper()}", found[1] if found else "").lower()
-
-
-def check_gpus(s: setup.State, expect: str, here: bool, precision: str):
-    """GPUs: whether torch uses them, they are expected, the precision suits them and several processes can start."""
+def check_gpus(s: setup.State, expect: str, precision: str):
+    """GPUs: whether torch uses them, they are expected, the precision suits them and other processes use them."""
     seen = sum(device != "cpu" for device in s.torch.get("ops", {}))
     if not s.gpus:
         yield row("gpu", "none: use the presets demo and smoke")
@@ -200,31 +185,14 @@ def check_gpus(s: setup.State, expect: str, here: bool, precision: str):
         yield row("accelerator", detail, "" if right else remedy, "accelerator", "fail")
     if not s.gpus:
         return
-    wanted, compiler = precision or accelerate_setting("mixed_precision"), accelerate_setting("dynamo_backend")
     oldest = min(gpu.capability for gpu in s.gpus)
-    detail, remedy = wanted, ""
-    if wanted == "bf16" and precision_of(oldest) != "bf16":
-        detail, remedy = "bf16", f"mixed_precision={precision_of(oldest)}"
-    elif compiler not in ("", "no") and oldest < (7, 0):
-        detail, remedy = f"torch.compile ({compiler})", "ACCELERATE_DYNAMO_BACKEND=no"
-    if detail:
-        yield row("precision", f"{detail} on capability {oldest[0]}.{oldest[1]}", remedy, "precision", "fail")
-    torch, found = sys.modules.get("torch"), []
-    if here and len(s.gpus) > 1 and torch is not None and torch.cuda.is_initialized():
-        found.append("this process has started CUDA")
-    if len(s.gpus) > 1 and not setup.satisfies(s.installed.get("accelerate"), ">=1.14"):
-        found.append("notebook_launcher fails before accelerate 1.14")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", LAUNCHER_PORT))
-        except OSError:
-            found.append(f"port {LAUNCHER_PORT} is taken")
+    remedy = precision == "bf16" and precision_of(oldest) != "bf16" and f"mixed_precision={precision_of(oldest)}"
+    if precision:
+        yield row("precision", f"{precision} on capability {oldest[0]}.{oldest[1]}", remedy, "precision", "fail")
     holders = re.findall(r"^\s*(\d+)", setup.ask_driver("compute-apps=pid,used_memory"), re.MULTILINE)
     others = ", ".join(pid for pid in holders if int(pid) != os.getpid())
-    found += [f"processes {others} use a GPU"] if others else []
-    remedy = "use accelerate launch --multi_gpu (--main_process_port 29501), and end processes of earlier runs"
-    yield row("launcher", "; ".join(found) or "several processes can start", found and remedy, "launcher")
+    remedy = others and "end processes of earlier runs: they keep GPU memory"
+    yield row("gpu processes", f"in use by {others}" if others else "no others", remedy, "resources")
 
 
 def check_packages(s: setup.State, here: bool, conflicts):
@@ -246,8 +214,12 @@ def check_packages(s: setup.State, here: bool, conflicts):
             detail = f"{version} is half installed"
         elif not setup.satisfies(version, accepted):
             detail = f"{version} is outside {accepted}"
+        repair = s.repair
+        if foreign := s.modules[module].get("culprit"):
+            detail, cause = f"{detail} (in {foreign}, which mdlib does not need)", "foreign"
+            repair = s.uninstall(foreign)
         if name not in ("torch", "torchvision"):
-            yield row(name, detail, detail != version and s.repair, cause, status)
+            yield row(name, detail, detail != version and repair, cause, status)
     text = {True: [], False: []}
     for package, wanted, have in conflicts:
         text[package in s.pins.accepted].append(f"{package} requires {wanted}, found {have or 'nothing'}")
@@ -294,8 +266,8 @@ def check_files(online: bool):
     if damaged:
         detail, remedy = f"{', '.join(damaged)}: incomplete", "delete the file"
     elif not there:
-        download = f"put {LPIPS_BACKBONES[0]} (5 MB) into {folder}"
-        detail, remedy = "none on disk", "LPIPS downloads them when it is first used" if online else download
+        detail = "none on disk"
+        remedy = "LPIPS downloads them at first use" if online else f"put {LPIPS_BACKBONES[0]} (5 MB) into {folder}"
     yield row("lpips weights", detail, remedy, "download")
     choose = "choose by the notebooks' parameter data; for conditions give the folder above"
     inputs = (("data", "ID_[0-9]*/", choose), ("wheelhouse", setup.WHEELHOUSE_MARKER, "choose one with --wheelhouse"))

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import traceback
 import warnings
 from collections import namedtuple
 from functools import cached_property
@@ -64,7 +65,6 @@ BUILDS = {
     "old driver": ("torch for an old driver", "cu126"),
     "old gpu": ("torch for an old GPU", "cu126"),
 }
-EXTRA = ("torchaudio", "mdlib")  # modules to probe in addition to the packages of pyproject.toml
 MARK = "@probe "
 Gpu = namedtuple("Gpu", "name capability driver memory", defaults=[0])  # driver: major number; memory: MiB
 
@@ -143,7 +143,7 @@ def probe(names: list[str]) -> int:
         try:
             report(modules={name: {"error": None, **probe_module(name)}})
         except Exception as error:
-            report(modules={name: {"error": describe(error)}})
+            report(modules={name: {"error": describe(error), "culprit": culprit(error, names)}})
     return 0
 
 
@@ -173,20 +173,42 @@ def probe_module(name: str) -> dict:
     return facts
 
 
-def describe(error: BaseException) -> str:
-    """An exception and its first cause in one line."""
+def chain(error: BaseException) -> list[BaseException]:
+    """An exception and its causes, the first cause last."""
     links = [error]
     while len(links) < 20 and (links[-1].__cause__ or links[-1].__context__):
         links.append(links[-1].__cause__ or links[-1].__context__)
-    texts = [f"{type(e).__name__}: {' '.join(str(e).split())[:200]}" for e in (links[0], links[-1])]
-    return " <- ".join(dict.fromkeys(texts))
+    return links
+
+
+def describe(error: BaseException) -> str:
+    """An exception and its first cause in one line."""
+    ends = (error, chain(error)[-1])
+    return " <- ".join(dict.fromkeys(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}" for e in ends))
+
+
+def culprit(error: BaseException, modules: list[str]) -> str:
+    """The installed package that none of the modules needs and in whose files their import failed; '' if there is none.
+
+    diffusers and transformers import peft, xformers, bitsandbytes or tensorflow where these are installed.
+    """
+    owners, needed = importlib.metadata.packages_distributions(), set()
+    requires = {canonical(one.metadata["Name"] or ""): one.requires or () for one in importlib.metadata.distributions()}
+    rest = [canonical(name) for module in modules for name in owners.get(module, ())]
+    while rest:
+        needed.add(name := rest.pop())
+        texts = [text for text in requires.get(name, ()) if "extra ==" not in text]
+        rest += {canonical(re.match(r"[\w.-]+", text)[0]) for text in texts} - needed
+    frames = [frame for link in reversed(chain(error)) for frame in reversed(traceback.extract_tb(link.__traceback__))]
+    imported = re.findall(r"(?:site|dist)-packages[\\/](\w+)", "\n".join(frame.filename for frame in frames))
+    found = [name for module in imported for name in owners.get(module, ()) if canonical(name) not in needed]
+    return found[0] if found else ""
 
 
 def run_quietly(*command, timeout: float = 60, **options) -> subprocess.CompletedProcess:
     """Run a program and capture its output; one that is missing or too slow gives exit code 1 and the reason."""
     try:
-        options = dict(capture_output=True, text=True, timeout=timeout, **options)
-        return subprocess.run(list(map(str, command)), **options)
+        return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=timeout, **options)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 1, "", str(error))
 
@@ -285,12 +307,15 @@ class State:
         self.exists = self.python.exists() or not self.ours
         try:
             if self.exists:
-                vars(self).update(ask(self.python, [*map(module_of, pins.accepted), *EXTRA]))
+                vars(self).update(ask(self.python, [*map(module_of, pins.accepted), "mdlib"]))
             refuse_old_python(self.interpreter["version"], f"the Python of {VENV if self.ours else python}")
         except Stop as stop:
             raise Stop(f"{stop}; delete {VENV} and run this again" if self.ours else str(stop)) from stop
         self.torch = self.modules.get("torch", {})
         self.repair = REPAIR + ("" if self.ours else f" --python {shlex.quote(str(self.python))}")
+
+    def uninstall(self, name: str) -> str:
+        return shlex.join([str(self.python), "-m", "pip", "uninstall", "--yes", name])
 
     @cached_property
     def online(self) -> bool:
@@ -445,7 +470,6 @@ def link_project() -> int:
 
 def plan(s: State) -> tuple[list[tuple], list[str], int]:
     """([(name, reason, commands)] in the order to run, notes, exit code). Raises Stop if a repair is impossible."""
-    # torch and torchvision
     change, remedy, notes, skip, code = torch_trouble(s), hosted_remedy(s), [], [], 0
     on_cpu = change and not remedy and not torch_trouble(s, gpu=False)
     if on_cpu and s.lacking(requirements_of(install_pair(s, change))):
@@ -485,6 +509,11 @@ def plan(s: State) -> tuple[list[tuple], list[str], int]:
     failing = {name: error for name, error in errors.items() if error and name not in skip}
     if change or vision or half or off:
         failing = {}
+    for name in failing:
+        if foreign := s.modules[module_of(name)].get("culprit"):
+            raise Stop(
+                f"{name} does not import because of {foreign}, which mdlib does not need: {s.uninstall(foreign)}"
+            )
 
     project = "" if s.project else "mdlib is not installed"
     if s.ours:
@@ -502,13 +531,12 @@ def plan(s: State) -> tuple[list[tuple], list[str], int]:
     if s.ours and s.exists and "pip" not in s.installed:
         venv, create = "pip is not installed", [str(s.python), "-m", "ensurepip", "--upgrade"]
     remove = vision if unmatched and s.ours else ""  # diffusers works without torchvision, not with a wrong one
-    uninstall = [str(s.python), "-m", "pip", "uninstall", "--yes", "torchvision"]
     table = (
         ("virtual environment", venv, lambda: [create]),
         ("half-installed packages", ", ".join(half), lambda: [rewrite(s, half)]),
         (BUILDS[s.machine][0], change, lambda: [install_pair(s, change)]),
         ("torchvision to match torch", "" if remove else vision, lambda: [install_pair(s, "")]),
-        ("torchvision that cannot be matched", remove, lambda: [uninstall]),
+        ("torchvision that cannot be matched", remove, lambda: [shlex.split(s.uninstall("torchvision"))]),
         ("packages", few, lambda: [pip_install(s, wanted, *alone)]),
         ("imports", "; ".join(map(": ".join, failing.items())), lambda: reinstall_imports(s, failing)),
         ("mdlib", project, lambda: [install_project()]),

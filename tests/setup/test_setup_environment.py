@@ -843,6 +843,33 @@ def test_an_import_error_names_its_first_cause():
     assert text == "ImportError: look above <- RuntimeError: operator torchvision::nms does not exist"
 
 
+def test_a_package_that_breaks_the_import_of_another_is_named(tmp_path, monkeypatch):
+    packages = tmp_path / "site-packages"
+    for name, text in {"wanted": "import helper", "helper": "import nonsense", "nonsense": "import gone"}.items():
+        (packages / name).mkdir(parents=True)
+        (packages / name / "__init__.py").write_text(text)
+        needs = "Requires-Dist: helper\n" if name == "wanted" else ""
+        about = packages / f"{name}-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}")
+        (about / "top_level.txt").write_text(name)
+    monkeypatch.syspath_prepend(str(packages))
+    with pytest.raises(ModuleNotFoundError) as caught:
+        setup.probe_module("wanted")
+    assert setup.culprit(caught.value, ["wanted"]) == "nonsense"
+    assert setup.culprit(caught.value, ["wanted", "nonsense"]) == ""
+
+
+def test_repair_does_not_reinstall_a_package_that_another_one_breaks(make, capsys):
+    world = make(World().full())
+    look = world.look
+    broken = {"error": "RuntimeError: Failed to import", "culprit": "peft"}
+    world.look = lambda name: broken if name == "diffusers" else look(name)
+    assert setup.main(["repair"]) == 1
+    assert "because of peft, which mdlib does not need" in (error := capsys.readouterr().err)
+    assert "pip uninstall --yes peft" in error and not world.commands
+
+
 def test_gpus_are_read_from_nvidia_smi(monkeypatch):
     table = "Tesla T4, 7.5, 580.159.04, 15360 MiB\nTesla P100-PCIE-16GB, 6.0, 580.159.04, 16384 MiB\n"
     monkeypatch.setattr(setup.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=table))
