@@ -28,6 +28,9 @@ DPI = 120
 class Picture(Figure):
     """A figure that a notebook shows as a picture although pyplot does not know it."""
 
+    def __init__(self, **options):
+        super().__init__(dpi=DPI, layout="constrained", **options)
+
     def _repr_png_(self) -> bytes:
         return to_png(self)
 
@@ -38,7 +41,7 @@ def new_figure(width: float, height: float, panels: int = 1, columns: int = 12, 
     columns = min(columns, panels)
     rows = -(-panels // columns)
     size = round(width * columns, 6), round(height * rows, 6)  # else rounding errors take away a pixel
-    figure = Picture(figsize=size, layout="constrained")
+    figure = Picture(figsize=size)
     axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
     for axis in axes[panels:]:
         axis.set_axis_off()
@@ -113,16 +116,11 @@ def picture(image: torch.Tensor, colormap: str) -> np.ndarray:
     return colorize(image[0], "jet" if colormap == "none" else colormap)
 
 
-def save(figure: Figure, path: str | Path | BytesIO) -> None:
-    """Write a figure as PNG."""
-    figure.savefig(path, dpi=DPI)
-
-
 def to_png(*figures: Figure) -> bytes:
     """Figures as PNG bytes, one below the other."""
     images = []
     for figure in figures:
-        save(figure, buffer := BytesIO())
+        figure.savefig(buffer := BytesIO())
         images.append(Image.open(buffer).convert("RGB"))
     page = Image.new("RGB", (max(one.width for one in images), sum(one.height for one in images)), "white")
     for place, image in enumerate(images):
@@ -185,7 +183,7 @@ def user_view(
     figure = _pictures(lines, 1.5)
     user, condition = generated.files[0].user, generated.files[0].condition
     title = f"ID_{user} {condition if fonts(condition) else stand_in}".strip()
-    figure.suptitle(title, fontsize=9, color=INK, fontfamily=fonts(title))
+    figure.suptitle(title, fontsize=9, color=INK, fontfamily=fonts(condition))
     return figure
 
 
@@ -275,7 +273,7 @@ def code_tiles(book, times: torch.Tensor, number: int, page: int = 1) -> Figure:
 def code_card(book, code: int) -> Figure:
     """One code of a `Codebook`: what it decodes to and stands for, its cells, who uses it, windows with it marked."""
     windows, times, users = book.windows, int(book.times[code]), book.windows.users
-    figure = Picture(figsize=(9.0, 3.7), layout="constrained")
+    figure = Picture(figsize=(9.0, 3.7))
     grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.15))
     panels = [("decodes to", book.decoded[code])] + ([("stands for, on average", book.real[code])] if times else [])
     for column, (title, patch) in enumerate(panels):

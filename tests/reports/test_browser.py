@@ -105,7 +105,7 @@ def served(name, run, browser):
 
 
 def elsewhere(page):
-    """Other hosts answer nothing: the templates of Voila and nbconvert ask them for icons that these pages do without."""
+    """Other hosts answer nothing: the templates of Voila and nbconvert ask them for icons that no page here needs."""
     page.route(lambda url: not url.startswith((HERE, "file:", "data:")), lambda route: route.fulfill(body=""))
 
 
