@@ -154,7 +154,7 @@ def generate(
     if grid:
         from mdlib.reports import plots
 
-        plots.save(plots.sheet(out, rows), out / "grid.png")
+        plots.sheet(out, rows).savefig(out / "grid.png")
     print(f"{out}: {count(len(rows), 'window')} of {count(len({row['user'] for row in rows}), 'user')}")
 
 

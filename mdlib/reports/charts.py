@@ -1,12 +1,30 @@
-"""Charts of a report, a comparison and a study: functions take figures of report.json and return a Figure."""
+"""Names of figures (`templates/figures.toml`), and charts of a report, a comparison and a study: functions take figures
+of report.json and return a Figure."""
+
+import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 
-from mdlib.reports.pages import describe
-from mdlib.reports.plots import ACCENT, DOTTED, INK, SECOND, Figure, coloured, heatmap, new_figure, panels, style
+from mdlib.reports.plots import ACCENT, DOTTED, INK, SECOND, Figure, coloured, heatmap, new_figure, style
 
+SECTIONS = tomllib.loads((Path(__file__).parent / "templates" / "figures.toml").read_text(encoding="utf-8"))
+CUES = {"": "", "higher": "↑ higher is better", "lower": "↓ lower is better"}
 HEADLINE = ("real_only", "real_plus_generated", "real_x2")  # what the top of a report shows, as far as it was measured
 COLOURS = {"generated_only": SECOND, "real_plus_generated": ACCENT, "resnet18_real_plus_generated": ACCENT}
+
+
+def describe(section: str, name: str) -> dict:
+    """A figure's label, unit, help, cue (what is good) and place on the page; a name that figures.toml lacks is its own
+    label."""
+    about = {"label": name.replace("_", " "), "unit": "", "help": "", "cue": "", "place": 1000}
+    for place, (pattern, entry) in enumerate(SECTIONS[section]["figures"].items()):
+        if found := re.fullmatch(pattern.replace("*", "(.+)"), name):
+            label = entry["label"].format(*(part.replace("_", " ") for part in found.groups()))
+            good = entry.get("good", "")
+            return about | entry | {"label": label, "cue": CUES.get(good, f"≈ near {good}"), "place": place}
+    return about
 
 
 def line(axis, places, figures: list[dict], colour, label: str) -> None:
@@ -16,10 +34,15 @@ def line(axis, places, figures: list[dict], colour, label: str) -> None:
     axis.errorbar(places, values, spread, fmt="o-", color=colour, markersize=3, linewidth=1, label=label)
 
 
-def counts_axis(axis, counts, scale: str = "log") -> None:
-    """An x axis that names these counts."""
+def by_counts(axis, lines: list[tuple], scale: str = "log") -> None:
+    """Lines (name, rows, colour) through the figures of rows against their windows_per_user, a little apart from each
+    other, and an x axis that names these numbers."""
+    for place, (name, rows, colour) in enumerate(lines):
+        counts = np.array([row["windows_per_user"] for row in rows])
+        line(axis, counts * 1.03 ** (place - (len(lines) - 1) / 2), rows, colour, name)
+    counts = sorted({round(row["windows_per_user"]) for _, rows, _ in lines for row in rows})
     axis.set_xscale(scale)
-    axis.set_xticks(counts, [f"{count:g}" for count in counts])
+    axis.set_xticks(counts, [str(count) for count in counts])
     axis.minorticks_off()
 
 
@@ -52,19 +75,18 @@ def accuracies(augmentation: dict, names: tuple[str, ...] = ()) -> Figure:
 
 def gain_curves(augmentation: dict) -> Figure:
     """The gain, in points, against generated windows per user, and against the fraction of them that filters retain."""
-    found = [("windows_per_user", {"all": augmentation["gain_by_windows"]}, "generated windows per user")]
     filters: dict[str, list[dict]] = {}
     for row in augmentation["gain_by_selection"]:
         filters.setdefault(row["by"], []).append(row)
-    if filters:
-        found.append(("kept", filters, "fraction that a filter retains"))
-    figure, axes = new_figure(4.0 * len(found), 2.6, 1, len(found), sharey=True)
-    for axis, (key, lines, title) in zip(axes, found, strict=True):
+    figure, axes = new_figure(4.0, 2.6, 2 if filters else 1, sharey=True)
+    for axis in axes:
         axis.axhline(0, **DOTTED)
-        for name, rows, colour in coloured(lines):
-            line(axis, [row[key] for row in rows], rows, colour, name)
-        style(axis, title, "" if axis is not axes[0] else "gain, points", legend=len(lines) > 1)
-    counts_axis(axes[0], [row["windows_per_user"] for row in augmentation["gain_by_windows"]], "linear")
+    by_counts(axes[0], coloured({"all": augmentation["gain_by_windows"]}), "linear")
+    style(axes[0], "generated windows per user", "gain, points")
+    if filters:
+        for name, rows, colour in coloured(filters):
+            line(axes[1], [row["kept"] for row in rows], rows, colour, name)
+        style(axes[1], "fraction that a filter retains", legend=len(filters) > 1)
     return figure
 
 
@@ -82,7 +104,7 @@ def roc(curves: list[dict]) -> Figure:
 def user_means(physics: dict) -> Figure:
     """A panel a metric, a dot a user: mean over generated windows against mean over unseen real ones, and equality."""
     shown = {name: one for name, one in physics.items() if "generated_means" in one}
-    figure, axes = panels(len(shown), 4, 2.2, 2.3)
+    figure, axes = new_figure(2.2, 2.3, len(shown), 4)
     for axis, (name, one) in zip(axes, shown.items(), strict=True):
         pairs = zip(one["unseen_means"], one["generated_means"], strict=True)
         points = np.array([pair for pair in pairs if None not in pair])
@@ -98,7 +120,7 @@ def user_spreads(physics: dict, users: list[int], names: tuple[str, ...]) -> Fig
     middle half, median, and from the 5th to the 95th percentile."""
     chosen = np.linspace(0, len(users) - 1, min(8, len(users))).round().astype(int)
     keys = ("whislo", "q1", "med", "q3", "whishi")
-    figure, axes = panels(len(names), 2, 4.4, 2.2)
+    figure, axes = new_figure(4.4, 2.2, len(names), 2)
     for axis, name in zip(axes, names, strict=True):
         for shift, part, colour in ((-0.18, "unseen", INK), (0.18, "generated", ACCENT)):
             spreads = {place + shift: physics[name][f"{part}_spread"][row] for place, row in enumerate(chosen)}
@@ -119,21 +141,21 @@ def user_spreads(physics: dict, users: list[int], names: tuple[str, ...]) -> Fig
 def study(rows: list[dict]) -> Figure:
     """Accuracy on unseen windows against real training windows per user; rows: of study.json. Hollow: 2× real data."""
     figure, (axis,) = new_figure(5.8, 3.4)
-    counts = np.array([row["windows_per_user"] for row in rows])
-    for place, name in enumerate(("real_only", "real_plus_generated", "generated_only")):
-        figures, label = [row["augmentation"][name] for row in rows], describe("augmentation", name)["label"]
-        line(axis, counts * 1.03 ** (place - 1), figures, COLOURS.get(name, INK), label)
+    lines = []
+    for name in ("real_only", "real_plus_generated", "generated_only"):
+        figures = [{**row["augmentation"][name], "windows_per_user": row["windows_per_user"]} for row in rows]
+        lines.append((describe("augmentation", name)["label"], figures, COLOURS.get(name, INK)))
+    by_counts(axis, lines)
     doubled = [(2 * row["windows_per_user"], row["augmentation"]["real_x2"]["value"]) for row in rows]
     doubled = np.array([pair for pair in doubled if pair[1] is not None]).reshape(-1, 2)
     axis.plot(doubled[:, 0], 100 * doubled[:, 1], "o", color=INK, markerfacecolor="none", label="2× real data")
-    counts_axis(axis, counts)
     style(axis, "real windows per user", "accuracy on unseen windows, %", legend="lower right")  # accuracy rises
     return figure
 
 
 def learning(systems: dict[str, dict]) -> Figure:
     """Identity and Fréchet ratio against training time, a line a system; systems: the comparison's figures."""
-    figure, axes = new_figure(8.4, 3.0, 1, 2)
+    figure, axes = new_figure(4.2, 3.0, 2)
     titles = {"identity": "generated windows recognised, %", "fd_ratio": "Fréchet distance relative to real"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for name, figures, colour in coloured(systems):
@@ -150,12 +172,6 @@ def gains(systems: dict[str, dict]) -> Figure:
     """The gain, in points, against generated windows per user; systems: the comparison's figures."""
     figure, (axis,) = new_figure(6.4, 3.0)
     axis.axhline(0, **DOTTED)
-    every: set[int] = set()
-    for place, (name, figures, colour) in enumerate(coloured(systems)):
-        rows = figures["augmentation"]["gain_by_windows"]
-        counts = np.array([row["windows_per_user"] for row in rows])
-        every |= {round(count) for count in counts}
-        line(axis, counts * 1.04 ** (place - len(systems) / 2), rows, colour, name)
-    counts_axis(axis, sorted(every))
+    by_counts(axis, coloured({name: one["augmentation"]["gain_by_windows"] for name, one in systems.items()}))
     style(axis, "generated windows per user", "gain, points", legend=True)
     return figure

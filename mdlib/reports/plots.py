@@ -2,6 +2,7 @@
 functions take tensors or plain data and return a Figure."""
 
 from collections import Counter
+from functools import cache
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
@@ -11,6 +12,7 @@ import seaborn
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
 from pandas import DataFrame
 from PIL import Image
@@ -26,24 +28,24 @@ DPI = 120
 class Picture(Figure):
     """A figure that a notebook shows as a picture although pyplot does not know it."""
 
+    def __init__(self, **options):
+        super().__init__(dpi=DPI, layout="constrained", **options)
+
     def _repr_png_(self) -> bytes:
         return to_png(self)
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, list]:
-    """A figure outside pyplot's global list, so that notebooks show it once and batch runs free it; its axes."""
-    figure = Picture(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
-
-
-def panels(number: int, most: int, width: float, height: float) -> tuple[Figure, list]:
-    """A figure with `number` panels of this size in inches, at most `most` in a row; their axes."""
-    columns = min(most, number)
-    rows = -(-number // columns)
-    figure, axes = new_figure(width * columns, height * rows, rows, columns)
-    for axis in axes[number:]:
+def new_figure(width: float, height: float, panels: int = 1, columns: int = 12, **options) -> tuple[Figure, list]:
+    """A figure outside pyplot's global list, so that notebooks show it once and batch runs free it, and its axes:
+    `panels` of this size in inches, at most `columns` in a row."""
+    columns = min(columns, panels)
+    rows = -(-panels // columns)
+    size = round(width * columns, 6), round(height * rows, 6)  # else rounding errors take away a pixel
+    figure = Picture(figsize=size)
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
+    for axis in axes[panels:]:
         axis.set_axis_off()
-    return figure, axes[:number]
+    return figure, axes[:panels]
 
 
 def style(axis, x: str = "", y: str = "", title: str = "", legend: bool | str = False) -> None:
@@ -62,6 +64,21 @@ def coloured(lines: dict) -> list[tuple]:
     return list(zip(lines, lines.values(), seaborn.color_palette("colorblind", len(lines)), strict=True))
 
 
+@cache
+def fonts(text: str) -> list[str] | None:
+    """Families that together draw a text: matplotlib's own and, for characters that it lacks, such as Chinese ones, an
+    installed one. None where no font has them."""
+    lacks = lambda path: {character for character in text if not get_font(path).get_char_index(ord(character))}
+    missing = lacks(findfont(FontProperties()))
+    if not missing:
+        return ["sans-serif"]
+    for font in fontManager.ttflist:
+        # A font of last resort draws a box for everything; the list may name fonts that were removed.
+        if "LastResort" not in font.fname and Path(font.fname).exists() and not missing & lacks(font.fname):
+            return ["sans-serif", font.name]
+    return None
+
+
 def _show(axis, image: np.ndarray | None, title: str = "", **options) -> None:
     """An image on an axis without ticks or frame; None leaves it empty."""
     axis.set(xticks=[], yticks=[])
@@ -73,8 +90,8 @@ def _show(axis, image: np.ndarray | None, title: str = "", **options) -> None:
 
 def _pictures(lines: list[tuple[str, list]], side: float = 1.3) -> Figure:
     """Rows of images: a row's name, and the (image, title) in it; the image may be None."""
-    columns = max(len(images) for _, images in lines)
-    figure, axes = new_figure(side * columns + 0.3, (side + 0.15) * len(lines) + 0.1, len(lines), columns)
+    columns, rows = max(len(images) for _, images in lines), len(lines)
+    figure, axes = new_figure(side + 0.3 / columns, side + 0.15 + 0.1 / rows, rows * columns, columns)
     for place, (name, images) in enumerate(lines):
         row = axes[place * columns : (place + 1) * columns]
         for axis, (image, title) in zip_longest(row, images, fillvalue=(None, "")):
@@ -99,26 +116,16 @@ def picture(image: torch.Tensor, colormap: str) -> np.ndarray:
     return colorize(image[0], "jet" if colormap == "none" else colormap)
 
 
-def save(figure: Figure, path: str | Path | BytesIO) -> None:
-    """Write a figure as PNG."""
-    figure.savefig(path, dpi=DPI)
-
-
 def to_png(*figures: Figure) -> bytes:
     """Figures as PNG bytes, one below the other."""
     images = []
     for figure in figures:
-        save(figure, buffer := BytesIO())
+        figure.savefig(buffer := BytesIO())
         images.append(Image.open(buffer).convert("RGB"))
     page = Image.new("RGB", (max(one.width for one in images), sum(one.height for one in images)), "white")
     for place, image in enumerate(images):
         page.paste(image, (0, sum(one.height for one in images[:place])))
-    return _png(page)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, format="PNG")
+    page.save(buffer := BytesIO(), format="PNG")
     return buffer.getvalue()
 
 
@@ -158,10 +165,15 @@ def reconstructions(real: torch.Tensor, decoded: torch.Tensor, colormap: str = "
     return _pictures([(name, [(image, "") for image in images]) for name, images in lines.items()])
 
 
-def user_view(real: WindowSet, generated: WindowSet, nearest: WindowSet | None = None, ratios=()) -> Figure:
+def user_view(
+    real: WindowSet, generated: WindowSet, nearest: WindowSet | None = None, ratios=(), stand_in: str = "condition 1"
+) -> Figure:
     """Windows of one user: real ones, generated ones, and below each of those the training window nearest to it.
 
-    ratios: distance to `nearest` over that of real unseen windows: 1 for one as new as a real window, less for a copy.
+    Args:
+        ratios: distance to `nearest` over that of real unseen windows: 1 for one as new as a real window, less for a
+            copy.
+        stand_in: replaces a condition's name that no installed font can draw.
     """
     some = lambda part, titles: list(zip([picture(one, part.colormap) for one in part.images], titles, strict=True))
     lines = [("real", some(real, [""] * len(real)))]
@@ -169,7 +181,9 @@ def user_view(real: WindowSet, generated: WindowSet, nearest: WindowSet | None =
     if nearest is not None:
         lines.append(("nearest training", some(nearest, [f"distance {ratio:.2f}" for ratio in ratios])))
     figure = _pictures(lines, 1.5)
-    figure.suptitle(f"ID_{generated.files[0].user} {generated.files[0].condition}".strip(), fontsize=9, color=INK)
+    user, condition = generated.files[0].user, generated.files[0].condition
+    title = f"ID_{user} {condition if fonts(condition) else stand_in}".strip()
+    figure.suptitle(title, fontsize=9, color=INK, fontfamily=fonts(condition))
     return figure
 
 
@@ -188,7 +202,7 @@ def neighbourhoods(points: list[dict]) -> Figure:
 
 def history(rows: list[dict], keys: list[tuple[str, ...]]) -> Figure:
     """Training curves over optimizer steps: one panel for each tuple of keys of the history's rows."""
-    figure, axes = new_figure(3.4 * len(keys), 2.5, 1, len(keys))
+    figure, axes = new_figure(3.4, 2.5, len(keys))
     for axis, names in zip(axes, keys, strict=True):
         for name, colour in zip(names, (ACCENT, SECOND, THIRD), strict=False):
             steps, values = zip(*((row["step"], row[name]) for row in rows if name in row), strict=True)
@@ -201,7 +215,7 @@ def history(rows: list[dict], keys: list[tuple[str, ...]]) -> Figure:
 def latent_statistics(latents: torch.Tensor) -> Figure:
     """Normalised latents (N, D, h, w): each channel's histogram on N(0, 1), and its deviation, which should be 1."""
     channels = latents.detach().float().cpu().transpose(0, 1).flatten(1).numpy()
-    figure, (left, right) = new_figure(7.5, 2.6, 1, 2)
+    figure, (left, right) = new_figure(3.75, 2.6, 2)
     edges = np.linspace(-5, 5, 61)
     for values in channels:
         left.hist(values.clip(-5, 5), edges, density=True, histtype="step", color=ACCENT, alpha=0.5, linewidth=0.8)
@@ -217,7 +231,7 @@ def code_usage(counts: np.ndarray | list[int]) -> Figure:
     """How often each code is used: by index, and sorted on a log axis; red marks unused codes."""
     counts = np.asarray(counts)
     used = counts > 0
-    figure, (left, right) = new_figure(7.5, 2.6, 1, 2)
+    figure, (left, right) = new_figure(3.75, 2.6, 2)
     left.bar(np.arange(len(counts)), counts, width=1.0, color=ACCENT)
     left.plot(np.flatnonzero(~used), np.zeros((~used).sum()), "|", color=SECOND, markersize=8)
     style(left, "code", "times used")
@@ -248,23 +262,18 @@ def heatmap(values: np.ndarray, users, size: tuple, x: str, y: str = "", **optio
     return figure
 
 
-def tile(patch: torch.Tensor, colormap: str, height: int = 36) -> bytes:
-    """A code's patch (C, r, c) as a PNG `height` pixels high, every pixel of it a block."""
-    small = Image.fromarray(picture(patch, colormap))
-    size = round(small.width * height / small.height), height
-    return _png(small.resize(size, Image.Resampling.NEAREST))
-
-
-def code_tiles(book, codes: list[int], columns: int = 16) -> Figure:
-    """What codes of a `Codebook` decode to, each below its index and how often it is used."""
-    titles = [f"{code}\n×{book.times[code]}" for code in codes]
-    return windows(book.decoded[codes], titles, book.windows.colormap, columns, 0.62)
+def code_tiles(book, times: torch.Tensor, number: int, page: int = 1) -> Figure:
+    """A page of `number` codes of a `Codebook`, most used first by their times (K,): what each decodes to, below its
+    index and how often it is used."""
+    codes = times.argsort(descending=True, stable=True)[number * (page - 1) : number * page].tolist()
+    titles = [f"{code}\n×{times[code]}" for code in codes]
+    return windows(book.decoded[codes], titles, book.windows.colormap, 16, 0.62)
 
 
 def code_card(book, code: int) -> Figure:
     """One code of a `Codebook`: what it decodes to and stands for, its cells, who uses it, windows with it marked."""
     windows, times, users = book.windows, int(book.times[code]), book.windows.users
-    figure = Picture(figsize=(9.0, 3.7), layout="constrained")
+    figure = Picture(figsize=(9.0, 3.7))
     grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.15))
     panels = [("decodes to", book.decoded[code])] + ([("stands for, on average", book.real[code])] if times else [])
     for column, (title, patch) in enumerate(panels):

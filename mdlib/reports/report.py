@@ -1,6 +1,13 @@
-"""Report, comparison and study as JSON and HTML, and the folders of images that a report is made from."""
+"""Report, comparison and study as JSON and HTML, and the folders of images that a report is made from.
 
+Pages are made by the jinja2 templates in `templates/`. They open offline: style and charts are part of the file.
+"""
+
+import base64
+import json
 from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mdlib.data.splits import apply_split, describe_training, read_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.data.windows import WindowSet, load_windows, to_float
@@ -8,12 +15,26 @@ from mdlib.evaluation.codec_quality import choose_codec
 from mdlib.evaluation.evidence import Evidence, Protocol
 from mdlib.evaluation.metrics import absent
 from mdlib.evaluation.protocol import evaluate, through_codec
-from mdlib.reports import charts, pages, plots
+from mdlib.pipeline import load_pipeline
+from mdlib.reports import charts, plots
+from mdlib.reports.charts import SECTIONS, describe
 from mdlib.training.fit import read_history
-from mdlib.utils import DataError
+from mdlib.utils import DataError, whole_file
 
 GAIT = ("torso_speed", "cadence", "step_length", "foot_speed")  # whose spread within a user is pictured
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
+COLUMNS = {  # what stands next to a figure, and the column's heading
+    "real": "Real windows",
+    "train": "Training windows",
+    "ratio": "Ratio to real",
+    "correlation": "Correlation over users (real)",
+    "n": "n",
+}
+BEST = {  # the figures by which systems are compared: section, name, which value is best, how the answer begins
+    "gain": ("augmentation", "gain", max, "Largest gain"),
+    "fidelity": ("fidelity", "fd_ratio", min, "Nearest to real windows by Fréchet distance"),
+    "identity": ("identity", "accuracy", max, "Most often recognised as their user"),
+}
 
 
 def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str, plots.Figure]:
@@ -30,7 +51,7 @@ def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str,
         measured["training"]["curves"] = absent("no training logs in this folder")
     if not report["augmentation"]["gain_by_selection"]:
         measured["augmentation"]["filters"] = absent("none asked for: set keep, the fractions to retain")
-    pages.write(report, Path(out), "report", shown, measured=measured, missing=pages.not_measured(measured))
+    _write(report, out, "report", shown, measured=measured, missing=not_measured(measured))
     return shown
 
 
@@ -57,8 +78,6 @@ def validate_folders(
     """
     codec = None
     if pipeline:
-        from mdlib.pipeline import load_pipeline
-
         codec = load_pipeline(pipeline).codec
         size, channels = codec.config.image_size, codec.config.in_channels
     parts = read_split(split)
@@ -136,7 +155,7 @@ def write_study(result: dict, out: str | Path) -> None:
     """Write study.json and study.html into `out`. result: settings, and rows (windows_per_user, folds and sections of a
     report, verdict among them), with mdlib and created."""
     counts = {row["windows_per_user"]: row for row in result["rows"]}
-    pages.write(result, Path(out), "study", {"study": charts.study(result["rows"])}, counts=counts)
+    _write(result, out, "study", {"study": charts.study(result["rows"])}, counts=counts)
 
 
 def write_comparison(result: dict, windows: dict[str, WindowSet], out: str | Path) -> None:
@@ -146,51 +165,137 @@ def write_comparison(result: dict, windows: dict[str, WindowSet], out: str | Pat
     shown = {"gains": charts.gains(measured), "learning": charts.learning(measured)} if measured else {}
     if windows:
         shown["windows"] = plots.side_by_side(windows)
-    pages.write(result, Path(out), "comparison", shown, systems=measured)
+    _write(result, out, "comparison", shown, systems=measured)
 
 
 def conclusions(systems: dict[str, dict]) -> dict:
     """Answers, each a dictionary with value and sentence: which system by gain, by Fréchet distance and by identity,
     and which kind of codec by the rule of `codec_quality.choose_codec`."""
-    measured = {name: figures for name, figures in systems.items() if "error" not in figures}
-    return {**_best_systems(measured), "codec": _best_codec(measured)}
-
-
-def _best_systems(systems: dict[str, dict]) -> dict:
-    if not systems:
-        return {}
-    gains = {name: figures["augmentation"]["gain"] for name, figures in systems.items()}
-    best = max(gains, key=lambda name: gains[name]["value"])
-    apart = [name for name in gains if gains[name]["ci95"][1] < gains[best]["ci95"][0]]
-    how = f"its interval lies above that of {', '.join(apart)}" if apart else "but the intervals of all systems overlap"
-    sentence = f"Largest gain: {best}, {pages.written(gains[best], 'points')}; {how}."
-    if gains[best]["ci95"][0] <= 0:
-        sentence = f"No system's generated windows help for certain. {sentence}"
-    found = {"gain": {"value": best, "sentence": sentence}}
-    for key, title, pick, name in (
-        ("fidelity", "Nearest to real windows by Fréchet distance", min, "fd_ratio"),
-        ("identity", "Most often recognised as their user", max, "accuracy"),
-    ):
-        values = {system: figures[key][name]["value"] for system, figures in systems.items()}
-        values = {system: value for system, value in values.items() if value is not None}
+    measured, found = {name: figures for name, figures in systems.items() if "error" not in figures}, {}
+    for key, (section, name, pick, title) in BEST.items():
+        every = {system: figures[section][name] for system, figures in measured.items()}
+        values = {system: figure["value"] for system, figure in every.items() if figure["value"] is not None}
         if values:
             best = pick(values, key=values.get)
-            figure = pages.written(values[best], pages.describe(key, name)["unit"])
-            found[key] = {"value": best, "sentence": f"{title}: {best} ({figure})."}
-    return found
+            text = written(every[best], describe(section, name)["unit"])
+            found[key] = {"value": best, "sentence": f"{title}: {best}, {text}."}
+    if "gain" in found:
+        ends = {system: figures["augmentation"]["gain"]["ci95"] for system, figures in measured.items()}
+        low, _ = ends.pop(found["gain"]["value"])
+        apart = ", ".join(system for system, (_, high) in ends.items() if high < low)
+        how = f"Its interval lies above that of {apart}." if apart else "But the intervals of all systems overlap."
+        doubt = "" if low > 0 else "No system's generated windows help for certain. "
+        found["gain"]["sentence"] = f"{doubt}{found['gain']['sentence']} {how}"
+    return found | {"codec": _best_codec(measured)}
 
 
 def _best_codec(systems: dict[str, dict]) -> dict:
     """VQ or KL: the codecs of best PSNR with and without a codebook."""
-    best = {}
+    kinds: dict[str, list[dict]] = {}
     for name, figures in systems.items():
         psnr, usage = figures["reconstruction"]["psnr_db"]["value"], figures["codebook"]["usage"]["value"]
-        kind = "kl" if usage is None else "vq"
-        if psnr is not None and psnr > best.get(kind, {"psnr_db": 0.0})["psnr_db"]:
-            best[kind] = {"psnr_db": psnr, "usage": usage, "system": name}
-    if len(best) < 2:
+        if psnr is not None:
+            one = {"psnr_db": psnr, "usage": usage, "system": name}
+            kinds.setdefault("kl" if usage is None else "vq", []).append(one)
+    if len(kinds) < 2:
         reason = "it takes a codec with a codebook and one without"
         return {"value": None, "reason": reason, "sentence": f"VQ or KL codec: not measured ({reason})."}
-    choice, names = choose_codec(best["vq"], best["kl"]), {kind: one["system"] for kind, one in best.items()}
-    sentence = f"{choice['sentence']} (VQ: {names['vq']}, KL: {names['kl']}.)"
-    return {"value": choice["choice"], **choice, "systems": names, "sentence": sentence}
+    vq, kl = (max(kinds[kind], key=lambda one: one["psnr_db"]) for kind in ("vq", "kl"))
+    choice, systems = choose_codec(vq, kl), {"vq": vq["system"], "kl": kl["system"]}
+    sentence = f"{choice['sentence']} (VQ: {systems['vq']}, KL: {systems['kl']}.)"
+    return {"value": choice["choice"], **choice, "systems": systems, "sentence": sentence}
+
+
+# ---- figures on a page
+
+
+def number(value: float | str | list | None, unit: str = "") -> str:
+    """A value without its unit: fractions as percent or signed points, parameters as millions."""
+    if value is None or isinstance(value, str):
+        return value or "–"
+    if isinstance(value, list):
+        return ", ".join(number(one, unit) for one in value)
+    if unit in ("percent", "points"):
+        return f"{100 * value:{'+' if unit == 'points' else ''}.1f}"
+    if unit == "million":
+        return f"{value / 1e6:.3g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def written(figure: dict | float | str | list | None, unit: str = "", reference: bool = False) -> str:
+    """A figure of report.json, or a bare value, with unit and 95 % interval: `+4.4 points [+1.0, +7.8]`; with
+    `reference` followed by that of real windows, or by the ratio to it."""
+    figure = figure if isinstance(figure, dict) else {"value": figure}
+    if figure["value"] is None:
+        return "–"
+    unit = figure.get("unit", unit)
+    text = f"{number(figure['value'], unit)} {'%' if unit == 'percent' else unit} {interval(figure, unit)}"
+    if reference and figure.get("ratio") is not None:
+        text += f" ({number(figure['ratio'])}× real)"
+    elif reference and "real" in figure:
+        text += f" (real {number(figure['real'], unit)})"
+    return " ".join(text.split())
+
+
+def interval(figure: dict, unit: str) -> str:
+    return f"[{number(figure['ci95'], unit)}]" if figure.get("ci95") else ""
+
+
+def table(section: str, figures: dict) -> list[dict]:
+    """A row for each measured figure of a report's section, in the page's order: `describe`, value and COLUMNS."""
+    rows = []
+    for name, figure in figures.items():
+        entry = figure if isinstance(figure, dict) else {"value": figure}
+        if isinstance(figure, list) or entry["value"] is None:
+            continue
+        about = describe(section, name)
+        unit = entry.get("unit", about["unit"])
+        real = {"value": entry.get("real", entry.get("real_vs_real")), "ci95": entry.get("real_ci95")}
+        row = {"value": written(figure, unit), "real": written(real, unit), "train": written(entry.get("train"), unit)}
+        row |= {"ratio": written(entry.get("ratio")), "n": written(entry.get("n"))}
+        own, of_real = (number(entry.get(f"user_correlation{suffix}")) for suffix in ("", "_real"))
+        row["correlation"] = "–" if own == "–" else f"{own} ({of_real})"
+        if between := entry.get("between"):
+            about["help"] += f" Measured from {number(between[0])} to {number(between[1])}."
+        rows.append(about | row)
+    return sorted(rows, key=lambda row: row["place"])
+
+
+def not_measured(report: dict) -> list[tuple[str, str, str]]:
+    """Section, label and reason of every figure of a report that is null, in the page's order."""
+    found = []
+    for key, section in SECTIONS.items():
+        for name, figure in report.get(key, {}).items():
+            if figure is None:
+                figure = {"value": None, "reason": "cannot be computed from these windows"}
+            if isinstance(figure, dict) and figure["value"] is None:
+                found.append((section["title"], describe(key, name)["label"], figure["reason"]))
+    return found
+
+
+def compared(section: str, names: list[str], reports: list[dict]) -> list[dict]:
+    """A row for each of some figures of a section: `describe`, and cells with the figure in each report."""
+    rows = []
+    for name in names:
+        about = describe(section, name)
+        cells = [written(report[section].get(name), about["unit"], reference=True) for report in reports]
+        if set(cells) != {"–"}:
+            rows.append(about | {"cells": cells})
+    return rows
+
+
+def _write(result: dict, out: str | Path, name: str, shown: dict, **content) -> None:
+    """Write NAME.json, which holds `result`, and NAME.html by the template of that name, which shows `result`, the
+    charts `shown` by key and `content`, into `out`."""
+    out = Path(out)
+    with whole_file(out / f"{name}.json") as path:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    options = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    templates = Environment(loader=PackageLoader("mdlib.reports"), **options)
+    templates.globals |= dict(describe=describe, written=written, interval=interval, table=table, compared=compared)
+    pictures = {key: base64.b64encode(figure._repr_png_()).decode() for key, figure in shown.items()}
+    page = templates.get_template(f"{name}.html").render(
+        result=result, charts=pictures, name=name, columns=COLUMNS, sections=SECTIONS, **content
+    )
+    with whole_file(out / f"{name}.html") as path:
+        path.write_text(page.replace(" %", "&nbsp;%"), encoding="utf-8")

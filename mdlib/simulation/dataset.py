@@ -32,7 +32,7 @@ def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="norm
     """Simulate the windows of one recording of one user, who walks to and fro for about two minutes, without the turns.
 
     Args:
-        user, recording, seed: user k of a seed is the same person in every call.
+        user, recording, seed: numbers from 1, the seed from 0; user k of a seed is the same person in every call.
         n_windows: number of windows; the first ones do not depend on it.
         condition: one of `CONDITIONS`.
         clock: windows of 3 s, which show the cadence, instead of four steps each.
@@ -45,15 +45,7 @@ def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="norm
             oscillation.
         numbers: int (n_windows,), positions in time: consecutive in a walk, gaps of 3 to 17 at the turns. A window
             shares three quarters with the next.
-
-    Raises:
-        ValueError: an unknown condition, a negative seed, or another number below 1.
     """
-    if condition not in CONDITIONS or seed < 0 or min(user, recording, n_windows) < 1:
-        raise ValueError(
-            f"user={user}, recording={recording}, n_windows={n_windows}, seed={seed}, condition={condition!r}: numbers "
-            f"start at 1 (the seed at 0), conditions are {', '.join(CONDITIONS)}"
-        )
     person, height = gait.draw_person(np.random.default_rng([seed, 0, user]))
     key = [user, recording, CONDITIONS.index(condition), 0]
     session_rng = np.random.default_rng([seed, 1, *key])
@@ -95,11 +87,10 @@ def simulate_dataset(out, users=31, windows=150, size=256, seed=0, condition="no
     arguments = dict(users=users, windows=windows, size=size, seed=seed, condition=condition, recordings=recordings)
     if condition not in (*CONDITIONS, "all"):
         raise ValueError(f"condition={condition!r}: choose one of {', '.join(CONDITIONS)} or all")
-    for name, least in dict(users=1, size=1, recordings=1, seed=0).items():
+    for name, least in dict(users=1, size=1, recordings=1, seed=0, windows=recordings).items():
         if arguments[name] < least:
-            raise ValueError(f"{name}={arguments[name]}: must be at least {least}")
-    if windows < recordings:
-        raise ValueError(f"windows={windows}: must be at least one for each of the {recordings} recordings")
+            hint = ", one for each recording" if name == "windows" else ""
+            raise ValueError(f"{name}={arguments[name]}: must be at least {least}{hint}")
     if _already_there(out, arguments):
         return out
     conditions = CONDITIONS if condition == "all" else (condition,)

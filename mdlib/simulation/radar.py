@@ -31,29 +31,27 @@ class Segment(NamedTuple):
     end: str
     fractions: tuple[float, ...]
     radius: float  # m, semi-axis across
+    reflectivity: float  # relative to the torso's, dB
+    specular: float  # fraction of it; a large one of thigh and shank makes the dark gaps in double support
 
 
 def _segments():
-    yield Segment("head", "neck", "head", (0.6,), 0.10)
-    yield Segment("torso", "base", "neck", (0.08, 0.3, 0.5, 0.7, 0.9), 0.15)
+    yield Segment("head", "neck", "head", (0.6,), 0.10, -10.0, 0.3)
+    yield Segment("torso", "base", "neck", (0.08, 0.3, 0.5, 0.7, 0.9), 0.15, 0.0, 0.2)
     for s in "RL":
-        yield Segment("shoulders", "neck", f"shoulder{s}", (0.8,), 0.06)
-        yield Segment("upper arm", f"shoulder{s}", f"elbow{s}", (0.35, 0.8), 0.05)
-        yield Segment("forearm", f"elbow{s}", f"hand{s}", (0.3, 0.65, 1.0), 0.04)
-        yield Segment("hip", "base", f"hip{s}", (0.7,), 0.08)
-        yield Segment("thigh", f"hip{s}", f"knee{s}", (0.1, 0.28, 0.46, 0.64, 0.82, 0.97), 0.075)
-        yield Segment("shank", f"knee{s}", f"ankle{s}", (0.1, 0.25, 0.4, 0.55, 0.7, 0.85), 0.055)
-        yield Segment("foot", f"ankle{s}", f"toe{s}", (0.0, 0.3, 0.6, 0.95), 0.045)
+        yield Segment("shoulders", "neck", f"shoulder{s}", (0.8,), 0.06, -9.0, 0.5)
+        yield Segment("upper arm", f"shoulder{s}", f"elbow{s}", (0.35, 0.8), 0.05, -9.5, 0.92)
+        yield Segment("forearm", f"elbow{s}", f"hand{s}", (0.3, 0.65, 1.0), 0.04, -10.5, 0.92)
+        yield Segment("hip", "base", f"hip{s}", (0.7,), 0.08, -7.5, 0.6)
+        yield Segment("thigh", f"hip{s}", f"knee{s}", (0.1, 0.28, 0.46, 0.64, 0.82, 0.97), 0.075, -2.0, 0.985)
+        yield Segment("shank", f"knee{s}", f"ankle{s}", (0.1, 0.25, 0.4, 0.55, 0.7, 0.85), 0.055, -10.5, 0.993)
+        yield Segment("foot", f"ankle{s}", f"toe{s}", (0.0, 0.3, 0.6, 0.95), 0.045, -10.7, 0.7)
 
 
 BODY = tuple(_segments())
 POINTS = [f"{s.end}{i}" for s in BODY for i in range(len(s.fractions))]
 CHEST = POINTS.index("neck2")  # the middle of the torso
 FEET = [[POINTS.index(f"toe{s}{i}") for i in range(4)] for s in "RL"]
-# Reflectivity relative to the torso's, dB, and its specular fraction. A strong specular fraction of thigh and shank
-# makes the dark gaps in double support.
-REFLECTIVITY = np.array([-10.0, 0.0, -9.0, -9.5, -10.5, -7.5, -2.0, -10.5, -10.7])
-SPECULAR = np.array([0.3, 0.2, 0.5, 0.92, 0.92, 0.6, 0.985, 0.993, 0.7])
 BAG_DB, BAG_DROP = -9.0, 0.18  # a bag in the right hand: echo in dB, metres under the hand
 
 
@@ -100,20 +98,19 @@ def speckle(rng, columns, points, column_s):
 def echoes(joints, rcs, girth, carries_bag):
     """Distances (F, 3, P) of the scatter centres at three moments, and amplitudes (F, P) at the middle one.
 
-    joints {name: (F, 3, 3)} in the radar's frame; rcs (F, 9), this walker's dB relative to REFLECTIVITY; girth (F,).
+    joints {name: (F, 3, 3)} in the radar's frame; rcs (F, 9), this walker's dB relative to `reflectivity`; girth (F,).
     Ellipsoid cross-section after Mahafza (Chen 2011, ch. 2), relative to broadside, mixed with a diffuse part.
     """
     distance, amplitude = [], []
     for s in BODY:
-        kind = SEGMENTS.index(s.kind)
         start, axis = joints[s.start], joints[s.end] - joints[s.start]
         half2 = (axis[:, 1] ** 2).sum(-1) / 4
         middle = start[:, 1] + axis[:, 1] / 2
         cos2 = (middle * axis[:, 1]).sum(-1) ** 2 / ((middle**2).sum(-1) * 4 * half2)
         a2 = (s.radius * girth) ** 2
         ellipsoid = a2**2 / (a2 * (1 - cos2) + half2 * cos2) ** 2
-        mixed = SPECULAR[kind] * np.minimum(ellipsoid, 2) + 1 - SPECULAR[kind]
-        power = 10 ** ((REFLECTIVITY[kind] + rcs[:, kind]) / 10) * mixed / len(s.fractions)
+        mixed = s.specular * np.minimum(ellipsoid, 2) + 1 - s.specular
+        power = 10 ** ((s.reflectivity + rcs[:, SEGMENTS.index(s.kind)]) / 10) * mixed / len(s.fractions)
         for f in s.fractions:
             distance.append(np.linalg.norm(start + f * axis, axis=-1))
             amplitude.append(np.sqrt(power))

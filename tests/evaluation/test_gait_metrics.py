@@ -15,7 +15,7 @@ from mdlib.data.windows import WindowSet
 from mdlib.evaluation import gait_metrics
 from mdlib.evaluation.evidence import Evidence, halves
 from mdlib.evaluation.gait_metrics import compare, image_axis, measure, of_user, physics, plausible, read
-from mdlib.reports import charts, pages, plots
+from mdlib.reports import charts, plots
 from mdlib.simulation import dataset
 from mdlib.simulation.dataset import simulate_recording
 from mdlib.simulation.radar import velocity_axis
@@ -329,7 +329,7 @@ def test_what_cannot_be_read_is_null_with_its_reason(evidence, real):
 
 def test_the_chart_shows_every_metric(honest):
     panels = [axis for axis in charts.user_means(honest).axes if axis.get_title()]
-    labels = [pages.describe("physics", name)["label"] for name in gait_metrics.FIGURES]
+    labels = [charts.describe("physics", name)["label"] for name in gait_metrics.FIGURES]
     assert [axis.get_title() for axis in panels] == labels
     _, dots = panels[0].get_lines()
     assert dots.get_ydata() == pytest.approx(honest["torso_speed"]["generated_means"])

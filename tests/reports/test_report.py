@@ -10,7 +10,8 @@ from toys import evidence, windows
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.protocol import evaluate, verdict
 from mdlib.models.vqvae import VQVAE
-from mdlib.reports import pages, plots
+from mdlib.reports import plots
+from mdlib.reports import report as pages
 from mdlib.reports.report import load_generated, write_report
 from mdlib.training.fit import read_history, write_history
 from mdlib.utils import DataError

@@ -1,14 +1,19 @@
-"""Views are thin: every control draws what a pure function draws, errors are told, and a batch run gets pictures."""
+"""Views are thin: every control draws what a pure function draws, errors are shown, and a batch run gets pictures."""
 
 import ast
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import ipywidgets
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from IPython.core.formatters import DisplayFormatter
+from matplotlib import get_data_path
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 
 from mdlib.data.files import WindowFile
 from mdlib.data.windows import WindowSet, to_uint8
@@ -75,34 +80,52 @@ def generated(pipeline, folder, real):
 
 @pytest.fixture
 def users(real, generated, train, pipeline, tmp_path):
-    people = widgets._People(real, generated, train, pipeline, each=2)
-    return widgets._Users(people, tmp_path / "selected", seed=0, sampling={})
+    return browser(real, generated, train, pipeline, 2, tmp_path / "selected")
+
+
+def browser(real, generated, train, pipeline, each, folder="selected"):
+    """A user browser with its controls."""
+    browser = widgets.UserBrowser(real, generated, train, pipeline, each)
+    browser.box = browser.controls(folder, seed=0, sampling={})
+    return browser
 
 
 @pytest.fixture
 def codes(codec, real):
-    return widgets._Codes(survey(codec, real, codec.encode_tokens(real.float())))
+    """The codebook, and the controls and pictures of its explorer."""
+    book = survey(codec, real, codec.encode_tokens(real.float()))
+    controls, usage, tiles, line, card = widgets.code_explorer(book).children
+    whose, page, code = controls.children
+    return SimpleNamespace(
+        **dict(book=book, whose=whose, page=page, code=code, usage=usage, tiles=tiles, card=card, line=line)
+    )
 
 
-def test_clicking_a_code_shows_that_code(codes):
-    code = codes.shown[3]
-    codes.tiles[3].click()
+def labels(figure):
+    """Index and times of the codes on a picture of tiles."""
+    titles = [axis.get_title().split("\n×") for axis in figure.axes if axis.get_title()]
+    return [(int(code), int(times)) for code, times in titles]
+
+
+def test_a_codes_number_shows_that_code(codes):
+    code = codes.book.most_telling()
     assert codes.code.value == code and codes.card.value == plots.to_png(plots.code_card(codes.book, code))
-    assert [tile.button_style for tile in codes.tiles].count("info") == 1 and codes.tiles[3].button_style == "info"
-    codes.code.value = codes.shown[5]
-    assert codes.card.value == plots.to_png(plots.code_card(codes.book, codes.shown[5])), "so does its number"
+    codes.code.value = other = (code + 5) % 40
+    assert codes.card.value == plots.to_png(plots.code_card(codes.book, other))
 
 
 def test_choosing_a_user_draws_that_users_codes_most_used_first(codes):
     assert [name for name, _ in codes.whose.options] == ["all users", "ID_3", "ID_7", "ID_12"]
     codes.page.value = 2
-    assert len(codes.shown) == 8 and codes.tiles[8].layout.visibility == "hidden"
+    last = plots.code_tiles(codes.book, codes.book.times, widgets.TILES, 2)
+    assert codes.tiles.value == plots.to_png(last) and len(labels(last)) == 8
     codes.whose.value = 1
     counts = codes.book.counts[1]
-    assert codes.page.value == 1 and codes.tiles[8].layout.visibility == "visible"
+    first = plots.code_tiles(codes.book, counts, widgets.TILES)
+    assert codes.page.value == 1 and codes.tiles.value == plots.to_png(first)
     assert codes.usage.value == plots.to_png(plots.code_usage(counts.numpy()))
-    assert [int(tile.description) for tile in codes.tiles] == codes.shown
-    assert counts[codes.shown].tolist() == sorted(counts.tolist(), reverse=True)[:32]
+    assert [times for _, times in labels(first)] == sorted(counts.tolist(), reverse=True)[:32]
+    assert all(counts[code] == times for code, times in labels(first))
 
 
 def test_moving_the_slider_shows_that_user_with_the_nearest_training_windows(users, real, generated, train):
@@ -129,10 +152,10 @@ def test_seed_and_temperature_draw_live(users, pipeline):
 def test_only_what_the_prior_knows_can_be_turned(real, generated, codec):
     prior = LatentDiffusion(codec.latent_shape, num_users=3, block_out_channels=(8,), norm_num_groups=4, head_dim=8)
     diffusion = MicroDopplerPipeline(codec, prior, users=USERS, sampling=dict(guidance_scale=12.0))
-    live = widgets._Users(widgets._People(real, generated, real, diffusion, each=1), "selected", 0, {})
+    live = browser(real, generated, real, diffusion, each=1)
     assert list(live.sliders) == ["guidance_scale"]
     assert live.sliders["guidance_scale"].value == 12.0, "beyond the slider's usual end"
-    alone = widgets._Users(widgets._People(real, generated, real, None, each=2), "selected", 0, {})
+    alone = browser(real, generated, real, None, each=2)
     assert not alone.sliders and [value for _, value in alone.user.options] == [3, 7], "no pipeline: what is on disk"
 
 
@@ -149,7 +172,7 @@ def test_selected_live_windows_are_saved_as_generate_writes_them(users, pipeline
     assert row == (tmp_path / "all" / "manifest.csv").read_text().splitlines()[2]
 
 
-def test_selected_windows_on_disk_are_copied_beside_live_ones_of_the_same_options(users, folder, tmp_path):
+def test_selected_windows_on_disk_are_copied_next_to_live_ones_of_the_same_options(users, folder, tmp_path):
     users.selected[0].value = True
     users.button.click()
     users.seed.value = 9
@@ -162,18 +185,19 @@ def test_selected_windows_on_disk_are_copied_beside_live_ones_of_the_same_option
     assert len((tmp_path / "selected" / "manifest.csv").read_text().splitlines()) == 3
 
 
-def test_what_cannot_be_done_is_told_in_one_line(users, monkeypatch, tmp_path):
+def test_what_cannot_be_done_is_reported_in_one_line(users, monkeypatch, tmp_path):
     users.button.click()
     assert "no window is selected: use the buttons" in users.line.value
     users.user.value = 12
     assert "holds no window of ID_12: generate some" in users.line.value
     assert users.view.layout.visibility == "hidden", "no picture of somebody else stays"
-    monkeypatch.setattr(users.people.pipeline, "plan", lambda *_: 1 / 0)
+    assert all(button.disabled for button in users.selected)
+    monkeypatch.setattr(users.pipeline, "plan", lambda *_: 1 / 0)
     users.source.value = widgets.LIVE
     assert "ZeroDivisionError: division by zero" in users.line.value
     monkeypatch.undo()
     users.seed.value = 1
-    assert users.view.layout.visibility == "visible" and ">" in users.line.value
+    assert users.view.layout.visibility == "visible" and users.line.value == ""
     users.selected[0].value = True
     users.button.click()
     users.sliders["temperature"].value = 0.5
@@ -184,7 +208,7 @@ def test_what_cannot_be_done_is_told_in_one_line(users, monkeypatch, tmp_path):
 
 def test_an_error_within_a_redrawn_page_is_not_lost(codes, monkeypatch):
     codes.page.value = 2
-    monkeypatch.setattr(widgets.plots, "tile", lambda *_: 1 / 0)
+    monkeypatch.setattr(widgets.plots, "code_tiles", lambda *_: 1 / 0)
     codes.whose.value = 0
     assert "ZeroDivisionError" in codes.line.value
 
@@ -193,12 +217,58 @@ def test_people_with_conditions_are_shown_by_condition(real, generated):
     half = lambda part: replace(
         part, files=tuple(replace(file, condition=("bag", "normal")[n % 2]) for n, file in enumerate(part.files))
     )
-    browser = widgets._Users(widgets._People(half(real), half(generated), real, None, each=4), "selected", 0, {})
-    assert (
-        list(browser.condition.options) == ["bag", "normal"] and browser.condition in browser.box.children[0].children
+    users = browser(half(real), half(generated), real, None, each=4)
+    assert list(users.condition.options) == ["bag", "normal"] and users.condition in users.box.children[0].children
+    users.condition.value = "normal"
+    assert torch.equal(users.shown.images, generated.images[1:2]) and users.selected[1].disabled
+
+
+def test_moving_to_live_windows_generates_them_once(users, monkeypatch):
+    calls, plan = [], users.pipeline.plan
+    monkeypatch.setattr(users.pipeline, "plan", lambda *request: calls.append(request) or plan(*request))
+    users.seed.value = 3
+    assert len(calls) == 1
+
+
+def font_with(characters, path):
+    """A font file in which each character is a box."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((100, 0))
+    for corner in ((100, 700), (800, 700), (800, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    box, names = pen.glyph(), [f"box{n}" for n in range(len(characters))]
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", *names])
+    font.setupCharacterMap({ord(character): name for character, name in zip(characters, names, strict=True)})
+    font.setupGlyf(dict.fromkeys([".notdef", *names], box))
+    font.setupHorizontalMetrics(dict.fromkeys([".notdef", *names], (900, 100)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Boxes", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.filterwarnings("error")
+def test_a_condition_in_chinese_is_drawn_without_warnings(real, installed, monkeypatch, tmp_path):
+    """With an installed font that has the characters by its name, without one by its number."""
+    own = [font for font in fontManager.ttflist if get_data_path() in font.fname]  # those that matplotlib brings
+    monkeypatch.setattr(fontManager, "ttflist", own)
+    plots.fonts.cache_clear()
+    if installed:
+        font_with("正常", tmp_path / "boxes.ttf")
+        fontManager.addfont(tmp_path / "boxes.ttf")
+    part = replace(
+        real, files=tuple(replace(file, condition=("bag", "正常")[n % 2]) for n, file in enumerate(real.files))
     )
-    browser.condition.value = "normal"
-    assert torch.equal(browser.shown.images, generated.images[1:2]) and browser.selected[1].disabled
+    users = browser(part, part, part, None, each=2)
+    users.condition.value = "正常"
+    assert users.line.value == "" and bytes(users.view.value).startswith(b"\x89PNG")
+    title = users.picture(users.shown).get_suptitle()
+    assert title == ("ID_3 正常" if installed else "ID_3 condition 2")
+    plots.fonts.cache_clear()
 
 
 def test_a_batch_run_shows_pictures_instead(shown, codec, real, generated, monkeypatch):
