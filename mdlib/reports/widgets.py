@@ -4,13 +4,14 @@ A view is shown together with a picture of it: where nothing is live (HTML, GitH
 shows the picture alone. Only what ipywidgets 7 and 8 share is used.
 """
 
+from __future__ import annotations
+
 import html
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import ipywidgets
 import torch
 from IPython.display import display
 
@@ -21,6 +22,11 @@ from mdlib.evaluation.metrics import nearest_train
 from mdlib.pipeline import MicroDopplerPipeline, copy_windows
 from mdlib.reports import plots
 from mdlib.utils import DataError, batch_run, count
+
+try:
+    import ipywidgets
+except ImportError:  # pictures will do
+    ipywidgets = None
 
 TILES = 32  # codes on a page of the codebook explorer
 ON_DISK, LIVE = "on disk", "live"
@@ -64,8 +70,8 @@ def browse_users(
 
 
 def _display(figures: list, view: Callable[[], ipywidgets.VBox]) -> None:
-    """The view with the figures as its picture; the figures alone in a batch run."""
-    if batch_run():
+    """The view with the figures as its picture; the figures alone in a batch run or without ipywidgets."""
+    if batch_run() or ipywidgets is None:
         for figure in figures:
             display(figure)
         return
