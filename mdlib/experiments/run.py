@@ -34,7 +34,7 @@ PRODUCTS = {
     "02": ("codec", "split.json"),
     "03": ("prior", "pipeline"),
     "04": ("prior", "pipeline", "samples/denoising.png"),
-    "05": ("generated", "samples/contact_sheet.png"),
+    "05": ("generated", "samples/contact_sheet.png", "measured.json"),
     "06": ("report.json", "report.html"),
 }
 
@@ -158,8 +158,8 @@ def open_run(out: str | Path, **given) -> Run:
     for key in ("data", "split", "foundation", *STARTS):
         if wanted[key] and (key != "foundation" or Path(wanted[key]).exists()):
             wanted[key] = str(Path(wanted[key]).resolve())
-    record = read_record(out) if (out / "run.json").exists() else {}
-    stored = {**defaults(), **record["settings"]} if record else {}
+    record = read_record(out)
+    stored = defaults() | record["settings"] if record["settings"] else {}
     if wanted["preset"] == "auto":
         wanted["preset"] = stored.get("preset") or preset_for(gpus())
     if stored:
