@@ -5,7 +5,6 @@ report of a run lacks: sampling speed, sizes and cost.
 """
 
 import json
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from timeit import repeat
@@ -50,7 +49,8 @@ def compare(
         systems: names separated by commas, or "all".
         budget_minutes: training time of each system, half for the codec and half for the prior; 0 trains for the
             preset's steps. Teacher, encoding and evaluation come on top.
-        images_per_user: windows that each system generates; 0 takes the most that any system's preset generates.
+        images_per_user: windows that each system generates; 0 takes those of the runs in `out`, or else the most that
+            the preset of one of the systems generates.
         parameters: of any notebook, the same for every system.
 
     Returns:
@@ -67,7 +67,8 @@ def compare(
     preset = resolve_preset(out, preset)
     check_series("a comparison", names, preset, given, EXCLUDED | (EXCLUDED_BY_BUDGET if half else {}))
     find_windows(data)
-    images = images_per_user or _images_per_user(preset)
+    default = saved_settings(out).get("images_per_user") or max(get_preset(n, preset).images_per_user for n in names)
+    images = images_per_user or default
     own = {"budget_minutes": budget_minutes, "images_per_user": images, "parameters": given}
     about = claim_folder(out, "a comparison", data=data, preset=preset, **own)
     wanted = {"images_per_user": images, "counts": [n for n in (images // 9, images // 3) if n], **given}
@@ -101,15 +102,6 @@ def compare(
         result = {**stamp(about), "versions": versions(), "conclusions": conclusions(figures), "systems": figures}
         write_comparison(result, windows, out)
     return result
-
-
-def _images_per_user(preset: str) -> int:
-    """The most windows per user that any system generates with the preset, so that another system may join later."""
-    found = []
-    for name in SYSTEMS:
-        with suppress(DataError):  # a size of some systems only
-            found.append(get_preset(name, preset).images_per_user)
-    return max(found)
 
 
 def _measure(run: Run, parameters: dict) -> dict:

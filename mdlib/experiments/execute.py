@@ -129,25 +129,23 @@ def extended(out: Path, wanted: RunSettings) -> None:
     weights = out / "codec" if part == "codec" else out / "pipeline" / "prior"
     if not (weights / "config.json").exists():
         raise DataError(f"{out} has no trained {part} yet: give the command without {part}_steps and --extend first")
-    earlier = {"codec": [], "prior": [], **run.earlier}
-    earlier[part] = [*earlier[part], int(read_history(out / part)[-1]["step"])]
-    if changed[f"{part}_steps"] <= (done := sum(earlier[part])):
+    earlier = [*run.earlier.get(part, []), int(read_history(out / part)[-1]["step"])]
+    if changed[f"{part}_steps"] <= (done := sum(earlier)):
         raise DataError(f"{part}_steps={changed[f'{part}_steps']}: the {part} has {done} steps already, give more")
-    moved = out / f"{part}-{len(earlier[part])}"
-    (out / part).rename(moved)
+    record = read_record(out)
+    record["settings"] = run.settings | changed
+    moved = (out / part).rename(out / f"{part}-{len(earlier)}")
     if part == "prior":
         weights.rename(moved / "weights")
+        record["earlier"] = run.earlier | {"prior": earlier}
     else:
-        (out / "codec").mkdir()
         with suppress(FileNotFoundError):  # a codec without a teacher
             shutil.copytree(moved / "teacher", out / "codec" / "teacher")
-        earlier["prior"] = []
         for folder in out.glob("prior-*"):
             shutil.rmtree(folder)
-    record = read_record(out)
-    if part == "codec":
         record["steps"].pop("02_train_vqvae")
-    write_record(out, {**record, "settings": {**run.settings, **changed}, "earlier": earlier})
+        record["earlier"] = {"codec": earlier}
+    write_record(out, record)
     _forget(run, "03")
 
 

@@ -19,11 +19,11 @@ from mdlib.data.augment import as_they_are, enlarge
 from mdlib.data.windows import WindowSet
 from mdlib.evaluation.classifiers import trained_once
 from mdlib.evaluation.metrics import code_counts, codebook_figures
-from mdlib.experiments.run import Run, open_run
+from mdlib.experiments.run import Run, open_run, published_networks
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.codec import FeatureDistance
 from mdlib.models.layers import world
-from mdlib.models.pretrained import ClassifierFeatures, load_foundation, load_lpips
+from mdlib.models.pretrained import ClassifierFeatures
 from mdlib.systems import attach_losses, load_codec, make_codec, make_prior, seeded
 from mdlib.training.distributed import ERROR, check_batch, launch, processes
 from mdlib.training.fit import Batches, TrainConfig, fit_stages
@@ -111,17 +111,13 @@ def _enlarged(run: Run, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ..
 def _frozen_networks(run: Run, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.nn.Module]:
     """The networks of the codec's losses, as arguments of `attach_losses`: the teacher, trained once on images
     (N, C, S, S) and labels (N,) and stored next to the codec, LPIPS, and the foundation."""
-    networks, foundation = {}, run.preset.foundation
+    networks = published_networks(run.preset)
     if steps := run.preset.teacher_steps:
         users, seed = run.parts["train"].num_users, run.settings["seed"] + 1000  # not the seed of a classifier's
         teacher = trained_once(SmallCNN, run.path / "codec" / "teacher", images, labels, users, steps, seed)
         networks["teacher"] = FeatureDistance(teacher.to(memory_format=torch.channels_last))
-    if run.preset.losses.get("perceptual_weight"):
-        networks["lpips"] = load_lpips(run.preset.losses.get("perceptual_net", "squeeze"))
-    if foundation == "classifier":
+    if run.preset.foundation == "classifier":
         networks["foundation"] = ClassifierFeatures(networks["teacher"].classifier, images)
-    elif foundation != "none":
-        networks["foundation"] = load_foundation(foundation)
     return networks
 
 

@@ -61,11 +61,18 @@ def study(
     for split in splits.values():
         check_starts({**given, "data": str(data)}, split)
     settings = claim_folder(out, "a study", data=data, system=system, preset=preset, parameters=given)
-    _check_splits(out, splits)
+    for count, fold, path in _runs(out, "split.json"):
+        found, now = read_split(path), make_split(files, windows_per_user=count, fold=fold)
+        if any(found[part] != now[part] for part in PARTS):
+            raise DataError(f"{path.parent} was trained on other windows than the data holds now: choose another --out")
     for (k, fold), split in splits.items():
         print(f"{k} training windows per user, fold {fold + 1} of {folds}", flush=True)
         run = out / (f"windows-{k}-fold-{fold}" if fold else f"windows-{k}")
-        wanted = {**given, "split": _split_file(run, split), **shared_classifiers(run)}
+        file = read_record(run)["settings"].get("split")  # the run knows it by that name, wherever the study lies now
+        if not file:
+            file = str(out / f"{run.name.replace('windows', 'split')}.json")
+            write_split(split, file)
+        wanted = {**given, "split": file, **shared_classifiers(run)}
         execute(run, wanted, data=str(data), system=system, preset=preset)
         result = {**stamp(settings), "rows": _rows(out)}
         write_study(result, out)
@@ -76,27 +83,6 @@ def _runs(out: Path, what: str) -> list[tuple[int, int, Path]]:
     """Count, fold and the file `what` of every run of the study that has it."""
     found = [(re.fullmatch(r"windows-(\d+)(?:-fold-(\d+))?", path.parent.name), path) for path in out.glob(f"*/{what}")]
     return sorted((int(name[1]), int(name[2] or 0), path) for name, path in found if name)
-
-
-def _check_splits(out: Path, splits: dict[tuple[int, int], dict]) -> None:
-    """DataError where a run in `out` was trained on other windows than the data holds now."""
-    now = {fold: split for (_, fold), split in splits.items()}
-    for count, fold, path in _runs(out, "split.json"):
-        if fold not in now:
-            continue
-        found = read_split(path)
-        wanted = splits.get((count, fold), {**now[fold], "train": found["train"]})
-        if any(found[part] != wanted[part] for part in PARTS):
-            raise DataError(f"{path.parent} was trained on other windows than the data holds now: choose another --out")
-
-
-def _split_file(run: Path, split: dict) -> str:
-    """The split file of a run: the one in its settings, wherever the study lies now, or a new one."""
-    if given := read_record(run)["settings"].get("split"):
-        return given
-    path = run.parent / f"{run.name.replace('windows', 'split')}.json"
-    write_split(split, path)
-    return str(path)
 
 
 def _rows(out: Path) -> list[dict]:
