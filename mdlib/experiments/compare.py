@@ -15,12 +15,11 @@ from mdlib import __version__
 from mdlib.data.files import find_windows
 from mdlib.data.splits import PARTS
 from mdlib.experiments.execute import execute
-from mdlib.experiments.run import Run, open_run, versions
+from mdlib.experiments.run import Run, open_run, resolve_preset, versions
 from mdlib.experiments.settings import RunSettings, check_names, defaults, read_record
 from mdlib.pipeline import load_pipeline
 from mdlib.reports.report import conclusions, load_generated, write_comparison
 from mdlib.systems import SYSTEMS, get_preset
-from mdlib.systems.system import gpus, preset_for
 from mdlib.training.fit import read_history
 from mdlib.utils import DataError, whole_file
 
@@ -64,7 +63,7 @@ def compare(
         raise DataError(
             f"budget_minutes and images_per_user must be 0 or more, got {budget_minutes} and {images_per_user}"
         )
-    preset = resolve_preset(out, preset)
+    preset = resolve_preset(preset, saved_settings(out))
     check_series("a comparison", names, preset, given, EXCLUDED | (EXCLUDED_BY_BUDGET if half else {}))
     find_windows(data)
     default = saved_settings(out).get("images_per_user") or max(get_preset(n, preset).images_per_user for n in names)
@@ -168,11 +167,6 @@ def saved_settings(out: Path) -> dict:
     """The settings of the runs in `out`; {} where there are none."""
     file = out / "settings.json"
     return json.loads(file.read_text()) if file.exists() and any(out.glob("*/run.json")) else {}
-
-
-def resolve_preset(out: Path, preset: str) -> str:
-    """The name of the preset that "auto" stands for: that of the runs in `out`, or else the one for the GPUs here."""
-    return preset if preset != "auto" else saved_settings(out).get("preset") or preset_for(gpus())
 
 
 def shared_classifiers(run: Path) -> dict:

@@ -160,8 +160,7 @@ def open_run(out: str | Path, **given) -> Run:
             wanted[key] = str(Path(wanted[key]).resolve())
     record = read_record(out)
     stored = defaults() | record["settings"] if record["settings"] else {}
-    if wanted["preset"] == "auto":
-        wanted["preset"] = stored.get("preset") or preset_for(gpus())
+    wanted["preset"] = resolve_preset(wanted["preset"], stored)
     if stored:
         relevant = wanted if wanted["data"] else {k: v for k, v in wanted.items() if v != defaults()[k]}
         changed = [key for key in relevant if stored[key] != wanted[key]]
@@ -183,6 +182,11 @@ def open_run(out: str | Path, **given) -> Run:
     out.mkdir(parents=True, exist_ok=True)
     write_record(out, {"mdlib": __version__, "settings": wanted, "versions": versions(), "steps": {}})
     return run
+
+
+def resolve_preset(preset: str, stored: dict) -> str:
+    """The preset's name; "auto" is that of stored settings, or else the one for the GPUs here."""
+    return preset if preset != "auto" else stored.get("preset") or preset_for(gpus())
 
 
 def _check(run: Run) -> None:

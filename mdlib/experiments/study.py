@@ -11,9 +11,9 @@ from mdlib.data.splits import PARTS, make_split, read_split, write_split
 from mdlib.data.splits import folds as number_of_folds
 from mdlib.evaluation.augmentation_study import Outcomes, compared, joined
 from mdlib.evaluation.protocol import verdict
-from mdlib.experiments.compare import check_series, claim_folder, resolve_preset, shared_classifiers, stamp
+from mdlib.experiments.compare import check_series, claim_folder, saved_settings, shared_classifiers, stamp
 from mdlib.experiments.execute import execute
-from mdlib.experiments.run import check_starts
+from mdlib.experiments.run import check_starts, resolve_preset
 from mdlib.experiments.settings import read_record
 from mdlib.reports.report import write_study
 from mdlib.utils import DataError
@@ -50,7 +50,7 @@ def study(
         The content of study.json.
     """
     out, given = Path(out), parameters or {}
-    preset = resolve_preset(out, preset)
+    preset = resolve_preset(preset, saved_settings(out))
     check_series("a study", [system], preset, given, EXCLUDED)
     if not counts or any(not isinstance(count, int) or count < 1 for count in counts):
         raise DataError(f"counts must be whole numbers of 1 or more, got {list(counts)}")
