@@ -123,7 +123,7 @@ def test_a_failure_is_one_line_with_its_exit_code_and_all_output_is_shown(module
         "import os, sys, time, mdlib.utils\n"
         "from pathlib import Path\n"
         "rank, words = os.environ['RANK'], sys.argv[1:]\n"
-        "print('process', rank, 'of', os.environ['WORLD_SIZE'], words, mdlib.utils.batch_run())\n"
+        "print(f'process {rank} of {os.environ[\"WORLD_SIZE\"]} {words} {mdlib.utils.batch_run()}')\n"  # in one piece
         "Path(f'{__file__}.{rank}').touch()\n"
         "while not Path(f'{__file__}.0').exists():\n"  # one that fails first ends the other before it has printed
         "    time.sleep(0.05)\n"
