@@ -75,7 +75,7 @@ def run(*words) -> None:
 
 
 def weights(folder: Path) -> list[str]:
-    files = [path for path in folder.glob("*.safetensors") if path.name != "teacher.safetensors"]
+    files = list(folder.glob("*.safetensors"))
     tensors = [
         tensor
         for path in files

@@ -12,11 +12,23 @@ python benchmarks/tokens.py --runs RUN RUN [--per-user 10 --repeats 2]
 import argparse
 import statistics
 import tempfile
+from dataclasses import replace
+from timeit import repeat
 
-from mdlib.experiments.compare import quality, sample_windows, sampling_speed
+import torch
+
+from mdlib.data.windows import WindowSet, to_uint8
+from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers, unseen_classifiers
+from mdlib.evaluation.evidence import Protocol
+from mdlib.evaluation.fidelity import fidelity
+from mdlib.evaluation.protocol import identity
 from mdlib.experiments.run import Run, open_run
 from mdlib.models.vqdiffusion import VQDiffusion
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
+from mdlib.reports.report import gather
+from mdlib.utils import bar
+
+TIMED = 32  # windows of the batch whose sampling is timed
 
 SAMPLERS = {  # of VQDiffusion
     **{f"ancestral {steps}": dict(sampler="ancestral", num_inference_steps=steps) for steps in (50, 25, 12)},
@@ -39,6 +51,38 @@ def measure(run: Run, pipeline: MicroDopplerPipeline, folder: str, per_user: int
         quality(run, sample_windows(pipeline, run.windows, per_user, seed), folder) for seed in range(1, repeats + 1)
     ]
     return {key: statistics.mean(one[key] for one in draws) for key in draws[0]} | sampling_speed(pipeline)
+
+
+def sample_windows(pipeline: MicroDopplerPipeline, real: WindowSet, per_user: int, seed: int) -> WindowSet:
+    """Generate windows of every user, without writing files."""
+    generated = pipeline(list(pipeline.config.users), per_user, seed, output_type="pt")
+    labels = torch.tensor([real.users.index(user) for user in generated.users])
+    files = tuple(replace(real.files[0], user=user) for user in generated.users)
+    return replace(real, images=to_uint8(generated.images), labels=labels, files=files)
+
+
+def quality(run: Run, generated: WindowSet, folder: str) -> dict:
+    """identity (fraction of generated windows that are classified as their user) and fd_ratio. folder: caches the
+    classifiers, so that they are trained once for a split."""
+    protocol, evidence = Protocol(**run.preset.validation), gather(run.windows, run.split, generated)
+    with bar(protocol.seeds, "classifiers", unit="classifier") as progress:
+        classifiers = unseen_classifiers(evidence, protocol, progress, folder)
+    arms = Arms(real_only_classifiers(evidence, protocol, folder), {}, 0.0)
+    return {
+        "identity": identity(evidence, classifiers)["accuracy"]["value"],
+        "fd_ratio": fidelity(evidence, arms)["fd_ratio"]["value"],
+    }
+
+
+def sampling_speed(pipeline: MicroDopplerPipeline, rounds: int = 3) -> dict:
+    """Seconds per window, decoding included, in the fastest of `rounds` batches; and network calls per batch."""
+    users, calls = pipeline.config.users, []
+    rows = pipeline.plan(users, TIMED, 0, pipeline.config.conditions[:1])[:: len(users)]
+    blocks = next(part for part in pipeline.prior.modules() if isinstance(part, torch.nn.ModuleList))
+    hook = blocks[0].register_forward_hook(lambda *_: calls.append(1))  # once per network call
+    seconds = min(repeat(lambda: [*pipeline.stream(rows, TIMED)], number=1, repeat=rounds)) / TIMED
+    hook.remove()
+    return {"seconds_per_window": seconds, "network_calls": len(calls) // rounds}
 
 
 def main() -> None:

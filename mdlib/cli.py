@@ -1,4 +1,4 @@
-"""The command line. Names and paths are checked before anything slow is imported, and before anything is removed."""
+"""The command line. `mdlib` imports what a command needs when it is used, so help and most errors come at once."""
 
 import json
 import os
@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from mdlib.experiments.settings import check_data, check_names, check_request, options_page
-from mdlib.systems import SYSTEMS
+import mdlib
+from mdlib.experiments.settings import check_names, check_request, options_page
+from mdlib.utils import count
 
 app = typer.Typer(
     help="Generative models for micro-Doppler spectrograms, user by user.",
@@ -38,11 +39,8 @@ def simulate(
     recordings: Annotated[int, typer.Option(min=1, help="recordings (days) of each user")] = 1,
 ):
     """Simulate walking people as a 77 GHz radar records them, with every gait parameter in parameters.csv."""
-    from mdlib.simulation.dataset import simulate_dataset
-    from mdlib.utils import count
-
     sizes = dict(users=users, windows=windows, size=size, seed=seed, condition=condition, recordings=recordings)
-    simulate_dataset(out, **sizes)
+    mdlib.simulate_dataset(out, **sizes)
     print(f"{out}: {users} users with {count(windows, 'window')} each, condition {condition}")
 
 
@@ -56,22 +54,19 @@ def split(
     windows_per_user: Annotated[int, typer.Option(help="training windows of each user; 0 takes all")] = 0,
 ):
     """Split by recording and time, so that no windows of different parts overlap."""
-    check_data(data)
-    from mdlib.data.files import find_windows
-    from mdlib.data.splits import make_split, split_summary, write_split
-    from mdlib.utils import count
-
-    files = find_windows(data)
-    parts = make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
-    write_split(parts, out)
-    print(f"{out}: {count(len(parts['users']), 'user')}, {split_summary(parts)}")
+    files = mdlib.find_windows(data)
+    parts = mdlib.make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
+    mdlib.write_split(parts, out)
+    print(f"{out}: {count(len(parts['users']), 'user')}, {mdlib.split_summary(parts)}")
 
 
 @app.command()
 def run(
     out: Annotated[Path, typer.Option(help="run folder")],
     data: Annotated[Path | None, typer.Option(help="folder of ID_k/ folders; an existing run has its own")] = None,
-    system: Annotated[str, typer.Option(help="; ".join(SYSTEMS) + "; the first, or the run's, when left out")] = "",
+    system: Annotated[
+        str, typer.Option(help="; ".join(mdlib.SYSTEMS) + "; the first, or the run's, when left out")
+    ] = "",
     preset: PresetName = "",
     parameter: Parameters = [],  # noqa: B006
     first: Annotated[str, typer.Option("--from", help="first notebook (03); runs again from there")] = "",
@@ -81,9 +76,7 @@ def run(
     """Run the notebooks of a system on a data folder, up to report.html; a second call continues."""
     given, parameters = dict(data=str(data or ""), system=system, preset=preset), dict(map(pair, parameter))
     check_request(out, parameters, first, last, **given)
-    from mdlib.experiments.execute import execute
-
-    execute(out, parameters, first, last, extend, **given)
+    mdlib.execute(out, parameters, first, last, extend, **given)
     report = out / "report.json"
     if report.exists():
         print(f"{out / 'report.html'}\n{json.loads(report.read_text())['verdict']['sentence']}")
@@ -100,10 +93,8 @@ def compare(
     parameter: Parameters = [],  # noqa: B006
 ):
     """Train and evaluate systems on one split with one budget, up to comparison.html; a second call continues."""
-    chosen = _checked(data, systems if systems != "all" else ",".join(SYSTEMS), preset, parameter)
-    from mdlib.experiments.compare import compare as run_comparison
-
-    result = run_comparison(data, out, systems, preset, budget_minutes, images_per_user, chosen)
+    chosen = _checked(data, systems if systems != "all" else ",".join(mdlib.SYSTEMS), preset, parameter)
+    result = mdlib.compare(data, out, systems, preset, budget_minutes, images_per_user, chosen)
     sentences = [answer["sentence"] for answer in result["conclusions"].values() if isinstance(answer, dict)]
     print("\n".join([str(out / "comparison.html"), *sentences]))
     failed = [name for name, figures in result["systems"].items() if "error" in figures]
@@ -115,7 +106,7 @@ def compare(
 def study(
     data: Data,
     out: Annotated[Path, typer.Option(help="folder of the study, with a run for each number")],
-    system: Annotated[str, typer.Option(help="; ".join(SYSTEMS))] = "vae-diffusion",
+    system: Annotated[str, typer.Option(help="; ".join(mdlib.SYSTEMS))] = "vae-diffusion",
     preset: PresetName = "auto",
     windows: Annotated[str, typer.Option(help="training windows of each user, separated by commas")] = "5,10,20,50",
     folds: Annotated[int, typer.Option(help="how many of the 4 folds of cross-validation")] = 1,
@@ -123,9 +114,7 @@ def study(
 ):
     """Train and evaluate a system on few and more windows of each user, up to study.html; a second call continues."""
     numbers, given = _numbers("windows", windows, int), _checked(data, system, preset, parameter)
-    from mdlib.experiments.study import study as run_study
-
-    result = run_study(data, out, system, preset, numbers, folds, given)
+    result = mdlib.study(data, out, system, preset, numbers, folds, given)
     print("\n".join([str(out / "study.html"), *(row["verdict"]["sentence"] for row in result["rows"])]))
 
 
@@ -145,16 +134,10 @@ def generate(
     options = dict(map(pair, option))
     if not (pipeline / "model_index.json").exists():
         raise ValueError(f"{pipeline} holds no pipeline (no model_index.json): give the pipeline/ folder of a run")
-    from mdlib.data.files import parse_users
-    from mdlib.pipeline import load_pipeline
-    from mdlib.utils import count
-
-    chosen, carried = parse_users(users) if users else None, conditions.split(",") if conditions else None
-    rows = load_pipeline(pipeline).generate_folder(out, chosen, per_user, seed, batch_size, carried, **options)
+    chosen, carried = mdlib.parse_users(users) if users else None, conditions.split(",") if conditions else None
+    rows = mdlib.load_pipeline(pipeline).generate_folder(out, chosen, per_user, seed, batch_size, carried, **options)
     if grid:
-        from mdlib.reports import plots
-
-        plots.sheet(out, rows).savefig(out / "grid.png")
+        mdlib.contact_sheet(out, rows).savefig(out / "grid.png")
     print(f"{out}: {count(len(rows), 'window')} of {count(len({row['user'] for row in rows}), 'user')}")
 
 
@@ -170,10 +153,7 @@ def select(
 ):
     """Select generated windows by a filter that knows only the generator's training windows."""
     _exist(real, generated, split)
-    from mdlib.evaluation.filters import select_folder
-    from mdlib.utils import count
-
-    selected, every = select_folder(real, generated, split, out, by, keep, size)
+    selected, every = mdlib.select_folder(real, generated, split, out, by, keep, size)
     print(f"{out}: {selected} of {count(every, 'window')}")
 
 
@@ -197,9 +177,7 @@ def validate(
     _exist(real, generated, split, *([pipeline] if pipeline else []))
     protocol = dict(evaluation_steps=evaluation_steps, seeds=seeds, reference=reference)
     protocol |= dict(keep=_numbers("keep", keep, float), counts=_numbers("counts", counts, int) or None)
-    from mdlib.reports.report import validate_folders
-
-    report = validate_folders(real, generated, split, out, size, pipeline, channels, colormap, **protocol)
+    report = mdlib.validate_folders(real, generated, split, out, size, pipeline, channels, colormap, **protocol)
     print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
 
 
@@ -221,11 +199,11 @@ def pair(text: str) -> tuple[str, object]:
 
 
 def _checked(data: Path, systems: str, preset: str, parameters: list[str]) -> dict:
-    """The parameters of a comparison or study, after its names and its folder were checked."""
-    check_data(data)
+    """The parameters of a comparison or study, after its names and folder were checked without torch."""
+    mdlib.find_windows(data)
     given = dict(map(pair, parameters))
-    for system in systems.split(","):
-        check_names(system.strip(), preset, given)
+    for name in filter(None, map(str.strip, systems.split(","))):
+        check_names(name, preset, given)
     return given
 
 

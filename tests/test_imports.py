@@ -51,6 +51,10 @@ def test_imports_run_downwards(path):
     assert not wrong, f"{path.relative_to(PACKAGE)} must not import from {', '.join(sorted(wrong))}"
 
 
+def test_the_command_line_needs_experiments_and_the_public_face_only():
+    assert imported(PACKAGE / "cli.py") <= {"experiments", "utils"}
+
+
 def test_only_plots_and_charts_import_matplotlib():
     for path in FILES:
         roots = {

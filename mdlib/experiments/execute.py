@@ -1,6 +1,5 @@
 """Papermill over the notebooks of a system: `execute`, and `extended` for a further training."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
+import joblib
 from accelerate.utils import patch_environment
 from traitlets.config import Config
 
@@ -61,28 +61,24 @@ def execute(
     if first:
         _forget(run, first)
     common = {**parameters, **run.settings, "out": str(run.path)}
+    # Notebook 01 passes once with these versions, on this device, in this precision.
+    state = [versions(), device_name(), sys.executable, run.preset.codec_training.mixed_precision]
+    passed = Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib", f"passed-{joblib.hash(state)}")
     for name in names:
         if name in read_record(run.path)["steps"]:
             print(f"{name}: done already (--from {name[:2]} runs it again)", flush=True)
             continue
         check = name[:2] == "01" and not first and not parameters.get("expect")
-        if check and _passed(run).exists():
+        if check and passed.exists():
             run.done(name, time.monotonic())
             print(f"{name}: passed here before (--from 01 runs it again)", flush=True)
             continue
         _execute_one(name, run.path, {key: common[key] for key in notebook_parameters(name) if key in common})
         if check:
             with suppress(OSError):  # a cache: without it the next run checks again
-                _passed(run).parent.mkdir(parents=True, exist_ok=True)
-                _passed(run).touch()
+                passed.parent.mkdir(parents=True, exist_ok=True)
+                passed.touch()
     return run.path
-
-
-def _passed(run: Run) -> Path:
-    """The file that notes that notebook 01 passed with these versions, on this device, in this precision."""
-    state = [versions(), device_name(), sys.executable, run.preset.codec_training.mixed_precision]
-    cache = Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib")
-    return cache / f"passed-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}"
 
 
 def _check_sampling(out: Path, system: str, parameters: dict) -> None:
@@ -101,7 +97,7 @@ def _check_sampling(out: Path, system: str, parameters: dict) -> None:
 
 def _check_done(out: Path, names: tuple[str, ...], parameters: dict) -> None:
     """DataError where a notebook that is done ran with other values than the parameters."""
-    done = read_record(out)["steps"] if (out / "run.json").exists() else {}
+    done = read_record(out)["steps"]
     for name in names:
         page = out / "notebooks" / f"{name}.ipynb"
         if name not in done or not page.exists():
@@ -133,25 +129,23 @@ def extended(out: Path, wanted: RunSettings) -> None:
     weights = out / "codec" if part == "codec" else out / "pipeline" / "prior"
     if not (weights / "config.json").exists():
         raise DataError(f"{out} has no trained {part} yet: give the command without {part}_steps and --extend first")
-    earlier = {"codec": [], "prior": [], **run.earlier}
-    earlier[part] = [*earlier[part], int(read_history(out / part)[-1]["step"])]
-    if changed[f"{part}_steps"] <= (done := sum(earlier[part])):
+    earlier = [*run.earlier.get(part, []), int(read_history(out / part)[-1]["step"])]
+    if changed[f"{part}_steps"] <= (done := sum(earlier)):
         raise DataError(f"{part}_steps={changed[f'{part}_steps']}: the {part} has {done} steps already, give more")
-    moved = out / f"{part}-{len(earlier[part])}"
-    (out / part).rename(moved)
+    record = read_record(out)
+    record["settings"] = run.settings | changed
+    moved = (out / part).rename(out / f"{part}-{len(earlier)}")
     if part == "prior":
         weights.rename(moved / "weights")
+        record["earlier"] = run.earlier | {"prior": earlier}
     else:
-        (out / "codec").mkdir()
-        for teacher in moved.glob("teacher.safetensors"):
-            shutil.copy(teacher, out / "codec")
-        earlier["prior"] = []
+        with suppress(FileNotFoundError):  # a codec without a teacher
+            shutil.copytree(moved / "teacher", out / "codec" / "teacher")
         for folder in out.glob("prior-*"):
             shutil.rmtree(folder)
-    record = read_record(out)
-    if part == "codec":
         record["steps"].pop("02_train_vqvae")
-    write_record(out, {**record, "settings": {**run.settings, **changed}, "earlier": earlier})
+        record["earlier"] = {"codec": earlier}
+    write_record(out, record)
     _forget(run, "03")
 
 

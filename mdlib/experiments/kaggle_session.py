@@ -9,13 +9,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from mdlib.data.files import holds_users
 from mdlib.experiments.settings import read_record, write_record
-from mdlib.systems.system import Gpu, gpus, preset_for
+from mdlib.systems.system import gpus, preset_for
 from mdlib.utils import DEADLINE, DataError, batch_run, require_room, room, size
 
 INPUT = Path("/kaggle/input")
@@ -49,7 +49,14 @@ def begin(out: str | Path = "", data: str = "") -> str:
     found = gpus()
     end = float(os.environ.get(DEADLINE) or session_end())
     os.environ[DEADLINE] = str(end)
-    print(summary(found, end, room(out or ".")), flush=True)
+    kind = "a batch run" if batch_run() else "an interactive session"
+    cards = f"{len(found)} × {found[0].name}, {found[0].memory / 1e9:.0f} GB each" if found else f"no GPU ({NO_GPU})"
+    hours, free = max(0, end - time.time()) / 3600, room(out or ".") / 1e9
+    print(
+        f"Kaggle, {kind}: {cards}; preset auto is {preset_for(found)}; training stops by itself in {hours:.1f} h; "
+        f"{free:.0f} GB may be written",
+        flush=True,
+    )
     if os.environ.get(REQUESTED) and not found:
         raise DataError(f"{os.environ[REQUESTED]} was requested, but this session has no GPU: {NO_GPU}")
     if data or (out and (Path(out) / "run.json").exists()):
@@ -59,16 +66,6 @@ def begin(out: str | Path = "", data: str = "") -> str:
         print(f"the run in {attached} continues in {out}, with its own settings", flush=True)
         return ""
     return str(find_data(INPUT) or "")
-
-
-def summary(found: Sequence[Gpu], end: float, free: int) -> str:
-    """One line: GPUs, preset, time and disk space."""
-    kind = "a batch run" if batch_run() else "an interactive session"
-    cards = f"{len(found)} × {found[0].name}, {found[0].memory / 1e9:.0f} GB each" if found else f"no GPU ({NO_GPU})"
-    return (
-        f"Kaggle, {kind}: {cards}; preset auto is {preset_for(found)}; training stops by itself in "
-        f"{max(0, end - time.time()) / 3600:.1f} h; {free / 1e9:.0f} GB may be written"
-    )
 
 
 def session_end() -> float:
@@ -98,11 +95,6 @@ def find_data(root: Path) -> Path | None:
             f"several folders of windows are attached ({', '.join(map(str, sorted(found)))}): give one of them as data"
         )
     return next(iter(found), None)
-
-
-def find_wheels(root: Path) -> Path | None:
-    """The folder of wheels below `root`."""
-    return next((folder for folder in _folders(root) if any(folder.glob("mdlib-*.whl"))), None)
 
 
 def find_run(root: Path) -> Path | None:
@@ -139,7 +131,7 @@ def home() -> Path:
     the files next to the wheels (the check measures the disk it lies on)."""
     if (ROOT / "check_environment.py").exists():
         return ROOT
-    if not (wheels := find_wheels(INPUT)):
+    if not (wheels := next((folder for folder in _folders(INPUT) if any(folder.glob("mdlib-*.whl"))), None)):
         raise DataError(f"check_environment.py is neither in {ROOT} nor next to mdlib's wheels below {INPUT}")
     ignored = shutil.ignore_patterns("*.whl")
     return Path(shutil.copytree(wheels, tempfile.mkdtemp(), ignore=ignored, dirs_exist_ok=True))

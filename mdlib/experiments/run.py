@@ -34,7 +34,7 @@ PRODUCTS = {
     "02": ("codec", "split.json"),
     "03": ("prior", "pipeline"),
     "04": ("prior", "pipeline", "samples/denoising.png"),
-    "05": ("generated", "samples/contact_sheet.png"),
+    "05": ("generated", "samples/contact_sheet.png", "measured.json"),
     "06": ("report.json", "report.html"),
 }
 
@@ -158,10 +158,9 @@ def open_run(out: str | Path, **given) -> Run:
     for key in ("data", "split", "foundation", *STARTS):
         if wanted[key] and (key != "foundation" or Path(wanted[key]).exists()):
             wanted[key] = str(Path(wanted[key]).resolve())
-    record = read_record(out) if (out / "run.json").exists() else {}
-    stored = {**defaults(), **record["settings"]} if record else {}
-    if wanted["preset"] == "auto":
-        wanted["preset"] = stored.get("preset") or preset_for(gpus())
+    record = read_record(out)
+    stored = defaults() | record["settings"] if record["settings"] else {}
+    wanted["preset"] = resolve_preset(wanted["preset"], stored)
     if stored:
         relevant = wanted if wanted["data"] else {k: v for k, v in wanted.items() if v != defaults()[k]}
         changed = [key for key in relevant if stored[key] != wanted[key]]
@@ -185,9 +184,15 @@ def open_run(out: str | Path, **given) -> Run:
     return run
 
 
+def resolve_preset(preset: str, stored: dict) -> str:
+    """The preset's name; "auto" is that of stored settings, or else the one for the GPUs here."""
+    return preset if preset != "auto" else stored.get("preset") or preset_for(gpus())
+
+
 def _check(run: Run) -> None:
-    """DataError where a setting cannot be used."""
-    settings = run.settings
+    """DataError where a setting cannot be used. The models are built and initialised on the meta device: sizes and
+    weights that do not fit raise now, not after an hour of training."""
+    settings, files = run.settings, find_windows(run.settings["data"])
     init, split, unrecorded = (settings[key] for key in ("init", "split", "unrecorded"))
     if init:
         if settings["codec_start"] or settings["prior_start"]:
@@ -198,12 +203,21 @@ def _check(run: Run) -> None:
         name = json.loads((Path(init) / "prior" / "config.json").read_text()).get("_class_name")
         if name != (wanted := run.system.prior.__name__):
             raise DataError(f"init: {init}/prior holds a {name}, this system's prior is a {wanted}: take its own run")
-    files = find_windows(settings["data"])
-    preset = _buildable(run, len({file.user for file in files}), len({file.condition for file in files}))
-    if unrecorded and split:
-        raise DataError("unrecorded cannot be combined with a split file: leave one of them out")
-    if not all(isinstance(users, list) for users in unrecorded.values()):
-        raise DataError(f'unrecorded names users by condition, {{"backpack": [1, 2]}}, got {unrecorded}')
+    sizes = (len({file.user for file in files}), len({file.condition for file in files}))
+    try:
+        preset = run.preset
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            codec = make_codec(preset, settings["channels"], sizes[0])
+            attach_losses(codec, preset)
+            prior = make_prior(settings["system"], preset, codec, *sizes)
+            run.start("codec", codec)
+            run.start("prior", prior)
+    except TypeError as error:
+        raise DataError(f"codec_options or prior_options: {error}") from error
+    if settings["joint_steps"]:
+        JointFineTuning(codec, prior)
+    if settings["classifier_steps"] and prior.consumes == "tokens":
+        raise DataError("classifier_steps: a classifier guides a prior over latents, and this one is over tokens")
     for training in (preset.codec_training, preset.prior_training):
         check_batch(training.batch_size)
         try:
@@ -211,34 +225,23 @@ def _check(run: Run) -> None:
         except ValueError as error:
             message = f"preset {settings['preset']!r}: {error}; demo and demo-long train in float32"
             raise DataError(message) from error
-    if preset.foundation not in ("none", "classifier"):
-        load_foundation(preset.foundation)
+    published_networks(preset)
+    if unrecorded and split:
+        raise DataError("unrecorded cannot be combined with a split file: leave one of them out")
+    if not all(isinstance(users, list) for users in unrecorded.values()):
+        raise DataError(f'unrecorded names users by condition, {{"backpack": [1, 2]}}, got {unrecorded}')
+    check_starts(settings, read_split(split) if split else make_split(files, unrecorded=unrecorded))
+
+
+def published_networks(preset: Preset) -> dict[str, torch.nn.Module]:
+    """The published networks of the preset's codec losses, as arguments of `attach_losses`; OSError where weights are
+    missing."""
+    networks = {}
     if preset.losses.get("perceptual_weight"):
-        load_lpips(preset.losses.get("perceptual_net", "squeeze"))
-    if split:
-        check_starts(settings, read_split(split))
-    elif unrecorded or any(settings[key] for key in STARTS):
-        check_starts(settings, make_split(files, unrecorded=unrecorded))
-
-
-def _buildable(run: Run, users: int, conditions: int) -> Preset:
-    """The run's preset, after its models were built and initialised on the meta device: sizes and weights that do not
-    fit raise now, not after an hour of training."""
-    try:
-        preset = run.preset
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            codec = make_codec(preset, run.settings["channels"], users)
-            attach_losses(codec, preset)
-            prior = make_prior(run.settings["system"], preset, codec, users, conditions)
-            run.start("codec", codec)
-            run.start("prior", prior)
-    except TypeError as error:
-        raise DataError(f"codec_options or prior_options: {error}") from error
-    if run.settings["joint_steps"]:
-        JointFineTuning(codec, prior)
-    if run.settings["classifier_steps"] and prior.consumes == "tokens":
-        raise DataError("classifier_steps: a classifier guides a prior over latents, and this one is over tokens")
-    return preset
+        networks["lpips"] = load_lpips(preset.losses.get("perceptual_net", "squeeze"))
+    if preset.foundation not in ("none", "classifier"):
+        networks["foundation"] = load_foundation(preset.foundation)
+    return networks
 
 
 def check_starts(settings: dict, split: dict) -> None:

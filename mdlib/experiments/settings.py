@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from mdlib.data.files import find_windows
 from mdlib.systems import System, get_system
 from mdlib.utils import DataError, whole_file
 
@@ -88,15 +89,6 @@ def check_names(system: str, preset: str, parameters) -> System:
     return found
 
 
-def check_data(folder: str | Path) -> None:
-    """DataError where `folder` holds no folder of a user, directly or below a condition."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give the folder that holds ID_1, ID_2, ...")
-    if not any(folder.glob("[Ii][Dd]*")) and not any(folder.glob("*/[Ii][Dd]*")):
-        raise DataError(f"{folder}: no user folders in it; give the folder that holds ID_1, ID_2, ...")
-
-
 def check_request(
     out: Path, parameters: dict, first: str = "", last: str = "", **given: str
 ) -> tuple[RunSettings, tuple[str, ...]]:
@@ -108,14 +100,14 @@ def check_request(
         first, last: numbers of notebooks, or "".
         given: data, system and preset, where not "".
     """
-    stored = read_record(out)["settings"] if (out / "run.json").exists() else {}
+    stored = read_record(out)["settings"]
     wanted = {**stored, **parameters, **{key: value for key, value in given.items() if value}}
     settings = RunSettings(**{key: wanted[key] for key in defaults() if key in wanted})
     notebooks = check_names(settings.system, settings.preset, parameters).notebooks
     if not settings.data:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
     if not stored or given.get("data"):
-        check_data(settings.data)
+        find_windows(settings.data)
     numbers = [name[:2] for name in notebooks]
     for number in (first, last):
         if number and number not in numbers:
@@ -124,8 +116,9 @@ def check_request(
 
 
 def read_record(out: Path) -> dict:
-    """What run.json of a run folder holds."""
-    return json.loads((out / "run.json").read_text(encoding="utf-8"))
+    """What run.json of a run folder holds; nothing done with no settings where there is no run."""
+    file = out / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"settings": {}, "steps": {}}
 
 
 def write_record(out: Path, record: dict) -> None:
@@ -137,8 +130,8 @@ def options_page() -> str:
     """The text of docs/options.md."""
     page = (
         "# Options\n\nEvery parameter of the notebooks. On the command line they are given as `-p NAME=VALUE` to "
-        "`run`, `compare` and `study`, except those that `compare` (`images_per_user`, `classifiers`, `joint_steps`) "
-        "and `study` (`split`, `windows_per_user`, `classifiers`) set themselves; `out`, `data`, `system` and "
+        "`run`, `compare` and `study`, except those that `compare` (`images_per_user`, `classifiers`) and "
+        "`study` (`split`, `windows_per_user`, `classifiers`) set themselves; `out`, `data`, `system` and "
         "`preset` have options of their own. This page is generated: `python -m mdlib options > docs/options.md`.\n"
     )
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):

@@ -1,15 +1,14 @@
 """The two stages of a run: its codec, and its prior over the codec's latents or tokens.
 
 Notebooks build them here, and so does each of the processes that train together on several GPUs
-(`python -m mdlib.experiments.steps RUN codec`, started by `train_stage`). The notebook computes the codec's teacher and
-the prior's inputs once and saves them in the run folder.
+(`python -m mdlib.experiments.steps RUN codec MINUTES`, started by `train_stage`). The notebook computes the codec's
+teacher and the prior's inputs once and saves them in the run folder.
 """
 
-import argparse
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,13 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from mdlib.data.augment import as_they_are, enlarge
 from mdlib.data.windows import WindowSet
-from mdlib.evaluation.classifiers import train_classifier
+from mdlib.evaluation.classifiers import trained_once
 from mdlib.evaluation.metrics import code_counts, codebook_figures
-from mdlib.experiments.run import Run, open_run
+from mdlib.experiments.run import Run, open_run, published_networks
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.codec import FeatureDistance
 from mdlib.models.layers import world
-from mdlib.models.pretrained import ClassifierFeatures, load_foundation, load_lpips
+from mdlib.models.pretrained import ClassifierFeatures
 from mdlib.systems import attach_losses, load_codec, make_codec, make_prior, seeded
 from mdlib.training.distributed import ERROR, check_batch, launch, processes
 from mdlib.training.fit import Batches, TrainConfig, fit_stages
@@ -51,8 +50,8 @@ def codec_stage(run: Run, max_minutes: float = 0.0) -> Stage:
     """The run's codec with its initial weights and the losses it is trained with."""
     config = _config(run.preset.codec_training, max_minutes)
     train, val = run.parts["train"], run.parts["val"]
-    images, labels = codec_windows(run)
-    networks = frozen_networks(run, images, labels)
+    images, (labels, *_) = _enlarged(run, run.settings["seed"])
+    networks = _frozen_networks(run, images, labels)
 
     def make():
         codec = make_codec(run.preset, train.images.shape[1], train.num_users)
@@ -87,7 +86,7 @@ def train_stage(stage: Stage) -> list[dict]:
     With several GPUs a process for each trains on its part of every batch; the caller waits and then has the trained
     weights in its model. RuntimeError: one of the processes failed; SystemExit: the session's time is up.
     """
-    number, words = processes(), (stage.run.path.resolve(), stage.name, "--max-minutes", stage.config.max_minutes)
+    number, words = processes(), (stage.run.path.resolve(), stage.name, stage.config.max_minutes)
     return fit_stages(
         stage.model,
         stage.data,
@@ -100,33 +99,6 @@ def train_stage(stage: Stage) -> list[dict]:
     )
 
 
-def train_teacher(
-    images: torch.Tensor, labels: torch.Tensor, num_users: int, steps: int, seed: int, file: Path | None = None
-) -> FeatureDistance:
-    """The feature distance of a classifier trained on uint8 images (N, C, S, S) and labels (N,) for `steps` optimizer
-    steps. The classifier's weights are read from `file` if it exists, and written to it otherwise."""
-    if file and file.exists():
-        with torch.random.fork_rng():  # its initial weights are random; the caller's random numbers stay as they are
-            classifier = SmallCNN(num_users, images.shape[1]).to(memory_format=torch.channels_last)
-        classifier.load_state_dict(load_file(file))
-        return FeatureDistance(classifier)
-    classifier = train_classifier(images, labels, num_users, steps, seed)
-    if file:
-        _save_weights(classifier, file)
-    return FeatureDistance(classifier)
-
-
-def _save_weights(model: torch.nn.Module, file: Path) -> None:
-    with whole_file(file) as path:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
-
-
-def codec_windows(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training windows and their stride recombinations as a codec sees them: uint8 (N, C, S, S), users (N,)."""
-    images, labels = _enlarged(run, run.settings["seed"])
-    return images, labels[0]
-
-
 def _enlarged(run: Run, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Training windows and stride recombinations, uint8 (N, C, S, S), and what a prior is conditioned on, see
     `Run.labels`."""
@@ -136,32 +108,30 @@ def _enlarged(run: Run, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ..
     return images, tuple(labels[rows] for labels in run.labels(windows))
 
 
-def frozen_networks(run: Run, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.nn.Module]:
+def _frozen_networks(run: Run, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.nn.Module]:
     """The networks of the codec's losses, as arguments of `attach_losses`: the teacher, trained once on images
     (N, C, S, S) and labels (N,) and stored next to the codec, LPIPS, and the foundation."""
-    networks, foundation = {}, run.preset.foundation
+    networks = published_networks(run.preset)
     if steps := run.preset.teacher_steps:
-        file = run.path / "codec" / "teacher.safetensors"
         users, seed = run.parts["train"].num_users, run.settings["seed"] + 1000  # not the seed of a classifier's
-        networks["teacher"] = train_teacher(images, labels, users, steps, seed, file)
-    if run.preset.losses.get("perceptual_weight"):
-        networks["lpips"] = load_lpips(run.preset.losses.get("perceptual_net", "squeeze"))
-    if foundation == "classifier":
+        teacher = trained_once(SmallCNN, run.path / "codec" / "teacher", images, labels, users, steps, seed)
+        networks["teacher"] = FeatureDistance(teacher.to(memory_format=torch.channels_last))
+    if run.preset.foundation == "classifier":
         networks["foundation"] = ClassifierFeatures(networks["teacher"].classifier, images)
-    elif foundation != "none":
-        networks["foundation"] = load_foundation(foundation)
     return networks
 
 
 def save_codec(run: Run, codec) -> None:
     """Write the trained codec to the run folder, and next to it the weights of its losses."""
     codec.save_pretrained(run.path / "codec")
-    _save_weights(codec.losses, run.path / "codec" / "losses.safetensors")
+    with whole_file(run.path / "codec" / "losses.safetensors") as path:
+        save_file({key: value.contiguous() for key, value in codec.losses.state_dict().items()}, path)
 
 
 def attach_trained_losses(run: Run, codec) -> None:
     """Attach the losses to the run's trained codec, with the weights of `save_codec`: its training can continue."""
-    attach_losses(codec, run.preset, **frozen_networks(run, *codec_windows(run)))
+    images, (labels, *_) = _enlarged(run, run.settings["seed"])
+    attach_losses(codec, run.preset, **_frozen_networks(run, images, labels))
     codec.losses.load_state_dict(load_file(run.path / "codec" / "losses.safetensors"))
 
 
@@ -183,16 +153,12 @@ def _held_out_codes(windows: WindowSet, codec: torch.nn.Module) -> dict[str, flo
 
 def main() -> None:
     """Train a stage of a run as one of the processes that `train_stage` starts."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("run", help="run folder with split, teacher and inputs")
-    parser.add_argument("stage", choices=("codec", "prior"))
-    parser.add_argument("--max-minutes", type=float, default=0.0)
-    given = parser.parse_args()
+    out, name, minutes = sys.argv[1:]
     PartialState(cpu=not torch.cuda.is_available())  # joins the processes
-    make = {"codec": codec_stage, "prior": prior_stage}[given.stage]
+    make = {"codec": codec_stage, "prior": prior_stage}[name]
     try:
         with suppress(SystemExit):  # the session's time is up: no failure
-            train_stage(make(open_run(given.run), given.max_minutes))
+            train_stage(make(open_run(out), float(minutes)))
     except Exception as error:
         print(f"{ERROR}{type(error).__name__}: {' '.join(str(error).split())}", flush=True)
         raise

@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -12,15 +11,15 @@ from mdlib.data.splits import PARTS, make_split, read_split, write_split
 from mdlib.data.splits import folds as number_of_folds
 from mdlib.evaluation.augmentation_study import Outcomes, compared, joined
 from mdlib.evaluation.protocol import verdict
-from mdlib.experiments.compare import claim_folder, resolve_preset, run_series, shared_classifiers
+from mdlib.experiments.compare import check_series, claim_folder, saved_settings, shared_classifiers, stamp
 from mdlib.experiments.execute import execute
-from mdlib.experiments.run import check_starts
-from mdlib.experiments.settings import check_names, read_record
+from mdlib.experiments.run import check_starts, resolve_preset
+from mdlib.experiments.settings import read_record
 from mdlib.reports.report import write_study
 from mdlib.utils import DataError
 
 FOLDS = number_of_folds()
-EXCLUDED = ("split", "windows_per_user", "classifiers")  # parameters that a study sets
+EXCLUDED = dict.fromkeys(("split", "windows_per_user", "classifiers"), "the study sets it")
 SECTIONS = ("augmentation", "identity", "fidelity", "memorisation", "verdict")
 
 
@@ -51,10 +50,8 @@ def study(
         The content of study.json.
     """
     out, given = Path(out), parameters or {}
-    for key in given.keys() & set(EXCLUDED):
-        raise DataError(f"{key} is no parameter of a study, which sets it: leave it out")
-    preset = resolve_preset(out, preset)
-    check_names(system, preset, given)
+    preset = resolve_preset(preset, saved_settings(out))
+    check_series("a study", [system], preset, given, EXCLUDED)
     if not counts or any(not isinstance(count, int) or count < 1 for count in counts):
         raise DataError(f"counts must be whole numbers of 1 or more, got {list(counts)}")
     if not isinstance(folds, int) or not 1 <= folds <= FOLDS:
@@ -63,55 +60,29 @@ def study(
     splits = {(k, fold): make_split(files, windows_per_user=k, fold=fold) for fold in range(folds) for k in counts}
     for split in splits.values():
         check_starts({**given, "data": str(data)}, split)
-    settings = {"data": str(Path(data).resolve()), "system": system, "preset": preset, "parameters": given}
-    claim_folder(out, settings, "a study")
-    _check_splits(out, splits)
-
-    def run_one(run: Path, split: dict) -> None:
-        wanted = {**given, "split": _split_file(run, split), **shared_classifiers(run)}
-        report = run / "report.json"
-        # A report of an early version cannot be joined with those of other folds.
-        again = folds > 1 and report.exists() and "users" not in json.loads(report.read_text()).get("outcomes", {})
-        execute(str(run), wanted, "06" if again else "", data=str(data), system=system, preset=preset)
-
-    def write(about: dict) -> dict:
-        result = {**about, "rows": _rows(out)}
-        write_study(result, out)
-        return result
-
-    jobs = {}
+    settings = claim_folder(out, "a study", data=data, system=system, preset=preset, parameters=given)
+    for count, fold, path in _runs(out, "split.json"):
+        found, now = read_split(path), make_split(files, windows_per_user=count, fold=fold)
+        if any(found[part] != now[part] for part in PARTS):
+            raise DataError(f"{path.parent} was trained on other windows than the data holds now: choose another --out")
     for (k, fold), split in splits.items():
-        folder = out / (f"windows-{k}-fold-{fold}" if fold else f"windows-{k}")
-        title = f"{k} training windows per user, fold {fold + 1} of {folds}"
-        jobs[title] = partial(run_one, folder, split)
-    return run_series(jobs, settings, write)
+        print(f"{k} training windows per user, fold {fold + 1} of {folds}", flush=True)
+        run = out / (f"windows-{k}-fold-{fold}" if fold else f"windows-{k}")
+        file = read_record(run)["settings"].get("split")  # the run knows it by that name, wherever the study lies now
+        if not file:
+            file = str(out / f"{run.name.replace('windows', 'split')}.json")
+            write_split(split, file)
+        wanted = {**given, "split": file, **shared_classifiers(run)}
+        execute(run, wanted, data=str(data), system=system, preset=preset)
+        result = {**stamp(settings), "rows": _rows(out)}
+        write_study(result, out)
+    return result
 
 
 def _runs(out: Path, what: str) -> list[tuple[int, int, Path]]:
     """Count, fold and the file `what` of every run of the study that has it."""
     found = [(re.fullmatch(r"windows-(\d+)(?:-fold-(\d+))?", path.parent.name), path) for path in out.glob(f"*/{what}")]
     return sorted((int(name[1]), int(name[2] or 0), path) for name, path in found if name)
-
-
-def _check_splits(out: Path, splits: dict[tuple[int, int], dict]) -> None:
-    """DataError where a run in `out` was trained on other windows than the data holds now."""
-    now = {fold: split for (_, fold), split in splits.items()}
-    for count, fold, path in _runs(out, "split.json"):
-        if fold not in now:
-            continue
-        found = read_split(path)
-        wanted = splits.get((count, fold), {**now[fold], "train": found["train"]})
-        if any(found[part] != wanted[part] for part in PARTS):
-            raise DataError(f"{path.parent} was trained on other windows than the data holds now: choose another --out")
-
-
-def _split_file(run: Path, split: dict) -> str:
-    """The split file of a run: the one in its settings, wherever the study lies now, or a new one."""
-    if (run / "run.json").exists():
-        return read_record(run)["settings"]["split"]
-    path = run.parent / f"{run.name.replace('windows', 'split')}.json"
-    write_split(split, path)
-    return str(path)
 
 
 def _rows(out: Path) -> list[dict]:

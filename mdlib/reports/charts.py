@@ -153,21 +153,6 @@ def study(rows: list[dict]) -> Figure:
     return figure
 
 
-def learning(systems: dict[str, dict]) -> Figure:
-    """Identity and Fréchet ratio against training time, a line a system; systems: the comparison's figures."""
-    figure, axes = new_figure(4.2, 3.0, 2)
-    titles = {"identity": "generated windows recognised, %", "fd_ratio": "Fréchet distance relative to real"}
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for name, figures, colour in coloured(systems):
-            scale = 100 if key == "identity" else 1
-            points = [(point["minutes"], scale * point[key]) for point in figures["curve"] if point[key] is not None]
-            axis.plot(*np.array(points).reshape(-1, 2).T, "o-", color=colour, markersize=3, linewidth=1, label=name)
-        style(axis, "training time, min", title, legend=axis is axes[0])
-    own = next(iter(systems.values()))["identity"]["classifier_accuracy"]["value"]
-    axes[0].axhline(100 * own, **DOTTED)
-    return figure
-
-
 def gains(systems: dict[str, dict]) -> Figure:
     """The gain, in points, against generated windows per user; systems: the comparison's figures."""
     figure, (axis,) = new_figure(6.4, 3.0)

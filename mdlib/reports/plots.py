@@ -136,7 +136,7 @@ def windows(images, titles=None, colormap: str = "jet", columns: int = 8, side: 
     return _pictures([("", every[start : start + columns]) for start in range(0, len(every), columns)], side)
 
 
-def sheet(folder: str | Path, rows: list[dict]) -> Figure:
+def contact_sheet(folder: str | Path, rows: list[dict]) -> Figure:
     """The first ten windows on disk of each user, a row a user. rows: of the manifest in `folder`."""
     lines = []
     for user, every in Counter(row["user"] for row in rows).items():

@@ -162,7 +162,7 @@ def write_comparison(result: dict, windows: dict[str, WindowSet], out: str | Pat
     """Write comparison.json and comparison.html into `out`. result: settings, conclusions and systems (figures, or an
     error, by name), with mdlib and created; windows: "real" and those of each measured system, may be empty."""
     measured = {name: figures for name, figures in result["systems"].items() if "error" not in figures}
-    shown = {"gains": charts.gains(measured), "learning": charts.learning(measured)} if measured else {}
+    shown = {"gains": charts.gains(measured)} if measured else {}
     if windows:
         shown["windows"] = plots.side_by_side(windows)
     _write(result, out, "comparison", shown, systems=measured)

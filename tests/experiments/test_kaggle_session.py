@@ -18,7 +18,7 @@ from tqdm.std import tqdm as text_bar
 
 from mdlib import utils
 from mdlib.experiments import kaggle_session
-from mdlib.experiments.kaggle_session import find_data, find_run, find_wheels
+from mdlib.experiments.kaggle_session import find_data, find_run
 from mdlib.experiments.run import open_run
 from mdlib.systems import SYSTEMS
 from mdlib.systems.system import Gpu, preset_for
@@ -76,7 +76,7 @@ def test_of_two_data_sets_one_has_to_be_named(first, second, tmp_path):
 
 
 def test_the_most_advanced_run_continues(tmp_path):
-    assert find_run(tmp_path) is None and find_wheels(tmp_path) is None
+    assert find_run(tmp_path) is None
     write_run(tmp_path / "notebooks" / "me" / "mdlib-02" / "runs" / "demo", ["02"])
     further = write_run(tmp_path / "notebooks" / "me" / "mdlib-03" / "runs" / "demo", ["02"], data="/elsewhere")
     (further / "prior").mkdir()

@@ -499,7 +499,7 @@ def test_a_codec_trains_further_and_the_prior_again(finished, tmp_path, monkeypa
     assert ran == ["02_train_vqvae", "03_train_prior", "05_generate", "06_validate"]
     run = open_run(out)
     assert run.preset.codec_training.steps == 2 and run.preset.prior_training.steps == 6
-    assert (out / "split.json").read_bytes() == split and (out / "codec" / "teacher.safetensors").exists()
+    assert (out / "split.json").read_bytes() == split and any((out / "codec" / "teacher").iterdir())
     codec = make_codec(run.preset)
     run.start("codec", codec)
     torch.testing.assert_close(codec.state_dict(), load_codec(out / "codec-1").state_dict())

@@ -65,9 +65,6 @@ def test_a_second_call_adds_numbers_and_other_settings_are_refused(people, tmp_p
     expected = r"holds a study with other settings \(system: 'vqvae-ldm' is not 'vae-diffusion'\)"
     with pytest.raises(DataError, match=expected):
         study(people, out, "vae-diffusion", "smoke", (4,))
-    (out / "settings.json").rename(out / "terms.json")  # as mdlib 0.1 called it
-    with pytest.raises(DataError, match=expected):
-        study(people, out, "vae-diffusion", "smoke", (4,))
 
 
 def test_a_study_goes_on_where_it_was_moved_but_not_with_other_windows(people, tmp_path, runs):
@@ -116,19 +113,6 @@ def test_a_figure_that_one_fold_lacks_is_no_mean(people, tmp_path, runs):
     both = module._row([report, report | {"identity": {}}])
     assert both["fidelity"]["fd_ratio"] == {"value": None, "reason": "too few windows"}
     assert "accuracy" not in both["identity"]
-
-
-def test_a_fold_evaluated_by_an_older_version_is_evaluated_again(people, tmp_path, monkeypatch, runs):
-    out, first = tmp_path / "study", []
-    study(people, out, "vqvae-ldm", "smoke", (4,))
-    path = out / "windows-4" / "report.json"
-    report = json.loads(path.read_text())
-    del report["outcomes"]["users"]
-    path.write_text(json.dumps(report))
-    again = module.execute
-    monkeypatch.setattr(module, "execute", lambda *words, **given: (first.append(words[2]), again(*words, **given)))
-    (row,) = study(people, out, "vqvae-ldm", "smoke", (4,), folds=2)["rows"]
-    assert first == ["06", ""] and row["folds"] == 2
 
 
 def test_weights_that_saw_a_folds_test_windows_are_refused(people, tmp_path, runs):

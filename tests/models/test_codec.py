@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from test_kl import pictures
 from torch import nn
 
-from mdlib.experiments.steps import train_teacher
+from mdlib.evaluation.classifiers import trained_once
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.codec import (
     Adversary,
@@ -115,11 +115,11 @@ def test_speckle_costs_less_than_a_moved_ridge():
 
 def test_a_stored_teacher_is_not_trained_again(tmp_path, monkeypatch):
     images, users = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8), torch.arange(8) % 2
-    arguments = (images, users, 2, 3, 0, tmp_path / "codec" / "teacher.safetensors")
-    first = train_teacher(*arguments)
-    monkeypatch.setattr("mdlib.experiments.steps.train_classifier", lambda *arguments: 1 / 0)
+    arguments = (SmallCNN, tmp_path / "teacher", images, users, 2, 3, 0)
+    first = FeatureDistance(trained_once(*arguments))
+    monkeypatch.setattr("mdlib.evaluation.classifiers.train_classifier", lambda *arguments, **options: 1 / 0)
     state = torch.get_rng_state()
-    again = train_teacher(*arguments)
+    again = FeatureDistance(trained_once(*arguments))
     assert torch.equal(torch.get_rng_state(), state)
     one, other = torch.rand(2, 4, 1, 32, 32) * 2 - 1
     assert torch.equal(first(one, other), again(one, other))

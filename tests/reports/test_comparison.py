@@ -14,13 +14,9 @@ def system(report):  # noqa: F811
     """What `compare` measures of a system."""
     sections = ("reconstruction", "codebook", "identity", "augmentation", "fidelity", "memorisation", "physics")
     return copy.deepcopy({section: report[section] for section in sections}) | {
-        "curve": [
-            {"minutes": 1.0, "identity": 0.5, "fd_ratio": None},
-            {"minutes": 2.0, "identity": 0.7, "fd_ratio": 2.0},
-        ],
         "training": {"codec_minutes": 1.5, "codec_steps": 60, "prior_minutes": 2.0, "prior_steps": 80},
         "resources": {"wall_minutes": 4.0, "training_memory_gb": None, "generation_memory_gb": 1.5, "device": "CPU"},
-        "sampling": {"seconds_per_window": 0.25, "network_calls": 3, "batch": 32},
+        "sampling": {"seconds_per_window": 0.25},
         "parameters": {"codec": 1234567, "prior": 2345678},
     }
 
@@ -33,7 +29,7 @@ def test_the_comparison_is_one_page_that_opens_offline(case, system, tmp_path): 
     assert json.loads((tmp_path / "comparison.json").read_text()) == result
     html = (tmp_path / "comparison.html").read_text()
     page = Page(html)
-    assert len(page.images) == 3 and "http" not in html
+    assert len(page.images) == 2 and "http" not in html
     assert page.text.index(result["conclusions"]["gain"]["sentence"]) < page.text.index("Settings")
     assert "three failed: memory ran out" in page.text and "trained for 3 minutes" in page.text
     assert ["preset", "<smoke>"] in page.rows

@@ -197,5 +197,5 @@ def test_a_contact_sheet_says_how_many_windows_it_leaves_out(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
-    sheet = plots.sheet(tmp_path, [{"path": "x.png", "user": user} for user in (3, 3, *[7] * 12)])
+    sheet = plots.contact_sheet(tmp_path, [{"path": "x.png", "user": user} for user in (3, 3, *[7] * 12)])
     assert [axis.get_ylabel() for axis in sheet.axes if axis.get_ylabel()] == ["ID_3", "ID_7, 10 of 12"]
