@@ -6,7 +6,6 @@ x_t = t·x + (1 − t)·ε, so t = 1 is data; t from a logit-normal (Esser et al
 Legend: B batch, D latent channels, h w latent grid, N tokens, d width of a token.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from mdlib.models.layers import UserEmbedding, check_choice, check_number, check
 from mdlib.models.pretrained import load_completely, load_weights, renamed
 from mdlib.models.prior import LatentPrior, evenly_spread
 
-SAMPLERS = ("euler", "heun")
 COSINE_WEIGHT = 1.0  # of 1 − cos(velocity, its prediction) over the channels, added to the mean square error
 TIME_STD = 1.0  # of logit(t) in training
 RENAMES = (  # of published weights, in this order; an empty name is computed here
@@ -102,33 +100,36 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         cosine = 1 - F.cosine_similarity(output, velocity, dim=1, eps=0.1).mean()
         return mse + COSINE_WEIGHT * cosine, {"velocity_mse": mse.detach(), "cosine": cosine.detach()}
 
-    @torch.no_grad()
-    def sample(
+    def sampler(
         self,
-        users: Tensor,
+        device: torch.device,
         *,
-        conditions: Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        num_inference_steps: int = 25,
         scheduler: str = "heun",
+        num_inference_steps: int = 25,
         timestep_shift: float = 1.0,
-        classifier: Callable | None = None,
-        classifier_scale: float = 0.0,
-        towards: Tensor | None = None,
-        share: float | Tensor = 0.0,
-        on_step: Callable | None = None,
-    ) -> Tensor:
-        """Latents (B, D, h, w) for users (B,), see `LatentPrior`; t/T there is 1 − t here.
+    ):
+        """A diffusers flow-matching scheduler: even steps in t, then shifted. Heun's are diffusers' own: even ones from
+        0 to .999, and a last one of a thousandth, without correction.
 
         Args:
             scheduler: "euler" (one network call per step) or "heun" (two, but one in the last step).
             timestep_shift: s of t → s·t / (1 + (s − 1)·t): below 1 more of the steps are near noise.
         """
-        sampler = make_sampler(scheduler, num_inference_steps, timestep_shift, users.device)
-        guidance = (guidance_scale, guidance_interval, classifier, classifier_scale)
-        return self.denoise(sampler, users, conditions, generator, towards, share, on_step, guidance)
+        check_choice("scheduler", scheduler, ("euler", "heun"))
+        check_steps(num_inference_steps, self.timesteps)
+        check_number("timestep_shift", timestep_shift, 0.01, 100)
+        if scheduler == "heun":
+            sampler = FlowMatchHeunDiscreteScheduler()
+            # LightningDiT shifts t, diffusers σ = 1 − t: the same curve with the reciprocal shift. As an argument above
+            # it would be applied twice at the end of the path.
+            sampler.register_to_config(shift=1 / timestep_shift)
+            sampler.set_timesteps(num_inference_steps, device=device)
+            return sampler
+        sampler = FlowMatchEulerDiscreteScheduler()
+        t = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)[:-1]
+        t = timestep_shift * t / (1 + (timestep_shift - 1) * t)  # diffusers' own shift may begin a little above σ = 1
+        sampler.set_timesteps(sigmas=(1 - t).tolist(), device=device)
+        return sampler
 
     def output(self, noisy: Tensor, timestep: Tensor, users: Tensor) -> Tensor:
         """The velocity towards noise: diffusers' flow runs in σ = 1 − t."""
@@ -241,26 +242,6 @@ class FinalLayer(nn.Module):
         """x (B, N, d), condition c (B, d) after its SiLU → (B, N, outputs)."""
         shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
         return self.linear(self.norm_final(x, shift, scale))
-
-
-def make_sampler(name: str, steps: int, timestep_shift: float = 1.0, device: torch.device | str = "cpu"):
-    """A diffusers flow-matching scheduler: even steps in t, then shifted. Heun's are diffusers' own: even ones from 0
-    to .999, and a last one of a thousandth, without correction."""
-    check_choice("scheduler", name, SAMPLERS)
-    check_steps(steps, LightningDiT.timesteps)
-    check_number("timestep_shift", timestep_shift, 0.01, 100)
-    if name == "heun":
-        sampler = FlowMatchHeunDiscreteScheduler()
-        # LightningDiT shifts t, diffusers σ = 1 − t: the same curve with the reciprocal shift. As an argument above it
-        # would be applied twice at the end of the path.
-        sampler.register_to_config(shift=1 / timestep_shift)
-        sampler.set_timesteps(steps, device=device)
-        return sampler
-    sampler = FlowMatchEulerDiscreteScheduler()
-    t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:-1]
-    t = timestep_shift * t / (1 + (timestep_shift - 1) * t)  # diffusers' own shift may begin a little above σ = 1
-    sampler.set_timesteps(sigmas=(1 - t).tolist(), device=device)
-    return sampler
 
 
 def initialise(model: nn.Module) -> None:

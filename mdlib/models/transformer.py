@@ -17,14 +17,14 @@ from transformers.generation.logits_process import (
 )
 
 from mdlib.models.layers import UserEmbedding, check_number, inverse_cdf, uniform
-from mdlib.models.prior import Prior, guided
+from mdlib.models.prior import Prior, Request, guided
 
 
 class TokenPrior(Prior, ModelMixin, ConfigMixin):
     """p(tokens | user) as a product over positions. num_layers and dropout are GPT-2's, the other arguments are in
     `Prior`."""
 
-    consumes = "tokens"
+    consumes, denoises = "tokens", False
 
     @register_to_config
     def __init__(
@@ -82,25 +82,16 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
         output = self.gpt(inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None)
         return output.last_hidden_state, output.past_key_values
 
-    @torch.no_grad()
-    def sample(
-        self,
-        users: Tensor,
-        *,
-        conditions: Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        use_cache: bool = True,
+    def draw(
+        self, request: Request, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, use_cache: bool = True
     ) -> Tensor:
-        """Tokens (B, h, w) for users (B,), see `Prior`; guidance acts on the logits.
+        """Tokens (B, h, w); guidance acts on the logits.
 
         Args:
             temperature, top_k, top_p: transformers' logits warpers; 1, 0 and 1 leave the distribution as it is.
             use_cache: store keys and values of earlier positions instead of computing them again.
         """
+        users, conditions, generator, guidance_scale, *_ = request
         check_number("temperature", temperature, 0, above=True)
         check_number("top_k", top_k, 0)
         check_number("top_p", top_p, 0, 1, above=True)
@@ -109,7 +100,6 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
             warpers.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             warpers.append(TopPLogitsWarper(float(top_p)))
-        self.check_request(users, conditions, generator, guidance_scale)
         if not len(users):
             return users.new_empty(0, *self.token_shape)
         levels = uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, T)

@@ -17,9 +17,8 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from mdlib.models.dit import Block, FinalLayer, TimeEmbedder, initialise, rotation
 from mdlib.models.layers import UserEmbedding, all_sum, check_choice, check_number, check_steps, inverse_cdf, uniform
-from mdlib.models.prior import Prior, evenly_spread, guided
+from mdlib.models.prior import Prior, Request, evenly_spread, guided
 
-SAMPLERS = ("ancestral", "mask_predict")
 TINY = 1e-30  # stands for a probability of zero: its logarithm can still be multiplied by one
 ENOUGH = 10  # samples of every timestep, after which timesteps are sampled by their loss
 CHOICE_TEMPERATURE = 4.5  # of noise on the certainty by which "mask_predict" chooses, falling to 0 with the steps
@@ -189,23 +188,16 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         rate = (counts / self.seen.clamp_min(1)).clamp_min(0.1) * (counts > 0)
         self.square_loss.lerp_(sums / counts.clamp_min(1), rate)
 
-    @torch.no_grad()
-    def sample(
+    def draw(
         self,
-        users: Tensor,
+        request: Request,
         *,
-        conditions: Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        guidance_scale: float = 1.0,
         sampler: str = "ancestral",
         num_inference_steps: int = 50,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        towards: Tensor | None = None,
-        share: float | Tensor = 0.0,
-        on_step: Callable | None = None,
     ) -> Tensor:
-        """Tokens (B, h, w) for users (B,), see `Prior`; guidance and share act on the log probabilities of x_0.
+        """Tokens (B, h, w); guidance and share act on the log probabilities of x_0.
 
         Args:
             sampler: "ancestral" (x_T to x_0 by the posterior) or "mask_predict" (all masks at first; every step fixes
@@ -213,8 +205,8 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
             num_inference_steps: at most T (ancestral) or N (mask_predict).
             temperature, top_p: of p(x_0); the authors' truncation rate is a top_p of 0.86.
         """
-        share = self.check_request(users, conditions, generator, guidance_scale, towards, share)
-        check_choice("sampler", sampler, SAMPLERS)
+        users, conditions, generator, guidance_scale, towards, share, on_step = request
+        check_choice("sampler", sampler, ("ancestral", "mask_predict"))
         check_steps(num_inference_steps, self.num_tokens if sampler == "mask_predict" else self.noise.timesteps)
         check_number("temperature", temperature, 0, above=True)
         check_number("top_p", top_p, 0, 1, above=True)
