@@ -51,18 +51,15 @@ class SmallCNN(Classifier):
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """Output of each convolutional stage, a list of (B, width, rows, columns)."""
-        found = [self._without_speckle(images)]
+        smooth = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), self.binomial, groups=images.shape[1])
+        found = [smooth.contiguous(memory_format=torch.channels_last)]
         for block in self.blocks:
             found.append(block(found[-1]))
         return found[1:]
 
     def features(self, images: Tensor) -> Tensor:
         """Features (B, 16·width) before the last layer."""
-        return self.pool(self.blocks(self._without_speckle(images))).flatten(1)
-
-    def _without_speckle(self, images: Tensor) -> Tensor:
-        smooth = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), self.binomial, groups=images.shape[1])
-        return smooth.contiguous(memory_format=torch.channels_last)
+        return self.pool(self.stages(images)[-1]).flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.drop(self.features(images)))

@@ -98,15 +98,14 @@ class Codec(ModelMixin, ConfigMixin):
         super().save_pretrained(*arguments, **options)
         self.losses = attached
 
-    @property
-    def last_layers(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """Weights of the encoder's and the decoder's last convolution, where gradients of losses are compared."""
-        network = getattr(self, "vae", self)
-        return network.encoder.conv_out.weight, network.decoder.conv_out.weight
-
-    def _total(self, reconstruction, regularisation, images, outputs, latents, logs) -> tuple[Tensor, dict]:
-        """Sum of reconstruction, regularisation and attached losses, each (), and logs with those of the losses.
+    def _total(self, regularisation, images, outputs, latents, logs) -> tuple[Tensor, dict]:
+        """Sum of reconstruction (mean square; or absolute), regularisation and attached losses, each (), and all logs.
         Distances count as reconstruction, which other losses are weighted by."""
+        mse = F.mse_loss(outputs, images)
+        logs = {"mse": mse, "psnr_db": -10 * torch.log10(mse / 4)} | logs
+        reconstruction = F.l1_loss(outputs, images) if self.config.get("reconstruction") == "l1" else mse
+        network = getattr(self, "vae", self)
+        last_layers = network.encoder.conv_out.weight, network.decoder.conv_out.weight
         for loss in self.losses.values():
             if loss.is_distance:
                 value, own_logs = loss(outputs, images)
@@ -114,7 +113,7 @@ class Codec(ModelMixin, ConfigMixin):
         total = reconstruction + regularisation
         for loss in self.losses.values():
             if not loss.is_distance:
-                value, own_logs = loss(images, outputs, latents, reconstruction, self.last_layers)
+                value, own_logs = loss(images, outputs, latents, reconstruction, last_layers)
                 total, logs = total + value, logs | own_logs
         return total, {name: value.detach() for name, value in logs.items()}
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import apply_rotary_emb, get_1d_sincos_pos_embed_from_grid, get_timestep_embedding
+from diffusers.models.embeddings import apply_rotary_emb, get_2d_sincos_pos_embed_from_grid, get_timestep_embedding
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -260,10 +260,9 @@ def initialise(model: nn.Module) -> None:
 
 def sine_positions(width: int, rows: int, columns: int) -> Tensor:
     """Fixed sine-cosine embedding (1, rows·columns, width): of the column in the first half, of the row in the second,
-    as in MAE and DiT. (diffusers' two-dimensional function is for square grids.)"""
+    as in MAE and DiT."""
     place = torch.arange(rows * columns)
-    axes = (get_1d_sincos_pos_embed_from_grid(width // 2, axis, "pt") for axis in (place % columns, place // columns))
-    return torch.cat(tuple(axes), dim=1).float().unsqueeze(0)
+    return get_2d_sincos_pos_embed_from_grid(width, (place % columns, place // columns)).float().unsqueeze(0)
 
 
 def rotation(head_dim: int, rows: int, columns: int) -> Tensor:

@@ -30,7 +30,8 @@ class LatentStats(nn.Module):
 
 
 class UserEmbedding(nn.Embedding):
-    """Vectors (B, size) of users (B,) and conditions (B,): the user's vector, plus the condition's.
+    """Vectors (B, size) of users (B,) and conditions (B,): the user's vector, plus the condition's. Conditions None are
+    condition 0 for all.
 
     User num_users is the null label of classifier-free guidance. The vectors of conditions (carrying a bag …) start at
     zero and are shared by all users, so that a condition can be generated for a user who was not recorded in it. With
@@ -44,7 +45,6 @@ class UserEmbedding(nn.Embedding):
             self.conditions = nn.Parameter(torch.zeros(num_conditions, size))
 
     def forward(self, users: Tensor, conditions: Tensor | None = None) -> Tensor:
-        """Vectors (B, size) of users (B,) and conditions (B,); None is condition 0 for all."""
         vectors = super().forward(users)
         if self.num_conditions == 1:
             return vectors
@@ -56,10 +56,8 @@ class UserEmbedding(nn.Embedding):
 
     def check(self, users: Tensor, conditions: Tensor | None = None) -> None:
         """Raise ValueError where one of users (B,) or conditions (B,) is unknown."""
-        for name, labels, count in (
-            ("users", users, self.num_embeddings),
-            ("conditions", conditions, self.num_conditions),
-        ):
+        known = dict(users=(users, self.num_embeddings), conditions=(conditions, self.num_conditions))
+        for name, (labels, count) in known.items():
             if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < count:
                 raise ValueError(f"{name} must lie in 0…{count - 1}, got {int(labels.min())}…{int(labels.max())}")
 

@@ -4,8 +4,8 @@ Legend: B batch, D latent channels, h w grid of tokens or latents, E width of a 
 """
 
 import inspect
+from collections import namedtuple
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -14,17 +14,8 @@ from torch import Tensor
 from mdlib.models.layers import check_number, drop_labels
 from mdlib.utils import DataError
 
-
-class Request(NamedTuple):
-    """The arguments of `Prior.sample` that all priors have, checked; share is a tensor (B,)."""
-
-    users: Tensor
-    conditions: Tensor | None
-    generator: torch.Generator | list[torch.Generator] | None
-    guidance_scale: float
-    towards: Tensor | None
-    share: Tensor
-    on_step: Callable | None
+# The arguments of `Prior.sample` that all priors have, checked; share is a tensor (B,).
+Request = namedtuple("Request", "users conditions generator guidance_scale towards share on_step")
 
 
 class Prior:

@@ -189,13 +189,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         self.square_loss.lerp_(sums / counts.clamp_min(1), rate)
 
     def draw(
-        self,
-        request: Request,
-        *,
-        sampler: str = "ancestral",
-        num_inference_steps: int = 50,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        self, request: Request, *, sampler="ancestral", num_inference_steps=50, temperature=1.0, top_p=1.0
     ) -> Tensor:
         """Tokens (B, h, w); guidance and share act on the log probabilities of x_0.
 
