@@ -20,6 +20,8 @@ from mdlib.models.layers import LatentStats, all_mean, parts
 
 GRADIENT_FLOOR = 1e-4
 HALF_PRECISION_SCALE = 1024.0
+# Of losses, what a stage of training may change.
+OPTIONS = {"alignment_weight", "cosine_margin", "distance_margin", "adversarial_weight", "adversarial_start"}
 
 
 class Codec(ModelMixin, ConfigMixin):
@@ -78,7 +80,7 @@ class Codec(ModelMixin, ConfigMixin):
         if unknown := sorted(options.keys() - OPTIONS):
             raise ValueError(f"cannot change {', '.join(unknown)}: only {', '.join(sorted(OPTIONS))}")
         for loss in self.losses.values():
-            for name in options.keys() & loss.options:
+            for name in options.keys() & vars(loss).keys():
                 setattr(loss, name, options[name])
 
     def parameter_groups(self) -> list[dict]:
@@ -134,7 +136,6 @@ class CodecLoss(nn.Module):
     any other loss with (images, outputs, latents, reconstruction, the codec's last layers)."""
 
     is_distance = False
-    options: frozenset[str] = frozenset()  # attributes that a stage of training may change, see `Codec.configure`
     optimizer: dict = {}  # settings of AdamW that differ from the codec's
 
 
@@ -181,7 +182,6 @@ class Alignment(CodecLoss):
     """
 
     name = "alignment"
-    options = frozenset(("alignment_weight", "cosine_margin", "distance_margin"))
 
     def __init__(
         self, foundation: nn.Module, latent_channels: int, alignment_weight=0.5, cosine_margin=0.0, distance_margin=0.0
@@ -219,7 +219,6 @@ class Adversary(CodecLoss):
     """
 
     name = "adversary"
-    options = frozenset(("adversarial_weight", "adversarial_start"))
     optimizer = {"betas": (0.5, 0.9), "weight_decay": 0.0}  # shorter memory: what it discriminates keeps changing
 
     def __init__(
@@ -253,9 +252,6 @@ class Adversary(CodecLoss):
         weight = adaptive_weight(self.adversarial_weight, reconstruction, generator, last_layers[1])
         logs = {"generator": generator, "discriminator": discriminator, "generator_weight": weight}
         return weight * generator + discriminator, logs
-
-
-OPTIONS = Alignment.options | Adversary.options
 
 
 class PatchGAN(nn.Sequential):

@@ -9,12 +9,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2Model
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import logits_process
 
 from mdlib.models.layers import UserEmbedding, check_number, inverse_cdf, uniform
 from mdlib.models.prior import Prior, Request, guided
@@ -56,7 +51,6 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
             attn_pdrop=dropout,
             bos_token_id=None,
             eos_token_id=None,
-            attn_implementation="sdpa",
         )
         self.gpt = GPT2Model(config)
         self.head = nn.Linear(hidden_size, num_codes, bias=False)
@@ -95,11 +89,11 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
         check_number("temperature", temperature, 0, above=True)
         check_number("top_k", top_k, 0)
         check_number("top_p", top_p, 0, 1, above=True)
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+        warpers = logits_process.LogitsProcessorList([logits_process.TemperatureLogitsWarper(float(temperature))])
         if top_k:
-            warpers.append(TopKLogitsWarper(top_k))
+            warpers.append(logits_process.TopKLogitsWarper(top_k))
         if top_p < 1:
-            warpers.append(TopPLogitsWarper(float(top_p)))
+            warpers.append(logits_process.TopPLogitsWarper(float(top_p)))
         if not len(users):
             return users.new_empty(0, *self.token_shape)
         levels = uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, T)

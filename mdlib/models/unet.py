@@ -8,14 +8,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    ModelMixin,
-    PNDMScheduler,
-    UNet2DModel,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, ModelMixin, PNDMScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.training_utils import compute_snr
@@ -32,11 +25,7 @@ SAMPLERS = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "lambda_min_clipped": -5.1}),
 }
-SCHEDULES = {
-    "squaredcos_cap_v2": (0.0001, 0.02),
-    "linear": (0.0001, 0.02),
-    "scaled_linear": (0.00085, 0.012),
-}  # first and last β
+SCHEDULES = {"squaredcos_cap_v2": (), "linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}  # first and last β
 
 
 class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
@@ -114,12 +103,12 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         # Not the UNet's own table, which takes labels: interpolation needs vectors between those of two users.
         self.users = UserEmbedding(num_users, num_conditions, 4 * block_out_channels[0])
         nn.init.normal_(self.users.weight, std=0.5)
+        # The usual values for a thousand timesteps; with fewer, each adds more noise.
+        betas = [beta * 1000 / num_train_timesteps for beta in SCHEDULES[schedule]]
         self.schedule = DDPMScheduler(
-            num_train_timesteps=self.timesteps,
+            num_train_timesteps,
+            *betas,
             beta_schedule=schedule,
-            # The usual values for a thousand timesteps; with fewer, each adds more noise.
-            beta_start=SCHEDULES[schedule][0] * 1000 / num_train_timesteps,
-            beta_end=SCHEDULES[schedule][1] * 1000 / num_train_timesteps,
             prediction_type=prediction,
             clip_sample=False,
             timestep_spacing="trailing",
