@@ -42,9 +42,13 @@ class SmallCNN(Classifier):
         super().__init__()
         row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
         self.register_buffer("binomial", (row[:, None] * row).expand(channels, 1, 5, 5).clone())
-        stages = [_stage(channels, widths[0], stride=2, pool=(1, 2))]
-        stages += [_stage(before, width) for before, width in pairwise(widths)]
-        self.blocks = nn.Sequential(*stages)
+        self.blocks = nn.Sequential()
+        for before, width in pairwise((channels, *widths)):
+            first = not self.blocks
+            convolution = nn.Conv2d(before, width, 3, 2 if first else 1, padding=1, bias=False)
+            # Pooling precedes normalisation: on a CPU a step takes a fifth less time than in the other order.
+            pool = nn.MaxPool2d((1, 2) if first else 2)
+            self.blocks.append(nn.Sequential(convolution, pool, nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
         self.pool = nn.AdaptiveAvgPool2d((8, 2))
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(widths[-1] * 16, num_users)
@@ -63,12 +67,6 @@ class SmallCNN(Classifier):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.drop(self.features(images)))
-
-
-def _stage(before: int, width: int, stride: int = 1, pool: int | tuple[int, int] = 2) -> nn.Sequential:
-    """Pooling precedes normalisation: on a CPU a step takes a fifth less time than in the other order."""
-    convolution = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.MaxPool2d(pool), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
 
 
 class ResNet18(Classifier):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.layers import LatentStats, all_mean, parts
+from mdlib.models.layers import all_mean, parts
 
 GRADIENT_FLOOR = 1e-4
 HALF_PRECISION_SCALE = 1024.0
@@ -54,17 +54,21 @@ class Codec(ModelMixin, ConfigMixin):
                 f"(patch {self.patch}, {levels} levels)"
             )
         self.latent_shape = (latent_channels, *(image_size // factor for factor in factors))
-        self.stats = LatentStats(latent_channels)
+        self.stats = nn.Module()  # of each latent channel; a diffusion schedule assumes unit variance
+        self.stats.register_buffer("mean", torch.zeros(1, latent_channels, 1, 1))
+        self.stats.register_buffer("std", torch.ones(1, latent_channels, 1, 1))
         self.losses = nn.ModuleDict()
 
     def encode(self, images: Tensor, users: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] → latents (B, D, h, w), normalised per channel (see `calibrate`)."""
-        return self.stats.normalise(self.raw_latents(images, users))
+        return (self.raw_latents(images, users) - self.stats.mean) / self.stats.std
 
     @torch.no_grad()
     def calibrate(self, images: Tensor, users: Tensor | None = None, batch_size: int = 64) -> None:
         """Set the latents' mean and standard deviation from images (B, C, H, W), usually the training windows."""
-        self.stats.fit(torch.cat([self.raw_latents(*part) for part in parts(self.device, batch_size, images, users)]))
+        latents = torch.cat([self.raw_latents(*part) for part in parts(self.device, batch_size, images, users)])
+        self.stats.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
+        self.stats.std.copy_(latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
 
     def attach(self, loss: nn.Module) -> None:
         """Train with `loss` as well; it replaces an attached loss of the same name."""

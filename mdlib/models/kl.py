@@ -88,7 +88,7 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
 
     def decode(self, latents: Tensor, users: Tensor | None = None) -> Tensor:
         """Normalised latents (B, D, h, w) → images (B, C, H, W), clipped to [−1, 1]."""
-        return self._pixels(self.stats.denormalise(latents), users).clamp(-1, 1)
+        return self._pixels(latents * self.stats.std + self.stats.mean, users).clamp(-1, 1)
 
     def raw_latents(self, images: Tensor, users: Tensor | None = None) -> Tensor:
         return self._posterior(images, users).mode()

@@ -161,7 +161,7 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
     def decode(self, latents: Tensor, users: Tensor | None = None) -> Tensor:
         """Normalised latents (B, D, h, w) → images (B, C, H, W), clipped to [−1, 1]; each vector is replaced by its
         nearest code, with a straight-through gradient."""
-        vectors = self.stats.denormalise(latents)
+        vectors = latents * self.stats.std + self.stats.mean
         codes = self.quantizer.lookup(self.quantizer.nearest(vectors))
         return self._pixels(codes + (vectors - vectors.detach())).clamp(-1, 1)
 
