@@ -71,7 +71,9 @@ class Codec(ModelMixin, ConfigMixin):
         self.stats.std.copy_(latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
 
     def attach(self, loss: nn.Module) -> None:
-        """Train with `loss` as well; it replaces an attached loss of the same name."""
+        """Train with `loss` as well; it replaces an attached loss of the same name. It returns the weighted loss () and
+        values to log: a `Distance` of (outputs, images), any other loss of (images, outputs, latents, reconstruction,
+        the codec's last layers). Its `optimizer` are settings of AdamW that differ from the codec's."""
         self.losses[loss.name] = loss
 
     def detach_losses(self) -> None:
@@ -91,7 +93,7 @@ class Codec(ModelMixin, ConfigMixin):
         """Parameter groups for AdamW: codec and attached losses; a loss with `optimizer` settings has its own group."""
         groups = [{"params": [p for name, p in self.named_parameters() if not name.startswith("losses.")]}]
         for loss in self.losses.values():
-            if loss.optimizer:
+            if hasattr(loss, "optimizer"):
                 groups.append({"params": list(loss.parameters()), **loss.optimizer})
             else:
                 groups[0]["params"] += loss.parameters()
@@ -113,12 +115,12 @@ class Codec(ModelMixin, ConfigMixin):
         network = getattr(self, "vae", self)
         last_layers = network.encoder.conv_out.weight, network.decoder.conv_out.weight
         for loss in self.losses.values():
-            if loss.is_distance:
+            if isinstance(loss, Distance):
                 value, own_logs = loss(outputs, images)
                 reconstruction, logs = reconstruction + value, logs | own_logs
         total = reconstruction + regularisation
         for loss in self.losses.values():
-            if not loss.is_distance:
+            if not isinstance(loss, Distance):
                 value, own_logs = loss(images, outputs, latents, reconstruction, last_layers)
                 total, logs = total + value, logs | own_logs
         return total, {name: value.detach() for name, value in logs.items()}
@@ -135,18 +137,8 @@ class Codec(ModelMixin, ConfigMixin):
         return pixels.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
-class CodecLoss(nn.Module):
-    """Base class: forward returns the weighted loss () and values to log. A distance is called with (outputs, images),
-    any other loss with (images, outputs, latents, reconstruction, the codec's last layers)."""
-
-    is_distance = False
-    optimizer: dict = {}  # settings of AdamW that differ from the codec's
-
-
-class Distance(CodecLoss):
+class Distance(nn.Module):
     """weight · network(outputs, images), logged as `name`. The network is frozen, and not saved."""
-
-    is_distance = True
 
     def __init__(self, name: str, network: nn.Module, weight: float):
         super().__init__()
@@ -174,7 +166,7 @@ class FeatureDistance(nn.Module):
         return torch.stack([F.mse_loss(found, real) / real.var().clamp_min(1e-6) for found, real in pairs]).mean()
 
 
-class Alignment(CodecLoss):
+class Alignment(nn.Module):
     """Latents, projected by a 1×1 convolution, imitate the features of a frozen foundation. Held-out losses only log
     it: a weight that follows gradients would make two evaluations incomparable.
 
@@ -212,7 +204,7 @@ class Alignment(CodecLoss):
         return weight * (cosine + distance), logs | {"align_weight": weight}
 
 
-class Adversary(CodecLoss):
+class Adversary(nn.Module):
     """A PatchGAN discriminator with hinge loss. Both opponents learn in one backward pass, each from its own loss only.
 
     Args:

@@ -33,7 +33,40 @@ RENAMES = (  # of published weights, in this order; an empty name is computed he
 )
 
 
-class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
+class Transformer:
+    """The network of LightningDiT and VQDiffusion, mixed into a model."""
+
+    def build(self, grid, num_users, num_conditions, width, depth, heads, qk_norm, outputs) -> None:
+        """Add embeddings of time and users, blocks and the last layer, and initialise as in DiT: every block is the
+        identity and the output is zero."""
+        self.t_embedder = TimeEmbedder(width)
+        self.users = UserEmbedding(num_users, num_conditions, width)
+        self.blocks = nn.ModuleList(Block(width, heads, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(width, outputs)
+        self.register_buffer("rotation", rotation(width // heads, *grid), persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.users.weight, std=0.5)  # wider than DiT's: users must differ within a few hundred steps
+        for layer in (self.t_embedder[0], self.t_embedder[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for part in (*self.blocks, self.final_layer):
+            nn.init.zeros_(part.modulation.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def run(self, x: Tensor, t: Tensor, users: Tensor) -> Tensor:
+        """Tokens x (B, N, d), times t (B,) and users (B, d) → (B, N, outputs)."""
+        c = F.silu(self.t_embedder(t) + users)  # (B, d)
+        for block in self.blocks:
+            if self.config.get("gradient_checkpointing") and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, self.rotation, use_reentrant=False)
+            else:
+                x = block(x, c, self.rotation)
+        return self.final_layer(x, c)
+
+
+class LightningDiT(Transformer, LatentPrior, ModelMixin, ConfigMixin):
     """p(latents | user) by a velocity field.
 
     Args (the others are in `Prior`):
@@ -65,25 +98,16 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         self.latent_shape, self.null_label = tuple(latent_shape), num_users
         self.grid = (height // patch_size, width // patch_size)
         self.x_embedder = nn.Conv2d(channels, hidden_size, patch_size, stride=patch_size)
-        self.t_embedder = TimeEmbedder(hidden_size)
-        self.users = UserEmbedding(num_users, num_conditions, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
+        outputs = patch_size**2 * channels
+        self.build(self.grid, num_users, num_conditions, hidden_size, depth, num_heads, qk_norm, outputs)
         self.register_buffer("positions", sine_positions(hidden_size, *self.grid), persistent=False)
-        self.register_buffer("rotation", rotation(hidden_size // num_heads, *self.grid), persistent=False)
-        initialise(self)
 
     def forward(self, noisy: Tensor, t: Tensor, users: Tensor) -> Tensor:
         """Velocity (B, D, h, w) towards the data at latents (B, D, h, w), t () or (B,) in [0, 1], and users (B, d)."""
         x = self.x_embedder(noisy).flatten(2).transpose(1, 2) + self.positions  # (B, N, d)
-        c = F.silu(self.t_embedder(t.expand(len(noisy))) + users)  # (B, d)
-        for block in self.blocks:
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, self.rotation, use_reentrant=False)
-            else:
-                x = block(x, c, self.rotation)
         side = self.config.patch_size
-        patches = self.final_layer(x, c).unflatten(2, (side, side, -1)).unflatten(1, self.grid)
+        outputs = self.run(x, t.expand(len(noisy)), users)
+        patches = outputs.unflatten(2, (side, side, -1)).unflatten(1, self.grid)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # from (B, h/p, w/p, p, p, D)
 
     def loss(self, latents, users, conditions=None):
@@ -124,11 +148,11 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
             # it would be applied twice at the end of the path.
             sampler.register_to_config(shift=1 / timestep_shift)
             sampler.set_timesteps(num_inference_steps, device=device)
-            return sampler
-        sampler = FlowMatchEulerDiscreteScheduler()
-        t = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)[:-1]
-        t = timestep_shift * t / (1 + (timestep_shift - 1) * t)  # diffusers' own shift may begin a little above σ = 1
-        sampler.set_timesteps(sigmas=(1 - t).tolist(), device=device)
+        else:
+            sampler = FlowMatchEulerDiscreteScheduler()
+            t = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)[:-1]
+            t = timestep_shift * t / (1 + (timestep_shift - 1) * t)  # diffusers' own may begin a little above σ = 1
+            sampler.set_timesteps(sigmas=(1 - t).tolist(), device=device)
         return sampler
 
     def output(self, noisy: Tensor, timestep: Tensor, users: Tensor) -> Tensor:
@@ -242,20 +266,6 @@ class FinalLayer(nn.Module):
         """x (B, N, d), condition c (B, d) after its SiLU → (B, N, outputs)."""
         shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
         return self.linear(self.norm_final(x, shift, scale))
-
-
-def initialise(model: nn.Module) -> None:
-    """Initialise `model` as in DiT: every block is the identity and the output is zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.flatten(1))
-            nn.init.zeros_(module.bias)
-    nn.init.normal_(model.users.weight, std=0.5)  # wider than DiT's: users must differ within a few hundred steps
-    for layer in (model.t_embedder[0], model.t_embedder[2]):
-        nn.init.normal_(layer.weight, std=0.02)
-    for part in (*model.blocks, model.final_layer):
-        nn.init.zeros_(part.modulation.weight)
-    nn.init.zeros_(model.final_layer.linear.weight)
 
 
 def sine_positions(width: int, rows: int, columns: int) -> Tensor:

@@ -89,11 +89,9 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
         check_number("temperature", temperature, 0, above=True)
         check_number("top_k", top_k, 0)
         check_number("top_p", top_p, 0, 1, above=True)
-        warpers = logits_process.LogitsProcessorList([logits_process.TemperatureLogitsWarper(float(temperature))])
-        if top_k:
-            warpers.append(logits_process.TopKLogitsWarper(top_k))
-        if top_p < 1:
-            warpers.append(logits_process.TopPLogitsWarper(float(top_p)))
+        warpers = [logits_process.TemperatureLogitsWarper(float(temperature))]
+        warpers += [logits_process.TopKLogitsWarper(top_k)] if top_k else []
+        warpers += [logits_process.TopPLogitsWarper(float(top_p))] if top_p < 1 else []
         if not len(users):
             return users.new_empty(0, *self.token_shape)
         levels = uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, T)
@@ -108,7 +106,9 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
             logits = self.head(hidden[:, -1]).float()  # (B, K), or (2B, K) with guidance
             if guidance_scale != 1:
                 logits = guided(*logits.chunk(2), guidance_scale)
-            chosen = inverse_cdf(warpers(sequence, logits), levels[:, position])
+            for warper in warpers:
+                logits = warper(sequence, logits)
+            chosen = inverse_cdf(logits, levels[:, position])
             sequence = torch.cat([sequence, chosen.unsqueeze(1)], 1)
         return self.to_grid(sequence[:, 1:])
 

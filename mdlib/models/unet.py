@@ -25,7 +25,8 @@ SAMPLERS = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "lambda_min_clipped": -5.1}),
 }
-SCHEDULES = {"squaredcos_cap_v2": (), "linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}  # first and last β
+# First and last β; the cosine has none.
+SCHEDULES = {"squaredcos_cap_v2": (0.0, 0.0), "linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
 
 
 class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
@@ -104,10 +105,11 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         self.users = UserEmbedding(num_users, num_conditions, 4 * block_out_channels[0])
         nn.init.normal_(self.users.weight, std=0.5)
         # The usual values for a thousand timesteps; with fewer, each adds more noise.
-        betas = [beta * 1000 / num_train_timesteps for beta in SCHEDULES[schedule]]
+        first, last = (beta * 1000 / num_train_timesteps for beta in SCHEDULES[schedule])
         self.schedule = DDPMScheduler(
-            num_train_timesteps,
-            *betas,
+            num_train_timesteps=num_train_timesteps,
+            beta_start=first,
+            beta_end=last,
             beta_schedule=schedule,
             prediction_type=prediction,
             clip_sample=False,
