@@ -1,6 +1,5 @@
 """`MicroDopplerPipeline`: a codec and a prior that turn user ids into spectrograms, a pipeline of diffusers."""
 
-import inspect
 import itertools
 import json
 import pkgutil
@@ -22,7 +21,6 @@ from PIL import Image
 from mdlib import models
 from mdlib.data.colormaps import colorize
 from mdlib.data.windows import to_uint8
-from mdlib.systems.system import NO_OPTIONS
 from mdlib.training.latents import fingerprint
 from mdlib.utils import DataError, bar, best_device, end_session, time_is_up, whole_file
 
@@ -166,9 +164,6 @@ class MicroDopplerPipeline(DiffusionPipeline):
         options, known = {**self.config.sampling, **sampling}, self.sampling_options()
         if unknown := ", ".join(sorted(options.keys() - known.keys())):
             raise DataError(f"this prior has no sampling option {unknown}; there are {', '.join(sorted(known))}")
-        if views and "on_step" not in inspect.signature(self.prior.sample).parameters:
-            name = type(self.prior).__name__
-            raise DataError(f"interpolation and pictures of denoising need a prior that denoises, not {name}")
         if options.get("classifier_scale"):
             if self.classifier is None:
                 raise DataError("classifier_scale needs a classifier, and this pipeline has none (classifier_steps)")
@@ -194,8 +189,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     def sampling_options(self) -> dict:
         """The options of `prior.sample` that a caller may give, with this pipeline's values."""
-        known = inspect.signature(self.prior.sample).parameters
-        return {name: one.default for name, one in known.items() if name not in NO_OPTIONS} | self.config.sampling
+        return self.prior.sampling_options() | self.config.sampling
 
     def check_options(self, options: dict) -> None:
         """Raise DataError on options `prior.sample` does not have, ValueError on values it cannot use."""

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mdlib.models.classifier import SmallCNN
-from mdlib.models.layers import LatentStats, all_mean, parts
+from mdlib.models.layers import all_mean, parts
 
 GRADIENT_FLOOR = 1e-4
 HALF_PRECISION_SCALE = 1024.0
+# Of losses, what a stage of training may change.
+OPTIONS = {"alignment_weight", "cosine_margin", "distance_margin", "adversarial_weight", "adversarial_start"}
 
 
 class Codec(ModelMixin, ConfigMixin):
@@ -52,20 +54,26 @@ class Codec(ModelMixin, ConfigMixin):
                 f"(patch {self.patch}, {levels} levels)"
             )
         self.latent_shape = (latent_channels, *(image_size // factor for factor in factors))
-        self.stats = LatentStats(latent_channels)
+        self.stats = nn.Module()  # of each latent channel; a diffusion schedule assumes unit variance
+        self.stats.register_buffer("mean", torch.zeros(1, latent_channels, 1, 1))
+        self.stats.register_buffer("std", torch.ones(1, latent_channels, 1, 1))
         self.losses = nn.ModuleDict()
 
     def encode(self, images: Tensor, users: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] → latents (B, D, h, w), normalised per channel (see `calibrate`)."""
-        return self.stats.normalise(self.raw_latents(images, users))
+        return (self.raw_latents(images, users) - self.stats.mean) / self.stats.std
 
     @torch.no_grad()
     def calibrate(self, images: Tensor, users: Tensor | None = None, batch_size: int = 64) -> None:
         """Set the latents' mean and standard deviation from images (B, C, H, W), usually the training windows."""
-        self.stats.fit(torch.cat([self.raw_latents(*part) for part in parts(self.device, batch_size, images, users)]))
+        latents = torch.cat([self.raw_latents(*part) for part in parts(self.device, batch_size, images, users)])
+        self.stats.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
+        self.stats.std.copy_(latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
 
     def attach(self, loss: nn.Module) -> None:
-        """Train with `loss` as well; it replaces an attached loss of the same name."""
+        """Train with `loss` as well; it replaces an attached loss of the same name. It returns the weighted loss () and
+        values to log: a `Distance` of (outputs, images), any other loss of (images, outputs, latents, reconstruction,
+        the codec's last layers). Its `optimizer` are settings of AdamW that differ from the codec's."""
         self.losses[loss.name] = loss
 
     def detach_losses(self) -> None:
@@ -78,14 +86,14 @@ class Codec(ModelMixin, ConfigMixin):
         if unknown := sorted(options.keys() - OPTIONS):
             raise ValueError(f"cannot change {', '.join(unknown)}: only {', '.join(sorted(OPTIONS))}")
         for loss in self.losses.values():
-            for name in options.keys() & loss.options:
+            for name in options.keys() & vars(loss).keys():
                 setattr(loss, name, options[name])
 
     def parameter_groups(self) -> list[dict]:
         """Parameter groups for AdamW: codec and attached losses; a loss with `optimizer` settings has its own group."""
         groups = [{"params": [p for name, p in self.named_parameters() if not name.startswith("losses.")]}]
         for loss in self.losses.values():
-            if loss.optimizer:
+            if hasattr(loss, "optimizer"):
                 groups.append({"params": list(loss.parameters()), **loss.optimizer})
             else:
                 groups[0]["params"] += loss.parameters()
@@ -98,23 +106,22 @@ class Codec(ModelMixin, ConfigMixin):
         super().save_pretrained(*arguments, **options)
         self.losses = attached
 
-    @property
-    def last_layers(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """Weights of the encoder's and the decoder's last convolution, where gradients of losses are compared."""
-        network = getattr(self, "vae", self)
-        return network.encoder.conv_out.weight, network.decoder.conv_out.weight
-
-    def _total(self, reconstruction, regularisation, images, outputs, latents, logs) -> tuple[Tensor, dict]:
-        """Sum of reconstruction, regularisation and attached losses, each (), and logs with those of the losses.
+    def _total(self, regularisation, images, outputs, latents, logs) -> tuple[Tensor, dict]:
+        """Sum of reconstruction (mean square; or absolute), regularisation and attached losses, each (), and all logs.
         Distances count as reconstruction, which other losses are weighted by."""
+        mse = F.mse_loss(outputs, images)
+        logs = {"mse": mse, "psnr_db": -10 * torch.log10(mse / 4)} | logs
+        reconstruction = F.l1_loss(outputs, images) if self.config.get("reconstruction") == "l1" else mse
+        network = getattr(self, "vae", self)
+        last_layers = network.encoder.conv_out.weight, network.decoder.conv_out.weight
         for loss in self.losses.values():
-            if loss.is_distance:
+            if isinstance(loss, Distance):
                 value, own_logs = loss(outputs, images)
                 reconstruction, logs = reconstruction + value, logs | own_logs
         total = reconstruction + regularisation
         for loss in self.losses.values():
-            if not loss.is_distance:
-                value, own_logs = loss(images, outputs, latents, reconstruction, self.last_layers)
+            if not isinstance(loss, Distance):
+                value, own_logs = loss(images, outputs, latents, reconstruction, last_layers)
                 total, logs = total + value, logs | own_logs
         return total, {name: value.detach() for name, value in logs.items()}
 
@@ -130,19 +137,8 @@ class Codec(ModelMixin, ConfigMixin):
         return pixels.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
-class CodecLoss(nn.Module):
-    """Base class: forward returns the weighted loss () and values to log. A distance is called with (outputs, images),
-    any other loss with (images, outputs, latents, reconstruction, the codec's last layers)."""
-
-    is_distance = False
-    options: frozenset[str] = frozenset()  # attributes that a stage of training may change, see `Codec.configure`
-    optimizer: dict = {}  # settings of AdamW that differ from the codec's
-
-
-class Distance(CodecLoss):
+class Distance(nn.Module):
     """weight · network(outputs, images), logged as `name`. The network is frozen, and not saved."""
-
-    is_distance = True
 
     def __init__(self, name: str, network: nn.Module, weight: float):
         super().__init__()
@@ -170,7 +166,7 @@ class FeatureDistance(nn.Module):
         return torch.stack([F.mse_loss(found, real) / real.var().clamp_min(1e-6) for found, real in pairs]).mean()
 
 
-class Alignment(CodecLoss):
+class Alignment(nn.Module):
     """Latents, projected by a 1×1 convolution, imitate the features of a frozen foundation. Held-out losses only log
     it: a weight that follows gradients would make two evaluations incomparable.
 
@@ -182,7 +178,6 @@ class Alignment(CodecLoss):
     """
 
     name = "alignment"
-    options = frozenset(("alignment_weight", "cosine_margin", "distance_margin"))
 
     def __init__(
         self, foundation: nn.Module, latent_channels: int, alignment_weight=0.5, cosine_margin=0.0, distance_margin=0.0
@@ -209,7 +204,7 @@ class Alignment(CodecLoss):
         return weight * (cosine + distance), logs | {"align_weight": weight}
 
 
-class Adversary(CodecLoss):
+class Adversary(nn.Module):
     """A PatchGAN discriminator with hinge loss. Both opponents learn in one backward pass, each from its own loss only.
 
     Args:
@@ -220,7 +215,6 @@ class Adversary(CodecLoss):
     """
 
     name = "adversary"
-    options = frozenset(("adversarial_weight", "adversarial_start"))
     optimizer = {"betas": (0.5, 0.9), "weight_decay": 0.0}  # shorter memory: what it discriminates keeps changing
 
     def __init__(
@@ -254,9 +248,6 @@ class Adversary(CodecLoss):
         weight = adaptive_weight(self.adversarial_weight, reconstruction, generator, last_layers[1])
         logs = {"generator": generator, "discriminator": discriminator, "generator_weight": weight}
         return weight * generator + discriminator, logs
-
-
-OPTIONS = Alignment.options | Adversary.options
 
 
 class PatchGAN(nn.Sequential):

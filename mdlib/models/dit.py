@@ -6,14 +6,13 @@ x_t = t·x + (1 − t)·ε, so t = 1 is data; t from a logit-normal (Esser et al
 Legend: B batch, D latent channels, h w latent grid, N tokens, d width of a token.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import apply_rotary_emb, get_1d_sincos_pos_embed_from_grid, get_timestep_embedding
+from diffusers.models.embeddings import apply_rotary_emb, get_2d_sincos_pos_embed_from_grid, get_timestep_embedding
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +20,6 @@ from mdlib.models.layers import UserEmbedding, check_choice, check_number, check
 from mdlib.models.pretrained import load_completely, load_weights, renamed
 from mdlib.models.prior import LatentPrior, evenly_spread
 
-SAMPLERS = ("euler", "heun")
 COSINE_WEIGHT = 1.0  # of 1 − cos(velocity, its prediction) over the channels, added to the mean square error
 TIME_STD = 1.0  # of logit(t) in training
 RENAMES = (  # of published weights, in this order; an empty name is computed here
@@ -35,7 +33,40 @@ RENAMES = (  # of published weights, in this order; an empty name is computed he
 )
 
 
-class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
+class Transformer:
+    """The network of LightningDiT and VQDiffusion, mixed into a model."""
+
+    def build(self, grid, num_users, num_conditions, width, depth, heads, qk_norm, outputs) -> None:
+        """Add embeddings of time and users, blocks and the last layer, and initialise as in DiT: every block is the
+        identity and the output is zero."""
+        self.t_embedder = TimeEmbedder(width)
+        self.users = UserEmbedding(num_users, num_conditions, width)
+        self.blocks = nn.ModuleList(Block(width, heads, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(width, outputs)
+        self.register_buffer("rotation", rotation(width // heads, *grid), persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.users.weight, std=0.5)  # wider than DiT's: users must differ within a few hundred steps
+        for layer in (self.t_embedder[0], self.t_embedder[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for part in (*self.blocks, self.final_layer):
+            nn.init.zeros_(part.modulation.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def run(self, x: Tensor, t: Tensor, users: Tensor) -> Tensor:
+        """Tokens x (B, N, d), times t (B,) and users (B, d) → (B, N, outputs)."""
+        c = F.silu(self.t_embedder(t) + users)  # (B, d)
+        for block in self.blocks:
+            if self.config.get("gradient_checkpointing") and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, self.rotation, use_reentrant=False)
+            else:
+                x = block(x, c, self.rotation)
+        return self.final_layer(x, c)
+
+
+class LightningDiT(Transformer, LatentPrior, ModelMixin, ConfigMixin):
     """p(latents | user) by a velocity field.
 
     Args (the others are in `Prior`):
@@ -67,25 +98,16 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         self.latent_shape, self.null_label = tuple(latent_shape), num_users
         self.grid = (height // patch_size, width // patch_size)
         self.x_embedder = nn.Conv2d(channels, hidden_size, patch_size, stride=patch_size)
-        self.t_embedder = TimeEmbedder(hidden_size)
-        self.users = UserEmbedding(num_users, num_conditions, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
+        outputs = patch_size**2 * channels
+        self.build(self.grid, num_users, num_conditions, hidden_size, depth, num_heads, qk_norm, outputs)
         self.register_buffer("positions", sine_positions(hidden_size, *self.grid), persistent=False)
-        self.register_buffer("rotation", rotation(hidden_size // num_heads, *self.grid), persistent=False)
-        initialise(self)
 
     def forward(self, noisy: Tensor, t: Tensor, users: Tensor) -> Tensor:
         """Velocity (B, D, h, w) towards the data at latents (B, D, h, w), t () or (B,) in [0, 1], and users (B, d)."""
         x = self.x_embedder(noisy).flatten(2).transpose(1, 2) + self.positions  # (B, N, d)
-        c = F.silu(self.t_embedder(t.expand(len(noisy))) + users)  # (B, d)
-        for block in self.blocks:
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, self.rotation, use_reentrant=False)
-            else:
-                x = block(x, c, self.rotation)
         side = self.config.patch_size
-        patches = self.final_layer(x, c).unflatten(2, (side, side, -1)).unflatten(1, self.grid)
+        outputs = self.run(x, t.expand(len(noisy)), users)
+        patches = outputs.unflatten(2, (side, side, -1)).unflatten(1, self.grid)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # from (B, h/p, w/p, p, p, D)
 
     def loss(self, latents, users, conditions=None):
@@ -102,33 +124,36 @@ class LightningDiT(LatentPrior, ModelMixin, ConfigMixin):
         cosine = 1 - F.cosine_similarity(output, velocity, dim=1, eps=0.1).mean()
         return mse + COSINE_WEIGHT * cosine, {"velocity_mse": mse.detach(), "cosine": cosine.detach()}
 
-    @torch.no_grad()
-    def sample(
+    def sampler(
         self,
-        users: Tensor,
+        device: torch.device,
         *,
-        conditions: Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        num_inference_steps: int = 25,
         scheduler: str = "heun",
+        num_inference_steps: int = 25,
         timestep_shift: float = 1.0,
-        classifier: Callable | None = None,
-        classifier_scale: float = 0.0,
-        towards: Tensor | None = None,
-        share: float | Tensor = 0.0,
-        on_step: Callable | None = None,
-    ) -> Tensor:
-        """Latents (B, D, h, w) for users (B,), see `LatentPrior`; t/T there is 1 − t here.
+    ):
+        """A diffusers flow-matching scheduler: even steps in t, then shifted. Heun's are diffusers' own: even ones from
+        0 to .999, and a last one of a thousandth, without correction.
 
         Args:
             scheduler: "euler" (one network call per step) or "heun" (two, but one in the last step).
             timestep_shift: s of t → s·t / (1 + (s − 1)·t): below 1 more of the steps are near noise.
         """
-        sampler = make_sampler(scheduler, num_inference_steps, timestep_shift, users.device)
-        guidance = (guidance_scale, guidance_interval, classifier, classifier_scale)
-        return self.denoise(sampler, users, conditions, generator, towards, share, on_step, guidance)
+        check_choice("scheduler", scheduler, ("euler", "heun"))
+        check_steps(num_inference_steps, self.timesteps)
+        check_number("timestep_shift", timestep_shift, 0.01, 100)
+        if scheduler == "heun":
+            sampler = FlowMatchHeunDiscreteScheduler()
+            # LightningDiT shifts t, diffusers σ = 1 − t: the same curve with the reciprocal shift. As an argument above
+            # it would be applied twice at the end of the path.
+            sampler.register_to_config(shift=1 / timestep_shift)
+            sampler.set_timesteps(num_inference_steps, device=device)
+        else:
+            sampler = FlowMatchEulerDiscreteScheduler()
+            t = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)[:-1]
+            t = timestep_shift * t / (1 + (timestep_shift - 1) * t)  # diffusers' own may begin a little above σ = 1
+            sampler.set_timesteps(sigmas=(1 - t).tolist(), device=device)
+        return sampler
 
     def output(self, noisy: Tensor, timestep: Tensor, users: Tensor) -> Tensor:
         """The velocity towards noise: diffusers' flow runs in σ = 1 − t."""
@@ -243,46 +268,11 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x, shift, scale))
 
 
-def make_sampler(name: str, steps: int, timestep_shift: float = 1.0, device: torch.device | str = "cpu"):
-    """A diffusers flow-matching scheduler: even steps in t, then shifted. Heun's are diffusers' own: even ones from 0
-    to .999, and a last one of a thousandth, without correction."""
-    check_choice("scheduler", name, SAMPLERS)
-    check_steps(steps, LightningDiT.timesteps)
-    check_number("timestep_shift", timestep_shift, 0.01, 100)
-    if name == "heun":
-        sampler = FlowMatchHeunDiscreteScheduler()
-        # LightningDiT shifts t, diffusers σ = 1 − t: the same curve with the reciprocal shift. As an argument above it
-        # would be applied twice at the end of the path.
-        sampler.register_to_config(shift=1 / timestep_shift)
-        sampler.set_timesteps(steps, device=device)
-        return sampler
-    sampler = FlowMatchEulerDiscreteScheduler()
-    t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:-1]
-    t = timestep_shift * t / (1 + (timestep_shift - 1) * t)  # diffusers' own shift may begin a little above σ = 1
-    sampler.set_timesteps(sigmas=(1 - t).tolist(), device=device)
-    return sampler
-
-
-def initialise(model: nn.Module) -> None:
-    """Initialise `model` as in DiT: every block is the identity and the output is zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.flatten(1))
-            nn.init.zeros_(module.bias)
-    nn.init.normal_(model.users.weight, std=0.5)  # wider than DiT's: users must differ within a few hundred steps
-    for layer in (model.t_embedder[0], model.t_embedder[2]):
-        nn.init.normal_(layer.weight, std=0.02)
-    for part in (*model.blocks, model.final_layer):
-        nn.init.zeros_(part.modulation.weight)
-    nn.init.zeros_(model.final_layer.linear.weight)
-
-
 def sine_positions(width: int, rows: int, columns: int) -> Tensor:
     """Fixed sine-cosine embedding (1, rows·columns, width): of the column in the first half, of the row in the second,
-    as in MAE and DiT. (diffusers' two-dimensional function is for square grids.)"""
+    as in MAE and DiT."""
     place = torch.arange(rows * columns)
-    axes = (get_1d_sincos_pos_embed_from_grid(width // 2, axis, "pt") for axis in (place % columns, place // columns))
-    return torch.cat(tuple(axes), dim=1).float().unsqueeze(0)
+    return get_2d_sincos_pos_embed_from_grid(width, (place % columns, place // columns)).float().unsqueeze(0)
 
 
 def rotation(head_dim: int, rows: int, columns: int) -> Tensor:

@@ -5,7 +5,6 @@ Legend: B batch, C image channels, H W pixels, h w latent grid, D latent channel
 """
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -83,15 +82,13 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         posterior = self._posterior(images, users)
         latents = posterior.sample() if self.training else posterior.mode()
         outputs = self._pixels(latents, users)
-        mse = F.mse_loss(outputs, images)
         kl = posterior.kl().mean() / posterior.mean[0].numel()  # nats a latent value
-        logs = {"mse": mse, "kl": kl, "psnr_db": -10 * torch.log10(mse / 4), "latent_std": posterior.mean.std()}
-        reconstruction = mse if self.config.reconstruction == "mse" else F.l1_loss(outputs, images)
-        return self._total(reconstruction, self.config.kl_weight * kl, images, outputs, latents, logs)
+        logs = {"kl": kl, "latent_std": posterior.mean.std()}
+        return self._total(self.config.kl_weight * kl, images, outputs, latents, logs)
 
     def decode(self, latents: Tensor, users: Tensor | None = None) -> Tensor:
         """Normalised latents (B, D, h, w) → images (B, C, H, W), clipped to [−1, 1]."""
-        return self._pixels(self.stats.denormalise(latents), users).clamp(-1, 1)
+        return self._pixels(latents * self.stats.std + self.stats.mean, users).clamp(-1, 1)
 
     def raw_latents(self, images: Tensor, users: Tensor | None = None) -> Tensor:
         return self._posterior(images, users).mode()

@@ -1,4 +1,4 @@
-"""Parts that several models use: latent statistics, embeddings of users, sampling of codes, checks, processes."""
+"""Parts that several models use: embeddings of users, sampling of codes, checks, processes."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -8,29 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-class LatentStats(nn.Module):
-    """Per-channel mean and standard deviation of a codec's latents, saved with its weights. A diffusion schedule
-    assumes unit variance, so every codec normalises its latents."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
-        self.register_buffer("std", torch.ones(1, channels, 1, 1))
-
-    def fit(self, latents: Tensor) -> None:
-        """Compute the statistics of `latents` (B, C, h, w)."""
-        self.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
-        self.std.copy_(latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        return (latents - self.mean) / self.std
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        return latents * self.std + self.mean
-
-
 class UserEmbedding(nn.Embedding):
-    """Vectors (B, size) of users (B,) and conditions (B,): the user's vector, plus the condition's.
+    """Vectors (B, size) of users (B,) and conditions (B,): the user's vector, plus the condition's. Conditions None are
+    condition 0 for all.
 
     User num_users is the null label of classifier-free guidance. The vectors of conditions (carrying a bag …) start at
     zero and are shared by all users, so that a condition can be generated for a user who was not recorded in it. With
@@ -44,7 +24,6 @@ class UserEmbedding(nn.Embedding):
             self.conditions = nn.Parameter(torch.zeros(num_conditions, size))
 
     def forward(self, users: Tensor, conditions: Tensor | None = None) -> Tensor:
-        """Vectors (B, size) of users (B,) and conditions (B,); None is condition 0 for all."""
         vectors = super().forward(users)
         if self.num_conditions == 1:
             return vectors
@@ -56,10 +35,8 @@ class UserEmbedding(nn.Embedding):
 
     def check(self, users: Tensor, conditions: Tensor | None = None) -> None:
         """Raise ValueError where one of users (B,) or conditions (B,) is unknown."""
-        for name, labels, count in (
-            ("users", users, self.num_embeddings),
-            ("conditions", conditions, self.num_conditions),
-        ):
+        known = dict(users=(users, self.num_embeddings), conditions=(conditions, self.num_conditions))
+        for name, (labels, count) in known.items():
             if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < count:
                 raise ValueError(f"{name} must lie in 0…{count - 1}, got {int(labels.min())}…{int(labels.max())}")
 
@@ -101,12 +78,12 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
 
 def check_number(name: str, value: float, low: float, high: float = math.inf, above: bool = False) -> None:
     """Raise ValueError unless `value` is a finite number in [low, high], or in (low, high] where it must be `above`."""
-    inside = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
-    if inside and not (above and value == low):
-        return
-    if math.isfinite(high):
-        raise ValueError(f"{name} must be in {'(' if above else '['}{low}, {high}], got {value}")
-    raise ValueError(f"{name} must be {f'above {low}' if above else f'{low} or more'}, got {value}")
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if not number or not low <= value <= high or (above and value == low):
+        limits = f"above {low}" if above else f"{low} or more"
+        if math.isfinite(high):
+            limits = f"in {'(' if above else '['}{low}, {high}]"
+        raise ValueError(f"{name} must be {limits}, got {value}")
 
 
 def check_steps(steps: int, most: int) -> None:
@@ -130,11 +107,10 @@ def rank() -> int:
 
 def all_sum(tensor: Tensor) -> Tensor:
     """The sum of `tensor` over all processes, the same bits in each."""
-    if world() == 1:
-        return tensor
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total
+    if world() > 1:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def all_mean(tensor: Tensor) -> Tensor:
@@ -153,9 +129,7 @@ def gather(rows: Tensor) -> Tensor:
 
 def broadcast_from_first(tensors: Iterable[Tensor]) -> None:
     """Overwrite each tensor by that of the first process."""
-    if world() == 1:
-        return
-    for tensor in tensors:
+    for tensor in tensors if world() > 1 else ():
         values = tensor.detach().contiguous()
         dist.broadcast(values, src=0)
         tensor.detach().copy_(values)

@@ -214,16 +214,16 @@ def load_lpips(net: str = "squeeze") -> nn.Module:
     FileNotFoundError if the package is missing, or the backbone is not on disk and cannot be downloaded."""
     if net not in LPIPS_BACKBONES:
         raise ValueError(f"unknown LPIPS net {net!r}: choose one of {', '.join(LPIPS_BACKBONES)}")
-    try:
-        import lpips
-    except ImportError as error:
-        raise FileNotFoundError("LPIPS needs the package lpips: install it or set perceptual_weight=0") from error
     weights = lpips_weights(net)
     try:
+        import lpips
+
         if not weights.exists() and os.environ.get("HF_HUB_OFFLINE") == "1":
             raise OSError("offline mode is on")
         with torch.random.fork_rng():  # its initial weights are random; the caller's random numbers stay as they are
             model = lpips.LPIPS(net=net, verbose=False)
+    except ImportError as error:
+        raise FileNotFoundError("LPIPS needs the package lpips: install it or set perceptual_weight=0") from error
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"LPIPS needs {weights.name}, which is not in {weights.parent} and could not be downloaded ({error}): "

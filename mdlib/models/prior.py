@@ -4,12 +4,18 @@ Legend: B batch, D latent channels, h w grid of tokens or latents, E width of a 
 """
 
 import inspect
+from collections import namedtuple
+from collections.abc import Callable
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mdlib.models.layers import check_number, drop_labels
+from mdlib.utils import DataError
+
+# The arguments of `Prior.sample` that all priors have, checked; share is a tensor (B,).
+Request = namedtuple("Request", "users conditions generator guidance_scale towards share on_step")
 
 
 class Prior:
@@ -17,7 +23,7 @@ class Prior:
 
     A subclass has `consumes` ("tokens" or "latents"), `token_shape` or `latent_shape`, `users` (a `UserEmbedding`),
     `null_label`, and two methods: `loss(z, users, conditions=None)` of tokens (B, h, w) or latents (B, D, h, w) returns
-    the loss () and parts of it to log, `sample(users, *, ...)` tokens or latents for users (B,).
+    the loss () and parts of it to log, `draw(request, *, ...)` checks its own options and returns tokens or latents.
 
     Args of the constructors:
         num_codes, token_shape: K and (h, w) of the codec's token grid.
@@ -27,24 +33,43 @@ class Prior:
         label_dropout: fraction of training samples that get the null label.
         hidden_size, depth, num_heads: of a transformer: width, number of blocks, attention heads.
         gradient_checkpointing: recompute blocks in the backward pass: less memory, a third more time.
-
-    Args of `sample`:
-        users: labels in 0…num_users, the last of which is the null label.
-        conditions: labels (B,) of carrying conditions; None is condition 0 for all.
-        generator: one for the batch, or one per sample: a sample then does not depend on its batch.
-        guidance_scale: s in null + s·(user − null); 1 is plain conditional sampling.
-        num_inference_steps: steps from noise to data.
-        towards, share: second users (B,), and where to sample between the two: 0 is `users`, 1 is `towards`; one number
-            or one per sample.
-        on_step: called as on_step(number, estimate of the sample) after every network call.
     """
 
-    def drop_users(self, users: Tensor) -> Tensor:
-        """Users (B,) after the label dropout of training."""
-        return drop_labels(users, self.null_label, self.config.label_dropout if self.training else 0.0)
+    denoises = True  # can interpolate and show its steps
 
-    def check_request(self, users, conditions, generator, guidance_scale, towards=None, share=0.0) -> Tensor:
-        """Raise ValueError for arguments that `sample` must refuse; returns `share` as a tensor (B,)."""
+    @classmethod
+    def sampling_options(cls) -> dict:
+        """The arguments of `sample` that are plain values, with their defaults."""
+        methods = (getattr(cls, name) for name in ("sample", "draw", "sampler") if hasattr(cls, name))
+        known = {name: one.default for one in methods for name, one in inspect.signature(one).parameters.items()}
+        plain = (int, float, str, tuple)
+        return {name: value for name, value in known.items() if isinstance(value, plain) and name != "share"}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        users: Tensor,
+        *,
+        conditions: Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        guidance_scale: float = 1.0,
+        towards: Tensor | None = None,
+        share: float | Tensor = 0.0,
+        on_step: Callable | None = None,
+        **options,
+    ) -> Tensor:
+        """Tokens (B, h, w) or latents (B, D, h, w) for users (B,). ValueError for what cannot be sampled.
+
+        Args:
+            users: labels in 0…num_users, the last of which is the null label.
+            conditions: labels (B,) of carrying conditions; None is condition 0 for all.
+            generator: one for the batch, or one per sample: a sample then does not depend on its batch.
+            guidance_scale: s in null + s·(user − null); 1 is plain conditional sampling.
+            towards, share: second users (B,), and where to sample between the two: 0 is `users`, 1 is `towards`; one
+                number or one per sample.
+            on_step: called as on_step(number, estimate of the sample) after every network call.
+            options: those of `draw`; num_inference_steps are the steps from noise to data.
+        """
         self.users.check(users, conditions)
         self.users.check(users if towards is None else towards)
         check_number("guidance_scale", guidance_scale, 0)
@@ -52,43 +77,55 @@ class Prior:
             raise ValueError("guidance needs a prior trained with label_dropout: guidance_scale must be 1")
         if isinstance(generator, list) and len(generator) != len(users):
             raise ValueError(f"{len(users)} samples need {len(users)} generators, got {len(generator)}")
+        if not self.denoises and (towards is not None or on_step):
+            name = type(self).__name__
+            raise DataError(f"interpolation and pictures of denoising need a prior that denoises, not {name}")
         share = torch.as_tensor(share, dtype=torch.float32, device=users.device)
         if share.shape not in ((), (len(users),)) or not ((share >= 0) & (share <= 1)).all():
             raise ValueError(f"share must lie in [0, 1], one number or one per sample, got {share.tolist()}")
-        return share.expand(len(users))
+        share = share.expand(len(users))
+        return self.draw(Request(users, conditions, generator, guidance_scale, towards, share, on_step), **options)
+
+    def drop_users(self, users: Tensor) -> Tensor:
+        """Users (B,) after the label dropout of training."""
+        return drop_labels(users, self.null_label, self.config.label_dropout if self.training else 0.0)
 
 
 class LatentPrior(Prior):
     """p(latents | user) by denoising. Timesteps are diffusers': from T (noise) to 0.
 
-    A subclass has `timesteps` (T) and, for noisy latents (B, D, h, w) at a timestep (),
+    A subclass has `timesteps` (T), `sampler(device, scheduler=…, num_inference_steps=…)`: a diffusers scheduler; and,
+    for noisy latents (B, D, h, w) at a timestep (),
     `output(noisy, timestep, users (B, E))`: what the sampler's step takes (B, D, h, w);
     `estimate(noisy, output, timestep)`: the estimate of x_0 (B, D, h, w) that follows from it;
     `class_change(gradient, timestep)`: its change for a gradient of log p(label | x_0) (B, D, h, w).
-
-    Args of `sample` beyond those of `Prior`:
-        guidance_interval: guide only where t/T lies in it (Kynkäänniemi et al. 2024); 1 is pure noise.
-        scheduler: name of a sampler.
-        classifier: log p(user | latents) as a function (latents (B, D, h, w), users (B,)) → (B,), evaluated at the
-            estimate of x_0; needed where classifier_scale is not 0.
-        classifier_scale: of the classifier's gradient (Dhariwal and Nichol 2021, there with a classifier of noisy
-            latents); 0 turns it off.
-        towards, share: interpolate between the users' embeddings.
     """
 
     consumes = "latents"
 
-    def denoise(self, sampler, users, conditions, generator, towards, share, on_step, guidance: tuple) -> Tensor:
-        """Latents (B, D, h, w) along the timesteps of a diffusers scheduler; guidance: guidance_scale,
-        guidance_interval, classifier and classifier_scale."""
-        scale, interval, classifier, classifier_scale = guidance
-        share = self.check_request(users, conditions, generator, scale, towards, share)
+    def draw(
+        self, request: Request, *, guidance_interval=(0.0, 1.0), classifier=None, classifier_scale=0.0, **sampler
+    ) -> Tensor:
+        """Latents (B, D, h, w) along the timesteps of a diffusers scheduler; between two users, of a mean of their
+        embeddings.
+
+        Args:
+            guidance_interval: guide only where t/T lies in it (Kynkäänniemi et al. 2024); 1 is pure noise.
+            classifier: log p(user | latents) as a function (latents (B, D, h, w), users (B,)) → (B,), evaluated at the
+                estimate of x_0; needed where classifier_scale is not 0.
+            classifier_scale: of the classifier's gradient (Dhariwal and Nichol 2021, there with a classifier of noisy
+                latents); 0 turns it off.
+            sampler: options of `sampler`.
+        """
+        users, conditions, generator, scale, towards, share, on_step = request
+        sampler = self.sampler(users.device, **sampler)
         check_number("classifier_scale", classifier_scale, 0)
         if classifier_scale and classifier is None:
             raise ValueError("classifier_scale needs a classifier, and none was given")
-        pair = isinstance(interval, tuple | list) and [isinstance(end, int | float) for end in interval] == [True] * 2
-        if not pair or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"guidance_interval must be two numbers in order within [0, 1], got {interval}")
+        listed = isinstance(guidance_interval, tuple | list)
+        pair = listed and [isinstance(end, int | float) for end in guidance_interval] == [True, True]
+        if not pair or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be two numbers in order within [0, 1], got {guidance_interval}")
         if not len(users):
             return torch.empty(0, *self.latent_shape, device=users.device)
         embedded, null = self.users(users, conditions), self.users(self.users.null(users), conditions)
@@ -98,7 +135,7 @@ class LatentPrior(Prior):
         shape = (len(users), *self.latent_shape)
         noisy = randn_tensor(shape, generator=generator, device=users.device, dtype=embedded.dtype)
         for number, timestep in enumerate(sampler.timesteps):
-            inside = interval[0] <= float(timestep) / self.timesteps <= interval[1]
+            inside = guidance_interval[0] <= float(timestep) / self.timesteps <= guidance_interval[1]
             if inside and scale != 1:
                 both = self.output(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([embedded, null]))
                 output = guided(*both.chunk(2), scale)

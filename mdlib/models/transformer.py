@@ -9,22 +9,17 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2Model
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import logits_process
 
 from mdlib.models.layers import UserEmbedding, check_number, inverse_cdf, uniform
-from mdlib.models.prior import Prior, guided
+from mdlib.models.prior import Prior, Request, guided
 
 
 class TokenPrior(Prior, ModelMixin, ConfigMixin):
     """p(tokens | user) as a product over positions. num_layers and dropout are GPT-2's, the other arguments are in
     `Prior`."""
 
-    consumes = "tokens"
+    consumes, denoises = "tokens", False
 
     @register_to_config
     def __init__(
@@ -56,7 +51,6 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
             attn_pdrop=dropout,
             bos_token_id=None,
             eos_token_id=None,
-            attn_implementation="sdpa",
         )
         self.gpt = GPT2Model(config)
         self.head = nn.Linear(hidden_size, num_codes, bias=False)
@@ -82,34 +76,22 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
         output = self.gpt(inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None)
         return output.last_hidden_state, output.past_key_values
 
-    @torch.no_grad()
-    def sample(
-        self,
-        users: Tensor,
-        *,
-        conditions: Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        use_cache: bool = True,
+    def draw(
+        self, request: Request, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, use_cache: bool = True
     ) -> Tensor:
-        """Tokens (B, h, w) for users (B,), see `Prior`; guidance acts on the logits.
+        """Tokens (B, h, w); guidance acts on the logits.
 
         Args:
             temperature, top_k, top_p: transformers' logits warpers; 1, 0 and 1 leave the distribution as it is.
             use_cache: store keys and values of earlier positions instead of computing them again.
         """
+        users, conditions, generator, guidance_scale, *_ = request
         check_number("temperature", temperature, 0, above=True)
         check_number("top_k", top_k, 0)
         check_number("top_p", top_p, 0, 1, above=True)
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
-        if top_k:
-            warpers.append(TopKLogitsWarper(top_k))
-        if top_p < 1:
-            warpers.append(TopPLogitsWarper(float(top_p)))
-        self.check_request(users, conditions, generator, guidance_scale)
+        warpers = [logits_process.TemperatureLogitsWarper(float(temperature))]
+        warpers += [logits_process.TopKLogitsWarper(top_k)] if top_k else []
+        warpers += [logits_process.TopPLogitsWarper(float(top_p))] if top_p < 1 else []
         if not len(users):
             return users.new_empty(0, *self.token_shape)
         levels = uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, T)
@@ -124,7 +106,9 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
             logits = self.head(hidden[:, -1]).float()  # (B, K), or (2B, K) with guidance
             if guidance_scale != 1:
                 logits = guided(*logits.chunk(2), guidance_scale)
-            chosen = inverse_cdf(warpers(sequence, logits), levels[:, position])
+            for warper in warpers:
+                logits = warper(sequence, logits)
+            chosen = inverse_cdf(logits, levels[:, position])
             sequence = torch.cat([sequence, chosen.unsqueeze(1)], 1)
         return self.to_grid(sequence[:, 1:])
 

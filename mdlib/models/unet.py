@@ -5,18 +5,10 @@ Legend: B batch, D latent channels, h w latent grid (Doppler × time), x_t = α_
 """
 
 import copy
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    ModelMixin,
-    PNDMScheduler,
-    UNet2DModel,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, ModelMixin, PNDMScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.training_utils import compute_snr
@@ -33,11 +25,8 @@ SAMPLERS = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "lambda_min_clipped": -5.1}),
 }
-SCHEDULES = {
-    "squaredcos_cap_v2": (0.0001, 0.02),
-    "linear": (0.0001, 0.02),
-    "scaled_linear": (0.00085, 0.012),
-}  # first and last β
+# First and last β; the cosine has none.
+SCHEDULES = {"squaredcos_cap_v2": (0.0, 0.0), "linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
 
 
 class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
@@ -115,12 +104,13 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         # Not the UNet's own table, which takes labels: interpolation needs vectors between those of two users.
         self.users = UserEmbedding(num_users, num_conditions, 4 * block_out_channels[0])
         nn.init.normal_(self.users.weight, std=0.5)
+        # The usual values for a thousand timesteps; with fewer, each adds more noise.
+        first, last = (beta * 1000 / num_train_timesteps for beta in SCHEDULES[schedule])
         self.schedule = DDPMScheduler(
-            num_train_timesteps=self.timesteps,
+            num_train_timesteps=num_train_timesteps,
+            beta_start=first,
+            beta_end=last,
             beta_schedule=schedule,
-            # The usual values for a thousand timesteps; with fewer, each adds more noise.
-            beta_start=SCHEDULES[schedule][0] * 1000 / num_train_timesteps,
-            beta_end=SCHEDULES[schedule][1] * 1000 / num_train_timesteps,
             prediction_type=prediction,
             clip_sample=False,
             timestep_spacing="trailing",
@@ -144,41 +134,20 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         weighted = snr.clamp_max(self.config.min_snr_gamma) / (snr + 1 if self.velocity else snr) * error
         return weighted.mean(), {"denoising_mse": error.mean().detach()}
 
-    @torch.no_grad()
-    def sample(
-        self,
-        users: Tensor,
-        *,
-        conditions: Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        num_inference_steps: int = 20,
-        scheduler: str = "dpm++",
-        classifier: Callable | None = None,
-        classifier_scale: float = 0.0,
-        towards: Tensor | None = None,
-        share: float | Tensor = 0.0,
-        on_step: Callable | None = None,
-    ) -> Tensor:
-        """Latents (B, D, h, w) for users (B,), see `LatentPrior`; scheduler: "ddpm", "ddim", "pndm" or "dpm++"
-        (DPM-Solver++, Lu et al. 2022)."""
-        sampler = self._sampler(scheduler, num_inference_steps, users.device)
-        guidance = (guidance_scale, guidance_interval, classifier, classifier_scale)
-        return self.denoise(sampler, users, conditions, generator, towards, share, on_step, guidance)
-
-    def _sampler(self, name: str, steps: int, device: torch.device):
-        """The diffusers scheduler of that name over the noise schedule of training, with its timesteps set."""
-        check_choice("scheduler", name, tuple(SAMPLERS))
-        check_steps(steps, self.timesteps)
-        if name in ("ddim", "pndm") and self.timesteps % steps:
+    def sampler(self, device: torch.device, *, scheduler: str = "dpm++", num_inference_steps: int = 20):
+        """The diffusers scheduler "ddpm", "ddim", "pndm" or "dpm++" (DPM-Solver++, Lu et al. 2022) over the noise
+        schedule of training, with its timesteps set."""
+        check_choice("scheduler", scheduler, tuple(SAMPLERS))
+        check_steps(num_inference_steps, self.timesteps)
+        if scheduler in ("ddim", "pndm") and self.timesteps % num_inference_steps:
             # They step by T // n; timesteps that lie T / n apart would leave noise in the sample.
-            raise ValueError(f"scheduler {name} needs a number of steps that divides {self.timesteps}, got {steps}")
-        kind, options = SAMPLERS[name]
+            wanted = f"a number of steps that divides {self.timesteps}, got {num_inference_steps}"
+            raise ValueError(f"scheduler {scheduler} needs {wanted}")
+        kind, options = SAMPLERS[scheduler]
         sampler = kind.from_config(self.schedule.config, **options)
-        sampler.set_timesteps(steps, device=device)
+        sampler.set_timesteps(num_inference_steps, device=device)
         if sampler.timesteps[-1] < 0:
-            raise ValueError(f"{name} cannot take {steps} steps: choose another number")
+            raise ValueError(f"{scheduler} cannot take {num_inference_steps} steps: choose another number")
         return sampler
 
     def output(self, noisy: Tensor, timestep: Tensor, users: Tensor) -> Tensor:

@@ -15,11 +15,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from mdlib.models.dit import Block, FinalLayer, TimeEmbedder, initialise, rotation
-from mdlib.models.layers import UserEmbedding, all_sum, check_choice, check_number, check_steps, inverse_cdf, uniform
-from mdlib.models.prior import Prior, evenly_spread, guided
+from mdlib.models.dit import Transformer
+from mdlib.models.layers import all_sum, check_choice, check_number, check_steps, inverse_cdf, uniform
+from mdlib.models.prior import Prior, Request, evenly_spread, guided
 
-SAMPLERS = ("ancestral", "mask_predict")
 TINY = 1e-30  # stands for a probability of zero: its logarithm can still be multiplied by one
 ENOUGH = 10  # samples of every timestep, after which timesteps are sampled by their loss
 CHOICE_TEMPERATURE = 4.5  # of noise on the certainty by which "mask_predict" chooses, falling to 0 with the steps
@@ -87,7 +86,7 @@ class MaskAndReplace:
         return torch.cat([((1 - gamma) / self.num_codes).expand(self.num_codes), gamma.view(1)]).log()
 
 
-class VQDiffusion(Prior, ModelMixin, ConfigMixin):
+class VQDiffusion(Transformer, Prior, ModelMixin, ConfigMixin):
     """p(tokens | user) by denoising.
 
     Args (the others are in `Prior`):
@@ -125,14 +124,9 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         self.noise = MaskAndReplace(num_codes, num_train_timesteps, gamma_cum_end)
         self.tokens = nn.Embedding(num_codes + 1, hidden_size)
         self.rows, self.columns = (nn.Embedding(side, hidden_size) for side in self.token_shape)
-        self.t_embedder = TimeEmbedder(hidden_size)
-        self.users = UserEmbedding(num_users, num_conditions, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, num_codes)
-        self.register_buffer("rotation", rotation(hidden_size // num_heads, *self.token_shape), persistent=False)
+        self.build(token_shape, num_users, num_conditions, hidden_size, depth, num_heads, qk_norm, num_codes)
         self.register_buffer("square_loss", torch.zeros(num_train_timesteps))  # mean of bound² at t = 1…T
         self.register_buffer("seen", torch.zeros(num_train_timesteps, dtype=torch.long))
-        initialise(self)
         for table in (self.tokens, self.rows, self.columns):
             nn.init.normal_(table.weight, std=0.02)
 
@@ -140,10 +134,7 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         """log p(x_0 | x_t, t, user) (B, N, K), float32, of tokens x_t (B, N), t (B,) in 1…T, users, conditions (B,)."""
         places = self.rows.weight.unsqueeze(1) + self.columns.weight  # (h, w, d)
         x = self.tokens(noisy) + places.flatten(0, 1)  # (B, N, d)
-        c = F.silu(self.t_embedder(t) + self.users(users, conditions))  # (B, d)
-        for block in self.blocks:
-            x = block(x, c, self.rotation)
-        return self.final_layer(x, c).float().log_softmax(-1)
+        return self.run(x, t, self.users(users, conditions)).float().log_softmax(-1)
 
     def loss(self, tokens, users, conditions=None):
         """Variational bound on −log p (nats per token) + weighted cross-entropy of x_0, at one t per sample."""
@@ -189,23 +180,10 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
         rate = (counts / self.seen.clamp_min(1)).clamp_min(0.1) * (counts > 0)
         self.square_loss.lerp_(sums / counts.clamp_min(1), rate)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        users: Tensor,
-        *,
-        conditions: Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        guidance_scale: float = 1.0,
-        sampler: str = "ancestral",
-        num_inference_steps: int = 50,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        towards: Tensor | None = None,
-        share: float | Tensor = 0.0,
-        on_step: Callable | None = None,
+    def draw(
+        self, request: Request, *, sampler="ancestral", num_inference_steps=50, temperature=1.0, top_p=1.0
     ) -> Tensor:
-        """Tokens (B, h, w) for users (B,), see `Prior`; guidance and share act on the log probabilities of x_0.
+        """Tokens (B, h, w); guidance and share act on the log probabilities of x_0.
 
         Args:
             sampler: "ancestral" (x_T to x_0 by the posterior) or "mask_predict" (all masks at first; every step fixes
@@ -213,8 +191,8 @@ class VQDiffusion(Prior, ModelMixin, ConfigMixin):
             num_inference_steps: at most T (ancestral) or N (mask_predict).
             temperature, top_p: of p(x_0); the authors' truncation rate is a top_p of 0.86.
         """
-        share = self.check_request(users, conditions, generator, guidance_scale, towards, share)
-        check_choice("sampler", sampler, SAMPLERS)
+        users, conditions, generator, guidance_scale, towards, share, on_step = request
+        check_choice("sampler", sampler, ("ancestral", "mask_predict"))
         check_steps(num_inference_steps, self.num_tokens if sampler == "mask_predict" else self.noise.timesteps)
         check_number("temperature", temperature, 0, above=True)
         check_number("top_p", top_p, 0, 1, above=True)

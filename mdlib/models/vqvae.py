@@ -46,8 +46,11 @@ class VectorQuantizer(nn.Module):
         z = z.float()
         flat = z.detach().movedim(1, -1).flatten(0, 2)  # (B·h·w, D): channels last, so a vector is a pixel
         if self.training and not self._started:
-            if not self.initialised:
-                self._start_from(flat)
+            if not self.initialised:  # the codebook starts with random rows of the data
+                self.codebook.copy_(self._sample_rows(flat))
+                self.sums.copy_(self.codebook)
+                self.counts.fill_(1)
+                self.initialised.fill_(True)
             self._started = True
         indices = self.nearest(z)
         if self.training:
@@ -69,14 +72,6 @@ class VectorQuantizer(nn.Module):
     def count(self, index: Tensor) -> Tensor:
         """How often index (N,) holds each code: (K,), without the wait for the GPU that `torch.bincount` costs."""
         return torch.zeros_like(self.counts).index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
-
-    @torch.no_grad()
-    def _start_from(self, flat: Tensor) -> None:
-        """Initialise the codebook with random rows of flat (N, D)."""
-        self.codebook.copy_(self._sample_rows(flat))
-        self.sums.copy_(self.codebook)
-        self.counts.fill_(1)
-        self.initialised.fill_(True)
 
     @torch.no_grad()
     def _update(self, flat: Tensor, index: Tensor) -> None:
@@ -149,18 +144,11 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         """Mean square error + weighted commitment + attached losses of images (B, C, H, W), and logs."""
         codes, indices, commitment = self.quantizer(self._features(images))
         outputs = self._pixels(codes)
-        mse = F.mse_loss(outputs, images)
         used = self.quantizer.count(indices.flatten()) / indices.numel()
         entropy = torch.special.entr(used).sum()  # nats, of this batch
-        logs = {
-            "mse": mse,
-            "commitment": commitment,
-            "psnr_db": -10 * torch.log10(mse / 4),
-            "usage": (used > 0).float().mean(),
-            "perplexity": entropy.exp(),
-            "entropy": entropy,
-        }
-        return self._total(mse, self.config.commitment_weight * commitment, images, outputs, codes, logs)
+        usage = {"usage": (used > 0).float().mean(), "perplexity": entropy.exp(), "entropy": entropy}
+        logs = {"commitment": commitment} | usage
+        return self._total(self.config.commitment_weight * commitment, images, outputs, codes, logs)
 
     def encode_tokens(self, images: Tensor, users: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] → tokens (B, h, w), long."""
@@ -173,7 +161,7 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
     def decode(self, latents: Tensor, users: Tensor | None = None) -> Tensor:
         """Normalised latents (B, D, h, w) → images (B, C, H, W), clipped to [−1, 1]; each vector is replaced by its
         nearest code, with a straight-through gradient."""
-        vectors = self.stats.denormalise(latents)
+        vectors = latents * self.stats.std + self.stats.mean
         codes = self.quantizer.lookup(self.quantizer.nearest(vectors))
         return self._pixels(codes + (vectors - vectors.detach())).clamp(-1, 1)
 

@@ -13,8 +13,6 @@ from pkgutil import resolve_name
 from mdlib.utils import DataError
 
 CODECS = {"vq": "mdlib.models.vqvae:VQVAE", "kl": "mdlib.models.kl:KLVAE", "va": "mdlib.models.kl:VAVAE"}
-# Arguments of prior.sample that are no plain values.
-NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "share", "on_step"}
 
 # Of TrainConfig.
 SMOKE = dict(steps=6, batch_size=8, warmup_steps=1, evaluate_every=3, save_every=3)
@@ -132,8 +130,7 @@ class System:
 
     def sampling_options(self) -> dict:
         """What `prior.sample` can be given as plain values, with its defaults."""
-        known = inspect.signature(self.prior.sample).parameters.items()
-        return {name: one.default for name, one in known if name not in NO_OPTIONS}
+        return self.prior.sampling_options()
 
     @property
     def presets(self) -> dict[str, "Preset"]:
