@@ -22,8 +22,7 @@ from PIL import Image
 from mdlib import models
 from mdlib.data.colormaps import colorize
 from mdlib.data.windows import to_uint8
-from mdlib.systems.system import NO_OPTIONS
-from mdlib.training.latents import fingerprint
+from mdlib.models.layers import fingerprint
 from mdlib.utils import DataError, bar, best_device, end_session, time_is_up, whole_file
 
 # Where a module or class named in an older pipeline is now.
@@ -194,8 +193,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     def sampling_options(self) -> dict:
         """The options of `prior.sample` that a caller may give, with this pipeline's values."""
-        known = inspect.signature(self.prior.sample).parameters
-        return {name: one.default for name, one in known.items() if name not in NO_OPTIONS} | self.config.sampling
+        return self.prior.sampling_options() | self.config.sampling
 
     def check_options(self, options: dict) -> None:
         """Raise DataError on options `prior.sample` does not have, ValueError on values it cannot use."""

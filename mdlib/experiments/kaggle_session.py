@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mdlib.data.files import holds_users
 from mdlib.experiments.settings import read_record, write_record
-from mdlib.systems.system import Gpu, gpus, preset_for
+from mdlib.systems.system import gpus, preset_for
 from mdlib.utils import DEADLINE, DataError, batch_run, require_room, room, size
 
 INPUT = Path("/kaggle/input")
@@ -61,10 +61,12 @@ def begin(out: str | Path = "", data: str = "") -> str:
     return str(find_data(INPUT) or "")
 
 
-def summary(found: Sequence[Gpu], end: float, free: int) -> str:
+def summary(found: Sequence, end: float, free: int) -> str:
     """One line: GPUs, preset, time and disk space."""
     kind = "a batch run" if batch_run() else "an interactive session"
-    cards = f"{len(found)} × {found[0].name}, {found[0].memory / 1e9:.0f} GB each" if found else f"no GPU ({NO_GPU})"
+    cards = (
+        f"{len(found)} × {found[0].name}, {found[0].total_memory / 1e9:.0f} GB each" if found else f"no GPU ({NO_GPU})"
+    )
     return (
         f"Kaggle, {kind}: {cards}; preset auto is {preset_for(found)}; training stops by itself in "
         f"{max(0, end - time.time()) / 3600:.1f} h; {free / 1e9:.0f} GB may be written"

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from mdlib.models.layers import check_number, drop_labels
 
+# Arguments of `sample` that are no plain values.
+NO_OPTIONS = {"self", "users", "conditions", "generator", "classifier", "towards", "share", "on_step"}
+
 
 class Prior:
     """Base of p(tokens | user) and p(latents | user), mixed into a diffusers model.
@@ -38,6 +41,12 @@ class Prior:
             or one per sample.
         on_step: called as on_step(number, estimate of the sample) after every network call.
     """
+
+    @classmethod
+    def sampling_options(cls) -> dict:
+        """What `sample` can be given as plain values, with its defaults."""
+        known = inspect.signature(cls.sample).parameters.items()
+        return {name: one.default for name, one in known if name not in NO_OPTIONS}
 
     def drop_users(self, users: Tensor) -> Tensor:
         """Users (B,) after the label dropout of training."""

@@ -17,13 +17,10 @@ SYSTEM = System(
     name="vae-diffusion",
     codec_class="mdlib.models.kl:KLVAE",
     prior_class="mdlib.models.unet:LatentDiffusion",
-    notebooks=("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate"),
-    curves=("mse", "psnr_db", "kl", "perplexity", "align_cosine", "denoising_mse", "velocity_mse"),
     sizes={
         "smoke": dict(
             codec=dict(latent_channels=2),
             prior=dict(block_out_channels=(8, 16), norm_num_groups=4, head_dim=8, attention="full"),
-            prior_training=dict(ema_decay=0.5),
             sampling=dict(num_inference_steps=3),
         ),
         "demo": DEMO | dict(prior_training=dict(steps=1500, ema_decay=0.99)),

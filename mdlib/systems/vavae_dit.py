@@ -22,14 +22,11 @@ SYSTEM = System(
     name="vavae-dit",
     codec_class="mdlib.models.kl:VAVAE",
     prior_class="mdlib.models.dit:LightningDiT",
-    notebooks=("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate"),
-    curves=("mse", "psnr_db", "kl", "perplexity", "align_cosine", "align_distance", "velocity_mse", "cosine"),
     sizes={
         "smoke": dict(
             codec=dict(latent_channels=4),
             losses=dict(adversarial_weight=0.5, discriminator_width=8, discriminator_layers=2),
             prior=dict(patch_size=2, hidden_size=16, depth=2, num_heads=2),
-            prior_training=dict(ema_decay=0.5),
             sampling=dict(guidance_scale=1.5, num_inference_steps=3),
             foundation="classifier",
             stages=tuple((1 / 3, options) for _, options in STAGES),
