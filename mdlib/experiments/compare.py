@@ -32,8 +32,7 @@ from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.reports.report import conclusions, gather, load_generated, write_comparison
 from mdlib.systems import SYSTEMS, get_preset
 from mdlib.systems.system import gpus, preset_for
-from mdlib.training.fit import read_history
-from mdlib.utils import DataError, bar, whole_file
+from mdlib.utils import DataError, bar, read_history, whole_file
 
 UNLIMITED = 1_000_000  # optimizer steps that only the time limit ends
 TIMED = 32  # windows of the batch whose sampling is timed

@@ -9,8 +9,7 @@ from mdlib.evaluation.evidence import Evidence, Protocol
 from mdlib.evaluation.metrics import absent
 from mdlib.evaluation.protocol import evaluate, through_codec
 from mdlib.reports import charts, pages, plots
-from mdlib.training.fit import read_history
-from mdlib.utils import DataError
+from mdlib.utils import DataError, read_history
 
 GAIT = ("torso_speed", "cadence", "step_length", "foot_speed")  # whose spread within a user is pictured
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing

@@ -12,8 +12,7 @@ from mdlib.evaluation.protocol import evaluate, verdict
 from mdlib.models.vqvae import VQVAE
 from mdlib.reports import pages, plots
 from mdlib.reports.report import load_generated, write_report
-from mdlib.training.fit import read_history, write_history
-from mdlib.utils import DataError
+from mdlib.utils import DataError, read_history, write_history
 
 
 class Page(HTMLParser):
