@@ -127,8 +127,7 @@ def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, 
     """Update the weights by `accumulation` batches; noise and dropout come from (seed, step, rank). Appends the losses
     and returns the last batch's logs. Nothing here waits for a GPU."""
     config = state.config
-    _seed(_mix(config.seed, state.step, 2 + 8 * rank()), state.device)
-    generator = torch.Generator().manual_seed(_mix(config.seed, state.step, 3 + 8 * rank()))
+    generator = _seed(state, state.step, 2 + 8 * rank())
     for parameter in state.parameters:  # as optimizer.zero_grad(), but leaner
         parameter.grad = None
     for part in range(config.accumulation):
@@ -232,8 +231,7 @@ def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str,
 
 def _held_out_logs(state: State, held_out: Batches) -> dict[str, float]:
     """Mean loss and logs over the held-out set, with the same noise at every evaluation."""
-    _seed(_mix(state.config.seed, 0, 4), state.device)
-    generator, sums = torch.Generator().manual_seed(_mix(state.config.seed, 0, 5)), {}
+    generator, sums = _seed(state, 0, 4), {}
     for index in torch.arange(len(held_out), device=state.device).split(state.config.batch_size):
         with state.autocast:
             loss, logs = state.model.loss(*held_out.take(index, generator))
@@ -316,11 +314,13 @@ def fit_stages(
     return history
 
 
-def _seed(value: int, device: torch.device) -> None:
-    """As torch.manual_seed, which formats a stack trace at each call where CUDA is not in use."""
-    torch.default_generator.manual_seed(value)
-    if device.type == "cuda":
+def _seed(state: State, number: int, stream: int) -> torch.Generator:
+    """Seed torch's random numbers by (seed, number, stream), and return a generator of stream + 1."""
+    value = _mix(state.config.seed, number, stream)
+    torch.default_generator.manual_seed(value)  # torch.manual_seed formats a stack trace where CUDA is not in use
+    if state.device.type == "cuda":
         torch.cuda.manual_seed(value)
+    return torch.Generator().manual_seed(_mix(state.config.seed, number, stream + 1))
 
 
 def _mix(seed: int, number: int, stream: int) -> int:

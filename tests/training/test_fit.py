@@ -270,6 +270,12 @@ def test_history_and_tensorboard_are_written(tmp_path):
     assert [event.step for event in log.Scalars("held_out_loss")] == [3, 6, 9, 12]
 
 
+def test_training_does_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert fit(line(), points(), CONFIG, tmp_path, progress=False) and (tmp_path / "history.csv").exists()
+    assert not (tmp_path / "tensorboard").exists()
+
+
 def test_the_callers_random_numbers_are_left_alone():
     model = line()  # seeds
     before = torch.get_rng_state()
