@@ -139,7 +139,7 @@ def make(name, options):
 def train(model, options, steps):
     """Optimizer steps a second."""
     latents = torch.randn(8 * options.batch, *options.shape)
-    config = TrainConfig(steps=steps, batch_size=options.batch, evaluate_every=steps, tracker="none")
+    config = TrainConfig(steps=steps, batch_size=options.batch, evaluate_every=steps)
     history = fit(model, Batches((latents, torch.arange(len(latents)) % USERS)), config, progress=False)
     return steps / history[-1]["seconds"]
 

@@ -44,7 +44,7 @@ def main() -> None:
 
 def measure(model: torch.nn.Module, data: Batches, config: TrainConfig, steps: int, rounds: int) -> tuple[float, float]:
     """Milliseconds of CPU a bare step and a step of `fit`."""
-    config = replace(config, evaluate_every=10**9, save_every=10**9, tracker="none", max_minutes=0.0)
+    config = replace(config, evaluate_every=10**9, save_every=10**9, max_minutes=0.0)
     pairs = [(bare(model, data, config, steps), in_fit(model, data, config, steps)) for _ in range(rounds)]
     return tuple(1e3 * min(times) / steps for times in zip(*pairs, strict=True))
 

@@ -21,7 +21,7 @@ from PIL import Image
 from mdlib import models
 from mdlib.data.colormaps import colorize
 from mdlib.data.windows import to_uint8
-from mdlib.training.latents import fingerprint
+from mdlib.models.layers import fingerprint
 from mdlib.utils import DataError, bar, best_device, end_session, time_is_up, whole_file
 
 # Where a module or class named in an older pipeline is now.

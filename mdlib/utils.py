@@ -1,4 +1,4 @@
-"""Whole-file writes, the progress bar, the device, and the limits of a session (time and disk space)."""
+"""Whole-file writes, histories, the progress bar, the device, and the limits of a session (time and disk space)."""
 
 import os
 import shutil
@@ -37,6 +37,22 @@ def whole_file(path: str | Path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_history(history: list[dict], path: Path) -> None:
+    """Write a training's history as a CSV file, a row an evaluation."""
+    import pandas as pd  # slow to import
+
+    with whole_file(path) as temporary:
+        pd.DataFrame(history).to_csv(temporary, index=False)
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """The history of a training's folder, as `write_history` left it; a row lacks what it did not measure."""
+    import pandas as pd
+
+    table = pd.read_csv(folder / "history.csv", dtype=float, float_precision="round_trip")
+    return [row.dropna().to_dict() for _, row in table.iterrows()]
 
 
 def bar(total: int, description: str, initial: int = 0, unit: str = "step", show: bool = True):

@@ -30,7 +30,7 @@ def train_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = kind(outputs, images.shape[1]).to(memory_format=torch.channels_last)
-    how = dict(batch_size=32, learning_rate=2e-3, warmup_steps=steps // 10, weight_decay=1e-2, tracker="none")
+    how = dict(batch_size=32, learning_rate=2e-3, warmup_steps=steps // 10, weight_decay=1e-2)
     config = TrainConfig(steps=steps, seed=seed, evaluate_every=steps, **how)
     transform = classical_augmentation if augment else as_they_are
     fit(network, Batches((images, labels), transform), config, progress=False)

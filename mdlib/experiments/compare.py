@@ -20,8 +20,7 @@ from mdlib.experiments.settings import RunSettings, check_names, defaults, read_
 from mdlib.pipeline import load_pipeline
 from mdlib.reports.report import conclusions, load_generated, write_comparison
 from mdlib.systems import SYSTEMS, get_preset
-from mdlib.training.fit import read_history
-from mdlib.utils import DataError, whole_file
+from mdlib.utils import DataError, read_history, whole_file
 
 UNLIMITED = 1_000_000  # optimizer steps that only the time limit ends
 TIMED = 32  # windows of the batch whose sampling is timed

@@ -26,8 +26,7 @@ from mdlib.experiments.settings import (
 from mdlib.pipeline import load_pipeline
 from mdlib.systems import get_system
 from mdlib.training.distributed import python_path
-from mdlib.training.fit import read_history
-from mdlib.utils import DataError
+from mdlib.utils import DataError, read_history
 
 # Parameters of notebook 05 that are no options of `prior.sample`.
 NO_SAMPLING = {"out", "users", "images_per_user", "conditions", "generation_seed", "batch_size"}

@@ -50,7 +50,9 @@ def begin(out: str | Path = "", data: str = "") -> str:
     end = float(os.environ.get(DEADLINE) or session_end())
     os.environ[DEADLINE] = str(end)
     kind = "a batch run" if batch_run() else "an interactive session"
-    cards = f"{len(found)} × {found[0].name}, {found[0].memory / 1e9:.0f} GB each" if found else f"no GPU ({NO_GPU})"
+    cards = (
+        f"{len(found)} × {found[0].name}, {found[0].total_memory / 1e9:.0f} GB each" if found else f"no GPU ({NO_GPU})"
+    )
     hours, free = max(0, end - time.time()) / 3600, room(out or ".") / 1e9
     print(
         f"Kaggle, {kind}: {cards}; preset auto is {preset_for(found)}; training stops by itself in {hours:.1f} h; "

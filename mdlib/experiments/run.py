@@ -24,8 +24,8 @@ from mdlib.models.pretrained import load_foundation, load_lpips
 from mdlib.systems import Preset, System, attach_losses, get_preset, get_system, make_codec, make_prior, start
 from mdlib.systems.system import gpus, preset_for
 from mdlib.training.distributed import check_batch, processes
-from mdlib.training.fit import precision
 from mdlib.training.latents import JointFineTuning
+from mdlib.training.state import precision
 from mdlib.utils import DataError
 
 # What a notebook writes; it is removed before the notebook runs again.

@@ -1,5 +1,6 @@
 """Parts that several models use: embeddings of users, sampling of codes, checks, processes."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
 
@@ -68,6 +69,17 @@ def parts(device: torch.device, size: int, *tensors: Tensor | None) -> Iterator[
     """Batches of `size` rows of the tensors that are not None, on `device`."""
     for part in zip(*(tensor.split(size) for tensor in tensors if tensor is not None), strict=True):
         yield tuple(tensor.to(device) for tensor in part)
+
+
+def fingerprint(model: nn.Module, *tensors: Tensor | None) -> str:
+    """16 hex digits over a model's weights and further tensors; None is left out."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for tensor in filter(torch.is_tensor, tensors):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

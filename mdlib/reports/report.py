@@ -18,8 +18,7 @@ from mdlib.evaluation.protocol import evaluate, through_codec
 from mdlib.pipeline import load_pipeline
 from mdlib.reports import charts, plots
 from mdlib.reports.charts import SECTIONS, describe
-from mdlib.training.fit import read_history
-from mdlib.utils import DataError, whole_file
+from mdlib.utils import DataError, read_history, whole_file
 
 GAIT = ("torso_speed", "cadence", "step_length", "foot_speed")  # whose spread within a user is pictured
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing

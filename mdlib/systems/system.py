@@ -6,26 +6,27 @@ Nothing here imports torch before a model is needed, so the names of systems and
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
 
 from mdlib.utils import DataError
 
+# Columns of history.csv worth plotting, of any codec and prior.
+CURVES = "mse psnr_db perplexity kl align_cosine align_distance nats_per_token denoising_mse velocity_mse cosine vb aux"
 CODECS = {"vq": "mdlib.models.vqvae:VQVAE", "kl": "mdlib.models.kl:KLVAE", "va": "mdlib.models.kl:VAVAE"}
-
 # Of TrainConfig.
-SMOKE = dict(steps=6, batch_size=8, warmup_steps=1, evaluate_every=3, save_every=3)
-DEMO = dict(batch_size=8, learning_rate=2e-3, warmup_steps=20)
+SMOKE = dict(steps=6, batch_size=8, learning_rate=1e-3, warmup_steps=1, evaluate_every=3, save_every=3)
+DEMO = dict(batch_size=8, learning_rate=2e-3, warmup_steps=20, evaluate_every=500)
 BASE = dict(batch_size=64, mixed_precision="auto", save_every=250)
-PRIOR = dict(weight_decay=0.01, keep_best=False)
+PRIOR = dict(batch_size=32, learning_rate=1e-3, weight_decay=0.01, keep_best=False)
 # What all systems have in common at a size: arguments of the models and of TrainConfig, and fields of `Preset`. Sizes
 # that are not named here start from base.
 EFFORTS = {
     "smoke": dict(  # seconds: for tests
         codec=dict(image_size=32, patch_size=(2, 2), block_out_channels=(8, 16), norm_num_groups=4),
         codec_training=SMOKE,
-        prior_training=SMOKE,
+        prior_training=SMOKE | dict(ema_decay=0.5),
         teacher_steps=2,
         variants=1,
         images_per_user=3,
@@ -33,8 +34,8 @@ EFFORTS = {
     ),
     "demo": dict(  # minutes on two CPU cores
         codec=dict(image_size=64),
-        codec_training=DEMO | dict(steps=1000, evaluate_every=500, save_every=250),
-        prior_training=PRIOR | dict(batch_size=32, evaluate_every=100, save_every=100),
+        codec_training=DEMO | dict(steps=1000, save_every=250),
+        prior_training=PRIOR | dict(evaluate_every=100, save_every=100),
         teacher_steps=300,
         images_per_user=10,
         windows_per_user=10,
@@ -42,8 +43,8 @@ EFFORTS = {
     ),
     "demo-long": dict(  # the same sizes, half an hour
         codec=dict(image_size=64),
-        codec_training=DEMO | dict(steps=4000, evaluate_every=500, save_every=500),
-        prior_training=PRIOR | dict(batch_size=32, evaluate_every=250, save_every=250),
+        codec_training=DEMO | dict(steps=4000, save_every=500),
+        prior_training=PRIOR | dict(evaluate_every=250, save_every=250),
         teacher_steps=600,
         images_per_user=20,
         windows_per_user=10,
@@ -53,8 +54,8 @@ EFFORTS = {
         codec=dict(image_size=128, layers_per_block=2, norm_num_groups=32),
         # No averaged weights of a codec: they would not fit a codebook.
         codec_training=BASE | dict(steps=6000, learning_rate=5e-4, warmup_steps=200, evaluate_every=250),
-        prior_training=BASE
-        | PRIOR
+        prior_training=PRIOR
+        | BASE
         | dict(steps=20_000, learning_rate=2e-4, warmup_steps=500, ema_decay=0.9995, evaluate_every=1000),
         teacher_steps=1500,
         images_per_user=50,
@@ -72,32 +73,23 @@ MACHINES = {
 }
 
 
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    capability: tuple[int, int]
-    memory: int  # bytes
-
-
-def gpus() -> list[Gpu]:
-    """The GPUs that torch sees."""
+def gpus() -> list:
+    """torch's properties of the GPUs that it sees: name, major and minor (compute capability), total_memory (bytes)."""
     import torch
 
-    if not torch.cuda.is_available():
-        return []
-    seen = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [Gpu(one.name, (one.major, one.minor), one.total_memory) for one in seen]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_properties(number) for number in range(count)]
 
 
-def preset_for(found: Sequence[Gpu]) -> str:
+def preset_for(found: Sequence) -> str:
     """The preset that "auto" stands for on these GPUs: a machine, or demo on a CPU."""
     if not found:
         return "demo"
-    if found[0].capability[0] < 7:
+    if found[0].major < 7:
         return "p100"
-    if found[0].memory >= 14e9:
+    if found[0].total_memory >= 14e9:
         return "t4x2" if len(found) > 1 else "gpu-16gb"
-    return "gpu-8gb" if found[0].memory >= 7.5e9 else "gpu-6gb"
+    return "gpu-8gb" if found[0].total_memory >= 7.5e9 else "gpu-6gb"
 
 
 @dataclass(frozen=True)
@@ -106,19 +98,19 @@ class System:
 
     Args:
         codec_class, prior_class: "module:Class".
-        notebooks: those that train and evaluate it, in order.
-        curves: columns of history.csv worth plotting, of codec and prior; those that a training lacks are left out.
         sizes: for each size what it adds to EFFORTS: fields of `Preset` with arguments of models and TrainConfig.
         base_on: the same for a machine that takes another model of size base.
+        notebooks: those that train and evaluate it, in order; the default trains a prior that denoises.
+        curves: columns of history.csv worth plotting, of codec and prior; those that a training lacks are left out.
     """
 
     name: str
     codec_class: str
     prior_class: str
-    notebooks: tuple[str, ...]
-    curves: tuple[str, ...]
     sizes: dict[str, dict]
     base_on: dict[str, dict] = field(default_factory=dict)
+    notebooks: tuple[str, ...] = ("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate")
+    curves: tuple[str, ...] = tuple(CURVES.split())
 
     @property
     def codec(self) -> type:
@@ -128,28 +120,25 @@ class System:
     def prior(self) -> type:
         return resolve_name(self.prior_class)
 
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """The names of its sizes and machines; besides them there are "auto" and "size@machine"."""
+        return (*self.sizes, *(MACHINES if "base" in self.sizes else ()))
+
     def sampling_options(self) -> dict:
         """What `prior.sample` can be given as plain values, with its defaults."""
         return self.prior.sampling_options()
-
-    @property
-    def presets(self) -> dict[str, "Preset"]:
-        """The presets of its sizes and machines; besides them there are "auto" and "size@machine"."""
-        return {name: get_preset(self.name, name) for name in self._names()}
-
-    def _names(self) -> tuple[str, ...]:
-        return (*self.sizes, *(MACHINES if "base" in self.sizes else ()))
 
     def table(self, preset: str) -> dict:
         """The preset's fields as nested dictionaries; DataError for an unknown name."""
         name = preset_for(gpus()) if preset == "auto" else preset
         size, _, machine = ("base", "", name) if name in MACHINES else name.partition("@")
         if size not in self.sizes or "@" in name and machine not in MACHINES:
-            known = f"choose one of {', '.join(('auto', *self._names()))}, or SIZE@MACHINE such as demo@t4x2"
+            known = f"choose one of {', '.join(('auto', *self.presets))}, or SIZE@MACHINE such as demo@t4x2"
             raise DataError(f"unknown preset {preset!r} of system {self.name}: {known}")
         table = EFFORTS.get(size, EFFORTS["base"])
         for changes in (self.sizes[size], self.base_on.get(machine, {}) if size == "base" else {}):
-            joined = ("codec", "prior", "codec_training", "prior_training")
+            joined = ("codec", "prior", "codec_training", "prior_training", "losses", "sampling")
             table = {**table, **changes, **{part: table.get(part, {}) | changes.get(part, {}) for part in joined}}
         for part in ("codec_training", "prior_training") if machine else ():
             batch = min(MACHINES[machine]["batch_size"], table[part]["batch_size"])
@@ -217,86 +206,70 @@ def get_preset(
         init: a pipeline trained on other people from which both models start: fewer and smaller steps.
         the others: see `mdlib.experiments.settings.RunSettings`. DataError where one cannot be used.
     """
+    from mdlib.models.codec import Adversary, Alignment
     from mdlib.training.fit import TrainConfig
 
-    known, codec_options = get_system(system), codec_options or {}
+    known = get_system(system)
     table = known.table(name)
-    for part in ("codec_training", "prior_training"):
-        table[part] = TrainConfig(**table[part])
-    preset = _with_codec(fine_tuning(Preset(**table)) if init else Preset(**table), known, codec)
-    if not preset.codec_class.aligned and (foundation not in ("", "none") or user_codec):
+    if codec and codec not in CODECS:
+        raise DataError(f"unknown codec {codec!r}: choose one of {', '.join(CODECS)}, or leave it empty")
+    kind = resolve_name(CODECS[codec]) if codec else known.codec
+    if known.prior.consumes == "tokens" and not hasattr(kind, "encode_tokens"):
+        raise DataError(f"this system's prior reads tokens, which a {codec} codec does not make: leave codec empty")
+    if not kind.aligned and (foundation not in ("", "none") or user_codec):
         raise DataError("foundation and user_codec are of a VA-VAE: take system vavae-dit, or codec va")
-    preset = replace(
-        preset,
-        losses=preset.losses | ({"perceptual_weight": perceptual_weight} if perceptual_weight else {}),
-        codec_training=replace(preset.codec_training, seed=seed, steps=codec_steps or preset.codec_training.steps),
-        prior_training=replace(preset.prior_training, seed=seed, steps=prior_steps or preset.prior_training.steps),
-        windows_per_user=max(0, windows_per_user or preset.windows_per_user),
-        variants=preset.variants if variants < 0 else variants,
-        foundation=foundation or preset.foundation,
-        user_codec=user_codec or preset.user_codec,
-        # An option that is given by name holds in every stage.
-        stages=tuple((part, _only(options, options.keys() - codec_options)) for part, options in preset.stages),
-    )
-    preset = _with_options(preset, "codec", preset.codec_class, codec_options)
-    if preset.codec_training.ema_decay and hasattr(preset.codec_class, "encode_tokens"):
+    if init:
+        _fine_tune(table)
+    aligned = _options(Alignment) | _options(Adversary) if kind.aligned else set()
+    of_losses = {"perceptual_weight", "perceptual_net"} | aligned
+    # Of the sizes and losses of the system's codec another kind takes those that it has.
+    table |= dict(codec=_only(table["codec"], _options(kind)), losses=_only(table["losses"], of_losses))
+    if not kind.aligned:
+        table |= dict(foundation="none", stages=())
+    elif kind is not known.codec:
+        table |= dict(foundation="classifier")
+    changes = dict(foundation=foundation, user_codec=user_codec, windows_per_user=windows_per_user)
+    table |= {key: value for key, value in changes.items() if value}
+    table |= dict(codec_class=kind, windows_per_user=max(0, table.get("windows_per_user", 0)))
+    if variants >= 0:
+        table["variants"] = variants
+    if perceptual_weight:
+        table["losses"]["perceptual_weight"] = perceptual_weight
+    for part, model, steps, options in (
+        ("codec", kind, codec_steps, codec_options),
+        ("prior", known.prior, prior_steps, prior_options),
+    ):
+        training = table[f"{part}_training"]
+        training |= dict(seed=seed, steps=steps or training["steps"])
+        # Where each option belongs; users, conditions and channels follow from the data.
+        places = dict.fromkeys(_options(model) - {"in_channels", "num_users", "num_conditions"}, table[part])
+        places |= dict.fromkeys(_options(TrainConfig) - {"steps", "seed"}, training)
+        places |= dict.fromkeys(of_losses, table["losses"]) if part == "codec" else {}
+        for key, value in (options or {}).items():
+            if key not in places:
+                raise DataError(f"{part}_options has no {key!r}; there are {', '.join(sorted(places))}")
+            places[key][key] = value
+        table[f"{part}_training"] = TrainConfig(**training)
+    preset = Preset(**table)
+    if preset.codec_training.ema_decay and hasattr(kind, "encode_tokens"):
         raise DataError("a VQ codec trains without ema_decay: averaged weights would not fit its codebook")
-    return _with_options(preset, "prior", known.prior, prior_options or {})
+    # An option that is given by name holds in every stage.
+    stages = ((part, _only(options, options.keys() - (codec_options or {}))) for part, options in preset.stages)
+    return replace(preset, stages=tuple(stages))
 
 
-def fine_tuning(preset: Preset) -> Preset:
-    """The same sizes with the effort of a run that starts from a pipeline trained on other people.
+def _fine_tune(table: dict) -> None:
+    """Change a preset's table to the effort of a run that starts from a pipeline trained on other people.
 
     Few small steps adapt the codec to the radar. The prior has to learn its users, so their embeddings learn fifty
     times as fast as the rest. One stride-recombined copy is enough: pretraining already keeps a prior from copying.
     """
-    codec, prior = preset.codec_training, preset.prior_training
-    return replace(
-        preset,
-        codec_training=replace(codec, steps=max(1, codec.steps // 5), learning_rate=0.15 * codec.learning_rate),
-        prior_training=replace(
-            prior, steps=max(1, 2 * prior.steps // 5), learning_rate=0.2 * prior.learning_rate, user_rate=50.0
-        ),
-        variants=1,
-        # A prior that knows many people takes more guidance to stay with one.
-        sampling=preset.sampling | ({"guidance_scale": 2.0} if "guidance_scale" in preset.sampling else {}),
-    )
-
-
-def _with_codec(preset: Preset, system: System, kind: str) -> Preset:
-    """The preset with its codec's class, and with those of its sizes and losses that the class takes."""
-    if kind and kind not in CODECS:
-        raise DataError(f"unknown codec {kind!r}: choose one of {', '.join(CODECS)}, or leave it empty")
-    chosen = resolve_name(CODECS[kind]) if kind else system.codec
-    if system.prior.consumes == "tokens" and not hasattr(chosen, "encode_tokens"):
-        raise DataError(f"this system's prior reads tokens, which a {kind} codec does not make: leave codec empty")
-    sizes, losses = _only(preset.codec, _options(chosen)), _only(preset.losses, _loss_options(chosen))
-    preset = replace(preset, codec_class=chosen, codec=sizes, losses=losses)
-    if not chosen.aligned:
-        return replace(preset, foundation="none", stages=())
-    return preset if chosen is system.codec else replace(preset, foundation="classifier")
-
-
-def _with_options(preset: Preset, part: str, model: type, options: dict) -> Preset:
-    """The preset with `options` of its codec or prior changed: arguments of the model, options of the
-    codec's losses, or fields of its training."""
-    training = getattr(preset, f"{part}_training")
-    sizes = _options(model) - {"in_channels", "num_users", "num_conditions"}  # these follow from the data
-    effort = {entry.name for entry in fields(training)} - {"steps", "seed"}
-    losses = _loss_options(model) if part == "codec" else set()
-    for key in options.keys() - sizes - effort - losses:
-        raise DataError(f"{part}_options has no {key!r}; there are {', '.join(sorted(sizes | effort | losses))}")
-    changed = {part: getattr(preset, part) | _only(options, sizes), "losses": preset.losses | _only(options, losses)}
-    return replace(preset, **changed, **{f"{part}_training": replace(training, **_only(options, effort))})
-
-
-def _loss_options(codec: type) -> set[str]:
-    """Names in `Preset.losses` that apply to a codec of that class."""
-    from mdlib.models.codec import Adversary, Alignment
-
-    return {"perceptual_weight", "perceptual_net"} | (
-        _options(Alignment) | _options(Adversary) if codec.aligned else set()
-    )
+    codec, prior = table["codec_training"], table["prior_training"]
+    codec |= dict(steps=max(1, codec["steps"] // 5), learning_rate=0.15 * codec["learning_rate"])
+    prior |= dict(steps=max(1, 2 * prior["steps"] // 5), learning_rate=0.2 * prior["learning_rate"], user_rate=50.0)
+    table["variants"] = 1
+    if "guidance_scale" in table["sampling"]:
+        table["sampling"]["guidance_scale"] = 2.0  # a prior that knows many people takes more to stay with one
 
 
 def _options(model: type) -> set[str]:
@@ -334,10 +307,8 @@ def attach_losses(codec, preset: Preset, teacher=None, lpips=None, foundation=No
 def make_prior(system: str, preset: Preset, codec, num_users: int, num_conditions: int = 1):
     """A new prior that fits `codec` and the numbers of users and conditions."""
     prior = get_system(system).prior
-    if prior.consumes == "tokens":
-        shape = dict(num_codes=codec.num_codes, token_shape=codec.token_shape)
-    else:
-        shape = dict(latent_shape=codec.latent_shape)
+    tokens = prior.consumes == "tokens" and dict(num_codes=codec.num_codes, token_shape=codec.token_shape)
+    shape = tokens or dict(latent_shape=codec.latent_shape)
     return prior(num_users=num_users, num_conditions=num_conditions, **shape, **preset.prior)
 
 

@@ -8,6 +8,13 @@ STAGES = (
     (15 / 130, dict(alignment_weight=0.1, distance_margin=0.0, cosine_margin=0.0, adversarial_start=0)),
     (15 / 130, dict(alignment_weight=0.1, distance_margin=0.25, cosine_margin=0.5, adversarial_start=0)),
 )
+GPU = dict(
+    losses=dict(adversarial_weight=0.5),
+    prior_training=dict(learning_rate=1e-4, beta2=0.95),
+    sampling=dict(guidance_scale=1.5, num_inference_steps=25),
+    foundation="facebook/dinov2-large",
+    stages=STAGES,
+)
 DIT_B = dict(hidden_size=768, depth=12, num_heads=12, patch_size=1)
 
 DEMO = dict(
@@ -22,14 +29,11 @@ SYSTEM = System(
     name="vavae-dit",
     codec_class="mdlib.models.kl:VAVAE",
     prior_class="mdlib.models.dit:LightningDiT",
-    notebooks=("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate"),
-    curves=("mse", "psnr_db", "kl", "perplexity", "align_cosine", "align_distance", "velocity_mse", "cosine"),
     sizes={
         "smoke": dict(
             codec=dict(latent_channels=4),
             losses=dict(adversarial_weight=0.5, discriminator_width=8, discriminator_layers=2),
             prior=dict(patch_size=2, hidden_size=16, depth=2, num_heads=2),
-            prior_training=dict(ema_decay=0.5),
             sampling=dict(guidance_scale=1.5, num_inference_steps=3),
             foundation="classifier",
             stages=tuple((1 / 3, options) for _, options in STAGES),
@@ -37,17 +41,14 @@ SYSTEM = System(
         # On a CPU the first stage alone, without an adversary.
         "demo": DEMO | dict(prior_training=dict(steps=800, learning_rate=2e-3, ema_decay=0.99)),
         "demo-long": DEMO | dict(prior_training=dict(steps=4000, learning_rate=2e-3, ema_decay=0.998)),
-        "base": dict(
+        "base": GPU
+        | dict(
             codec=dict(patch_size=(2, 2), block_out_channels=(64, 128, 256), latent_channels=16, reconstruction="l1"),
-            losses=dict(adversarial_weight=0.5),
             prior=DIT_B | dict(qk_norm=True, gradient_checkpointing=False),
-            prior_training=dict(learning_rate=1e-4, beta2=0.95),
-            sampling=dict(guidance_scale=1.5, num_inference_steps=25),
-            foundation="facebook/dinov2-large",
-            stages=STAGES,
         ),
         # The sizes of the published VA-VAE, for `codec_start`.
-        "f16d32": dict(
+        "f16d32": GPU
+        | dict(
             codec=dict(
                 image_size=256,
                 block_out_channels=(128, 128, 256, 256, 512),
@@ -56,13 +57,8 @@ SYSTEM = System(
                 reconstruction="l1",
                 gradient_checkpointing=True,
             ),
-            losses=dict(adversarial_weight=0.5),
             codec_training=dict(learning_rate=1e-4, batch_size=4, accumulation=4),
             prior=DIT_B | dict(qk_norm=False, gradient_checkpointing=True),
-            prior_training=dict(learning_rate=1e-4, beta2=0.95),
-            sampling=dict(guidance_scale=1.5, num_inference_steps=25),
-            foundation="facebook/dinov2-large",
-            stages=STAGES,
         ),
     },
     base_on={

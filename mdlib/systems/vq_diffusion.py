@@ -18,13 +18,10 @@ SYSTEM = System(
     name="vq-diffusion",
     codec_class="mdlib.models.vqvae:VQVAE",
     prior_class="mdlib.models.vqdiffusion:VQDiffusion",
-    notebooks=("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate"),
-    curves=("mse", "psnr_db", "perplexity", "vb", "aux"),
     sizes={
         "smoke": dict(
             codec=dict(num_codes=16, code_dim=4),
             prior=dict(hidden_size=16, depth=1, num_heads=2),
-            prior_training=dict(ema_decay=0.5),
             sampling=dict(num_inference_steps=3),
         ),
         "demo": DEMO | dict(prior_training=dict(steps=600, ema_decay=0.99) | TRAINING, images_per_user=20),

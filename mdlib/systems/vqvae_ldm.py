@@ -17,13 +17,10 @@ SYSTEM = System(
     name="vqvae-ldm",
     codec_class="mdlib.models.vqvae:VQVAE",
     prior_class="mdlib.models.unet:LatentDiffusion",
-    notebooks=("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate"),
-    curves=("mse", "psnr_db", "perplexity", "kl", "align_cosine", "denoising_mse", "velocity_mse"),
     sizes={
         "smoke": dict(
             codec=dict(block_out_channels=(8, 8, 16), num_codes=16, code_dim=4),
             prior=dict(block_out_channels=(8, 16), norm_num_groups=4, head_dim=8, attention="window_axial", window=4),
-            prior_training=dict(ema_decay=0.5),
             sampling=dict(num_inference_steps=3),
         ),
         "demo": DEMO | dict(prior_training=dict(steps=1500, ema_decay=0.99)),

@@ -15,11 +15,11 @@ SYSTEM = System(
     codec_class="mdlib.models.vqvae:VQVAE",
     prior_class="mdlib.models.transformer:TokenPrior",
     notebooks=("01_env_check", "02_train_vqvae", "03_train_prior", "05_generate", "06_validate"),
-    curves=("mse", "psnr_db", "perplexity", "nats_per_token"),
     sizes={
         "smoke": dict(
             codec=dict(num_codes=16, code_dim=4),
             prior=dict(hidden_size=16, num_layers=1, num_heads=2),
+            prior_training=dict(ema_decay=0.0),
         ),
         "demo": DEMO
         | dict(

@@ -8,20 +8,17 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from mdlib.models.layers import all_mean, rank, world
 from mdlib.training.distributed import mean_gradients, on_first
-from mdlib.training.state import State, TrainConfig, precision
-from mdlib.utils import bar, end_session, has_deadline, time_is_up, whole_file
-
-__all__ = ["Batches", "TrainConfig", "batch_order", "fit", "fit_stages", "precision", "read_history", "write_history"]
+from mdlib.training.state import State, TrainConfig
+from mdlib.utils import bar, end_session, has_deadline, time_is_up, write_history
 
 # On several GPUs: fork_rng saves the random state of all, as it should.
 warnings.filterwarnings("ignore", "CUDA reports that you have .* fork_rng")
@@ -76,8 +73,8 @@ def fit(
     dropout and batch norms. The first process evaluates and writes files; all return the same.
 
     Args:
-        run_dir: receives state.pt (checkpoint), best.safetensors, history.csv, tensorboard/ and snapshots/. Called
-            again with the same folder and batch_size × processes, `fit` resumes; a finished run returns at once.
+        run_dir: receives state.pt (checkpoint), best.safetensors, history.csv and tensorboard/. Called again
+            with the same folder and batch_size × processes, `fit` resumes; a finished run returns at once.
         held_out: its mean loss decides which weights are best and when to stop early.
         evaluate: returns further figures of the model (in eval mode, averaged weights) for the history.
         preview: called as preview(model, step) at each evaluation.
@@ -99,7 +96,7 @@ def fit(
             clock, late = time.monotonic() - state.seconds, False
             model.train()
             steps = bar(config.steps, name, initial=state.step, show=progress and rank() == 0)
-            with steps as shown, _tracker(config, state.run_dir) as log:
+            with steps as shown, _tensorboard(state.run_dir) as log:
                 while state.unfinished and not late:
                     _set_learning_rate(state)
                     logs = _step(state, data, losses)
@@ -130,8 +127,7 @@ def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, 
     """Update the weights by `accumulation` batches; noise and dropout come from (seed, step, rank). Appends the losses
     and returns the last batch's logs. Nothing here waits for a GPU."""
     config = state.config
-    _seed(_mix(config.seed, state.step, 2 + 8 * rank()), state.device)
-    generator = torch.Generator().manual_seed(_mix(config.seed, state.step, 3 + 8 * rank()))
+    generator = _seed(state, state.step, 2 + 8 * rank())
     for parameter in state.parameters:  # as optimizer.zero_grad(), but leaner
         parameter.grad = None
     for part in range(config.accumulation):
@@ -220,7 +216,6 @@ def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str,
             if preview:
                 preview(state.model, state.step)
         state.history.append(row)
-        state.save_snapshot()
         state.swap_average()
         if state.run_dir:
             write_history(state.history, state.run_dir / "history.csv")
@@ -236,8 +231,7 @@ def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str,
 
 def _held_out_logs(state: State, held_out: Batches) -> dict[str, float]:
     """Mean loss and logs over the held-out set, with the same noise at every evaluation."""
-    _seed(_mix(state.config.seed, 0, 4), state.device)
-    generator, sums = torch.Generator().manual_seed(_mix(state.config.seed, 0, 5)), {}
+    generator, sums = _seed(state, 0, 4), {}
     for index in torch.arange(len(held_out), device=state.device).split(state.config.batch_size):
         with state.autocast:
             loss, logs = state.model.loss(*held_out.take(index, generator))
@@ -247,22 +241,22 @@ def _held_out_logs(state: State, held_out: Batches) -> dict[str, float]:
 
 
 @contextmanager
-def _tracker(config: TrainConfig, run_dir: Path | None):
-    """`with` a function that logs a row of the history to TensorBoard or Weights & Biases."""
-    if not run_dir or config.tracker == "none" or rank() > 0:
-        yield lambda row: None
-    elif config.tracker == "wandb":
-        import wandb
+def _tensorboard(run_dir: Path | None):
+    """`with` a function that writes a row of the history to TensorBoard, where it is installed."""
+    with ExitStack() as opened:
 
-        title = " ".join(run_dir.parts[-2:])
-        run = wandb.init(project="mdlib", dir=str(run_dir), name=title, config=asdict(config))
-        yield lambda row: run.log(row, step=row["step"])
-        run.finish()
-    else:
-        from torch.utils.tensorboard import SummaryWriter
+        @cache  # called for the first row: without one there is no folder
+        def writer():
+            from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(run_dir / "tensorboard") as writer:
-            yield lambda row: [writer.add_scalar(key, row[key], row["step"]) for key in row if key != "step"]
+            return opened.enter_context(SummaryWriter(run_dir / "tensorboard"))
+
+        def log(row: dict) -> None:
+            with suppress(ImportError):
+                for key in row.keys() - {"step"} if run_dir else ():
+                    writer().add_scalar(key, row[key], row["step"])
+
+        yield log
 
 
 def _train_elsewhere(launch: Callable[[], None], state: State, name: str) -> None:
@@ -301,43 +295,32 @@ def fit_stages(
     """
     if not stages:
         return fit(model, data, config, run_dir, **options)
-    history, done, seconds = [], 0, 0.0
-    whole = sum(fraction for fraction, _ in stages)
+    run_dir, history, before = Path(run_dir), [], {"step": 0, "seconds": 0.0}
     for number, (fraction, changes) in enumerate(stages, 1):
-        until = sum(fraction for fraction, _ in stages[:number]) / whole
-        left = config.max_minutes and config.max_minutes * until - seconds / 60
+        until = sum(part for part, _ in stages[:number]) / sum(part for part, _ in stages)
+        left = config.max_minutes and config.max_minutes * until - before["seconds"] / 60
         if history and config.max_minutes and left < 0.01 / 60:  # seconds are rounded to a hundredth
             break
-        if config.max_minutes and (Path(run_dir) / f"stage-{number + 1}" / "state.pt").exists():
+        if config.max_minutes and (run_dir / f"stage-{number + 1}" / "state.pt").exists():
             left = 1e-9  # the next stage has started from its weights: a larger budget comes too late for it
         model.configure(**changes)
         steps = max(1, round(fraction * config.steps))
         warmup = min(config.warmup_steps, max(1, steps // 10))
         part = replace(config, steps=steps, warmup_steps=warmup, max_minutes=left)
-        rows = fit(model, data, part, Path(run_dir) / f"stage-{number}", **options)
-        history += [{**row, "step": row["step"] + done, "seconds": row["seconds"] + seconds} for row in rows]
-        done, seconds = history[-1]["step"], history[-1]["seconds"]
-    on_first(lambda: write_history(history, Path(run_dir) / "history.csv"))
+        rows = fit(model, data, part, run_dir / f"stage-{number}", **options)
+        history += [row | {key: row[key] + before[key] for key in before} for row in rows]
+        before = {key: history[-1][key] for key in before}
+    on_first(lambda: write_history(history, run_dir / "history.csv"))
     return history
 
 
-def write_history(history: list[dict], path: Path) -> None:
-    """Write the history as a CSV file, a row an evaluation."""
-    with whole_file(path) as temporary:
-        pd.DataFrame(history).to_csv(temporary, index=False)
-
-
-def read_history(folder: Path) -> list[dict[str, float]]:
-    """The history of a run folder, as `write_history` left it; a row lacks what it did not measure."""
-    table = pd.read_csv(folder / "history.csv", dtype=float, float_precision="round_trip")
-    return [row.dropna().to_dict() for _, row in table.iterrows()]
-
-
-def _seed(value: int, device: torch.device) -> None:
-    """As torch.manual_seed, which formats a stack trace at each call where CUDA is not in use."""
-    torch.default_generator.manual_seed(value)
-    if device.type == "cuda":
+def _seed(state: State, number: int, stream: int) -> torch.Generator:
+    """Seed torch's random numbers by (seed, number, stream), and return a generator of stream + 1."""
+    value = _mix(state.config.seed, number, stream)
+    torch.default_generator.manual_seed(value)  # torch.manual_seed formats a stack trace where CUDA is not in use
+    if state.device.type == "cuda":
         torch.cuda.manual_seed(value)
+    return torch.Generator().manual_seed(_mix(state.config.seed, number, stream + 1))
 
 
 def _mix(seed: int, number: int, stream: int) -> int:

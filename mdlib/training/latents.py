@@ -1,6 +1,5 @@
 """A codec's tokens or latents: of a set of windows, computed once and cached; and trained together with a prior."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mdlib.data.windows import to_float
-from mdlib.models.layers import parts
+from mdlib.models.layers import fingerprint, parts
 from mdlib.utils import whole_file
 
 
@@ -40,17 +39,6 @@ def decode_all(codec, latents: torch.Tensor, batch_size: int = 64, labels: torch
     """Images (N, C, H, W) in [−1, 1] of normalised latents (N, D, h, w); users (N,) for a conditional codec."""
     decode = codec.eval().decode
     return torch.cat([decode(*part).cpu() for part in parts(codec.device, batch_size, latents, labels)])
-
-
-def fingerprint(model: nn.Module, *tensors: torch.Tensor | None) -> str:
-    """16 hex digits over a model's weights and further tensors; None is left out."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    for tensor in filter(torch.is_tensor, tensors):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class JointFineTuning(nn.Module):

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -34,8 +33,6 @@ class TrainConfig:
     patience: int = 0  # held-out evaluations without a better loss before stopping; 0 never stops early
     keep_best: bool = True  # end with the weights of the lowest held-out loss
     max_minutes: float = 0.0  # wall-clock budget over all resumes, the learning rate falls within it; 0 is none
-    snapshots: bool = False  # save the weights each time training has taken twice as long
-    tracker: str = "tensorboard"  # tensorboard | wandb | none
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "evaluate_every", "save_every"):
@@ -45,17 +42,12 @@ class TrainConfig:
             raise ValueError("TrainConfig needs learning_rate > 0, user_rate > 0 and ema_decay in [0, 1)")
         if self.mixed_precision not in ("no", "fp16", "bf16", "auto"):
             raise ValueError(f"TrainConfig.mixed_precision is no, fp16, bf16 or auto, not {self.mixed_precision!r}")
-        if self.tracker not in ("tensorboard", "wandb", "none"):
-            raise ValueError(f"TrainConfig.tracker must be tensorboard, wandb or none, got {self.tracker!r}")
-        if self.tracker == "wandb" and not find_spec("wandb"):
-            raise ModuleNotFoundError("TrainConfig.tracker is wandb, which is missing: pip install wandb")
 
     def defining(self) -> dict:
         """The settings that define a run; the others may change on resume. batch_size is that of all processes
         together: it decides which samples a step sees."""
-        free = ("max_minutes", "tracker", "save_every", "snapshots")
-        settings = {key: value for key, value in asdict(self).items() if key not in free}
-        return settings | {"batch_size": self.batch_size * world()}
+        settings = asdict(self) | {"batch_size": self.batch_size * world()}
+        return {key: value for key, value in settings.items() if key not in ("max_minutes", "save_every")}
 
 
 class State:
@@ -150,22 +142,12 @@ class State:
         if loss < self.best:
             self.best, self.stale = loss, 0
             if self.config.keep_best and self.run_dir:
-                self._save_weights("best.safetensors")
+                with whole_file(self.run_dir / "best.safetensors") as path:
+                    save_file({key: value.contiguous() for key, value in self.model.state_dict().items()}, path)
             return
         self.stale += 1
         if 0 < self.config.patience <= self.stale:
             self.stopped = f"no better held-out loss for {self.stale} evaluations"
-
-    def save_snapshot(self) -> None:
-        """Save the weights if snapshots are wanted and training has taken twice as long as at the last one."""
-        if self.config.snapshots and self.run_dir:
-            saved = {int(path.stem) for path in (self.run_dir / "snapshots").glob("*.safetensors")}
-            if self.seconds >= 2 * max((row["seconds"] for row in self.history if row["step"] in saved), default=0):
-                self._save_weights(f"snapshots/{self.step}.safetensors")
-
-    def _save_weights(self, name: str) -> None:
-        with whole_file(self.run_dir / name) as path:
-            save_file({key: value.contiguous() for key, value in self.model.state_dict().items()}, path)
 
     def load_final_weights(self) -> None:
         """The best held-out weights, or else the average, or else the last ones; the same in all processes."""

@@ -20,13 +20,20 @@ from mdlib import utils
 from mdlib.experiments import kaggle_session
 from mdlib.experiments.kaggle_session import find_data, find_run
 from mdlib.experiments.run import open_run
-from mdlib.systems import SYSTEMS
-from mdlib.systems.system import Gpu, preset_for
-from mdlib.training.fit import fit, precision
+from mdlib.systems import SYSTEMS, get_preset
+from mdlib.systems.system import preset_for
+from mdlib.training.fit import fit
+from mdlib.training.state import precision
 from mdlib.utils import bar
 
-T4 = Gpu("Tesla T4", (7, 5), 15_828_320_256)
-P100 = Gpu("Tesla P100-PCIE-16GB", (6, 0), 17_066_885_120)
+
+def gpu(name: str, capability: tuple[int, int], memory: int) -> SimpleNamespace:
+    """As torch.cuda.get_device_properties."""
+    return SimpleNamespace(name=name, major=capability[0], minor=capability[1], total_memory=memory)
+
+
+T4 = gpu("Tesla T4", (7, 5), 15_828_320_256)
+P100 = gpu("Tesla P100-PCIE-16GB", (6, 0), 17_066_885_120)
 LAYOUTS = ["windows", "windows/people", "datasets/me/windows", "datasets/me/windows/some/people"]
 
 
@@ -94,17 +101,17 @@ def test_the_most_advanced_run_continues(tmp_path):
         ([T4, T4], "t4x2"),
         ([T4], "gpu-16gb"),
         ([P100], "p100"),
-        ([Gpu("Tesla P4", (6, 1), 8 * 10**9)], "p100"),
-        ([Gpu("NVIDIA L4", (8, 9), 24 * 10**9)], "gpu-16gb"),
-        ([Gpu("RTX 2070", (7, 5), 8_589_934_592)], "gpu-8gb"),
-        ([Gpu("RTX 2060", (7, 5), 6_442_450_944)], "gpu-6gb"),
+        ([gpu("Tesla P4", (6, 1), 8 * 10**9)], "p100"),
+        ([gpu("NVIDIA L4", (8, 9), 24 * 10**9)], "gpu-16gb"),
+        ([gpu("RTX 2070", (7, 5), 8_589_934_592)], "gpu-8gb"),
+        ([gpu("RTX 2060", (7, 5), 6_442_450_944)], "gpu-6gb"),
     ],
 )
 def test_the_preset_follows_the_gpu(gpus, preset):
     assert preset_for(gpus) == preset
     wanted = {"demo": {"no"}, "p100": {"no"}}.get(preset, {"fp16"})
     for system in SYSTEMS.values():
-        found = system.presets[preset]
+        found = get_preset(system.name, preset)
         assert {found.codec_training.mixed_precision, found.prior_training.mixed_precision} == wanted
 
 

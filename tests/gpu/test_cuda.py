@@ -69,7 +69,7 @@ def test_a_resumed_training_ends_bit_for_bit_like_an_uninterrupted_one(system, t
         finished = {}
         for whole in (True, False):
             for name, model, data, config in parts(system):
-                config = replace(config, steps=6, evaluate_every=4, save_every=3, tracker="none")
+                config = replace(config, steps=6, evaluate_every=4, save_every=3)
                 if not whole:
                     with pytest.raises(KeyboardInterrupt):
                         fit(model, data, config, tmp_path / name, preview=_interrupt, progress=False)

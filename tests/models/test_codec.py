@@ -307,9 +307,7 @@ def test_a_discriminator_deeper_than_the_image_is_refused():
 
 
 def test_a_resumed_run_with_losses_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path):
-    config = TrainConfig(
-        steps=6, batch_size=4, warmup_steps=1, ema_decay=0.9, evaluate_every=2, save_every=2, tracker="none"
-    )
+    config = TrainConfig(steps=6, batch_size=4, warmup_steps=1, ema_decay=0.9, evaluate_every=2, save_every=2)
     data = Batches((pictures(12), torch.arange(12) % 2))
     build = lambda: small_codec({}, dict(adversarial_start=1), num_users=2)
 

@@ -13,8 +13,7 @@ from mdlib.models.vqvae import VQVAE
 from mdlib.reports import plots
 from mdlib.reports import report as pages
 from mdlib.reports.report import load_generated, write_report
-from mdlib.training.fit import read_history, write_history
-from mdlib.utils import DataError
+from mdlib.utils import DataError, read_history, write_history
 
 
 class Page(HTMLParser):

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from mdlib.models.kl import KLVAE
+from mdlib.models.layers import fingerprint
 from mdlib.models.unet import LatentDiffusion
 from mdlib.models.vqvae import VQVAE
-from mdlib.training.latents import JointFineTuning, encode_all, fingerprint
+from mdlib.training.latents import JointFineTuning, encode_all
 
 SIZES = dict(image_size=16, block_out_channels=(8, 8), norm_num_groups=4)
 

@@ -143,7 +143,7 @@ def together() -> dict:
         shown=shown(),
         written=written(FOLDER / "whole"),
         whole=train(
-            line(), points(), replace(HALF, tracker="tensorboard"), FOLDER / "whole", **held,
+            line(), points(), HALF, FOLDER / "whole", **held,
             evaluate=lambda model: {"rank": RANK},
         ),
         unbroken=train(line(), points(), HALF, FOLDER / "unbroken", **held),
