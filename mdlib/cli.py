@@ -170,7 +170,7 @@ def select(
 ):
     """Select generated windows by a filter that knows only the generator's training windows."""
     _exist(real, generated, split)
-    from mdlib.evaluation.filters import select_folder
+    from mdlib.evaluation.augmentation_study import select_folder
     from mdlib.utils import count
 
     selected, every = select_folder(real, generated, split, out, by, keep, size)

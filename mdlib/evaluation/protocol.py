@@ -22,20 +22,17 @@ from mdlib.evaluation.augmentation_study import (
     augmentation,
     conditions,
     correctness,
-    count_classifiers,
     outcomes,
     train_arms,
     unseen_classifiers,
 )
-from mdlib.evaluation.classifiers import train_each
-from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate
+from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate, train_each
 from mdlib.evaluation.fidelity import fidelity, statistics
 from mdlib.evaluation.gait_metrics import physics
 from mdlib.evaluation.metrics import absent, bootstrapped, figure, interval, missing, scored
 from mdlib.models.classifier import Embedder, SmallCNN
 from mdlib.models.layers import parts
 from mdlib.training.latents import encode_all
-from mdlib.utils import bar
 
 NEAR_CHANCE = 0.1  # accuracy of real only, corrected for chance, below which the verdict says that it is near chance
 PAIRS_SHOWN = 6  # generated windows shown with their nearest training window
@@ -61,11 +58,9 @@ def evaluate(
         about: what the reader should know of the run (system, preset, data …), copied into the report.
         classifiers_folder: saves the classifiers of real windows; runs on the same split use them again.
     """
-    total = count_classifiers(evidence, protocol) + len(folds(evidence.train.num_users))
-    with bar(total, "classifiers", unit="classifier") as progress:
-        classifiers = unseen_classifiers(evidence, protocol, progress, classifiers_folder)
-        arms = train_arms(evidence, protocol, progress, classifiers_folder)
-        verified = verification(evidence, protocol, progress, classifiers_folder)
+    classifiers = unseen_classifiers(evidence, protocol, classifiers_folder)
+    arms = train_arms(evidence, protocol, classifiers_folder)
+    verified = verification(evidence, protocol, classifiers_folder)
     report = {
         "mdlib": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -174,7 +169,7 @@ class Trials:
         return self.users == self.named
 
 
-def verification(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> dict:
+def verification(evidence: Evidence, protocol: Protocol, folder: str | Path | None = None) -> dict:
     """verification_eer and roc of the section `identity`, means over folds.
 
     Each fold's users are held out of the training of its embedder. The mean embedding of a held-out user's unseen
@@ -189,10 +184,9 @@ def verification(evidence: Evidence, protocol: Protocol, progress, folder: str |
     for seed, held in enumerate(groups):
         others = real.select(~torch.isin(real.labels, torch.from_numpy(held)))
         jobs.append((Embedder, folder, others.images, others.labels, EMBEDDING, protocol.evaluation_steps, seed))
-    for held, embedder in zip(groups, train_each(jobs), strict=True):
+    for held, embedder in zip(groups, train_each(jobs, "embedders that verify users"), strict=True):
         for name, found in _trials(embedder, evidence, held).items():
             trials[name].append(found)
-        progress.update()
     if not all(found.genuine.any() and not found.genuine.all() for name in PROBES for found in trials[name]):
         return {"verification_eer": absent("a fold has fewer than two users with windows to enrol and to probe with")}
     rates, spread, curves = {}, {}, []

@@ -33,7 +33,7 @@ from mdlib.reports.report import conclusions, gather, load_generated, write_comp
 from mdlib.systems import SYSTEMS, get_preset
 from mdlib.systems.system import gpus, preset_for
 from mdlib.training.fit import read_history
-from mdlib.utils import DataError, bar, whole_file
+from mdlib.utils import DataError, whole_file
 
 UNLIMITED = 1_000_000  # optimizer steps that only the time limit ends
 TIMED = 32  # windows of the batch whose sampling is timed
@@ -248,8 +248,7 @@ def quality(run: Run, generated: WindowSet, folder: Path, **changes) -> dict:
     """
     protocol = Protocol(**{**run.preset.validation, **changes})
     evidence = gather(run.windows, run.split, generated)
-    with bar(protocol.seeds, "classifiers of the curve", unit="classifier") as progress:
-        classifiers = unseen_classifiers(evidence, protocol, progress, folder)
+    classifiers = unseen_classifiers(evidence, protocol, folder)
     arms = Arms(real_only_classifiers(evidence, protocol, folder), {}, 0.0)
     return {
         "identity": identity(evidence, classifiers)["accuracy"]["value"],

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mdlib.data.augment import as_they_are, enlarge
 from mdlib.data.windows import WindowSet
-from mdlib.evaluation.classifiers import train_classifier
+from mdlib.evaluation.evidence import train_classifier
 from mdlib.evaluation.metrics import code_counts, codebook_figures
 from mdlib.experiments.run import Run, open_run
 from mdlib.models.classifier import SmallCNN

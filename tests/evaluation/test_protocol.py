@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toys import ONCE, QUICK, SILENT, USERS, evidence, gait, windows
+from toys import ONCE, QUICK, USERS, evidence, gait, windows
 
-from mdlib.evaluation import classifiers
+from mdlib.evaluation import evidence as evidence_file
 from mdlib.evaluation import protocol as protocol_file
 from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers
 from mdlib.evaluation.evidence import Protocol
@@ -184,9 +184,9 @@ def test_embedders_do_not_meet_the_users_they_verify(monkeypatch):
         met.append(set(labels.tolist()))
         return Embedder().eval()
 
-    monkeypatch.setattr(classifiers, "train_classifier", fake)
+    monkeypatch.setattr(evidence_file, "train_classifier", fake)
     monkeypatch.setattr(protocol_file, "DRAWS", 5)
-    found = verification(evidence(windows(5, 7)), QUICK, SILENT)
+    found = verification(evidence(windows(5, 7)), QUICK)
     assert met == [set(range(4)) - set(held.tolist()) for held in folds(4)]
     assert 0 <= found["verification_eer"]["ci95"][0] <= found["verification_eer"]["ci95"][1] <= 1
     for curve in found["roc"]:
