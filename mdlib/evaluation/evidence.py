@@ -123,12 +123,11 @@ def first_of_each(windows: WindowSet, count: int) -> WindowSet:
     return windows.select(sorted(first.index))
 
 
-def compared_sets(evidence: Evidence) -> tuple[dict[str, WindowSet], dict[str, list[int]]]:
-    """The sets of COMPARED by name, and the rows of the unseen one that its two halves take."""
+def compared_sets(evidence: Evidence) -> dict[str, WindowSet]:
+    """The sets of COMPARED by name."""
     unseen = evidence.unseen
-    rows = dict(zip(("first", "second"), halves(unseen, evidence.gap), strict=True))
-    sets = {"generated": evidence.generated, "unseen": unseen, "train": evidence.train}
-    return sets | {name: unseen.select(half) for name, half in rows.items()}, rows
+    first, second = (unseen.select(rows) for rows in halves(unseen, evidence.gap))
+    return dict(generated=evidence.generated, unseen=unseen, train=evidence.train, first=first, second=second)
 
 
 def alike(sets: dict[str, WindowSet], seed: int) -> dict[str, torch.Tensor]:
