@@ -16,15 +16,7 @@ import torch.nn.functional as F
 from mdlib.data.splits import apply_split, read_split
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.evaluation import gait_metrics, metrics
-from mdlib.evaluation.evidence import (
-    Evidence,
-    Protocol,
-    chance_blocks,
-    concatenate,
-    first_of_each,
-    train_classifier,
-    train_each,
-)
+from mdlib.evaluation.evidence import Evidence, Protocol, concatenate, first_of_each, train_classifier, train_each
 from mdlib.evaluation.metrics import absent, figure, missing, paired_gain, scored
 from mdlib.models.classifier import Classifier, ResNet18, SmallCNN, features
 from mdlib.pipeline import copy_windows
@@ -206,7 +198,7 @@ class Outcomes:
 
 def outcomes(evidence: Evidence, arms: Arms) -> Outcomes:
     test, users = evidence.test, np.array([file.user for file in evidence.test.files])
-    return Outcomes(arms.correct, chance_blocks(test, evidence.gap), test.paths, users)
+    return Outcomes(arms.correct, evidence.blocks, test.paths, users)
 
 
 def joined(folds: Sequence[Outcomes]) -> Outcomes:
@@ -304,7 +296,7 @@ def conditions(evidence: Evidence, arms: Arms) -> dict:
     recorded = {(file.user, file.condition) for file in evidence.train.files}
     where = np.array([file.condition for file in test.files])
     known = np.array([(file.user, file.condition) in recorded for file in test.files])
-    blocks = chance_blocks(test, evidence.gap)
+    blocks = evidence.blocks
     for condition in test.conditions:
         for name, some in ((condition, known), (f"{condition}_unrecorded", ~known)):
             rows = (where == condition) & some

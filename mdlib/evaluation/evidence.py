@@ -76,6 +76,11 @@ class Evidence:
         """Validation and test windows: real ones the generator was not trained on."""
         return concatenate(self.val, self.test)
 
+    @property
+    def blocks(self) -> np.ndarray:
+        """Block id (N,) of each test window, see `chance_blocks`."""
+        return chance_blocks(self.test, self.gap)
+
 
 def by_recording(windows: WindowSet):
     """Window numbers grouped by recording, in the order of the windows."""
