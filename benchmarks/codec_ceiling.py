@@ -10,7 +10,6 @@ as they are and after its round trip; the difference is the codec's part in what
 
 import argparse
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 
@@ -49,7 +48,7 @@ def main() -> None:
     print(f"{args.windows} real windows a user and {len(others) / others.num_users:.1f} others")
     for name, made in (("as they are", others), ("after the codec", decoded)):
         evidence = gather(real, split, made)
-        found = augmentation(evidence, protocol, train_arms(evidence, protocol, SimpleNamespace(update=lambda: None)))
+        found = augmentation(evidence, protocol, train_arms(evidence, protocol))
         told = [f"{arm} {100 * found[arm]['value']:.1f}" for arm in ("real_only", "real_plus_generated", "real_x2")]
         low, high = found["gain_ci95"]
         print(f"{name}: {', '.join(told)}, alone {100 * found['generated_only']['value']:.1f}", end="")

@@ -11,8 +11,7 @@ import argparse
 from mdlib.data.splits import apply_split, make_split
 from mdlib.data.windows import load_windows
 from mdlib.evaluation.augmentation_study import correctness
-from mdlib.evaluation.classifiers import train_each
-from mdlib.evaluation.evidence import chance_blocks
+from mdlib.evaluation.evidence import chance_blocks, train_each
 from mdlib.evaluation.metrics import scored
 from mdlib.models.classifier import SmallCNN
 
@@ -23,7 +22,7 @@ def point(windows, count: int, seeds: range, steps: int) -> dict:
     parts = apply_split(windows, split)
     train, test = parts["train"], parts["test"]
     jobs = [(SmallCNN, None, train.images, train.labels, train.num_users, steps, seed) for seed in seeds]
-    correct = correctness(list(train_each(jobs)), test.images, test.labels)
+    correct = correctness(list(train_each(jobs, f"{count} windows")), test.images, test.labels)
     return scored(correct, chance_blocks(test, split["gap"]))
 
 

@@ -26,7 +26,6 @@ from mdlib.experiments.run import Run, open_run
 from mdlib.models.vqdiffusion import VQDiffusion
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.reports.report import gather
-from mdlib.utils import bar
 
 TIMED = 32  # windows of the batch whose sampling is timed
 
@@ -65,8 +64,7 @@ def quality(run: Run, generated: WindowSet, folder: str) -> dict:
     """identity (fraction of generated windows that are classified as their user) and fd_ratio. folder: caches the
     classifiers, so that they are trained once for a split."""
     protocol, evidence = Protocol(**run.preset.validation), gather(run.windows, run.split, generated)
-    with bar(protocol.seeds, "classifiers", unit="classifier") as progress:
-        classifiers = unseen_classifiers(evidence, protocol, progress, folder)
+    classifiers = unseen_classifiers(evidence, protocol, folder)
     arms = Arms(real_only_classifiers(evidence, protocol, folder), {}, 0.0)
     return {
         "identity": identity(evidence, classifiers)["accuracy"]["value"],

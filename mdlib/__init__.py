@@ -22,7 +22,7 @@ _HOME = {
     "make_split": "data.splits",
     "open_run": "experiments.run",
     "parse_users": "data.files",
-    "select_folder": "evaluation.filters",
+    "select_folder": "evaluation.augmentation_study",
     "simulate_dataset": "simulation.dataset",
     "split_summary": "data.splits",
     "study": "experiments.study",

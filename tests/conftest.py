@@ -53,7 +53,7 @@ def cache_folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def one_classifier_at_a_time(monkeypatch):
     """Tests put judges of their own in place, which other processes would not know."""
-    monkeypatch.setattr("mdlib.evaluation.classifiers.training_at_once", lambda: 1)
+    monkeypatch.setattr("mdlib.evaluation.evidence.training_at_once", lambda: 1)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Toy windows of four users, and the evidence that they make."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from mdlib.evaluation.evidence import Evidence, Protocol
 USERS = (2, 5, 9, 11)
 QUICK = Protocol(evaluation_steps=60, seeds=2, counts=(), reference="none")
 ONCE = replace(QUICK, seeds=1, fractions=(0.25,))
-SILENT = SimpleNamespace(update=lambda: None)
 
 
 def gait(label: int, n: int, seed: int, spread: float = 0.8) -> torch.Tensor:

@@ -4,23 +4,29 @@ An arm is a set of training windows. Classifiers are trained from scratch in eve
 the same classical augmentation, and compared on the same test windows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
-from mdlib.data.windows import WindowSet
-from mdlib.evaluation import metrics
-from mdlib.evaluation.classifiers import train_each
-from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate, first_of_each
-from mdlib.evaluation.filters import FILTERS, keep_best, keep_plausible, scores
+from mdlib.data.splits import apply_split, read_split
+from mdlib.data.windows import WindowSet, load_windows
+from mdlib.evaluation import gait_metrics, metrics
+from mdlib.evaluation.evidence import Evidence, Protocol, concatenate, first_of_each, train_classifier, train_each
 from mdlib.evaluation.metrics import absent, figure, missing, paired_gain, scored
-from mdlib.models.classifier import Classifier, ResNet18, SmallCNN
+from mdlib.models.classifier import Classifier, ResNet18, SmallCNN, features
+from mdlib.pipeline import copy_windows
 from mdlib.utils import DataError, best_device
 
 REFERENCED = ("real_only", "real_plus_generated", "generated_only", "real_x2")  # arms of ResNet-18, too
+FILTERS = ("confidence", "margin", "specificity", "diversity")  # see `scores`
+SPREADS = 3.0  # a user's range of a metric: the mean of the training windows ± so many standard deviations
+FILTER_STEPS = 400  # optimizer steps of the classifier of `select_folder`
+SIFTED = ["torso_speed", "cadence", "step_length", "upper_envelope", "lower_envelope", "bandwidth"]
 TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is measured by default
 
 
@@ -36,43 +42,32 @@ class Arms:
     by_selection: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)
 
 
-def unseen_classifiers(evidence: Evidence, protocol: Protocol, progress, folder=None) -> list[SmallCNN]:
+def unseen_classifiers(evidence: Evidence, protocol: Protocol, folder=None) -> list[SmallCNN]:
     """Classifiers of validation and test windows. The generator's training windows, which generated ones imitate, are
     new to them; `folder` saves them for other runs on the same split."""
-    return list(_train(_jobs(evidence.unseen, protocol, folder), progress))
+    return list(train_each(_jobs(evidence.unseen, protocol, folder), "classifiers of unseen windows"))
 
 
 def real_only_classifiers(evidence: Evidence, protocol: Protocol, folder=None) -> list[SmallCNN]:
     """The classifiers of the arm real_only."""
-    return list(train_each(_jobs(evidence.train, protocol, folder)))
+    return list(train_each(_jobs(evidence.train, protocol, folder), "classifiers of training windows"))
 
 
-def count_classifiers(evidence: Evidence, protocol: Protocol) -> int:
-    """How many classifiers `unseen_classifiers` and `train_arms` train together."""
-    multiples = _multiples(evidence, protocol)
-    arms = 4 + len(multiples) + len(_counts(evidence, protocol))
-    if _with_reference(protocol):
-        arms += len(REFERENCED) - ("real_x2" not in multiples)
-    if protocol.keep:
-        arms += len(FILTERS) * len(protocol.keep) + (evidence.train.images.shape[1] == 1)
-    return (1 + arms) * protocol.seeds + len(protocol.fractions) + bool(protocol.keep)
-
-
-def train_arms(evidence: Evidence, protocol: Protocol, progress, folder=None) -> Arms:
+def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
     """Train classifiers in every arm, see docs/evaluation.md. `folder` saves the classifiers of real windows."""
-    test, fraction = evidence.test, _best_fraction(evidence, protocol, progress)
-    names, jobs = [], []
-    for name, windows in _sets(evidence, protocol, fraction, _filtered(evidence, protocol, progress)).items():
+    with_resnet = protocol.reference == "resnet18" or protocol.reference == "auto" and best_device() == "cuda"
+    fraction, names, jobs = _best_fraction(evidence, protocol), [], []
+    for name, windows in _sets(evidence, protocol, fraction).items():
         saved = folder if name != "real_plus_generated" and str(name).startswith("real_") else None
         names.append(name)
         jobs += _jobs(windows, protocol, saved, augment=name != "real_unaugmented")
-        if name in REFERENCED and _with_reference(protocol):
+        if with_resnet and name in REFERENCED:
             names.append(f"resnet18_{name}")
             jobs += _jobs(windows, protocol, saved, kind=ResNet18)
-    classifiers, correct, real_only = _train(jobs, progress), {}, []
+    classifiers, correct, real_only = train_each(jobs, "classifiers of the arms"), {}, []
     for name in names:
         own = [next(classifiers) for _ in range(protocol.seeds)]
-        correct[name] = correctness(own, test.images, test.labels)
+        correct[name] = correctness(own, evidence.test.images, evidence.test.labels)
         if name == "real_only":
             real_only = own
     by_count, by_selection = (
@@ -94,43 +89,43 @@ def _jobs(
     return [(*what, seed, augment) for seed in seeds or range(protocol.seeds)]
 
 
-def _train(jobs: list[tuple], progress) -> Iterator[Classifier]:
-    for classifier in train_each(jobs):
-        progress.update()
-        yield classifier
-
-
-def _sets(evidence: Evidence, protocol: Protocol, fraction: float, filtered: dict) -> dict:
+def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
     """Windows of the arms by name. A number stands for real_plus_generated with that many generated windows per user, a
     filter's name and fraction for that with the windows it keeps."""
-    train, generated = evidence.train, evidence.generated
-    few = {count: first_of_each(generated, count) for count in _counts(evidence, protocol)}
+    train, generated, counts = evidence.train, evidence.generated, protocol.counts
+    if counts is None:
+        counts = [round(len(train) / train.num_users * factor) for factor in TIMES]
+    fewest = int(torch.bincount(generated.labels, minlength=train.num_users).min())
+    some = {count: first_of_each(generated, count) for count in counts if 0 < count < fewest}
+    some |= _filtered(evidence, protocol)
+    more = {f"real_x{factor}": times(evidence, factor) for factor in sorted(set(protocol.multiples))}
     return {
         "real_only": train,
         "real_unaugmented": train,
         "real_plus_generated": mixed(train, generated, fraction),
         "generated_only": generated,
-        **_multiples(evidence, protocol),
-        **{name: mixed(train, some, fraction) for name, some in (few | filtered).items()},
+        **{name: windows for name, windows in more.items() if windows is not None},
+        **{name: mixed(train, windows, fraction) for name, windows in some.items()},
     }
 
 
-def _best_fraction(evidence: Evidence, protocol: Protocol, progress) -> float:
+def _best_fraction(evidence: Evidence, protocol: Protocol) -> float:
     """The fraction of generated windows whose classifier does best on validation windows."""
     val, jobs = evidence.val, []
     for fraction in protocol.fractions:
         jobs += _jobs(mixed(evidence.train, evidence.generated, fraction), protocol, seeds=[protocol.seeds])
-    accuracy = [correctness([one], val.images, val.labels).mean() for one in _train(jobs, progress)]
+    classifiers = train_each(jobs, "classifiers that choose the fraction")
+    accuracy = [correctness([one], val.images, val.labels).mean() for one in classifiers]
     return protocol.fractions[int(np.argmax(accuracy))]
 
 
-def _filtered(evidence: Evidence, protocol: Protocol, progress) -> dict[tuple[str, float], WindowSet]:
+def _filtered(evidence: Evidence, protocol: Protocol) -> dict[tuple[str, float], WindowSet]:
     """The generated windows that each filter keeps, by its name and the fraction kept. The filters' classifier is
     trained on the generator's training windows and evaluates nothing."""
     generated, train = evidence.generated, evidence.train
     if not protocol.keep:
         return {}
-    (classifier,) = _train(_jobs(train, protocol, seeds=[protocol.seeds + 1]), progress)
+    (classifier,) = train_each(_jobs(train, protocol, seeds=[protocol.seeds + 1]), "classifier of the filters")
     masks = {
         (name, fraction): keep_best(generated, score, fraction)
         for name, score in scores(generated, classifier).items()
@@ -140,25 +135,6 @@ def _filtered(evidence: Evidence, protocol: Protocol, progress) -> dict[tuple[st
         mask = keep_plausible(generated, train)
         masks["kinematics", float(mask.mean())] = mask
     return {name: generated.select(torch.from_numpy(mask)) for name, mask in masks.items() if mask.any()}
-
-
-def _with_reference(protocol: Protocol) -> bool:
-    return protocol.reference == "resnet18" or protocol.reference == "auto" and best_device() == "cuda"
-
-
-def _multiples(evidence: Evidence, protocol: Protocol) -> dict[str, WindowSet]:
-    """Windows of the arms real_x2 … for which every user has spare real windows."""
-    found = {f"real_x{factor}": times(evidence, factor) for factor in sorted(set(protocol.multiples))}
-    return {name: windows for name, windows in found.items() if windows is not None}
-
-
-def _counts(evidence: Evidence, protocol: Protocol) -> list[int]:
-    """The protocol's counts below the number of generated windows of any user."""
-    users, counts = evidence.train.num_users, protocol.counts
-    fewest = int(torch.bincount(evidence.generated.labels, minlength=users).min())
-    if counts is None:
-        counts = [round(len(evidence.train) / users * times) for times in TIMES]
-    return [count for count in counts if 0 < count < fewest]
 
 
 def times(evidence: Evidence, factor: int) -> WindowSet | None:
@@ -222,7 +198,7 @@ class Outcomes:
 
 def outcomes(evidence: Evidence, arms: Arms) -> Outcomes:
     test, users = evidence.test, np.array([file.user for file in evidence.test.files])
-    return Outcomes(arms.correct, chance_blocks(test, evidence.gap), test.paths, users)
+    return Outcomes(arms.correct, evidence.blocks, test.paths, users)
 
 
 def joined(folds: Sequence[Outcomes]) -> Outcomes:
@@ -320,7 +296,7 @@ def conditions(evidence: Evidence, arms: Arms) -> dict:
     recorded = {(file.user, file.condition) for file in evidence.train.files}
     where = np.array([file.condition for file in test.files])
     known = np.array([(file.user, file.condition) in recorded for file in test.files])
-    blocks = chance_blocks(test, evidence.gap)
+    blocks = evidence.blocks
     for condition in test.conditions:
         for name, some in ((condition, known), (f"{condition}_unrecorded", ~known)):
             rows = (where == condition) & some
@@ -329,3 +305,77 @@ def conditions(evidence: Evidence, arms: Arms) -> dict:
                 found[name] = {**scored(both, blocks[rows]), "real": float(real.mean())}
                 found[f"{name}_gain"] = paired_gain(real, both, blocks[rows])
     return found
+
+
+# ---- filters of generated windows. They know the generator's training windows only, so that what they keep can be
+# evaluated on test windows.
+
+
+def scores(windows: WindowSet, classifier: SmallCNN) -> dict[str, np.ndarray]:
+    """The scores of FILTERS, each (N,), by a classifier of the training windows; diversity is in its features scaled to
+    length 1, and infinite for a user's only window."""
+    every, own = classifier.probabilities(windows.images), windows.labels[:, None]
+    confidence, others = every.gather(1, own)[:, 0], every.scatter(1, own, 0.0)
+    first, second = F.pad(every, (0, 1)).topk(2).values.T  # padded: with one user there is no second
+    found = F.normalize(features(classifier, windows.images), dim=1)
+    nearest = torch.full((len(windows),), torch.inf)
+    for label in windows.labels.unique():
+        mine = windows.labels == label
+        nearest[mine] = torch.cdist(found[mine], found[mine]).fill_diagonal_(torch.inf).min(1).values
+    each = (confidence, first - second, confidence - others.amax(1), nearest)
+    return {name: score.numpy() for name, score in zip(FILTERS, each, strict=True)}
+
+
+def keep_best(windows: WindowSet, score: np.ndarray, fraction: float) -> np.ndarray:
+    """bool (N,): of each user in each condition the `fraction` of windows with the highest score, at least one."""
+    frame = pd.DataFrame(list(windows.files)).assign(score=score)
+    groups = frame.groupby(["user", "condition"])["score"]
+    rank = groups.rank(method="first", ascending=False)
+    return (rank <= (fraction * groups.transform("size")).round().clip(lower=1)).to_numpy()
+
+
+def keep_plausible(windows: WindowSet, train: WindowSet) -> np.ndarray:
+    """bool (N,): plausible windows whose SIFTED metrics lie within the range of the user's training windows. A metric
+    that cannot be read off a window does not remove it."""
+    found, known = gait_metrics.measure(windows), gait_metrics.measure(train)
+    of_users = known.groupby("label")[SIFTED]
+    enough = of_users.count() > 2
+    mean, spread = (part.where(enough).reindex(found["label"]).to_numpy() for part in (of_users.mean(), of_users.std()))
+    beyond = (found[SIFTED] - mean).abs() > SPREADS * spread
+    return (found["plausible"] & ~beyond.any(axis=1)).to_numpy()
+
+
+def select_folder(
+    real: str | Path,
+    generated: str | Path,
+    split: str | Path,
+    out: str | Path,
+    by: str = "kinematics",
+    fraction: float = 0.5,
+    size: int = 64,
+) -> tuple[int, int]:
+    """Copy the generated windows that a filter keeps into `out`, with their manifest; returns how many of how many.
+
+    Args:
+        real, split: their training windows are what the filter knows.
+        generated: folder that `generate` or notebook 05 wrote.
+        by: one of FILTERS, or kinematics for `keep_plausible`, which decides by itself how many to keep.
+        fraction: of each user's windows to keep, best first.
+        size: pixels a side at which windows are compared.
+    """
+    if by not in (*FILTERS, "kinematics"):
+        raise DataError(f"by must be one of {', '.join(FILTERS)} or kinematics, got {by!r}")
+    if not 0 < fraction <= 1:
+        raise DataError(f"keep must be a fraction between 0 and 1, got {fraction}")
+    every = load_windows(real, size=size)
+    train = apply_split(every, read_split(split))["train"]
+    windows = load_windows(generated, size=size, colormap=every.colormap, users=every.users)
+    if by == "kinematics":
+        kept = keep_plausible(windows, train)
+    else:
+        classifier = train_classifier(train.images, train.labels, train.num_users, FILTER_STEPS)
+        kept = keep_best(windows, scores(windows, classifier)[by], fraction)
+    if not kept.any():
+        raise DataError(f"{by} keeps none of the {len(windows)} windows of {generated}: choose another filter")
+    copy_windows(generated, [windows.paths[row] for row in np.flatnonzero(kept)], out)
+    return int(kept.sum()), len(windows)

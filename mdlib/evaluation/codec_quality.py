@@ -29,12 +29,12 @@ def check_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tens
         )
     latents, real = encode_all(codec, images, "latents", labels=labels), to_float(images)
     decoded = decode_all(codec, latents, labels=labels)
-    distance, reason = find_lpips(codec.device)
-    if distance is None:
-        perceptual = {"lpips": None, "lpips_reason": reason}
-    else:
+    try:
+        distance = find_lpips(codec.device)
         each = [distance(*pair).flatten() for pair in parts(codec.device, 64, decoded, real)]
         perceptual = {"lpips": float(torch.cat(each).mean())}
+    except FileNotFoundError as error:
+        perceptual = {"lpips": None, "lpips_reason": str(error)}
     each = psnr(decoded, real)
     found = {
         "psnr_db": float(each.mean()),
@@ -75,15 +75,12 @@ def choose_codec(vq: dict, kl: dict) -> dict:
     return {**measured, "choice": choice, "sentence": sentence}
 
 
-def find_lpips(device: torch.device | str) -> tuple[torch.nn.Module | None, str]:
-    """LPIPS, or None and why not. Its weights are not downloaded for a figure."""
+def find_lpips(device: torch.device | str) -> torch.nn.Module:
+    """LPIPS; FileNotFoundError where its weights are not on this machine: they are not downloaded for a figure."""
     weights = lpips_weights("squeeze")
     if not weights.exists():
-        return None, f"{weights.name} is not on this machine"
-    try:
-        return load_lpips("squeeze").to(device), ""
-    except FileNotFoundError as error:
-        return None, str(error)
+        raise FileNotFoundError(f"{weights.name} is not on this machine")
+    return load_lpips("squeeze").to(device)
 
 
 def _verdict(found: dict) -> str:

@@ -1,14 +1,24 @@
-"""What a report is computed from: real and generated windows, and which of them are compared."""
+"""What a report is computed from: real and generated windows, which of them are compared, and the networks that are
+trained on them from scratch."""
 
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
 
+from mdlib.data.augment import as_they_are, classical_augmentation
 from mdlib.data.windows import WindowSet
-from mdlib.utils import DataError
+from mdlib.models.classifier import Embedder, ResNet18, SmallCNN
+from mdlib.training.fit import Batches, TrainConfig, fit
+from mdlib.utils import DataError, bar, best_device
 
+Network = SmallCNN | ResNet18 | Embedder
 # Sets that are compared: generated windows with unseen real ones; the halves of the unseen ones with each other; the
 # generator's training windows with the unseen ones, which is what a perfect copier would get.
 COMPARED = {"value": ("generated", "unseen"), "real_vs_real": ("first", "second"), "train": ("train", "unseen")}
@@ -66,21 +76,22 @@ class Evidence:
         """Validation and test windows: real ones the generator was not trained on."""
         return concatenate(self.val, self.test)
 
+    @property
+    def blocks(self) -> np.ndarray:
+        """Block id (N,) of each test window, see `chance_blocks`."""
+        return chance_blocks(self.test, self.gap)
 
-def by_recording(windows: WindowSet) -> list[pd.Series]:
-    """Window numbers of each recording in time order, indexed by row."""
-    recordings = pd.DataFrame(list(windows.files)).groupby(["user", "condition", "recording"], sort=False)
-    return [numbers.sort_values(kind="stable") for _, numbers in recordings["number"]]
+
+def by_recording(windows: WindowSet):
+    """Window numbers grouped by recording, in the order of the windows."""
+    return pd.DataFrame(list(windows.files)).groupby(["user", "condition", "recording"], sort=False)["number"]
 
 
 def time_blocks(windows: WindowSet, gap: int) -> np.ndarray:
     """Block id (N,) of each window: `gap` consecutive windows of a recording are one block."""
-    block, used = np.zeros(len(windows), dtype=int), 0
-    for numbers in by_recording(windows):
-        _, place = np.unique((numbers - numbers.iloc[0]) // gap, return_inverse=True)
-        block[numbers.index] = used + place
-        used += place.max() + 1
-    return block
+    recordings = by_recording(windows)
+    place = recordings.transform(lambda numbers: (numbers - numbers.min()) // gap)
+    return place.groupby([recordings.ngroup(), place]).ngroup().to_numpy()
 
 
 def chance_blocks(windows: WindowSet, gap: int) -> np.ndarray:
@@ -93,9 +104,9 @@ def halves(windows: WindowSet, gap: int) -> list[list[int]]:
     """Rows of two halves of real windows that share no step: every other stretch of 2·gap windows of each recording,
     without the windows at its beginning that overlap the other half."""
     stretch, chosen = time_blocks(windows, 2 * gap), [[], []]
-    for numbers in by_recording(windows):
+    for _, numbers in by_recording(windows):
         last = [-np.inf, -np.inf]  # number of the last window of each half
-        for row, number in numbers.items():
+        for row, number in numbers.sort_values(kind="stable").items():
             half = stretch[row] % 2
             if number - last[1 - half] >= gap:
                 chosen[half].append(row)
@@ -117,12 +128,11 @@ def first_of_each(windows: WindowSet, count: int) -> WindowSet:
     return windows.select(sorted(first.index))
 
 
-def compared_sets(evidence: Evidence) -> tuple[dict[str, WindowSet], dict[str, list[int]]]:
-    """The sets of COMPARED by name, and the rows of the unseen one that its two halves take."""
+def compared_sets(evidence: Evidence) -> dict[str, WindowSet]:
+    """The sets of COMPARED by name."""
     unseen = evidence.unseen
-    rows = dict(zip(("first", "second"), halves(unseen, evidence.gap), strict=True))
-    sets = {"generated": evidence.generated, "unseen": unseen, "train": evidence.train}
-    return sets | {name: unseen.select(half) for name, half in rows.items()}, rows
+    first, second = (unseen.select(rows) for rows in halves(unseen, evidence.gap))
+    return dict(generated=evidence.generated, unseen=unseen, train=evidence.train, first=first, second=second)
 
 
 def alike(sets: dict[str, WindowSet], seed: int) -> dict[str, torch.Tensor]:
@@ -133,3 +143,64 @@ def alike(sets: dict[str, WindowSet], seed: int) -> dict[str, torch.Tensor]:
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(1000 * place + seed))
         rows[name] = torch.cat([order[part.labels[order] == user][:k] for user, k in enumerate(least.tolist())])
     return rows
+
+
+def train_classifier(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    outputs: int,
+    steps: int,
+    seed=0,
+    augment=True,
+    kind: type[Network] = SmallCNN,
+) -> Network:
+    """kind(outputs, channels) trained on uint8 images (N, C, S, S) and labels (N,); the same for the same seed.
+
+    Args:
+        outputs: number of users, or size of an `Embedder`.
+        augment: with the classical augmentation of `mdlib.data.augment`.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = kind(outputs, images.shape[1]).to(memory_format=torch.channels_last)
+    how = dict(batch_size=32, learning_rate=2e-3, warmup_steps=steps // 10, weight_decay=1e-2)
+    config = TrainConfig(steps=steps, seed=seed, evaluate_every=steps, **how)
+    transform = classical_augmentation if augment else as_they_are
+    fit(network, Batches((images, labels), transform), config, progress=False)
+    return network
+
+
+def trained_once(
+    kind: type[Network], folder: str | Path | None, images: torch.Tensor, labels: torch.Tensor, *arguments
+) -> Network:
+    """`train_classifier`, or the network in `folder` that was trained with the same arguments."""
+    if not folder:
+        return train_classifier(images, labels, *arguments, kind=kind)
+    key = (kind.__name__, arguments, source_code(kind), images.numpy(), labels.numpy())
+    path = Path(folder) / joblib.hash(key)
+    if not path.exists():
+        unfinished = path.with_suffix(".part")
+        train_classifier(images, labels, *arguments, kind=kind).save_pretrained(unfinished)
+        unfinished.rename(path)
+    return kind.from_pretrained(path).to(best_device())
+
+
+@cache
+def source_code(kind: type) -> list[str]:
+    """The code that decides how a network is trained: networks of another version are trained again."""
+    return [inspect.getsource(inspect.getmodule(part)) for part in (kind, SmallCNN, classical_augmentation, fit)]
+
+
+def train_each(jobs: list[tuple], about: str) -> Iterator[Network]:
+    """`trained_once` of each job's arguments, in order, with a progress bar about them. On a CPU each takes one core
+    and as many train at a time as torch has threads: small networks gain little from a second thread."""
+    once, found = joblib.delayed(trained_once), joblib.Parallel(training_at_once(), return_as="generator")
+    with bar(len(jobs), about, unit="classifier") as progress:
+        for network in found(once(*job) for job in jobs):
+            progress.update()
+            yield network
+
+
+def training_at_once() -> int:
+    """How many classifiers train at a time: 1 on a GPU, on a CPU as many as torch has threads, at most 4 for memory."""
+    return 1 if best_device() == "cuda" else min(torch.get_num_threads(), 4)

@@ -53,19 +53,11 @@ def fidelity(evidence: Evidence, arms: Arms) -> dict:
     }
 
 
-def distances(evidence: Evidence, arms: Arms) -> dict:
-    """The figures of `fidelity` that compare sets in the classifiers' features."""
-    return _distances(*_features(evidence, arms))
-
-
 def _features(evidence: Evidence, arms: Arms) -> tuple[dict[str, WindowSet], list[dict[str, torch.Tensor]]]:
     """The compared sets, and each real-only classifier's features (N, D) of them."""
-    sets, rows = compared_sets(evidence)
-    each = []
-    for classifier in arms.real_only:
-        found = {name: features(classifier, part.images) for name, part in sets.items() if name not in rows}
-        each.append(found | {name: found["unseen"][half] for name, half in rows.items()})
-    return sets, each
+    sets = compared_sets(evidence)
+    of = lambda classifier: {name: features(classifier, part.images) for name, part in sets.items()}
+    return sets, [of(classifier) for classifier in arms.real_only]
 
 
 def _distances(sets: dict[str, WindowSet], each: list[dict[str, torch.Tensor]]) -> dict:
@@ -168,11 +160,11 @@ def _fd_inception(sets: dict[str, WindowSet]) -> dict:
 
 @torch.no_grad()
 def _lpips_diversity(sets: dict[str, WindowSet], gap: int) -> dict:
-    device = best_device()
-    network, why = find_lpips(device)
-    if network is None:
-        return absent(why)
-    images = lambda name, rows: to_float(sets[name].images[rows].to(device))
+    try:
+        network = find_lpips(best_device())
+    except FileNotFoundError as error:
+        return absent(str(error))
+    images = lambda name, rows: to_float(sets[name].images[rows].to(best_device()))
     mean = lambda name, one, other: float(network(images(name, one), images(name, other)).mean())
     return _diversity(sets, gap, LPIPS_PAIRS, mean)
 
@@ -180,15 +172,15 @@ def _lpips_diversity(sets: dict[str, WindowSet], gap: int) -> dict:
 def statistics(evidence: Evidence) -> dict:
     """The section `statistics` of the report: how alike generated and real windows are in FEATURES. A window can be
     right in all of them and show no gait."""
-    sets, _ = compared_sets(evidence)
-    found = {name: describe(part.images) for name, part in sets.items()}
+    sets = compared_sets(evidence)
     rows = alike(sets, seed=0)
     if len(rows["unseen"]) < 2:
-        return missing(
-            *STATISTICS, reason="no user has windows in all sets: generated, training, both halves of the unseen"
-        )
-    silhouette = _silhouette(sets, found, rows)
-    return {**_kolmogorov(sets, found, rows), **_mahalanobis(sets, found), "silhouette": silhouette}
+        why = "no user has windows in all sets: generated, training, both halves of the unseen"
+        return missing(*STATISTICS, reason=why)
+    every = {name: (describe(part.images), part.labels.numpy()) for name, part in sets.items()}
+    some = {name: (found[rows[name]], labels[rows[name]]) for name, (found, labels) in every.items()}
+    scale = every["unseen"][0].std(0) + 1e-9
+    return {**_kolmogorov(some), **_mahalanobis(every), "silhouette": _silhouette(some, scale)}
 
 
 def describe(images: torch.Tensor, batch_size: int = 256) -> np.ndarray:
@@ -236,14 +228,12 @@ def _spectrum(images: torch.Tensor) -> torch.Tensor:
     return torch.stack(bands, 1) / power.sum((1, 2)).clamp_min(1e-9)[:, None]
 
 
-def _kolmogorov(sets: dict[str, WindowSet], found: dict[str, np.ndarray], rows: dict[str, torch.Tensor]) -> dict:
-    """With as many windows of a user in all sets: the statistic grows when they are fewer."""
-    labels = {name: part.labels[rows[name]].numpy() for name, part in sets.items()}
-    sample = {name: found[name][rows[name].numpy()] for name in sets}
-    users = [user for user in np.unique(labels["unseen"]) if (labels["unseen"] == user).sum() > 1]
+def _kolmogorov(sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
+    """Of features and labels, as many of a user in all sets: the statistic grows when they are fewer."""
+    of = lambda name, user: sets[name][0][sets[name][1] == user]
+    users = [user for user in np.unique(sets["unseen"][1]) if len(of("unseen", user)) > 1]
     if not users:
         return missing("ks", reason="no user has two windows in every set")
-    of = lambda name, user: sample[name][labels[name] == user]
     each = {
         key: np.array([ks_2samp(of(one, user), of(other, user), axis=0).statistic for user in users])
         for key, (one, other) in COMPARED.items()
@@ -256,13 +246,12 @@ def _kolmogorov(sets: dict[str, WindowSet], found: dict[str, np.ndarray], rows: 
     return {"ks": over_users(each["value"].mean(1)) | means, "ks_by_feature": by_feature}
 
 
-def _mahalanobis(sets: dict[str, WindowSet], found: dict[str, np.ndarray]) -> dict:
+def _mahalanobis(sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
     """Distance to the mean of the user's first half with the covariance within users; real: of the second half.
     typical: fraction of generated windows between the 5 and 95 % quantiles of the real distances."""
-    labels = {name: part.labels.numpy() for name, part in sets.items()}
-    users = np.unique(labels["first"])
-    centre = {user: found["first"][labels["first"] == user].mean(0) for user in users}
-    apart = lambda name: np.concatenate([found[name][labels[name] == user] - centre[user] for user in users])
+    of = lambda name, user: sets[name][0][sets[name][1] == user]
+    users = np.unique(sets["first"][1])
+    apart = lambda name: np.concatenate([of(name, user) - of("first", user).mean(0) for user in users])
     rows = apart("first")
     if len(rows) - len(users) < len(FEATURES):
         return missing("mahalanobis", "typical", reason=f"too few unseen windows for {len(FEATURES)} features")
@@ -276,13 +265,12 @@ def _mahalanobis(sets: dict[str, WindowSet], found: dict[str, np.ndarray]) -> di
     }
 
 
-def _silhouette(sets: dict[str, WindowSet], found: dict[str, np.ndarray], rows: dict[str, torch.Tensor]) -> dict:
+def _silhouette(sets: dict[str, tuple[np.ndarray, np.ndarray]], scale: np.ndarray) -> dict:
     """How far users lie apart in features; real: of as many unseen windows."""
-    scale = found["unseen"].std(0) + 1e-9
     value = {}
     for name in ("generated", "unseen"):
-        labels = sets[name].labels[rows[name]].numpy()
+        found, labels = sets[name]
         if not 1 < len(np.unique(labels)) < len(labels):
             return absent("too few windows per user")
-        value[name] = float(silhouette_score(found[name][rows[name].numpy()] / scale, labels))
-    return {**figure(value["generated"], len(rows["generated"])), "real": value["unseen"]}
+        value[name] = float(silhouette_score(found / scale, labels))
+    return {**figure(value["generated"], len(labels)), "real": value["unseen"]}

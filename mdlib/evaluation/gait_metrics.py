@@ -37,9 +37,7 @@ def physics(evidence: Evidence) -> dict:
     """The section `physics` of the report, see `compare`."""
     if evidence.train.images.shape[1] != 1:
         return missing(*NAMES, reason="not measured on RGB windows: set channels=1")
-    sets, rows = compared_sets(evidence)
-    gaits = {name: measure(part) for name, part in sets.items() if name not in rows}
-    gaits |= {name: gaits["unseen"].iloc[half] for name, half in rows.items()}
+    gaits = {name: measure(part) for name, part in compared_sets(evidence).items()}
     return compare(gaits, evidence.train.num_users)
 
 

@@ -136,12 +136,7 @@ def control_ratio(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
 
 def equal_error_rate(false: np.ndarray, true: np.ndarray) -> float:
     """The rate at which false acceptance equals false rejection, both rates (T,) rising; linear between thresholds."""
-    above = int(np.argmax(false >= 1 - true))
-    if above == 0:
-        return float(false[0])
-    before, after = (1 - true - false)[above - 1 : above + 1]
-    part = before / (before - after)
-    return float(false[above - 1] + part * (false[above] - false[above - 1]))
+    return float(np.interp(0, false + true - 1, false))
 
 
 def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:

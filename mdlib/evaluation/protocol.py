@@ -16,26 +16,15 @@ from sklearn.metrics import roc_curve
 from mdlib import __version__
 from mdlib.data.splits import PARTS, overlap
 from mdlib.data.windows import to_float, to_uint8
+from mdlib.evaluation import augmentation_study as study
 from mdlib.evaluation import metrics
-from mdlib.evaluation.augmentation_study import (
-    Arms,
-    augmentation,
-    conditions,
-    correctness,
-    count_classifiers,
-    outcomes,
-    train_arms,
-    unseen_classifiers,
-)
-from mdlib.evaluation.classifiers import train_each
-from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate
+from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate, train_each
 from mdlib.evaluation.fidelity import fidelity, statistics
 from mdlib.evaluation.gait_metrics import physics
 from mdlib.evaluation.metrics import absent, bootstrapped, figure, interval, missing, scored
 from mdlib.models.classifier import Embedder, SmallCNN
 from mdlib.models.layers import parts
 from mdlib.training.latents import encode_all
-from mdlib.utils import bar
 
 NEAR_CHANCE = 0.1  # accuracy of real only, corrected for chance, below which the verdict says that it is near chance
 PAIRS_SHOWN = 6  # generated windows shown with their nearest training window
@@ -61,11 +50,9 @@ def evaluate(
         about: what the reader should know of the run (system, preset, data …), copied into the report.
         classifiers_folder: saves the classifiers of real windows; runs on the same split use them again.
     """
-    total = count_classifiers(evidence, protocol) + len(folds(evidence.train.num_users))
-    with bar(total, "classifiers", unit="classifier") as progress:
-        classifiers = unseen_classifiers(evidence, protocol, progress, classifiers_folder)
-        arms = train_arms(evidence, protocol, progress, classifiers_folder)
-        verified = verification(evidence, protocol, progress, classifiers_folder)
+    classifiers = study.unseen_classifiers(evidence, protocol, classifiers_folder)
+    arms = study.train_arms(evidence, protocol, classifiers_folder)
+    verified = verification(evidence, protocol, classifiers_folder)
     report = {
         "mdlib": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -76,13 +63,13 @@ def evaluate(
         "reconstruction": reconstruction(evidence, arms),
         "codebook": codebook(evidence),
         "identity": {**identity(evidence, classifiers), **verified},
-        "augmentation": augmentation(evidence, protocol, arms),
-        "conditions": conditions(evidence, arms),
+        "augmentation": study.augmentation(evidence, protocol, arms),
+        "conditions": study.conditions(evidence, arms),
         "fidelity": fidelity(evidence, arms),
         "statistics": statistics(evidence),
         "memorisation": memorisation(evidence),
         "physics": physics(evidence),
-        "outcomes": outcomes(evidence, arms).to_json(),
+        "outcomes": study.outcomes(evidence, arms).to_json(),
     }
     leak, copied = report["split"]["test_share_overlapping"], report["memorisation"]["copies"]["value"]
     return report | {"verdict": verdict(report["augmentation"], leak, copied)}
@@ -97,13 +84,13 @@ def through_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Te
     return torch.cat([decode(encode(to_float(part), *users), *users).cpu() for part, *users in batches])
 
 
-def reconstruction(evidence: Evidence, arms: Arms) -> dict:
+def reconstruction(evidence: Evidence, arms: study.Arms) -> dict:
     names = ("psnr_db", "ssim", "identity_accuracy", "identity_accuracy_before")
-    codec, test, blocks = evidence.codec, evidence.test, chance_blocks(evidence.test, evidence.gap)
+    codec, test, blocks = evidence.codec, evidence.test, evidence.blocks
     if codec is None:
         return missing(*names, *OTHER_LABEL, reason="no codec was given")
     outputs = through_codec(codec, test.images, test.labels)
-    after = correctness(arms.real_only, to_uint8(outputs), test.labels)
+    after = study.correctness(arms.real_only, to_uint8(outputs), test.labels)
     return {
         "psnr_db": bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks),
         "ssim": bootstrapped(metrics.ssim(outputs, test.float()).numpy(), blocks),
@@ -113,17 +100,17 @@ def reconstruction(evidence: Evidence, arms: Arms) -> dict:
     }
 
 
-def other_label(evidence: Evidence, arms: Arms) -> dict:
+def other_label(evidence: Evidence, arms: study.Arms) -> dict:
     """Figures of a conditional codec given a wrong user. Its output is often taken for that user where the codec puts
     the user in itself and its reconstruction says nothing of the window."""
     codec, test = evidence.codec, evidence.test
     if not codec.conditional:
         return missing(*OTHER_LABEL, reason="this codec is not conditioned on users")
-    blocks, other = chance_blocks(test, evidence.gap), (test.labels + 1) % test.num_users
+    other = (test.labels + 1) % test.num_users
     outputs = through_codec(codec, test.images, other)
-    taken = correctness(arms.real_only, to_uint8(outputs), other).mean(0)
+    taken = study.correctness(arms.real_only, to_uint8(outputs), other).mean(0)
     found = (metrics.psnr(outputs, test.float()).numpy(), taken)
-    return {name: bootstrapped(values, blocks) for name, values in zip(OTHER_LABEL, found, strict=True)}
+    return {name: bootstrapped(values, evidence.blocks) for name, values in zip(OTHER_LABEL, found, strict=True)}
 
 
 @torch.no_grad()
@@ -144,7 +131,7 @@ def identity(evidence: Evidence, classifiers: list[SmallCNN]) -> dict:
     probabilities = torch.stack([one.probabilities(generated.images) for one in classifiers])  # (classifiers, N, n)
     named = probabilities.argmax(2)
     correct = (named == generated.labels).double().mean(0).numpy()  # (N,)
-    own = correctness(classifiers, train.images, train.labels)
+    own = study.correctness(classifiers, train.images, train.labels)
     cells = (generated.labels * users + named).flatten()  # row the user, column the one that was named
     confusion = torch.bincount(cells, minlength=users**2).view(users, users)
     per_user = []
@@ -174,7 +161,7 @@ class Trials:
         return self.users == self.named
 
 
-def verification(evidence: Evidence, protocol: Protocol, progress, folder: str | Path | None = None) -> dict:
+def verification(evidence: Evidence, protocol: Protocol, folder: str | Path | None = None) -> dict:
     """verification_eer and roc of the section `identity`, means over folds.
 
     Each fold's users are held out of the training of its embedder. The mean embedding of a held-out user's unseen
@@ -184,28 +171,24 @@ def verification(evidence: Evidence, protocol: Protocol, progress, folder: str |
     groups = folds(evidence.train.num_users)
     if not groups:
         return {"verification_eer": absent("users are held out: it takes four or more")}
-    trials, jobs = {name: [] for name in PROBES}, []
-    real = concatenate(evidence.train, evidence.unseen)
+    real, jobs = concatenate(evidence.train, evidence.unseen), []
     for seed, held in enumerate(groups):
         others = real.select(~torch.isin(real.labels, torch.from_numpy(held)))
         jobs.append((Embedder, folder, others.images, others.labels, EMBEDDING, protocol.evaluation_steps, seed))
-    for held, embedder in zip(groups, train_each(jobs), strict=True):
-        for name, found in _trials(embedder, evidence, held).items():
-            trials[name].append(found)
-        progress.update()
-    if not all(found.genuine.any() and not found.genuine.all() for name in PROBES for found in trials[name]):
+    embedders = train_each(jobs, "embedders that verify users")
+    trials = [_trials(embedder, evidence, held) for held, embedder in zip(groups, embedders, strict=True)]
+    if not all(one.genuine.any() and not one.genuine.all() for fold in trials for one in fold.values()):
         return {"verification_eer": absent("a fold has fewer than two users with windows to enrol and to probe with")}
-    rates, spread, curves = {}, {}, []
-    for name, of_folds in trials.items():
-        errors, true = zip(*(rates_of(one) for one in of_folds), strict=True)
-        redrawn, redrawn_true = resampled(of_folds)
-        rates[name], spread[name] = float(np.mean(errors)), interval(redrawn)
-        low, high = np.percentile(redrawn_true, [2.5, 97.5], axis=0)
-        curve = {"false": RATES, "true": np.mean(true, axis=0), "low": low, "high": high}
-        curves.append({"probes": name, **{key: values.tolist() for key, values in curve.items()}})
-    n = int(sum(one.genuine.sum() for one in trials["generated"]))
-    error = figure(rates["generated"], n, spread["generated"])
-    return {"verification_eer": {**error, "real": rates["real"], "real_ci95": spread["real"]}, "roc": curves}
+    errors, curves = {}, []
+    for name in PROBES:
+        of_folds = [fold[name] for fold in trials]
+        error, *true = np.mean([rates_of(one) for one in of_folds], axis=0).tolist()
+        draws = resampled(of_folds)
+        low, high = np.percentile(draws[:, 1:], [2.5, 97.5], axis=0).tolist()
+        curves.append({"probes": name, "false": RATES.tolist(), "true": true, "low": low, "high": high})
+        errors[name] = figure(error, sum(int(one.genuine.sum()) for one in of_folds), interval(draws[:, 0]))
+    of_real = {"real": errors["real"]["value"], "real_ci95": errors["real"]["ci95"]}
+    return {"verification_eer": {**errors["generated"], **of_real}, "roc": curves}
 
 
 def folds(num_users: int) -> list[np.ndarray]:
@@ -233,16 +216,16 @@ def _trials(embedder: Embedder, evidence: Evidence, held: np.ndarray) -> dict[st
     return found
 
 
-def rates_of(trials: Trials, weights: np.ndarray | None = None) -> tuple[float, np.ndarray]:
-    """The equal error rate, and true acceptance at RATES."""
+def rates_of(trials: Trials, weights: np.ndarray | None = None) -> np.ndarray:
+    """The equal error rate, and after it true acceptance at each of RATES."""
     false, true, _ = roc_curve(trials.genuine, trials.scores, sample_weight=weights, drop_intermediate=False)
-    return metrics.equal_error_rate(false, true), np.interp(RATES, false, true)
+    return np.array([metrics.equal_error_rate(false, true), *np.interp(RATES, false, true)])
 
 
-def resampled(of_folds: list[Trials]) -> tuple[np.ndarray, np.ndarray]:
-    """Bootstrap equal error rates (DRAWS,) and curves (DRAWS, RATES) over users of all folds. A comparison counts as
-    often as both its users were drawn (Owen 2007, the pigeonhole bootstrap), a fold by its users drawn, and not at all
-    with fewer than two different ones."""
+def resampled(of_folds: list[Trials]) -> np.ndarray:
+    """Bootstrap `rates_of` (DRAWS, 1 + RATES) over users of all folds. A comparison counts as often as both its users
+    were drawn (Owen 2007, the pigeonhole bootstrap), a fold by its users drawn, and not at all with fewer than two
+    different ones."""
     rng, found = np.random.default_rng(0), []
     users = np.unique(np.concatenate([one.users for one in of_folds]))
     while len(found) < DRAWS:
@@ -254,9 +237,8 @@ def resampled(of_folds: list[Trials]) -> tuple[np.ndarray, np.ndarray]:
                 counts.append(int(times[present].sum()))
                 read.append(rates_of(one, np.where(one.genuine, shown, shown * named)))
         if counts:
-            part = np.array(counts) / sum(counts)
-            found.append((part @ [error for error, _ in read], part @ np.stack([curve for _, curve in read])))
-    return np.array([error for error, _ in found]), np.stack([curve for _, curve in found])
+            found.append(np.array(counts) / sum(counts) @ np.stack(read))
+    return np.stack(found)
 
 
 def memorisation(evidence: Evidence) -> dict:

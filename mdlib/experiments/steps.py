@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mdlib.data.augment import as_they_are, enlarge
 from mdlib.data.windows import WindowSet
-from mdlib.evaluation.classifiers import trained_once
+from mdlib.evaluation.evidence import trained_once
 from mdlib.evaluation.metrics import code_counts, codebook_figures
 from mdlib.experiments.run import Run, open_run, published_networks
 from mdlib.models.classifier import SmallCNN

@@ -3,22 +3,21 @@ made of test windows is written, read again, and put together over folds."""
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from toys import ONCE, QUICK, SILENT, evidence, gait, windows
+from toys import ONCE, QUICK, evidence, gait, windows
 
 from mdlib.data.windows import WindowSet
-from mdlib.evaluation import augmentation_study, classifiers
+from mdlib.evaluation import augmentation_study
+from mdlib.evaluation import evidence as evidence_file
 from mdlib.evaluation.augmentation_study import (
     Arms,
     Outcomes,
     augmentation,
     compared,
     correctness,
-    count_classifiers,
     joined,
     mixed,
     real_only_classifiers,
@@ -44,7 +43,7 @@ def hard(made: WindowSet) -> Evidence:
 
 
 def studied(case: Evidence, protocol: Protocol = ONCE) -> dict:
-    return augmentation(case, protocol, train_arms(case, protocol, SILENT))
+    return augmentation(case, protocol, train_arms(case, protocol))
 
 
 def test_more_windows_of_the_same_walkers_help():
@@ -130,11 +129,8 @@ def test_the_gain_is_measured_for_fewer_generated_windows():
 def test_the_reference_classifier_joins_the_small_one(monkeypatch):
     small = evidence(windows(5, 7))
     monkeypatch.setattr(augmentation_study, "best_device", lambda: "cpu")
-    done = []
-    counted = SimpleNamespace(update=lambda: done.append(1))
     protocol = Protocol(evaluation_steps=1, seeds=2, counts=(), reference="resnet18")
-    arms = train_arms(small, protocol, counted)
-    assert len(done) == count_classifiers(small, protocol) - 2, "two are for identity"
+    arms = train_arms(small, protocol)
     found = augmentation(small, protocol, arms)
     assert {name for name in found if name.startswith("resnet18")} == {
         *("resnet18_real_only", "resnet18_real_plus_generated", "resnet18_real_x2"),
@@ -143,12 +139,10 @@ def test_the_reference_classifier_joins_the_small_one(monkeypatch):
     real, both = (found[f"resnet18_{name}"] for name in ("real_only", "real_plus_generated"))
     assert found["resnet18_gain"]["value"] == pytest.approx(both["value"] - real["value"])
     assert len(charts.accuracies(found).axes[0].get_yticks()) == 9
-    counts = {
-        name: count_classifiers(small, replace(protocol, reference=name)) for name in ("auto", "none", "resnet18")
-    }
-    assert counts["resnet18"] - counts["none"] == 8 and counts["auto"] == counts["none"]
+    of = lambda reference: set(train_arms(small, replace(protocol, reference=reference)).correct)
+    assert of("auto") == of("none") == {name for name in arms.correct if not name.startswith("resnet18")}
     monkeypatch.setattr(augmentation_study, "best_device", lambda: "cuda")
-    assert count_classifiers(small, replace(protocol, reference="auto")) == counts["resnet18"]
+    assert of("auto") == set(arms.correct)
     with pytest.raises(DataError, match="reference must be one of auto, resnet18, none, got 'resnet'"):
         Protocol(reference="resnet")
 
@@ -160,11 +154,11 @@ def test_classifiers_do_not_see_the_windows_they_are_tested_on(monkeypatch):
         seen.append(images)
         return SmallCNN(num_users).eval()
 
-    monkeypatch.setattr(classifiers, "train_classifier", fake)
+    monkeypatch.setattr(evidence_file, "train_classifier", fake)
     given = evidence(windows(5, 7))
     protocol = replace(QUICK, evaluation_steps=1)
-    unseen_classifiers(given, protocol, SILENT)
-    train_arms(given, protocol, SILENT)
+    unseen_classifiers(given, protocol)
+    train_arms(given, protocol)
     rows = lambda images: {image.numpy().tobytes() for image in images}
     train, test, made = rows(given.train.images), rows(given.test.images), rows(given.generated.images)
     unseen = rows(given.val.images) | test
@@ -186,12 +180,12 @@ def test_a_filter_decides_which_windows_its_arm_sees(monkeypatch):
         seen.append((seed, rows(images)))
         return SmallCNN(num_users).eval()
 
-    monkeypatch.setattr(classifiers, "train_classifier", fake)
+    monkeypatch.setattr(evidence_file, "train_classifier", fake)
     monkeypatch.setattr(augmentation_study, "keep_plausible", lambda made, train: np.arange(len(made)) % 10 == 0)
     monkeypatch.setattr(augmentation_study, "scores", lambda made, judge: {"confidence": np.tile(np.arange(10.0), 4)})
     case = evidence(windows(10, 7), spare=None)
     protocol = Protocol(evaluation_steps=1, seeds=2, fractions=(0.5,), counts=(), keep=(0.5, 0.2))
-    arms = train_arms(case, protocol, SILENT)
+    arms = train_arms(case, protocol)
     assert list(arms.by_selection) == [("confidence", 0.5), ("confidence", 0.2), ("kinematics", 0.1)]
     found = augmentation(case, protocol, arms)
     told = found["gain_by_selection"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from mdlib.cli import app, main
 from mdlib.data.splits import read_split, seen_beyond, write_split
-from mdlib.evaluation.filters import select_folder
+from mdlib.evaluation.augmentation_study import select_folder
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import open_run
 from mdlib.experiments.settings import NOTEBOOKS

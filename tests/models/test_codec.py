@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from test_kl import pictures
 from torch import nn
 
-from mdlib.evaluation.classifiers import trained_once
+from mdlib.evaluation.evidence import trained_once
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.codec import (
     Adversary,
@@ -117,7 +117,7 @@ def test_a_stored_teacher_is_not_trained_again(tmp_path, monkeypatch):
     images, users = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8), torch.arange(8) % 2
     arguments = (SmallCNN, tmp_path / "teacher", images, users, 2, 3, 0)
     first = FeatureDistance(trained_once(*arguments))
-    monkeypatch.setattr("mdlib.evaluation.classifiers.train_classifier", lambda *arguments, **options: 1 / 0)
+    monkeypatch.setattr("mdlib.evaluation.evidence.train_classifier", lambda *arguments, **options: 1 / 0)
     state = torch.get_rng_state()
     again = FeatureDistance(trained_once(*arguments))
     assert torch.equal(torch.get_rng_state(), state)
