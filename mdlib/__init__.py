@@ -22,7 +22,7 @@ _HOME = {
     "make_split": "data.splits",
     "open_run": "experiments.run",
     "parse_users": "data.files",
-    "select_folder": "evaluation.augmentation_study",
+    "select_folder": "reports.report",
     "simulate_dataset": "simulation.dataset",
     "split_summary": "data.splits",
     "study": "experiments.study",

@@ -6,26 +6,22 @@ the same classical augmentation, and compared on the same test windows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from mdlib.data.splits import apply_split, read_split
-from mdlib.data.windows import WindowSet, load_windows
+from mdlib.data.windows import WindowSet
 from mdlib.evaluation import gait_metrics, metrics
-from mdlib.evaluation.evidence import Evidence, Protocol, concatenate, first_of_each, train_classifier, train_each
+from mdlib.evaluation.evidence import Evidence, Protocol, concatenate, first_of_each, train_each
 from mdlib.evaluation.metrics import absent, figure, missing, paired_gain, scored
 from mdlib.models.classifier import Classifier, ResNet18, SmallCNN, features
-from mdlib.pipeline import copy_windows
 from mdlib.utils import DataError, best_device
 
 REFERENCED = ("real_only", "real_plus_generated", "generated_only", "real_x2")  # arms of ResNet-18, too
 FILTERS = ("confidence", "margin", "specificity", "diversity")  # see `scores`
 SPREADS = 3.0  # a user's range of a metric: the mean of the training windows ± so many standard deviations
-FILTER_STEPS = 400  # optimizer steps of the classifier of `select_folder`
 SIFTED = ["torso_speed", "cadence", "step_length", "upper_envelope", "lower_envelope", "bandwidth"]
 TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is measured by default
 
@@ -343,39 +339,3 @@ def keep_plausible(windows: WindowSet, train: WindowSet) -> np.ndarray:
     mean, spread = (part.where(enough).reindex(found["label"]).to_numpy() for part in (of_users.mean(), of_users.std()))
     beyond = (found[SIFTED] - mean).abs() > SPREADS * spread
     return (found["plausible"] & ~beyond.any(axis=1)).to_numpy()
-
-
-def select_folder(
-    real: str | Path,
-    generated: str | Path,
-    split: str | Path,
-    out: str | Path,
-    by: str = "kinematics",
-    fraction: float = 0.5,
-    size: int = 64,
-) -> tuple[int, int]:
-    """Copy the generated windows that a filter keeps into `out`, with their manifest; returns how many of how many.
-
-    Args:
-        real, split: their training windows are what the filter knows.
-        generated: folder that `generate` or notebook 05 wrote.
-        by: one of FILTERS, or kinematics for `keep_plausible`, which decides by itself how many to keep.
-        fraction: of each user's windows to keep, best first.
-        size: pixels a side at which windows are compared.
-    """
-    if by not in (*FILTERS, "kinematics"):
-        raise DataError(f"by must be one of {', '.join(FILTERS)} or kinematics, got {by!r}")
-    if not 0 < fraction <= 1:
-        raise DataError(f"keep must be a fraction between 0 and 1, got {fraction}")
-    every = load_windows(real, size=size)
-    train = apply_split(every, read_split(split))["train"]
-    windows = load_windows(generated, size=size, colormap=every.colormap, users=every.users)
-    if by == "kinematics":
-        kept = keep_plausible(windows, train)
-    else:
-        classifier = train_classifier(train.images, train.labels, train.num_users, FILTER_STEPS)
-        kept = keep_best(windows, scores(windows, classifier)[by], fraction)
-    if not kept.any():
-        raise DataError(f"{by} keeps none of the {len(windows)} windows of {generated}: choose another filter")
-    copy_windows(generated, [windows.paths[row] for row in np.flatnonzero(kept)], out)
-    return int(kept.sum()), len(windows)

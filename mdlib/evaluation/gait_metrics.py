@@ -12,10 +12,10 @@ from scipy.stats import wasserstein_distance
 from mdlib.data.windows import WindowSet
 from mdlib.evaluation.evidence import COMPARED, Evidence, compared_sets
 from mdlib.evaluation.metrics import absent, bootstrapped, missing, over_users
-from mdlib.simulation.radar import velocity_axis
 
 STEP_S = (0.28, 1.10)  # shortest and longest duration of a step, s
 WINDOW_S = 4 * 0.58  # nominal length of a window, s
+VELOCITIES = (-0.922568922328, 3.866937823376)  # nominal lower and upper edge of a window, m/s: those of the simulated radar
 CHUNK = 16  # windows measured at once: at 256 px more would take gigabytes
 FIGURES = {  # of the report: the metric that `read` returns, and its unit
     "torso_speed": ("v_torso", "m/s"),
@@ -61,10 +61,9 @@ def of_user(gaits: pd.DataFrame, name: str, label: int) -> np.ndarray:
 
 
 def image_axis(rows: int) -> np.ndarray:
-    """Velocity (rows,) of the rows of an image that spans `radar.velocity_axis()`, highest first."""
-    native = velocity_axis()
-    bin_speed = native[0] - native[1]
-    return native[0] + bin_speed / 2 - (np.arange(rows) + 0.5) * bin_speed * len(native) / rows
+    """Velocity (rows,) of the rows of an image that spans VELOCITIES, highest first."""
+    low, high = VELOCITIES
+    return high - (np.arange(rows) + 0.5) * (high - low) / rows
 
 
 def compare(sets: dict[str, pd.DataFrame], num_users: int) -> dict:

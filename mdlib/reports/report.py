@@ -11,16 +11,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mdlib.data.splits import apply_split, describe_training, read_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.data.windows import WindowSet, load_windows, to_float
+from mdlib.evaluation.augmentation_study import FILTERS, keep_best, keep_plausible, scores
 from mdlib.evaluation.codec_quality import choose_codec
-from mdlib.evaluation.evidence import Evidence, Protocol
+from mdlib.evaluation.evidence import Evidence, Protocol, train_classifier
 from mdlib.evaluation.metrics import absent
 from mdlib.evaluation.protocol import evaluate, through_codec
-from mdlib.pipeline import load_pipeline
+from mdlib.pipeline import copy_windows, load_pipeline
 from mdlib.reports import charts, plots
 from mdlib.reports.charts import SECTIONS, describe
 from mdlib.utils import DataError, read_history, whole_file
 
 GAIT = ("torso_speed", "cadence", "step_length", "foot_speed")  # whose spread within a user is pictured
+FILTER_STEPS = 400  # optimizer steps of the classifier of `select_folder`
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
 COLUMNS = {  # what stands next to a figure, and the column's heading
     "real": "Real windows",
@@ -92,6 +94,42 @@ def validate_folders(
     report = evaluate(evidence, Protocol(**protocol), about)
     write_report(report, evidence, out)
     return report
+
+
+def select_folder(
+    real: str | Path,
+    generated: str | Path,
+    split: str | Path,
+    out: str | Path,
+    by: str = "kinematics",
+    fraction: float = 0.5,
+    size: int = 64,
+) -> tuple[int, int]:
+    """Copy the generated windows that a filter keeps into `out`, with their manifest; returns how many of how many.
+
+    Args:
+        real, split: their training windows are what the filter knows.
+        generated: folder that `generate` or notebook 05 wrote.
+        by: one of FILTERS, or kinematics for `keep_plausible`, which decides by itself how many to keep.
+        fraction: of each user's windows to keep, best first.
+        size: pixels a side at which windows are compared.
+    """
+    if by not in (*FILTERS, "kinematics"):
+        raise DataError(f"by must be one of {', '.join(FILTERS)} or kinematics, got {by!r}")
+    if not 0 < fraction <= 1:
+        raise DataError(f"keep must be a fraction between 0 and 1, got {fraction}")
+    every = load_windows(real, size=size)
+    train = apply_split(every, read_split(split))["train"]
+    windows = load_generated(generated, every)
+    if by == "kinematics":
+        kept = keep_plausible(windows, train)
+    else:
+        classifier = train_classifier(train.images, train.labels, train.num_users, FILTER_STEPS)
+        kept = keep_best(windows, scores(windows, classifier)[by], fraction)
+    if not kept.any():
+        raise DataError(f"{by} keeps none of the {len(windows)} windows of {generated}: choose another filter")
+    copy_windows(generated, [windows.paths[row] for row in kept.nonzero()[0]], out)
+    return int(kept.sum()), len(windows)
 
 
 def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None) -> Evidence:

@@ -16,14 +16,13 @@ from safetensors.torch import load_file
 
 from mdlib.cli import app, main
 from mdlib.data.splits import read_split, seen_beyond, write_split
-from mdlib.evaluation.augmentation_study import select_folder
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import open_run
 from mdlib.experiments.settings import NOTEBOOKS
 from mdlib.experiments.steps import attach_trained_losses
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import load_pipeline
-from mdlib.reports.report import validate_folders
+from mdlib.reports.report import select_folder, validate_folders
 from mdlib.systems import SYSTEMS, load_codec, make_codec, make_prior
 from mdlib.training.latents import encode_all
 from mdlib.utils import DataError
