@@ -15,7 +15,7 @@ from mdlib.evaluation.metrics import absent, bootstrapped, missing, over_users
 
 STEP_S = (0.28, 1.10)  # shortest and longest duration of a step, s
 WINDOW_S = 4 * 0.58  # nominal length of a window, s
-VELOCITIES = (-0.922568922328, 3.866937823376)  # nominal lower and upper edge of a window, m/s: those of the simulated radar
+VELOCITIES = (-0.922568922328, 3.866937823376)  # nominal edges of a window, m/s: the simulated radar's
 CHUNK = 16  # windows measured at once: at 256 px more would take gigabytes
 FIGURES = {  # of the report: the metric that `read` returns, and its unit
     "torso_speed": ("v_torso", "m/s"),
