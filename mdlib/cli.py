@@ -54,6 +54,9 @@ def split(
     test: float = 0.25,
     gap: Annotated[int, typer.Option(help="windows between the parts")] = 4,
     windows_per_user: Annotated[int, typer.Option(help="training windows of each user; 0 takes all")] = 0,
+    order: Annotated[
+        str, typer.Option(help="number (in the names), name or time: what numbers the windows")
+    ] = "number",
 ):
     """Split by recording and time, so that no windows of different parts overlap."""
     check_data(data)
@@ -61,7 +64,7 @@ def split(
     from mdlib.data.splits import make_split, split_summary, write_split
     from mdlib.utils import count
 
-    files = find_windows(data)
+    files = find_windows(data, order=order)
     parts = make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
     write_split(parts, out)
     print(f"{out}: {count(len(parts['users']), 'user')}, {split_summary(parts)}")

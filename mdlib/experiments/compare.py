@@ -75,7 +75,7 @@ def compare(
     names = [*SYSTEMS] if systems == "all" else [*dict.fromkeys(filter(None, map(str.strip, systems.split(","))))]
     preset = resolve_preset(out, preset)
     _check(names, preset, budget_minutes, images_per_user, given)
-    find_windows(data)
+    find_windows(data, order=given.get("order", "number"))
     settings = {
         "data": str(Path(data).resolve()),
         "preset": preset,

@@ -65,7 +65,7 @@ class Run:
     @cached_property
     def windows(self) -> WindowSet:
         """All real windows at the preset's size."""
-        options = {key: self.settings[key] for key in ("channels", "colormap")}
+        options = {key: self.settings[key] for key in ("channels", "colormap", "order")}
         return load_windows(self.settings["data"], size=self.preset.image_size, **options)
 
     @cached_property
@@ -198,7 +198,7 @@ def _check(run: Run) -> None:
         name = json.loads((Path(init) / "prior" / "config.json").read_text()).get("_class_name")
         if name != (wanted := run.system.prior.__name__):
             raise DataError(f"init: {init}/prior holds a {name}, this system's prior is a {wanted}: take its own run")
-    files = find_windows(settings["data"])
+    files = find_windows(settings["data"], order=settings["order"])
     preset = _buildable(run, len({file.user for file in files}), len({file.condition for file in files}))
     if unrecorded and split:
         raise DataError("unrecorded cannot be combined with a split file: leave one of them out")

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from mdlib.data.folders import holds_users
 from mdlib.systems import System, get_system
 from mdlib.utils import DataError, whole_file
 
@@ -26,6 +27,7 @@ class RunSettings:
     system: str = _setting("vqvae-transformer", "one of mdlib.systems.SYSTEMS")
     preset: str = _setting("auto", "auto (by the GPU), a size (smoke, demo, base), a machine (t4x2) or size@machine")
     split: str = _setting("", "a split file; empty: split by recording and time")
+    order: str = _setting("number", "what numbers the windows: number (in their names) | name | time (of last change)")
     windows_per_user: int = _setting(0, "training windows of each user; 0: the preset's, -1: all")
     variants: int = _setting(-1, "stride-recombined copies of each training window; -1: the preset's")
     unrecorded: dict = _setting({}, 'condition → users whose windows in it all go to the test: {"backpack": [1, 2]}')
@@ -89,11 +91,11 @@ def check_names(system: str, preset: str, parameters) -> System:
 
 
 def check_data(folder: str | Path) -> None:
-    """DataError where `folder` holds no folder of a user, directly or below a condition."""
+    """DataError where `folder` holds no folder of a user with images in it."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder that holds ID_1, ID_2, ...")
-    if not any(folder.glob("[Ii][Dd]*")) and not any(folder.glob("*/[Ii][Dd]*")):
+    if not holds_users(folder, anywhere=True):
         raise DataError(f"{folder}: no user folders in it; give the folder that holds ID_1, ID_2, ...")
 
 
