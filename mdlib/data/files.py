@@ -15,8 +15,8 @@ from mdlib.utils import DataError, count
 
 ORDERS = ("number", "name", "time")
 
-# Numbers that grow faster than these from window to window are times or samples.
-_FAST, _FAST_IN_FEW, _FEW = 8, 1000, 12
+# Numbers as large as seconds since 1970, or that grow like this from window to window, are times or samples.
+_LARGE, _FAST, _FAST_IN_FEW, _FEW = 10**8, 8, 1000, 12
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,13 @@ def _numbers(root: Path, images: Sequence[UserImage]) -> dict[str, tuple[str, in
 
 
 def _fast(numbers: Sequence[int]) -> bool:
-    """Whether sorted numbers grow too fast to count windows."""
+    """Whether sorted numbers are too large or grow too fast to count windows."""
     steps = [b - a for a, b in pairwise(numbers)]
-    return bool(steps) and statistics.median(steps) >= (_FAST if len(numbers) >= _FEW else _FAST_IN_FEW)
+    return (
+        numbers[0] >= _LARGE
+        or bool(steps)
+        and statistics.median(steps) >= (_FAST if len(numbers) >= _FEW else _FAST_IN_FEW)
+    )
 
 
 def _ranks(root: Path, images: Sequence[UserImage], order: str) -> dict[str, tuple[str, int]]:

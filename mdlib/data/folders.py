@@ -59,14 +59,15 @@ def user_images(root: Path) -> tuple[list[UserImage], list[tuple[str, int, str]]
     worded = any(match and len(match[1]) > 1 for parts, _ in tree for match in map(_USER.fullmatch, parts[-1:]))
     images: list[UserImage] = []
     strays: list[tuple[tuple[str, ...], str]] = []
-    empty: dict[str, bool] = {}
+    users: dict[str, None] = {}
+    holding: set[str] = set()
     for parts, names in tree:
         if parts and "generation.json" in names:
             folder = root.joinpath(*parts)
             raise DataError(f"{folder}: generated windows inside a folder of real ones; move them out of {root}")
         places = _user_places(parts, worded)
         folder = "/".join(parts[: places[0] + 1]) if len(places) == 1 else ""
-        empty.setdefault(folder, True)
+        users.setdefault(folder)
         for name in names:
             extension, path = name.rpartition(".")[2].lower(), "/".join((*parts, name))
             if extension not in IMAGE_EXTENSIONS:
@@ -78,14 +79,15 @@ def user_images(root: Path) -> tuple[list[UserImage], list[tuple[str, int, str]]
                 shown = path if not parts else "/".join(parts) + "/"
                 ignored[shown.encode("unicode_escape").decode(), "control or undecodable characters in the name"] += 1
             elif folder:
-                empty[folder] = False
                 images.append(_image(parts, name, places[0], folder))
             else:
                 strays.append((parts, name))
-    used = {"/".join(parts[: n + 1]) for i in images for parts in [i.path.split("/")[:-1]] for n in range(len(parts))}
+            if extension in IMAGE_EXTENSIONS:
+                holding.update(_folders_of(path))
+    used = {folder for image in images for folder in _folders_of(image.path)}
     for parts, name in strays:
         ignored[_stray(parts, name, used, worded)] += 1
-    ignored.update({(f"{folder}/", "no images"): 0 for folder, nothing in empty.items() if folder and nothing})
+    ignored.update({(f"{folder}/", "no images"): 0 for folder in users if folder and folder not in holding})
     return _checked(root, images), [(path, n, reason) for (path, reason), n in ignored.items()]
 
 
@@ -125,6 +127,11 @@ def _walk(
     for name, is_folder in kinds:
         if is_folder and (parts or not within or within.fullmatch(name)):
             yield from _walk(root, failed, (*parts, name), above | {real}, within)
+
+
+def _folders_of(path: str) -> list[str]:
+    """The folders that a path lies in."""
+    return [path[: slash.start()] for slash in re.finditer("/", path)]
 
 
 def _visible(name: str) -> bool:

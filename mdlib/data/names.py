@@ -4,7 +4,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from statistics import median
 
 _COPY = re.compile(
     r"[\W_]+(?:copy|kopie|copia|copie|cópia|副本|コピー|копия|복사본)(?=[\W\d_]|$)(?:[\s_-]{0,2}\(?\d+\)?)?|"
@@ -25,9 +26,9 @@ _CLOCK_ALONE = rf"(?<!\d)(?P<time>{_CLOCK.format(2, '[-.:h]')})"
 _OTHER = r"(?P<uuid>[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12})|(?P<size>(?<![0-9a-z])\d{2,4}x\d{2,4}(?![0-9a-z]))"
 
 # What a number means by the text next to it. A number with a unit or a version is a window's only if no other varies.
-_WINDOW_WORD = re.compile(r"(?:doppler|win|window|frame|slice|seg|segment|chunk)[\W_]?$", re.IGNORECASE)
+_WINDOW_WORD = re.compile(r"(?:doppler|(?:^|[\W_])w|win|window|frame|slice|seg|segment|chunk)[\W_]?$", re.IGNORECASE)
 _RECORDING_WORD = re.compile(
-    r"(?:^|[\W_]|0)(?:rec|recording|session|ses|take|trial|day|run|walk|case|seq|sequence|scene|cam|camera|radar|"
+    r"(?:^|[\W_]|0)(?:r|s|rec|recording|session|ses|take|trial|day|run|walk|case|seq|sequence|scene|cam|camera|radar|"
     r"sensor|antenna|rx|tx|channel|ch|record|video|clip)[\W_]?$",
     re.IGNORECASE,
 )
@@ -199,7 +200,8 @@ def _choose(template: str, columns: list, values: list[list], pools: list) -> tu
         most = max(within[c].values(), key=len)
         return 2 * (max(most) - min(most) >= 16 * len(most))
 
-    candidates = [c for c in varying if kind[c] not in (_UUID, _SIZE)]
+    usable = [c for c in varying if kind[c] not in (_UUID, _SIZE)]
+    candidates = [c for c in usable if not _random(max(within[c].values(), key=len))]
     scores = []
     for c in candidates:
         labels = sorted((d for d in varying if d != c and kind[d] != _SIZE), key=count.get)
@@ -219,6 +221,16 @@ def _choose(template: str, columns: list, values: list[list], pools: list) -> tu
     if not scores:
         return None, set(), set(varying)
     return *min(scores)[1:], set(varying)
+
+
+def _random(values: set) -> bool:
+    """Whether numbers are ids without an order: large, spread over their whole range, and with irregular steps."""
+    if len(values) < 8 or isinstance(next(iter(values)), tuple) or max(values) < 10**5:
+        return False
+    steps = [b - a for a, b in pairwise(sorted(values))]
+    usual, extent = median(steps), max(values) - min(values)
+    regular = sum(0.75 * usual <= step <= 1.33 * usual for step in steps)
+    return 2 * extent > max(values) and extent >= 16 * len(values) and 2 * regular < len(steps)
 
 
 def _text(name: _Name, gone: set[int]) -> str:

@@ -292,6 +292,8 @@ NAMELESS = {
     "md5": lambda u, r, k: digest(u, k),
     "uuid": lambda u, r, k: str(uuid.UUID(digest(u, k))),
     "short ids": lambda u, r, k: digest(u, k)[:8],
+    "random numbers": lambda u, r, k: f"ID{u}_{random.Random(u * 99 + k).randrange(10**6, 10**9)}",
+    "random numbers of a recording": lambda u, r, k: f"{k % 2}_{random.Random(u * 99 + k).randrange(10**9)}",
     "letters": lambda u, r, k: f"ID{u}_{chr(96 + k)}",
     "words with numbers": lambda u, r, k: f"{digest(u, k)[:4]}{'xyz'[k % 3]}{k}",
 }
@@ -306,7 +308,7 @@ def test_names_without_a_window_number_need_an_order(tmp_path, kind):
     found = quiet(find_windows, root, order="name")
     mine = [f for f in found if f.user == 1]
     assert {f.recording for f in found} == {""} and [f.number for f in mine] == [*range(20)]
-    assert [f.path for f in mine] == sorted(f.path for f in mine)
+    assert kind != "letters" or [f.path for f in mine] == sorted(f.path for f in mine)
 
     for user in (1, 2):
         for k in range(1, 21):
@@ -593,8 +595,7 @@ def odd_layout(root, seed):
     if rng.random() < 0.3:
         paths |= {"cover.png", "notes/x.bmp", "ID_1/data.npy"}
     touch(root, *paths)
-    seen = [path for path in paths if "__MACOSX" not in path and "/.git" not in f"/{path}"]
-    return len(seen) - (not any(map(os.path.isfile, (root / "ID_1").glob("data.npy"))) and "ID_1/data.npy" in paths)
+    return sum("__MACOSX" not in path and ".git" not in path for path in paths)
 
 
 @pytest.mark.parametrize("seed", range(300))
@@ -610,7 +611,7 @@ def test_odd_layouts_end_in_one_line_and_lose_no_image(tmp_path, seed):
                 continue
         result = scan(tmp_path, order=order)
         assert result.found == found == len(files) + sum(n for _, n, _ in result.ignored)
-        assert len({(f.user, f.condition, f.recording, f.number) for f in files}) == len(files) or order == "name"
+        assert len({(f.user, f.condition, f.recording, f.number) for f in files}) == len(files)
         assert all((tmp_path / f.path).is_file() for f in files) and len({f.path for f in files}) == len(files)
         lines = [str(w.message) for w in caught]
         assert not any("\n" in line for line in lines) and len(lines) <= 2

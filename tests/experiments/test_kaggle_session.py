@@ -67,11 +67,14 @@ def test_conditions_are_one_folder_of_windows(layout, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("condition", ["", "normal"])
-def test_parts_of_a_split_are_one_folder_of_windows(layout, condition, tmp_path):
+def test_parts_of_a_split_are_one_folder_of_windows(layout, tmp_path):
     for part in ("Train", "val", "test"):
-        write_set(tmp_path / layout / part / condition)
+        write_set(tmp_path / layout / part)
     assert find_data(tmp_path) == tmp_path / layout
+    folder = tmp_path / "other" / "layout"
+    for part in ("Train", "val", "test"):
+        write_set(folder / part / "normal")
+    assert find_data(tmp_path / "other") == folder
 
 
 def test_users_have_other_names_and_folders_without_images_are_none(tmp_path):
