@@ -150,19 +150,18 @@ def _numbers(root: Path, images: Sequence[UserImage]) -> dict[str, tuple[str, in
     if doubled:
         more = f" (and {count(len(doubled) - 1, 'more pair')})" if len(doubled) > 1 else ""
         first, second = map(root.joinpath, doubled[0])
-        raise DataError(f"{first} and {second.name if first.parent == second.parent else second}: the same window "
-                        f"twice by their names{more}; delete or rename one of them")  # fmt: skip
+        other = second.name if first.parent == second.parent else second
+        raise DataError(
+            f"{first} and {other}: the same window twice by their names{more}; delete or rename one of them"
+        )
     return found
 
 
 def _fast(numbers: Sequence[int]) -> bool:
     """Whether sorted numbers are too large or grow too fast to count windows."""
     steps = [b - a for a, b in pairwise(numbers)]
-    return (
-        numbers[0] >= _LARGE
-        or bool(steps)
-        and statistics.median(steps) >= (_FAST if len(numbers) >= _FEW else _FAST_IN_FEW)
-    )
+    fast = _FAST if len(numbers) >= _FEW else _FAST_IN_FEW
+    return numbers[0] >= _LARGE or (bool(steps) and statistics.median(steps) >= fast)
 
 
 def _ranks(root: Path, images: Sequence[UserImage], order: str) -> dict[str, tuple[str, int]]:

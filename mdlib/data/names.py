@@ -12,9 +12,9 @@ _COPY = re.compile(
     r"^(?:copy of|kopie von|copia d[ei]) ",
     re.IGNORECASE,
 )
+_CHANGES = r"aug(?:mented|mentation)?|[hv]?flip(?:ped)?|mirror(?:ed)?|rot(?:ated)?|nois[ey]"
 _AUGMENTED = re.compile(
-    r"[\W_]+(?:aug(?:mented|mentation)?[\W_]?\d*|[hv]?flip(?:ped)?\d*|mirror(?:ed)?\d*|rot(?:ated)?-?\d*|nois[ey]\d*)"
-    r"(?=[\W_]|$)|^(?:orig|aug|[hv]?flip|mirror|rotat|nois)[a-z]*[\W_]?\d*/",
+    rf"[\W_]+(?:aug(?:mented|mentation)?[\W_]?\d+|(?:{_CHANGES})-?\d*)(?=[\W_]|$)|^(?:orig(?:inals?)?|{_CHANGES})\d*/",
     re.IGNORECASE,
 )
 _DOWNLOADED_AGAIN = re.compile(r"(.*\S)(?:\s?\(\d+\)|\s\d+)")

@@ -227,6 +227,7 @@ SEVERAL = {
     "a time of recording": lambda u, r, k: f"2024-01-05_12-3{r}-07_{k:04d}",
     "a day": lambda u, r, k: f"2024-01-0{r}_{k:02d}",
     "a word": lambda u, r, k: f"{'xabc'[r]}_{k}",
+    "a month": lambda u, r, k: f"{['', 'july', 'august', 'september'][r]}/{k}",
     "a uuid of the recording": lambda u, r, k: f"{uuid.UUID(digest(u, r))}_{k}",
     "a short hash of the recording": lambda u, r, k: f"{digest(u, r)[:8]}_{k}",
     "a start sample": lambda u, r, k: f"rec{r}_win{k}_start{384 * k}",
@@ -270,6 +271,8 @@ def test_many_short_recordings(tmp_path):
         ("w5_flipped.png", "w5.png"),
         ("w5.webp", "w5.png"),
         ("augmented/w5.png", "w5.png"),
+        ("w5_aug_1.png", "w5.png"),
+        ("w5_rot90.png", "w5.png"),
     ],
 )
 def test_copies_are_named_with_their_original(tmp_path, copy, what):
