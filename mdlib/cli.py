@@ -52,9 +52,12 @@ def split(
     test: float = 0.25,
     gap: Annotated[int, typer.Option(help="windows between the parts")] = 4,
     windows_per_user: Annotated[int, typer.Option(help="training windows of each user; 0 takes all")] = 0,
+    order: Annotated[
+        str, typer.Option(help="number (in the names), name or time: what numbers the windows")
+    ] = "number",
 ):
     """Split by recording and time, so that no windows of different parts overlap."""
-    files = mdlib.find_windows(data)
+    files = mdlib.find_windows(data, order=order)
     parts = mdlib.make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
     mdlib.write_split(parts, out)
     print(f"{out}: {count(len(parts['users']), 'user')}, {mdlib.split_summary(parts)}")
@@ -200,8 +203,8 @@ def pair(text: str) -> tuple[str, object]:
 
 def _checked(data: Path, systems: str, preset: str, parameters: list[str]) -> dict:
     """The parameters of a comparison or study, after its names and folder were checked without torch."""
-    mdlib.find_windows(data)
     given = dict(map(pair, parameters))
+    mdlib.find_windows(data, order=given.get("order", "number"))
     for name in filter(None, map(str.strip, systems.split(","))):
         check_names(name, preset, given)
     return given

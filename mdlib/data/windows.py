@@ -79,8 +79,9 @@ def load_windows(
     channels: int = 1,
     colormap: str = "auto",
     users: Sequence[int] | None = None,
+    order: str = "number",
 ) -> WindowSet:
-    """Read a data folder (layout: see `find_windows`) into one uint8 tensor.
+    """Read a data folder (layout: see `mdlib.data.files.scan`) into one uint8 tensor.
 
     Coloured images are converted back to intensity, then reduced to `size` × `size` by averaging; grey images are
     intensity already. The result is cached in `$MDLIB_CACHE` (default `~/.cache/mdlib`), keyed by the files' contents
@@ -91,6 +92,7 @@ def load_windows(
         channels: 1 for intensity, 3 for RGB as it is.
         colormap: jet, parula, viridis or grey; auto detects it. Unused with 3 channels.
         users: label map to use, e.g. the real set's for generated images; default: the users found.
+        order: what numbers the windows, see `mdlib.data.files.scan`.
 
     Raises:
         DataError: see `find_windows`; also images that are unreadable or of different sizes or colour maps.
@@ -100,7 +102,7 @@ def load_windows(
     if channels == 1 and colormap not in ("auto", *COLORMAPS):
         raise DataError(f"colormap={colormap!r}: choose auto, {', '.join(COLORMAPS)}")
     root = Path(root)
-    files = find_windows(root, min_users=2 if users is None else 1)
+    files = find_windows(root, min_users=2 if users is None else 1, order=order)
     users = tuple(sorted({f.user for f in files}) if users is None else users)
     if unknown := {f.user for f in files} - set(users):
         raise DataError(f"{root}: ID_{min(unknown)} is not among the users {', '.join(map(str, users))}")

@@ -64,7 +64,7 @@ def compare(
         )
     preset = resolve_preset(preset, saved_settings(out))
     check_series("a comparison", names, preset, given, EXCLUDED | (EXCLUDED_BY_BUDGET if half else {}))
-    find_windows(data)
+    find_windows(data, order=given.get("order", "number"))
     default = saved_settings(out).get("images_per_user") or max(get_preset(n, preset).images_per_user for n in names)
     images = images_per_user or default
     own = {"budget_minutes": budget_minutes, "images_per_user": images, "parameters": given}

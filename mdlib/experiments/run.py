@@ -65,7 +65,7 @@ class Run:
     @cached_property
     def windows(self) -> WindowSet:
         """All real windows at the preset's size."""
-        options = {key: self.settings[key] for key in ("channels", "colormap")}
+        options = {key: self.settings[key] for key in ("channels", "colormap", "order")}
         return load_windows(self.settings["data"], size=self.preset.image_size, **options)
 
     @cached_property
@@ -192,7 +192,7 @@ def resolve_preset(preset: str, stored: dict) -> str:
 def _check(run: Run) -> None:
     """DataError where a setting cannot be used. The models are built and initialised on the meta device: sizes and
     weights that do not fit raise now, not after an hour of training."""
-    settings, files = run.settings, find_windows(run.settings["data"])
+    settings, files = run.settings, find_windows(run.settings["data"], order=run.settings["order"])
     init, split, unrecorded = (settings[key] for key in ("init", "split", "unrecorded"))
     if init:
         if settings["codec_start"] or settings["prior_start"]:

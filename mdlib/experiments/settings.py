@@ -27,6 +27,7 @@ class RunSettings:
     system: str = _setting("vqvae-transformer", "one of mdlib.systems.SYSTEMS")
     preset: str = _setting("auto", "auto (by the GPU), a size (smoke, demo, base), a machine (t4x2) or size@machine")
     split: str = _setting("", "a split file; empty: split by recording and time")
+    order: str = _setting("number", "what numbers the windows: number (in their names) | name | time (of last change)")
     windows_per_user: int = _setting(0, "training windows of each user; 0: the preset's, -1: all")
     variants: int = _setting(-1, "stride-recombined copies of each training window; -1: the preset's")
     unrecorded: dict = _setting({}, 'condition → users whose windows in it all go to the test: {"backpack": [1, 2]}')
@@ -107,7 +108,7 @@ def check_request(
     if not settings.data:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
     if not stored or given.get("data"):
-        find_windows(settings.data)
+        find_windows(settings.data, order=settings.order)
     numbers = [name[:2] for name in notebooks]
     for number in (first, last):
         if number and number not in numbers:

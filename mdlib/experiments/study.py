@@ -56,7 +56,7 @@ def study(
         raise DataError(f"counts must be whole numbers of 1 or more, got {list(counts)}")
     if not isinstance(folds, int) or not 1 <= folds <= FOLDS:
         raise DataError(f"folds must be a whole number from 1 to {FOLDS}, got {folds}")
-    files, counts = find_windows(data), sorted(set(counts))
+    files, counts = find_windows(data, order=given.get("order", "number")), sorted(set(counts))
     splits = {(k, fold): make_split(files, windows_per_user=k, fold=fold) for fold in range(folds) for k in counts}
     for split in splits.values():
         check_starts({**given, "data": str(data)}, split)

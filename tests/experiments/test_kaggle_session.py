@@ -73,6 +73,29 @@ def test_conditions_are_one_folder_of_windows(layout, tmp_path):
     assert find_data(tmp_path) == tmp_path / layout
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_of_a_split_are_one_folder_of_windows(layout, tmp_path):
+    for part in ("Train", "val", "test"):
+        write_set(tmp_path / layout / part)
+    assert find_data(tmp_path) == tmp_path / layout
+    folder = tmp_path / "other" / "layout"
+    for part in ("Train", "val", "test"):
+        write_set(folder / part / "normal")
+    assert find_data(tmp_path / "other") == folder
+
+
+def test_users_have_other_names_and_folders_without_images_are_none(tmp_path):
+    for path in ("models/me/net/pytorch/default/1/weights.bin", "datasets/me/words/P1/text.csv"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    assert find_data(tmp_path) is None
+    windows = tmp_path / "datasets" / "me" / "windows"
+    for user in ("P1", "P2"):
+        (windows / user / "day1").mkdir(parents=True)
+        (windows / user / "day1" / "w1.png").touch()
+    assert find_data(tmp_path) == windows
+
+
 @pytest.mark.parametrize("first, second", [("a", "b"), ("datasets/me/a", "datasets/me/b"), ("a", "datasets/you/b")])
 def test_of_two_data_sets_one_has_to_be_named(first, second, tmp_path):
     assert find_data(tmp_path) is None

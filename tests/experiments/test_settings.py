@@ -7,11 +7,12 @@ from dataclasses import MISSING, fields
 
 import nbformat
 import pytest
-from helpers import ROOT
+from helpers import ROOT, message
 
 from mdlib.experiments.settings import (
     NOTEBOOKS,
     RunSettings,
+    check_data,
     defaults,
     notebook_parameters,
     options_page,
@@ -68,8 +69,19 @@ def test_a_setting_of_another_type_is_refused():
         RunSettings(seed="3")
 
 
+def test_a_folder_without_images_of_users_is_refused_at_once(tmp_path):
+    assert "no such folder" in message(check_data, tmp_path / "absent")
+    for path in ("ID_1/notes.txt", "anna/w1.png", "ID_2/.hidden/w1.png"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    assert "no user folders in it" in message(check_data, tmp_path)
+    (tmp_path / "train" / "bag" / "P1").mkdir(parents=True)
+    (tmp_path / "train" / "bag" / "P1" / "w1.png").touch()
+    check_data(tmp_path)
+
+
 @pytest.mark.parametrize(
-    "words, code, message",
+    "words, code, line",
     [
         (["--help"], 0, "Generative models"),
         (["run", "--help"], 0, "--extend"),
@@ -83,7 +95,7 @@ def test_a_setting_of_another_type_is_refused():
         (["generate", "--pipeline", "{out}", "--out", "{out}/made"], 1, "holds no pipeline"),
     ],
 )
-def test_the_first_word_comes_before_torch_is_imported(words, code, message, tmp_path):
+def test_the_first_word_comes_before_torch_is_imported(words, code, line, tmp_path):
     program = "import sys; from mdlib import cli\ntry: cli.main()\nfinally: print('torch' in sys.modules)"
     answer = subprocess.run(
         [sys.executable, "-c", program, *(word.format(out=tmp_path) for word in words)],
@@ -91,7 +103,7 @@ def test_the_first_word_comes_before_torch_is_imported(words, code, message, tmp
         text=True,
         cwd=ROOT,
     )
-    assert answer.returncode == code and message in answer.stdout + answer.stderr, answer.stderr
+    assert answer.returncode == code and line in answer.stdout + answer.stderr, answer.stderr
     assert answer.stdout.endswith("False\n"), "torch takes seconds to import"
     assert not list(tmp_path.iterdir())
 
