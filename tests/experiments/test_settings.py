@@ -9,10 +9,10 @@ import nbformat
 import pytest
 from helpers import ROOT, message
 
+from mdlib.data.files import find_windows
 from mdlib.experiments.settings import (
     NOTEBOOKS,
     RunSettings,
-    check_data,
     defaults,
     notebook_parameters,
     options_page,
@@ -70,14 +70,16 @@ def test_a_setting_of_another_type_is_refused():
 
 
 def test_a_folder_without_images_of_users_is_refused_at_once(tmp_path):
-    assert "no such folder" in message(check_data, tmp_path / "absent")
+    assert "no such folder" in message(find_windows, tmp_path / "absent")
     for path in ("ID_1/notes.txt", "anna/w1.png", "ID_2/.hidden/w1.png"):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).touch()
-    assert "no user folders in it" in message(check_data, tmp_path)
-    (tmp_path / "train" / "bag" / "P1").mkdir(parents=True)
-    (tmp_path / "train" / "bag" / "P1" / "w1.png").touch()
-    check_data(tmp_path)
+    assert "no user folders in it" in message(find_windows, tmp_path)
+    for user in ("P1", "P2"):
+        (tmp_path / "train" / "bag" / user).mkdir(parents=True)
+        (tmp_path / "train" / "bag" / user / "w1.png").touch()
+    with pytest.warns(UserWarning, match="3 images found, 2 used"):
+        assert len(find_windows(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
