@@ -170,6 +170,7 @@ def validate(
     pipeline: Annotated[Path | None, typer.Option(help="RUN/pipeline, for codec and codebook")] = None,
     channels: Annotated[int, typer.Option(help="1: intensity, 3: RGB as it is")] = 1,
     colormap: Annotated[str, typer.Option(help="of the real images")] = "auto",
+    crop: Annotated[str, typer.Option(help="of the real images: none | auto | left,top,right,bottom")] = "none",
     evaluation_steps: Annotated[int, typer.Option(help="optimizer steps of each classifier")] = 400,
     seeds: Annotated[int, typer.Option(min=2, help="classifiers for each set of training windows")] = 3,
     reference: Annotated[str, typer.Option(help="resnet18 | none; auto: ResNet-18 where there is a GPU")] = "auto",
@@ -180,7 +181,7 @@ def validate(
     _exist(real, generated, split, *([pipeline] if pipeline else []))
     protocol = dict(evaluation_steps=evaluation_steps, seeds=seeds, reference=reference)
     protocol |= dict(keep=_numbers("keep", keep, float), counts=_numbers("counts", counts, int) or None)
-    report = mdlib.validate_folders(real, generated, split, out, size, pipeline, channels, colormap, **protocol)
+    report = mdlib.validate_folders(real, generated, split, out, size, pipeline, channels, colormap, crop, **protocol)
     print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
 
 

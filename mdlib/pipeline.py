@@ -59,8 +59,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         classifier: a user classifier of images for classifier guidance, or None.
         users: the label map: users[label] is the k of folder ID_k.
         conditions: names of the carrying conditions the prior was trained on, [""] without.
-        colormap: of the images that go out: jet, parula, viridis, grey, or none for RGB.
-        output_size: height and width of the images that go out, in pixels.
+        colormap: of the images that go out, a name of `colormap_table`, or none for RGB.
+        output_size: side of the images that go out, in pixels, or [height, width].
         sampling: defaults for keyword arguments of `prior.sample`.
     """
 
@@ -73,7 +73,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         classifier: ModelMixin | None = None,
         users: list[int] | None = None,
         colormap: str = "jet",
-        output_size: int = 256,
+        output_size: int | list[int] = 256,
         sampling: dict | None = None,
         conditions: list[str] | None = None,
     ):
@@ -225,9 +225,11 @@ class MicroDopplerPipeline(DiffusionPipeline):
         a mean of two colours is no colour of the map.
         """
         size, pictures = self.config.output_size, []
+        height, width = (size, size) if isinstance(size, int) else size
+        whole = height % images.shape[-2] == 0 and width % images.shape[-1] == 0
         for image in to_uint8(images):
             plain = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
-            plain = plain.resize((size, size), Image.NEAREST if size % image.shape[-1] == 0 else Image.BICUBIC)
+            plain = plain.resize((width, height), Image.NEAREST if whole else Image.BICUBIC)
             if len(image) == 1:
                 plain = Image.fromarray(colorize(np.asarray(plain), self.config.colormap))
             pictures.append(plain)

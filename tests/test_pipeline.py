@@ -173,6 +173,16 @@ def test_other_sizes_stay_on_the_colour_map(pipeline, tmp_path):
     assert load_windows(tmp_path, size=16).colormap == "jet"
 
 
+def test_sizes_that_are_not_square_come_out_as_they_are(pipeline, tmp_path):
+    pipeline.register_to_config(output_size=[40, 52])
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = load_pipeline(tmp_path / "saved")
+    assert list(again.config.output_size) == [40, 52]
+    again.generate_folder(tmp_path / "made", per_user=1)
+    windows = load_windows(tmp_path / "made", size=16)
+    assert windows.about.shape == (40, 52) and windows.colormap == "jet"
+
+
 def test_generated_windows_are_not_read_as_real_ones(pipeline, tmp_path):
     for user in (3, 7):
         (tmp_path / f"ID_{user}").mkdir()

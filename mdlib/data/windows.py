@@ -1,14 +1,15 @@
 """The data set in memory, with one label map."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from mdlib.data.colormaps import COLORMAPS
+from mdlib.data.colormaps import colormap_table
 from mdlib.data.files import WindowFile, find_windows
-from mdlib.data.reading import read_images
+from mdlib.data.reading import Reading, read_images
 from mdlib.utils import DataError
 
 
@@ -32,6 +33,7 @@ class WindowSet:
     files: tuple[WindowFile, ...]
     colormap: str  # of the files on disk; "none" for C = 3
     root: str
+    about: Reading | None = None  # how the image files were read; None where none were
 
     def __len__(self) -> int:
         return len(self.files)
@@ -78,6 +80,7 @@ def load_windows(
     size: int = 64,
     channels: int = 1,
     colormap: str = "auto",
+    crop: str = "none",
     users: Sequence[int] | None = None,
     order: str = "number",
 ) -> WindowSet:
@@ -90,17 +93,23 @@ def load_windows(
     Args:
         size: side of the windows, pixels.
         channels: 1 for intensity, 3 for RGB as it is.
-        colormap: jet, parula, viridis or grey; auto detects it. Unused with 3 channels.
+        colormap: jet (MATLAB's), parula, viridis, grey, a name of matplotlib, or one of them with _r for the reversed
+            map; auto detects it. Unused with 3 channels.
+        crop: what to read of figures with a border, axes or a title: auto finds the plot, "left,top,right,bottom" is
+            its box in pixels, "none" reads it all and raises where there is a border.
         users: label map to use, e.g. the real set's for generated images; default: the users found.
         order: what numbers the windows, see `mdlib.data.files.scan`.
 
     Raises:
-        DataError: see `find_windows`; also images that are unreadable or of different sizes or colour maps.
+        DataError: see `find_windows`; also images that are unreadable, differ in size or colour map, or have a border.
     """
     if channels not in (1, 3):
         raise DataError(f"channels={channels}: choose 1 (intensity) or 3 (RGB)")
-    if channels == 1 and colormap not in ("auto", *COLORMAPS):
-        raise DataError(f"colormap={colormap!r}: choose auto, {', '.join(COLORMAPS)}")
+    if channels == 1 and colormap != "auto":
+        try:
+            colormap_table(colormap)
+        except ValueError as error:
+            raise DataError(f"colormap={colormap!r}: {error}, or auto") from error
     root = Path(root)
     files = find_windows(root, min_users=2 if users is None else 1, order=order)
     users = tuple(sorted({f.user for f in files}) if users is None else users)
@@ -108,6 +117,8 @@ def load_windows(
         raise DataError(f"{root}: ID_{min(unknown)} is not among the users {', '.join(map(str, users))}")
     colormap = colormap if channels == 1 else "none"
 
-    images, colormap = read_images(root, files, size, colormap)
+    images, about = read_images(root, files, size, colormap, crop)
+    for note in about.notes:
+        warnings.warn(f"{root}: {note}", stacklevel=2)
     labels = torch.tensor([users.index(f.user) for f in files])
-    return WindowSet(images, labels, users, tuple(files), colormap, str(root))
+    return WindowSet(images, labels, users, tuple(files), about.colormap, str(root), about)

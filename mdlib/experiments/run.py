@@ -12,7 +12,6 @@ from inspect import signature
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from mdlib import __version__
@@ -65,7 +64,7 @@ class Run:
     @cached_property
     def windows(self) -> WindowSet:
         """All real windows at the preset's size."""
-        options = {key: self.settings[key] for key in ("channels", "colormap", "order")}
+        options = {key: self.settings[key] for key in ("channels", "colormap", "crop", "order")}
         return load_windows(self.settings["data"], size=self.preset.image_size, **options)
 
     @cached_property
@@ -97,10 +96,10 @@ class Run:
         return windows.labels, windows.condition_labels(self.conditions)
 
     @property
-    def output_size(self) -> int:
-        """The longer side in pixels of the windows on disk: height and width of the generated ones."""
-        with Image.open(Path(self.settings["data"]) / self.windows.files[0].path) as image:
-            return max(image.size)
+    def output_size(self) -> int | list[int]:
+        """Size in pixels of the windows as read from disk and of the generated ones: the side, or [height, width]."""
+        height, width = self.windows.about.shape
+        return height if height == width else [height, width]
 
     def about(self) -> dict:
         """What a report says of its run."""

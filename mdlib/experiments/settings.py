@@ -47,7 +47,12 @@ class RunSettings:
     )
     classifier_steps: int = _setting(0, "steps of a user classifier that can guide a prior over latents; 0: none")
     channels: int = _setting(1, "1: intensity, the colour map inverted; 3: RGB as it is")
-    colormap: str = _setting("auto", "colour map of the images on disk: auto | jet | parula | viridis | grey")
+    colormap: str = _setting(
+        "auto", "colour map of the images: auto | jet | parula | viridis | grey | one of matplotlib, also _r"
+    )
+    crop: str = _setting(
+        "none", "of figures with axes or borders: none (refuse) | auto | left,top,right,bottom in pixels"
+    )
     seed: int = _setting(0, "random seed of weights, data order and noise")
 
     def __post_init__(self):

@@ -65,13 +65,14 @@ def validate_folders(
     pipeline: str | Path | None = None,
     channels: int = 1,
     colormap: str = "auto",
+    crop: str = "none",
     **protocol,
 ) -> dict:
     """The protocol over folders of images: load, evaluate, write the report into `out`; returns the report.
 
     Args:
         pipeline: where given, its codec adds the reconstruction and codebook figures, at its own size and channels.
-        channels, colormap: how the real images are read, see `mdlib.data.windows.load_windows`.
+        channels, colormap, crop: how the real images are read, see `mdlib.data.windows.load_windows`.
         protocol: fields of `evidence.Protocol`.
 
     Raises:
@@ -89,7 +90,7 @@ def validate_folders(
             raise DataError(f"{weights} was trained on {seen} of the test windows: evaluate it with its own split")
         if others := seen_beyond(weights, parts, real):
             about["weights trained on other windows too"] = f"{weights} was trained on {others} others too"
-    windows = load_windows(real, size=size, channels=channels, colormap=colormap)
+    windows = load_windows(real, size=size, channels=channels, colormap=colormap, crop=crop)
     evidence = gather(windows, parts, load_generated(generated, windows), codec)
     report = evaluate(evidence, Protocol(**protocol), about)
     write_report(report, evidence, out)
@@ -142,7 +143,8 @@ def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None) ->
 def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:
     """Generated windows at the real set's size, with its label map; DataError on a user without real windows."""
     channels, size = real.images.shape[1:3]
-    return load_windows(folder, size=size, channels=channels, colormap=real.colormap, users=real.users)
+    colormap = real.colormap if (Path(folder) / "generation.json").exists() else "auto"  # other tools have other maps
+    return load_windows(folder, size=size, channels=channels, colormap=colormap, users=real.users)
 
 
 def _charts(report: dict, evidence: Evidence) -> dict[str, plots.Figure]:

@@ -13,7 +13,10 @@ from mdlib.data.colormaps import (
     colormap_table,
     invert_colormap,
     nearest_colormap,
+    recognise_colormap,
+    upside_up,
 )
+from mdlib.utils import DataError
 
 
 def spectrogram(seed=0, size=256):
@@ -116,6 +119,31 @@ def test_other_maps_are_not_taken_for_ours(name):
     assert distance > COLORMAP_TOLERANCE[nearest]
 
 
+def test_names_of_matplotlib_and_reversed_maps():
+    assert np.array_equal(colormap_table("jet_r"), colormap_table("jet")[::-1])
+    magma = np.round(matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255)
+    assert np.array_equal(colormap_table("magma"), magma) and np.array_equal(colormap_table("magma_r"), magma[::-1])
+
+
+@pytest.mark.parametrize("name", ["magma", "inferno", "plasma", "turbo", "cividis", "bone", "gist_ncar"])
+def test_jpegs_are_recognised_too(name):
+    rgb = colormap_table(name)[np.stack([spectrogram(seed) for seed in range(3)])]
+    assert recognise_colormap(np.stack([jpeg(one, "YCbCr") for one in rgb]), mode="YCbCr") == name
+
+
+@pytest.mark.parametrize("name", ["hsv", "twilight"])
+def test_maps_that_jpeg_makes_ambiguous_are_refused(name):
+    rgb = colormap_table(name)[np.stack([spectrogram(seed) for seed in range(3)])]
+    with pytest.raises(DataError, match=f"drawn with .*{name}"):
+        recognise_colormap(np.stack([jpeg(one, "YCbCr") for one in rgb]), mode="YCbCr")
+
+
+@pytest.mark.parametrize("floor", [0, 80, 160])
+def test_the_background_is_the_low_end_whatever_the_noise_floor(floor):
+    images = (floor + np.stack([spectrogram(seed) for seed in range(3)]) * (1 - floor / 255)).astype(np.uint8)
+    assert upside_up(images, "jet") == "jet" and upside_up(255 - images, "jet") == "jet_r"
+
+
 def test_colorize_shapes_and_ranges():
     batch = torch.tensor([-2.0, -1.0, 0.0, 1.0]).reshape(1, 1, 2, 2)
     assert colorize(batch, "grey")[0, ..., 0].tolist() == [[0, 0], [128, 255]]
@@ -125,8 +153,8 @@ def test_colorize_shapes_and_ranges():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="magma.*jet, parula, viridis, grey"):
-        colorize(torch.zeros(4, 4), "magma")
+    with pytest.raises(ValueError, match="magmatic.*jet, parula, viridis, grey"):
+        colorize(torch.zeros(4, 4), "magmatic")
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\).*jet"):
         colorize(torch.zeros(2, 3, 4, 4), "jet")
     with pytest.raises(ValueError, match="uint8"):
