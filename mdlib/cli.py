@@ -47,6 +47,29 @@ def simulate(
 
 
 @app.command()
+def inspect(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="contact sheet to write")] = Path("inspect.png"),
+    colormap: Annotated[str, typer.Option(help="of the images")] = "auto",
+    crop: Annotated[str, typer.Option(help="of the images: none, auto or left,top,right,bottom in pixels")] = "none",
+    order: Annotated[str, typer.Option(help="of windows in time: number, name or time")] = "number",
+):
+    """Check a folder of windows: users, recordings, colours, copies, overlap, and a contact sheet."""
+    check_data(data)
+    from mdlib.data.checks import inspect as inspect_folder
+    from mdlib.reports import inspection, plots
+
+    given = dict(crop=crop if crop != "none" else "", order=order if order != "number" else "")
+    found = inspect_folder(data, colormap=colormap, **{key: value for key, value in given.items() if value})
+    if found.windows:
+        plots.save(inspection.sheet(found.windows), out)
+        print(f"{out}\n")
+    print(inspection.table(found))
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
 def split(
     data: Data,
     out: Annotated[Path, typer.Option(help="file to write")],
@@ -54,16 +77,19 @@ def split(
     test: float = 0.25,
     gap: Annotated[int, typer.Option(help="windows between the parts")] = 4,
     windows_per_user: Annotated[int, typer.Option(help="training windows of each user; 0 takes all")] = 0,
+    colormap: Annotated[str, typer.Option(help="of the images")] = "auto",
 ):
     """Split by recording and time, so that no windows of different parts overlap."""
     check_data(data)
-    from mdlib.data.files import find_windows
+    from mdlib.data.checks import check_split
+    from mdlib.data.nearness import SIDE
     from mdlib.data.splits import make_split, split_summary, write_split
+    from mdlib.data.windows import load_windows
     from mdlib.utils import count
 
-    files = find_windows(data)
-    parts = make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
-    write_split(parts, out)
+    windows = load_windows(data, size=SIDE, colormap=colormap)
+    parts = make_split(windows, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
+    write_split(check_split(windows, parts), out)
     print(f"{out}: {count(len(parts['users']), 'user')}, {split_summary(parts)}")
 
 

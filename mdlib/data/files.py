@@ -22,6 +22,7 @@ class WindowFile:
     condition: str  # folder above ID_k; "" where there is none
     recording: str  # file stem without the window number
     number: int  # window number in time
+    part: str = ""  # "train", "val" or "test" where the file lies in a folder of that name
 
 
 def find_windows(root: str | Path, *, min_users: int = 2) -> list[WindowFile]:

@@ -16,8 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mdlib import __version__
+from mdlib.data.checks import check_identical, check_split, fingerprint, hashes, seen, seen_of_test
 from mdlib.data.files import find_windows
-from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, seen_of_test, write_split
+from mdlib.data.nearness import SIDE
+from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, write_split
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.experiments.settings import RunSettings, defaults, read_record, write_record
 from mdlib.models.pretrained import load_foundation, load_lpips
@@ -62,11 +64,25 @@ class Run:
             preset = replace(preset, **{f"{part}_training": replace(training, steps=training.steps - sum(steps))})
         return replace(preset, stages=preset.stages[-1:]) if self.earlier.get("codec") else preset
 
+    @property
+    def reading(self) -> dict:
+        """How windows are read: options of `load_windows`."""
+        return {key: self.settings[key] for key in ("channels", "colormap")}
+
     @cached_property
     def windows(self) -> WindowSet:
-        """All real windows at the preset's size."""
-        options = {key: self.settings[key] for key in ("channels", "colormap")}
-        return load_windows(self.settings["data"], size=self.preset.image_size, **options)
+        """All real windows at the preset's size; DataError where they are not those that the run began with."""
+        windows = load_windows(self.settings["data"], size=self.preset.image_size, **self.reading)
+        known = read_record(self.path).get("data_fingerprint") if (self.path / "run.json").exists() else None
+        if known and known != fingerprint(found := hashes(windows.root, windows.paths)):
+            split = read_split(self.path / "split.json") if (self.path / "split.json").exists() else {}
+            changed = [path for path, content in split.get("hashes", {}).items() if found.get(path) != content]
+            which = f"{changed[0]} and {len(changed) - 1} more changed" if changed else "files were added or changed"
+            raise DataError(
+                f"{windows.root} no longer holds the windows that {self.path} began with ({which}): restore them, or "
+                "choose another --out"
+            )
+        return windows
 
     @cached_property
     def split(self) -> dict:
@@ -76,14 +92,20 @@ class Run:
             given, per_user = self.settings["split"], self.preset.windows_per_user
             options = dict(windows_per_user=per_user or None, unrecorded=self.settings["unrecorded"])
             split = read_split(given) if given else make_split(self.windows, **options)
-            apply_split(self.windows, split)  # a split that does not fit raises before it is written
-            write_split(split, path)
+            size = max(SIDE, self.preset.image_size)
+            large = load_windows(self.settings["data"], size=size, **self.reading)
+            write_split(check_split(large, split), path)  # a split that does not fit or leaks raises
         return read_split(path)
 
     @cached_property
     def parts(self) -> dict[str, WindowSet]:
         """train, val and test."""
         return apply_split(self.windows, self.split)
+
+    @property
+    def trained_on(self) -> list[str]:
+        """Contents of the windows that the run's models see in training, those of its initial weights among them."""
+        return sorted(seen(self.path / "pipeline"))
 
     @cached_property
     def conditions(self) -> tuple[str, ...]:
@@ -163,6 +185,7 @@ def open_run(out: str | Path, **given) -> Run:
     if wanted["preset"] == "auto":
         wanted["preset"] = stored.get("preset") or preset_for(gpus())
     if stored:
+        stored["data"] = _found_again(out, record, wanted["data"] or stored["data"])
         relevant = wanted if wanted["data"] else {k: v for k, v in wanted.items() if v != defaults()[k]}
         changed = [key for key in relevant if stored[key] != wanted[key]]
         if not changed:
@@ -179,14 +202,30 @@ def open_run(out: str | Path, **given) -> Run:
     if not wanted["data"]:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
     run = Run(out, wanted)
-    _check(run)  # before anything is written
+    contents = _check(run)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    write_record(out, {"mdlib": __version__, "settings": wanted, "versions": versions(), "steps": {}})
+    record = {"mdlib": __version__, "settings": wanted, "data_fingerprint": fingerprint(contents)}
+    write_record(out, record | {"versions": versions(), "steps": {}})
     return run
 
 
-def _check(run: Run) -> None:
-    """DataError where a setting cannot be used."""
+def _found_again(out: Path, record: dict, data: str) -> str:
+    """The data folder of a run: the one it began with, or `data` if that holds the same windows, which run.json then
+    names. DataError where the folder is gone."""
+    known, before = record.get("data_fingerprint"), record["settings"]["data"]
+    if not Path(data).is_dir():
+        raise DataError(f"{out}: its windows are no longer in {data}: give their new place with --data")
+    if data == before or not known:
+        return before
+    if fingerprint(hashes(data, (file.path for file in find_windows(data)))) != known:
+        return before
+    record["settings"]["data"] = data
+    write_record(out, record)
+    return data
+
+
+def _check(run: Run) -> dict[str, str]:
+    """DataError where a setting cannot be used; returns the contents of the windows."""
     settings = run.settings
     init, split, unrecorded = (settings[key] for key in ("init", "split", "unrecorded"))
     if init:
@@ -199,6 +238,8 @@ def _check(run: Run) -> None:
         if name != (wanted := run.system.prior.__name__):
             raise DataError(f"init: {init}/prior holds a {name}, this system's prior is a {wanted}: take its own run")
     files = find_windows(settings["data"])
+    contents = hashes(settings["data"], (file.path for file in files))
+    check_identical(files, contents)
     preset = _buildable(run, len({file.user for file in files}), len({file.condition for file in files}))
     if unrecorded and split:
         raise DataError("unrecorded cannot be combined with a split file: leave one of them out")
@@ -219,6 +260,7 @@ def _check(run: Run) -> None:
         check_starts(settings, read_split(split))
     elif unrecorded or any(settings[key] for key in STARTS):
         check_starts(settings, make_split(files, unrecorded=unrecorded))
+    return contents
 
 
 def _buildable(run: Run, users: int, conditions: int) -> Preset:
