@@ -21,16 +21,17 @@ FEW = 4  # windows of a kind, below which their mean is not known
 SHARED = 0.6
 COPY = 0.9  # likeness from which on two windows are one image, recompressed or shifted by a few columns
 IN_ORDER = 0.3  # fraction of consecutive windows that share columns, below which names do not give the order in time
+LEAST = 20  # windows of a set, below which nothing is said of their order
 ROWS = 40  # windows of a user that are compared with other users': enough for a median
 
 
-def residuals(windows: WindowSet) -> torch.Tensor:
-    """What a window has of its own, float (N, SIDE, SIDE): without the mean of its user and condition, without what is
-    smooth, and with equal contrast everywhere. What remains of two windows is alike where they share columns."""
+def residuals(windows: WindowSet, whole: bool = False) -> torch.Tensor:
+    """What a window has of its own, float (N, SIDE, SIDE): without the mean of its user and condition (unless `whole`),
+    without what is smooth, and with equal contrast everywhere. What remains is alike where windows share columns."""
     images = to_float(windows.images).mean(1, keepdim=True)
     images = functional.interpolate(images, size=(SIDE, SIDE), mode="area" if images.shape[-1] > SIDE else "bilinear")
     kinds = ["all"] * len(windows), windows.labels.tolist(), [(file.user, file.condition) for file in windows.files]
-    for names in kinds:
+    for names in () if whole else kinds:
         _, group = np.unique([str(name) for name in names], return_inverse=True)
         for place in range(group.max() + 1):
             mine = torch.from_numpy(group == place)
@@ -154,7 +155,7 @@ class Neighbours:
     """Windows of a set that look alike, and whether those are the consecutive ones."""
 
     copies: list[tuple[str, str]]  # paths of two windows that are nearly the same image
-    levels: Levels | None  # None where there is one user only
+    levels: Levels | None  # None where there is one user only, or too few windows
     shared: float | None  # fraction of consecutive windows that share columns; None: every recording is one window
     gap: int | None  # difference of numbers from which on windows share nothing; None: consecutive ones do not share
 
@@ -166,15 +167,17 @@ class Neighbours:
 
 def neighbours(windows: WindowSet) -> Neighbours:
     """Compare all windows of each user with each other."""
-    own, generator = residuals(windows), torch.Generator().manual_seed(0)
+    own, whole, generator = residuals(windows), residuals(windows, whole=True), torch.Generator().manual_seed(0)
     copies, found, following = [], [], []
     for user in windows.labels.unique().tolist():
         mine, others = (windows.labels == user).nonzero()[:, 0], (windows.labels != user).nonzero()[:, 0]
         score, shift = likeness(own[mine], own[mine])
         score.fill_diagonal_(-1.0)
         files = [windows.files[row] for row in mine.tolist()]
-        copies += [(files[i].path, files[j].path) for i, j in (score.triu() > COPY).nonzero().tolist()]
-        score[score > COPY] = -1.0
+        # a copy that is shifted against the user's mean is like the window before the mean is taken away
+        same = torch.maximum(score, likeness(whole[mine], whole[mine])[0]).fill_diagonal_(-1.0) > COPY
+        copies += [(files[i].path, files[j].path) for i, j in same.triu().nonzero().tolist()]
+        score[same] = -1.0
         order = sorted(range(len(files)), key=lambda i: (files[i].condition, files[i].recording, files[i].number))
         for i, j in pairwise(order):
             a, b = files[i], files[j]
@@ -185,7 +188,7 @@ def neighbours(windows: WindowSet) -> Neighbours:
             other = likeness(own[mine[:: -(-len(mine) // ROWS)]], own[others])[0]
             same = score[~torch.eye(len(mine), dtype=torch.bool)]
             found.append((same, other.flatten(), other.amax(1), score.amax(1)))
-    usual = levels(*(torch.cat(some) for some in zip(*found, strict=True))) if found else None
+    usual = levels(*(torch.cat(some) for some in zip(*found, strict=True))) if len(windows) >= LEAST and found else None
     shared = [(shift, apart) for score, shift, apart in following if usual and score > usual.shared and shift]
     fraction = len(shared) / len(following) if following else None
     hop = float(np.median([shift / apart for shift, apart in shared])) if shared else 0.0
