@@ -24,6 +24,9 @@ Real = Annotated[Path, typer.Option(help="folder of real windows")]
 Generated = Annotated[Path, typer.Option(help="folder of generated windows")]
 Split = Annotated[Path, typer.Option(help="the split the generator was trained with")]
 Size = Annotated[int, typer.Option(help="pixels a side at which windows are compared")]
+Colormap = Annotated[str, typer.Option(help="of the real images: auto, or a name of matplotlib's")]
+Crop = Annotated[str, typer.Option(help="of the real images: none, auto or left,top,right,bottom in pixels")]
+Order = Annotated[str, typer.Option(help="of windows in time: number (in the names), name or time")]
 PresetName = Annotated[str, typer.Option(help="auto (by the GPU), a size, a machine or size@machine")]
 Parameters = Annotated[list[str], typer.Option("--parameter", "-p", help="NAME=VALUE, see docs/options.md")]
 
@@ -45,6 +48,19 @@ def simulate(
 
 
 @app.command()
+def inspect(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="contact sheet to write")] = Path("inspect.png"),
+    colormap: Colormap = "auto",
+    crop: Crop = "none",
+    order: Order = "number",
+):
+    """Check a folder of windows: users, recordings, colours, copies, overlap, and a contact sheet."""
+    if mdlib.inspect_folder(data, out, colormap=colormap, crop=crop, order=order):
+        raise typer.Exit(1)
+
+
+@app.command()
 def split(
     data: Data,
     out: Annotated[Path, typer.Option(help="file to write")],
@@ -52,14 +68,13 @@ def split(
     test: float = 0.25,
     gap: Annotated[int, typer.Option(help="windows between the parts")] = 4,
     windows_per_user: Annotated[int, typer.Option(help="training windows of each user; 0 takes all")] = 0,
-    order: Annotated[
-        str, typer.Option(help="number (in the names), name or time: what numbers the windows")
-    ] = "number",
+    colormap: Colormap = "auto",
+    crop: Crop = "none",
+    order: Order = "number",
 ):
     """Split by recording and time, so that no windows of different parts overlap."""
-    files = mdlib.find_windows(data, order=order)
-    parts = mdlib.make_split(files, val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
-    mdlib.write_split(parts, out)
+    options = dict(val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
+    parts = mdlib.split_folder(data, out, dict(colormap=colormap, crop=crop, order=order), **options)
     print(f"{out}: {count(len(parts['users']), 'user')}, {mdlib.split_summary(parts)}")
 
 
@@ -169,8 +184,8 @@ def validate(
     size: Size = 64,
     pipeline: Annotated[Path | None, typer.Option(help="RUN/pipeline, for codec and codebook")] = None,
     channels: Annotated[int, typer.Option(help="1: intensity, 3: RGB as it is")] = 1,
-    colormap: Annotated[str, typer.Option(help="of the real images")] = "auto",
-    crop: Annotated[str, typer.Option(help="of the real images: none | auto | left,top,right,bottom")] = "none",
+    colormap: Colormap = "auto",
+    crop: Crop = "none",
     evaluation_steps: Annotated[int, typer.Option(help="optimizer steps of each classifier")] = 400,
     seeds: Annotated[int, typer.Option(min=2, help="classifiers for each set of training windows")] = 3,
     reference: Annotated[str, typer.Option(help="resnet18 | none; auto: ResNet-18 where there is a GPU")] = "auto",

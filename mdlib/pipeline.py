@@ -62,6 +62,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         colormap: of the images that go out, a name of `colormap_table`, or none for RGB.
         output_size: side of the images that go out, in pixels, or [height, width].
         sampling: defaults for keyword arguments of `prior.sample`.
+        trained_on: contents (`mdlib.data.checks.hashes`) of the windows that codec and prior were trained on.
     """
 
     _optional_components = ["classifier"]
@@ -76,6 +77,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         output_size: int | list[int] = 256,
         sampling: dict | None = None,
         conditions: list[str] | None = None,
+        trained_on: list[str] | None = None,
     ):
         super().__init__()
         shape = "token_shape" if prior.consumes == "tokens" else "latent_shape"
@@ -93,6 +95,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
             output_size=output_size,
             sampling=dict(sampling or {}),
             conditions=list(conditions or [""]),
+            trained_on=list(trained_on or []),
         )
 
     @classmethod
@@ -249,7 +252,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         conditions: None for all.
 
         Existing windows stay: an interrupted call resumes, and a later one adds users or numbers. `out/generation.json`
-        records weights and options; DataError if `out` holds windows of other ones.
+        records weights, options and what they were trained on; DataError if `out` holds windows of other ones.
         """
         out, manifest = Path(out), self.plan(self.config.users if users is None else users, per_user, seed, conditions)
         _claim(out, {"seed": seed, **self._made_by(sampling)})
@@ -279,7 +282,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         self.check_options(sampling)
         options = {**self.config.sampling, **sampling}
         models = [self.codec, self.prior] + ([self.classifier] if options.get("classifier_scale") else [])
-        return {"weights": "".join(map(fingerprint, models)), **options}
+        source = {"trained_on": self.config.trained_on} if self.config.trained_on else {}
+        return {"weights": "".join(map(fingerprint, models)), **source, **options}
 
 
 # DiffusionPipeline.from_pretrained looks for a pipeline's class in diffusers and for its parts in imported modules.

@@ -1,4 +1,4 @@
-"""Split windows by recording and time, so that overlapping neighbours never stand in two parts; measure the leak."""
+"""Split windows by recording and time, so that overlapping neighbours never stand in two parts."""
 
 import json
 import os
@@ -8,10 +8,9 @@ from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mdlib.data.files import WindowFile
-from mdlib.data.windows import WindowSet, to_float
+from mdlib.data.windows import WindowSet
 from mdlib.utils import DataError, count, whole_file
 
 PARTS = ("train", "val", "test")
@@ -34,6 +33,8 @@ def make_split(
 
     Windows between the parts are dropped; the cuts move to where the numbers have gaps anyway, so that few are.
     Recordings too short for that (fewer than 8 gaps) are joined end to end, per user and condition, and split as one.
+    Files in folders named train, val and test keep these parts; windows of val and test closer than `gap` to another
+    part are dropped.
 
     Args:
         val, test: fractions of the windows that go to val and to test.
@@ -63,13 +64,22 @@ def make_split(
     excluded = {(user, condition) for condition, some in (unrecorded or {}).items() for user in some}
     for user, condition in sorted(excluded - {(f.user, f.condition) for f in every}):
         raise DataError(f"unrecorded: there are no windows of ID_{user} in condition {condition!r}")
+    given = any(f.part for f in every)
+    if given and (fold or excluded):
+        raise DataError("folds and unrecorded need windows that are not yet split into folders train, val and test")
     parts: dict[str, list[WindowFile]] = {part: [] for part in (*PARTS, "dropped", "spare")}
     users = _by(every, "user")
     for user, files in users.items():
         usable = [f for f in files if (user, f.condition) not in excluded]
-        mine = _split_user(usable, val, test, gap, fold)
+        mine = _parts_of_folders(files, gap) if given else _split_user(usable, val, test, gap, fold)
         mine["test"] = [f for f in files if (user, f.condition) in excluded] + mine["test"]
         if not all(mine[part] for part in PARTS):
+            if given:
+                empty = next(part for part in PARTS if not mine[part])
+                raise DataError(
+                    f"user ID_{user} has no window in {empty}/ that is {gap} or more from the other parts: give a "
+                    "split file with --split (-p split=FILE), or put all windows into one folder of users"
+                )
             where, needed = (f" in fold {fold}", 3 * gap) if fold else ("", 2 * gap + 1)
             raise DataError(
                 f"user ID_{user} has {count(len(usable), 'window')}, too few for train, val and test {gap} apart"
@@ -124,6 +134,20 @@ def _split_user(files: list[WindowFile], val: float, test: float, gap: int, fold
             continue
         for part, some in zip(mine, (*cut[:3], lost + cut[3]), strict=True):
             mine[part] += some
+    return mine
+
+
+def _parts_of_folders(files: list[WindowFile], gap: int) -> dict[str, list[WindowFile]]:
+    """Train, val, test and dropped of one user's files, by the folders they lie in."""
+    mine: dict[str, list[WindowFile]] = {part: [] for part in (*PARTS, "dropped")}
+    taken: dict[tuple[str, str], list[int]] = {}  # numbers in the parts before, by recording
+    for part in PARTS:
+        some = [f for f in files if (f.part or "train") == part]
+        for f in some:
+            near = any(abs(f.number - number) < gap for number in taken.get((f.condition, f.recording), ()))
+            mine["dropped" if near else part].append(f)
+        for f in mine[part]:
+            taken.setdefault((f.condition, f.recording), []).append(f.number)
     return mine
 
 
@@ -254,81 +278,3 @@ def split_summary(split: dict) -> str:
         f"{sum(sizes.values())} windows: {parts}, {sizes['spare']} spare (beyond windows_per_user), "
         f"{sizes['dropped']} dropped (in the gaps between parts)"
     )
-
-
-def seen_of_test(path: str | Path, split: dict, data: str | Path = "") -> int:
-    """How many of the split's test windows the weights at `path` were trained on or selected by, see `_seen`."""
-    return len(_seen(path, data).intersection(split["test"]))
-
-
-def seen_beyond(path: str | Path, split: dict, data: str | Path = "") -> int:
-    """How many windows outside the split's train and val the weights at `path` have seen, see `_seen`."""
-    return len(_seen(path, data).difference(split["train"], split["val"]))
-
-
-def _seen(path: str | Path, data: str | Path) -> set[str]:
-    """Train and val windows of the run in whose folder the weights at `path` lie, and of the runs that it started from.
-    Runs on another data folder than `data` do not count."""
-    data = str(Path(data).resolve()) if data else ""
-    for folder in Path(path).resolve().parents[:2]:  # RUN/codec, RUN/generated, RUN/pipeline or RUN/pipeline/prior
-        if not (folder / "split.json").exists():
-            continue
-        record = folder / "run.json"
-        settings = json.loads(record.read_text())["settings"] if record.exists() else {}
-        earlier = set().union(*(_seen(settings[key], data) for key in STARTS if settings.get(key)))
-        if data and settings.get("data", data) != data:
-            return earlier
-        own = read_split(folder / "split.json")
-        return earlier.union(own["train"], own["val"])
-    return set()
-
-
-def overlap(parts: dict[str, WindowSet], *, gap: int = 4) -> dict:
-    """How far the parts "train", "val" and "test" leak: counted from window numbers, which share nothing from a
-    difference of `gap` on, and measured on the images.
-
-    Returns:
-        dict with "min_distance", the smallest difference of window numbers between parts, within recordings (None: no
-        recording is shared); "test_windows"; "test_share_overlapping", the fraction of test windows closer than `gap`
-        to a training window; "nearest_train_ratio": median distance of a test window to the nearest training window of
-        its user, at the best shift in time by whole steps, over the same without training windows closer than `gap`.
-        1 = no leak, smaller = more (None: every training window is closer than `gap`).
-    """
-    train, test = parts["train"], parts["test"]
-    numbers = [_number_distance(parts[a].files, parts[b].files) for a, b in (PARTS[:2], PARTS[1:], PARTS[::2])]
-    smallest = min((float(pairs.min()) for pairs in numbers if pairs.numel()), default=torch.inf)
-    near = numbers[2].T < gap
-    distance = _shifted_distance(test.images, train.images)
-    distance[test.labels[:, None] != train.labels[None]] = torch.inf
-    nearest, nearest_apart = distance.amin(1), distance.masked_fill(near, torch.inf).amin(1)
-    known = nearest_apart.isfinite()
-    ratio = float(nearest[known].median() / nearest_apart[known].median()) if known.any() else None
-    return {
-        "min_distance": int(smallest) if smallest < torch.inf else None,
-        "test_windows": len(test),
-        "test_share_overlapping": float(near.any(1).float().mean()),
-        "nearest_train_ratio": ratio,
-    }
-
-
-def _number_distance(a: Sequence[WindowFile], b: Sequence[WindowFile]) -> torch.Tensor:
-    """Differences (len(a), len(b)) of window numbers; infinite between recordings."""
-    ids: dict[tuple, int] = {}
-    rows = [[(ids.setdefault((f.user, f.condition, f.recording), len(ids)), f.number) for f in some] for some in (a, b)]
-    # float64 is exact for numbers that are time stamps, too.
-    apart = [torch.tensor(some, dtype=torch.float64).view(-1, 2) for some in rows]
-    recording, number = (apart[0][:, None] - apart[1][None]).abs().unbind(-1)
-    return number.masked_fill(recording > 0, torch.inf)
-
-
-def _shifted_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """RMS differences (len(a), len(b)) of uint8 images at 32 × 32 pixels where they overlap: the least over shifts in
-    time by up to half a window, in quarters (one step)."""
-    a, b = (torch.nn.functional.interpolate(to_float(images), size=(32, 32), mode="area") for images in (a, b))
-    distances = []
-    for cut in (0, 8, 16):
-        ends = slice(cut, None), slice(None, 32 - cut)
-        for of_a, of_b in (ends, ends[::-1]):
-            x, y = a[..., of_a].flatten(1), b[..., of_b].flatten(1)
-            distances.append(torch.cdist(x, y) / x.shape[1] ** 0.5)
-    return torch.stack(distances).amin(0)

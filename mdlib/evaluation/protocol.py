@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_curve
 
 from mdlib import __version__
-from mdlib.data.splits import PARTS, overlap
+from mdlib.data.checks import LEAK
+from mdlib.data.nearness import overlap
+from mdlib.data.splits import PARTS
 from mdlib.data.windows import to_float, to_uint8
 from mdlib.evaluation import augmentation_study as study
 from mdlib.evaluation import metrics
@@ -71,7 +73,8 @@ def evaluate(
         "physics": physics(evidence),
         "outcomes": study.outcomes(evidence, arms).to_json(),
     }
-    leak, copied = report["split"]["test_share_overlapping"], report["memorisation"]["copies"]["value"]
+    leak, near = (report["split"][name] for name in ("test_share_overlapping", "test_share_near"))
+    leak, copied = max(leak, near if (near or 0) > LEAK else 0), report["memorisation"]["copies"]["value"]
     return report | {"verdict": verdict(report["augmentation"], leak, copied)}
 
 

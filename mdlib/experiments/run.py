@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from mdlib import __version__
+from mdlib.data.checks import check_identical, check_split, fingerprint, hashes, seen, seen_of_test
 from mdlib.data.files import find_windows
-from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, seen_of_test, write_split
+from mdlib.data.nearness import SIDE
+from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, write_split
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.experiments.settings import RunSettings, defaults, read_record, write_record
 from mdlib.models.pretrained import load_foundation, load_lpips
@@ -61,11 +63,25 @@ class Run:
             preset = replace(preset, **{f"{part}_training": replace(training, steps=training.steps - sum(steps))})
         return replace(preset, stages=preset.stages[-1:]) if self.earlier.get("codec") else preset
 
+    @property
+    def reading(self) -> dict:
+        """How windows are read: options of `load_windows`."""
+        return {key: self.settings[key] for key in ("channels", "colormap", "crop", "order")}
+
     @cached_property
     def windows(self) -> WindowSet:
-        """All real windows at the preset's size."""
-        options = {key: self.settings[key] for key in ("channels", "colormap", "crop", "order")}
-        return load_windows(self.settings["data"], size=self.preset.image_size, **options)
+        """All real windows at the preset's size; DataError where they are not those that the run began with."""
+        windows = load_windows(self.settings["data"], size=self.preset.image_size, **self.reading)
+        known = read_record(self.path).get("data_fingerprint")
+        if known and known != fingerprint(found := hashes(windows.root, windows.paths)):
+            split = read_split(self.path / "split.json") if (self.path / "split.json").exists() else {}
+            changed = [path for path, content in split.get("hashes", {}).items() if found.get(path) != content]
+            which = f"{changed[0]} and {len(changed) - 1} more changed" if changed else "files were added or changed"
+            raise DataError(
+                f"{windows.root} no longer holds the windows that {self.path} began with ({which}): restore them, or "
+                "choose another --out"
+            )
+        return windows
 
     @cached_property
     def split(self) -> dict:
@@ -75,14 +91,20 @@ class Run:
             given, per_user = self.settings["split"], self.preset.windows_per_user
             options = dict(windows_per_user=per_user or None, unrecorded=self.settings["unrecorded"])
             split = read_split(given) if given else make_split(self.windows, **options)
-            apply_split(self.windows, split)  # a split that does not fit raises before it is written
-            write_split(split, path)
+            size = max(SIDE, self.preset.image_size)
+            large = load_windows(self.settings["data"], size=size, **self.reading)
+            write_split(check_split(large, split), path)  # a split that does not fit or leaks raises
         return read_split(path)
 
     @cached_property
     def parts(self) -> dict[str, WindowSet]:
         """train, val and test."""
         return apply_split(self.windows, self.split)
+
+    @property
+    def trained_on(self) -> list[str]:
+        """Contents of the windows that the run's models see in training, those of its initial weights among them."""
+        return sorted(seen(self.path / "pipeline"))
 
     @cached_property
     def conditions(self) -> tuple[str, ...]:
@@ -161,6 +183,7 @@ def open_run(out: str | Path, **given) -> Run:
     stored = defaults() | record["settings"] if record["settings"] else {}
     wanted["preset"] = resolve_preset(wanted["preset"], stored)
     if stored:
+        stored["data"] = _found_again(out, record, wanted["data"] or stored["data"])
         relevant = wanted if wanted["data"] else {k: v for k, v in wanted.items() if v != defaults()[k]}
         changed = [key for key in relevant if stored[key] != wanted[key]]
         if not changed:
@@ -177,9 +200,10 @@ def open_run(out: str | Path, **given) -> Run:
     if not wanted["data"]:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
     run = Run(out, wanted)
-    _check(run)  # before anything is written
+    contents = _check(run)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    write_record(out, {"mdlib": __version__, "settings": wanted, "versions": versions(), "steps": {}})
+    record = {"mdlib": __version__, "settings": wanted, "data_fingerprint": fingerprint(contents)}
+    write_record(out, record | {"versions": versions(), "steps": {}})
     return run
 
 
@@ -188,10 +212,28 @@ def resolve_preset(preset: str, stored: dict) -> str:
     return preset if preset != "auto" else stored.get("preset") or preset_for(gpus())
 
 
-def _check(run: Run) -> None:
-    """DataError where a setting cannot be used. The models are built and initialised on the meta device: sizes and
-    weights that do not fit raise now, not after an hour of training."""
+def _found_again(out: Path, record: dict, data: str) -> str:
+    """The data folder of a run: the one it began with, or `data` if that holds the same windows, which run.json then
+    names. DataError where the folder is gone."""
+    known, before, order = (record.get("data_fingerprint"), *(record["settings"].get(k) for k in ("data", "order")))
+    if not Path(data).is_dir():
+        raise DataError(f"{out}: its windows are no longer in {data}: give their new place with --data")
+    if data == before or not known:
+        return before
+    files = find_windows(data, order=order or "number")
+    if fingerprint(hashes(data, (file.path for file in files))) != known:
+        return before
+    record["settings"]["data"] = data
+    write_record(out, record)
+    return data
+
+
+def _check(run: Run) -> dict[str, str]:
+    """The contents of the windows; DataError where a setting cannot be used. The models are built and initialised on
+    the meta device: sizes and weights that do not fit raise now, not after an hour of training."""
     settings, files = run.settings, find_windows(run.settings["data"], order=run.settings["order"])
+    contents = hashes(settings["data"], (file.path for file in files))
+    check_identical(files, contents)
     init, split, unrecorded = (settings[key] for key in ("init", "split", "unrecorded"))
     if init:
         if settings["codec_start"] or settings["prior_start"]:
@@ -230,6 +272,7 @@ def _check(run: Run) -> None:
     if not all(isinstance(users, list) for users in unrecorded.values()):
         raise DataError(f'unrecorded names users by condition, {{"backpack": [1, 2]}}, got {unrecorded}')
     check_starts(settings, read_split(split) if split else make_split(files, unrecorded=unrecorded))
+    return contents
 
 
 def published_networks(preset: Preset) -> dict[str, torch.nn.Module]:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mdlib.data.splits import apply_split, describe_training, read_split, seen_beyond, seen_of_test, spare_windows
+from mdlib.data.checks import check_split, seen_beyond, seen_of_test
+from mdlib.data.nearness import SIDE
+from mdlib.data.splits import apply_split, describe_training, read_split, spare_windows
 from mdlib.data.windows import WindowSet, load_windows, to_float
 from mdlib.evaluation.augmentation_study import FILTERS, keep_best, keep_plausible, scores
 from mdlib.evaluation.codec_quality import choose_codec
@@ -90,7 +92,9 @@ def validate_folders(
             raise DataError(f"{weights} was trained on {seen} of the test windows: evaluate it with its own split")
         if others := seen_beyond(weights, parts, real):
             about["weights trained on other windows too"] = f"{weights} was trained on {others} others too"
-    windows = load_windows(real, size=size, channels=channels, colormap=colormap, crop=crop)
+    reading = dict(channels=channels, colormap=colormap, crop=crop)
+    check_split(load_windows(real, size=max(SIDE, size), **reading), parts)
+    windows = load_windows(real, size=size, **reading)
     evidence = gather(windows, parts, load_generated(generated, windows), codec)
     report = evaluate(evidence, Protocol(**protocol), about)
     write_report(report, evidence, out)

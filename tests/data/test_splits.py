@@ -5,12 +5,13 @@ import pytest
 import torch
 from helpers import listed, message, picture, random_split, small_set
 
+from mdlib.data.files import WindowFile
+from mdlib.data.nearness import overlap
 from mdlib.data.splits import (
     PARTS,
     apply_split,
     folds,
     make_split,
-    overlap,
     read_split,
     write_split,
 )
@@ -188,3 +189,28 @@ def test_a_random_split_leaks_and_blocks_do_not():
     leaky = overlap(apply_split(windows, split))
     assert leaky["min_distance"] == 1 and leaky["test_share_overlapping"] > 0.8
     assert leaky["nearest_train_ratio"] < 0.5 and leaky["test_windows"] == len(split["test"])
+
+
+def in_folders(numbers: dict[str, range], users=(1, 2)) -> list[WindowFile]:
+    return [
+        WindowFile(f"{part}/ID_{user}/walk{n}.png", user, "", "walk", n, part)
+        for part, some in numbers.items()
+        for user in users
+        for n in some
+    ]
+
+
+def test_folders_of_parts_are_the_split_without_windows_next_to_another_part():
+    split = make_split(in_folders({"train": range(20), "val": range(20, 30), "test": range(30, 40)}))
+    assert [len(split[part]) for part in (*PARTS, "dropped")] == [40, 14, 14, 12]
+    assert all(path.startswith(f"{part}/") for part in PARTS for path in split[part])
+    assert part_numbers(split, "val")[0] == 23 and part_numbers(split, "test")[0] == 33
+    few = make_split(in_folders({"train": range(20), "val": range(30, 36), "test": range(50, 60)}), windows_per_user=5)
+    assert [len(few[part]) for part in (*PARTS, "dropped", "spare")] == [10, 12, 20, 0, 30]
+
+
+def test_folders_of_parts_that_leave_too_little_are_refused():
+    mixed = in_folders({"train": range(0, 40, 2), "val": range(60, 70), "test": range(1, 40, 2)})
+    assert "user ID_1 has no window in test/" in message(make_split, mixed)
+    assert "--split" in message(make_split, in_folders({"train": range(20), "test": range(40, 60)}))
+    assert "not yet split" in message(make_split, mixed, fold=1)

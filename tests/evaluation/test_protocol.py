@@ -67,8 +67,11 @@ def test_real_windows_fed_in_as_generated_pass(honest):
 
 def test_a_random_split_reports_its_leak(honest):
     assert honest["split"]["test_share_overlapping"] == 0
-    leaking = evaluate(evidence(windows(5, 7), test=windows(6, 1)), Protocol(evaluation_steps=1, seeds=1, counts=()))
+    train = windows(3, 1)
+    test = replace(train, images=train.images.roll(4, -1))
+    leaking = evaluate(evidence(windows(5, 7), test=test), Protocol(evaluation_steps=1, seeds=1, counts=()))
     assert leaking["split"]["test_share_overlapping"] > 0.9 and leaking["split"]["nearest_train_ratio"] < 0.7
+    assert leaking["split"]["test_share_near"] > 0.5
     assert "% of the test windows overlap a training window" in leaking["verdict"]["sentence"]
 
 

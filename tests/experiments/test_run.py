@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from mdlib.cli import app, main
-from mdlib.data.splits import read_split, seen_beyond, write_split
+from mdlib.data.checks import seen_beyond
+from mdlib.data.splits import read_split, write_split
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import open_run
 from mdlib.experiments.settings import NOTEBOOKS
@@ -23,6 +24,7 @@ from mdlib.experiments.steps import attach_trained_losses
 from mdlib.models.vqvae import VQVAE
 from mdlib.pipeline import load_pipeline
 from mdlib.reports.report import select_folder, validate_folders
+from mdlib.simulation.dataset import simulate_dataset
 from mdlib.systems import SYSTEMS, load_codec, make_codec, make_prior
 from mdlib.training.latents import encode_all
 from mdlib.utils import DataError
@@ -152,8 +154,7 @@ def test_settings_of_the_aligned_system_are_checked_before_anything_is_made(peop
 
 
 def test_a_run_starts_from_one_on_other_people(finished, people, tmp_path):
-    for user in (7, 8):
-        shutil.copytree(people / "ID_1", tmp_path / "others" / f"ID_{user}")
+    simulate_dataset(tmp_path / "others", users=2, windows=40, size=64, seed=9, progress=False)
     source = finished[0] / "pipeline"
     run = open_run(tmp_path / "run", data=str(tmp_path / "others"), preset="smoke", init=str(source))
     codec = make_codec(run.preset)
@@ -175,8 +176,7 @@ def test_a_run_starts_from_one_on_other_people(finished, people, tmp_path):
 
 
 def test_codec_and_prior_that_start_from_other_people_train_together_too(denoised, people, tmp_path):
-    for user in (7, 8):
-        shutil.copytree(people / "ID_1", tmp_path / "others" / f"ID_{user}")
+    simulate_dataset(tmp_path / "others", users=2, windows=40, size=64, seed=9, progress=False)
     start = ["-p", f"init={denoised['vae-diffusion'] / 'pipeline'}", "-p", "joint_steps=2"]
     common = ["--data", tmp_path / "others", "--preset", "smoke", "--out", tmp_path / "run", "--to", "04"]
     answer = mdlib("run", "--system", "vae-diffusion", *common, *start)
@@ -203,6 +203,27 @@ def test_windows_of_a_generator_that_saw_the_test_are_refused(denoised, tmp_path
     with pytest.raises(DataError, match=told):
         validate_folders(*args)
     assert not (tmp_path / "out").exists()
+    elsewhere = shutil.copytree(data, tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=told):
+        validate_folders(elsewhere, *args[1:])
+    made = shutil.copytree(run / "generated", tmp_path / "made")
+    with pytest.raises(DataError, match=told.replace("generated", "made")):
+        validate_folders(elsewhere, made, *args[2:])
+
+
+def test_a_run_is_found_by_the_contents_of_its_windows(people, tmp_path):
+    data, out = shutil.copytree(people, tmp_path / "data"), tmp_path / "run"
+    run = open_run(out, data=str(data), preset="smoke")
+    assert run.split["hashes"].keys() >= set(run.parts["train"].paths)
+    moved = data.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="its windows are no longer in .*data: give their new place with --data"):
+        open_run(out)
+    assert len(open_run(out, data=str(moved), preset="smoke").windows) == 120
+    assert open_run(out).settings["data"] == str(moved)
+    first, second = run.split["train"][:2]
+    shutil.copyfile(moved / first, moved / second)
+    with pytest.raises(DataError, match=f"no longer holds the windows that .*run began with .{second} and 0 more"):
+        len(open_run(out).windows)
 
 
 def test_a_folder_of_kept_windows_is_one_of_generated_ones(denoised, tmp_path):

@@ -1,0 +1,186 @@
+"""Whether windows are fit to train and evaluate on: the same files twice, images that share columns across the parts of
+a split, and windows that weights have seen. All by content, whatever the names say."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mdlib.data.files import Scan, WindowFile, scan
+from mdlib.data.nearness import SIDE, Neighbours, nearness, neighbours
+from mdlib.data.splits import PARTS, STARTS, apply_split, make_split, read_split, write_split
+from mdlib.data.windows import WindowSet, load_windows
+from mdlib.utils import DataError
+
+LEAK = 0.1  # fraction of test windows that share columns with a training window, from which on a split is refused
+FEWEST = 3  # such windows at least: one of a few may look like another by chance
+
+
+def hashes(root: str | Path, paths: Iterable[str]) -> dict[str, str]:
+    """16 hex digits over the bytes of each file; paths relative to `root`. DataError where one cannot be read."""
+    root, paths = Path(root), list(paths)
+
+    def digest(path: str) -> str:
+        try:
+            return hashlib.sha256((root / path).read_bytes()).hexdigest()[:16]
+        except OSError as error:
+            raise DataError(f"{root / path}: cannot be read ({error.strerror}); check it") from error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(paths, pool.map(digest, paths), strict=True))
+
+
+def fingerprint(found: dict[str, str]) -> str:
+    """16 hex digits over paths and contents: the same for a folder that was moved or copied."""
+    return hashlib.sha256("\n".join(f"{path} {found[path]}" for path in sorted(found)).encode()).hexdigest()[:16]
+
+
+def check_identical(files: Sequence[WindowFile], found: dict[str, str], split: dict | None = None) -> list[tuple]:
+    """Pairs of paths of identical files; DataError where two are of different users, or in different parts of `split`
+    or of a folder that is split into train, val and test."""
+    part_of = {path: part for part in PARTS for path in split[part]} if split else {f.path: f.part for f in files}
+    first: dict[str, WindowFile] = {}
+    same = []
+    for file in files:
+        other = first.setdefault(found[file.path], file)
+        if other is file:
+            continue
+        same.append((other.path, file.path))
+        if other.user != file.user:
+            raise DataError(f"{other.path} and {file.path} are identical files of two users: remove the wrong one")
+        parts = {part_of.get(one.path) for one in (other, file)} - {None, ""}
+        if len(parts) > 1:
+            raise DataError(
+                f"{other.path} and {file.path} are identical files in {' and '.join(sorted(parts))}: remove one of them"
+            )
+    return same
+
+
+def check_split(windows: WindowSet, split: dict) -> dict:
+    """The split with the contents of its windows, under "hashes". `windows`: all of the data folder, at SIDE
+    pixels or more.
+
+    Raises:
+        DataError: the split does not fit (see `apply_split`), was made for windows of other contents, has identical
+            files in two parts, or its test windows share columns with training windows by their images.
+    """
+    parts, found = apply_split(windows, split), hashes(windows.root, windows.paths)
+    for path, content in split.get("hashes", {}).items():
+        if found.get(path, content) != content:
+            raise DataError(f"{windows.root}: {path} is not the image that the split was made for: make a new split")
+    check_identical(windows.files, found, split)
+    check_nearness(parts)
+    listed = {path for part in (*PARTS, "spare", "dropped") for path in split.get(part, ())}
+    return {**split, "hashes": {path: content for path, content in found.items() if path in listed}}
+
+
+def split_folder(root: str | Path, out: str | Path, reading: dict, **options) -> dict:
+    """Split a data folder, check the split and write it to the file `out`; returns the split.
+
+    reading: options of `load_windows`; options: of `make_split`. DataError: see `make_split` and `check_split`.
+    """
+    windows = load_windows(root, size=SIDE, **reading)
+    split = check_split(windows, make_split(windows, **options))
+    write_split(split, out)
+    return split
+
+
+def check_nearness(parts: dict[str, WindowSet]) -> None:
+    """DataError where test windows share columns with training windows by their images."""
+    measured = nearness(parts)
+    if measured and FEWEST <= (number := int(measured.near.sum())) > LEAK * len(measured.near):
+        row = int(measured.likeness.argmax())
+        pair = f"{measured.test.paths[row]} and {measured.train.paths[row]}"
+        raise DataError(
+            f"{number} of {len(measured.near)} test windows show the same steps as a training window, such as {pair}: "
+            "the file names do not give the order in time, or there are altered copies; give another order, a split "
+            "by recording and time, or remove the copies"
+        )
+
+
+def seen_of_test(path: str | Path, split: dict, data: str | Path) -> int:
+    """How many of the split's test windows in `data` the weights at `path` were trained on or selected by."""
+    return len(_contents(split, ["test"], data) & seen(path))
+
+
+def seen_beyond(path: str | Path, split: dict, data: str | Path) -> int:
+    """How many windows outside the split's train and val in `data` the weights at `path` have seen."""
+    return len(seen(path) - _contents(split, ["train", "val"], data))
+
+
+def seen(path: str | Path) -> set[str]:
+    """Contents (hashes) of the windows that weights or generated windows at `path` were trained on or selected by: by
+    the record in their folder, or of the run in whose folder they lie and of the runs that it started from."""
+    path, found = Path(path).resolve(), set()
+    for folder in (path, *path.parents[:2]):  # RUN/codec, RUN/generated, RUN/pipeline or RUN/pipeline/prior
+        for name in ("generation.json", "model_index.json"):
+            if (folder / name).is_file():
+                found.update(json.loads((folder / name).read_text(encoding="utf-8")).get("trained_on") or ())
+        if folder != path and (folder / "split.json").exists():
+            record = folder / "run.json"
+            settings = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.exists() else {}
+            found.update(*(seen(settings[key]) for key in STARTS if settings.get(key)))
+            return found | _contents(read_split(folder / "split.json"), ["train", "val"], settings.get("data", ""))
+    return found
+
+
+def _contents(split: dict, parts: Iterable[str], data: str | Path) -> set[str]:
+    """Hashes of a split's windows: those in the split or, for a file that lacks them, those of the files in `data`."""
+    paths = [path for part in parts for path in split[part]]
+    known = split.get("hashes", {})
+    if unknown := [path for path in paths if path not in known and (Path(data) / path).is_file()]:
+        known = {**known, **hashes(data, unknown)}
+    return {known[path] for path in paths if path in known}
+
+
+# ---- all checks of a folder
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found in a data folder."""
+
+    root: str
+    scan: Scan
+    windows: WindowSet | None = None  # at SIDE pixels; None where they cannot be read
+    identical: list[tuple[str, str]] = field(default_factory=list)  # paths of the same file twice, of one user
+    alike: Neighbours | None = None
+    problems: list[str] = field(default_factory=list)  # one line each; none: ready to train on
+
+
+def inspect(root: str | Path, *, order: str = "number", **reading) -> Inspection:
+    """Check a data folder as `run`, `split` and `validate` do, without stopping at the first problem.
+
+    Args:
+        order: of windows in time, see `find_windows`.
+        reading: options of `load_windows`.
+
+    Raises:
+        DataError: no windows are found at all.
+    """
+    found = scan(root, order=order)
+    contents, problems, identical = hashes(root, (file.path for file in found.files)), [], []
+    windows = alike = None
+    try:
+        identical = check_identical(found.files, contents)
+    except DataError as error:
+        problems.append(str(error))
+    try:
+        windows = load_windows(root, size=SIDE, order=order, **reading)
+        alike = neighbours(windows)
+    except DataError as error:
+        problems.append(str(error))
+    else:
+        try:
+            check_split(windows, make_split(windows))
+        except DataError as error:
+            problems.append(str(error))
+        if not alike.ordered:
+            problems.append(
+                f"{root}: windows show the same steps as others, but not as those with the next number: the file names "
+                "do not give the order in time; give another --order"
+            )
+    return Inspection(str(root), found, windows, identical, alike, list(dict.fromkeys(problems)))
