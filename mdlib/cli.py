@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -243,6 +244,7 @@ def _numbers(name: str, text: str, kind: type) -> tuple:
 def main() -> None:
     """Run the command line; bad input ends with one line and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:

@@ -4,6 +4,7 @@ a split, and windows that weights have seen. All by content, whatever the names 
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -169,7 +170,8 @@ def inspect(root: str | Path, *, order: str = "number", **reading) -> Inspection
     except DataError as error:
         problems.append(str(error))
     try:
-        windows = load_windows(root, size=SIDE, order=order, **reading)
+        with warnings.catch_warnings(action="ignore"):  # they are among the notes and what is ignored
+            windows = load_windows(root, size=SIDE, order=order, **reading)
         alike = neighbours(windows)
     except DataError as error:
         problems.append(str(error))
