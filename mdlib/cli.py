@@ -25,7 +25,7 @@ Real = Annotated[Path, typer.Option(help="folder of real windows")]
 Generated = Annotated[Path, typer.Option(help="folder of generated windows")]
 Split = Annotated[Path, typer.Option(help="the split the generator was trained with")]
 Size = Annotated[int, typer.Option(help="pixels a side at which windows are compared")]
-Colormap = Annotated[str, typer.Option(help="of the real images: auto, or a name of matplotlib's")]
+Colormap = Annotated[str, typer.Option(help="of the real images: auto or a name of matplotlib's")]
 Crop = Annotated[str, typer.Option(help="of the real images: none, auto or left,top,right,bottom in pixels")]
 Order = Annotated[str, typer.Option(help="of windows in time: number (in the names), name or time")]
 PresetName = Annotated[str, typer.Option(help="auto (by the GPU), a size, a machine or size@machine")]
@@ -185,8 +185,8 @@ def validate(
     size: Size = 64,
     pipeline: Annotated[Path | None, typer.Option(help="RUN/pipeline, for codec and codebook")] = None,
     channels: Annotated[int, typer.Option(help="1: intensity, 3: RGB as it is")] = 1,
-    colormap: Colormap = "auto",
-    crop: Crop = "none",
+    colormap: Colormap = "",
+    crop: Crop = "",
     evaluation_steps: Annotated[int, typer.Option(help="optimizer steps of each classifier")] = 400,
     seeds: Annotated[int, typer.Option(min=2, help="classifiers for each set of training windows")] = 3,
     reference: Annotated[str, typer.Option(help="resnet18 | none; auto: ResNet-18 where there is a GPU")] = "auto",

@@ -84,7 +84,7 @@ def split_folder(root: str | Path, out: str | Path, reading: dict, **options) ->
     reading: options of `load_windows`; options: of `make_split`. DataError: see `make_split` and `check_split`.
     """
     windows = load_windows(root, size=SIDE, **reading)
-    split = check_split(windows, make_split(windows, **options))
+    split = {**check_split(windows, make_split(windows, **options)), "reading": reading}
     write_split(split, out)
     return split
 

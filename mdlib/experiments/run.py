@@ -93,7 +93,8 @@ class Run:
             split = read_split(given) if given else make_split(self.windows, **options)
             size = max(SIDE, self.preset.image_size)
             large = load_windows(self.settings["data"], size=size, **self.reading)
-            write_split(check_split(large, split), path)  # a split that does not fit or leaks raises
+            split = check_split(large, split)  # a split that does not fit or leaks raises
+            write_split({**split, "reading": {k: v for k, v in self.reading.items() if k != "channels"}}, path)
         return read_split(path)
 
     @cached_property

@@ -66,15 +66,16 @@ def validate_folders(
     size: int = 64,
     pipeline: str | Path | None = None,
     channels: int = 1,
-    colormap: str = "auto",
-    crop: str = "none",
+    colormap: str = "",
+    crop: str = "",
     **protocol,
 ) -> dict:
     """The protocol over folders of images: load, evaluate, write the report into `out`; returns the report.
 
     Args:
         pipeline: where given, its codec adds the reconstruction and codebook figures, at its own size and channels.
-        channels, colormap, crop: how the real images are read, see `mdlib.data.windows.load_windows`.
+        channels, colormap, crop: how the real images are read, see `mdlib.data.windows.load_windows`; "": as when the
+            split was made.
         protocol: fields of `evidence.Protocol`.
 
     Raises:
@@ -92,7 +93,8 @@ def validate_folders(
             raise DataError(f"{weights} was trained on {seen} of the test windows: evaluate it with its own split")
         if others := seen_beyond(weights, parts, real):
             about["weights trained on other windows too"] = f"{weights} was trained on {others} others too"
-    reading = dict(channels=channels, colormap=colormap, crop=crop)
+    given = {key: value for key, value in (("colormap", colormap), ("crop", crop)) if value}
+    reading = {"channels": channels, **parts.get("reading", {}), **given}
     check_split(load_windows(real, size=max(SIDE, size), **reading), parts)
     windows = load_windows(real, size=size, **reading)
     evidence = gather(windows, parts, load_generated(generated, windows), codec)
@@ -123,8 +125,9 @@ def select_folder(
         raise DataError(f"by must be one of {', '.join(FILTERS)} or kinematics, got {by!r}")
     if not 0 < fraction <= 1:
         raise DataError(f"keep must be a fraction between 0 and 1, got {fraction}")
-    every = load_windows(real, size=size)
-    train = apply_split(every, read_split(split))["train"]
+    parts = read_split(split)
+    every = load_windows(real, size=size, **parts.get("reading", {}))
+    train = apply_split(every, parts)["train"]
     windows = load_generated(generated, every)
     if by == "kinematics":
         kept = keep_plausible(windows, train)
@@ -147,8 +150,9 @@ def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None) ->
 def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:
     """Generated windows at the real set's size, with its label map; DataError on a user without real windows."""
     channels, size = real.images.shape[1:3]
-    colormap = real.colormap if (Path(folder) / "generation.json").exists() else "auto"  # other tools have other maps
-    return load_windows(folder, size=size, channels=channels, colormap=colormap, users=real.users)
+    ours = (Path(folder) / "generation.json").exists()  # other tools have other colour maps and names
+    how = dict(colormap=real.colormap) if ours else dict(order="name")
+    return load_windows(folder, size=size, channels=channels, users=real.users, **how)
 
 
 def _charts(report: dict, evidence: Evidence) -> dict[str, plots.Figure]:

@@ -7,10 +7,12 @@ from mdlib.data.windows import load_windows
 from mdlib.reports.report import load_generated
 
 
-def test_another_tools_colour_map(tmp_path):
+def test_another_tools_colour_map_and_names(tmp_path):
     real = load_windows(write_set(tmp_path / "real"), size=32)
     for colormap in ("viridis", "jet_r"):
         generated = load_generated(write_set(tmp_path / colormap, colormap=colormap), real)
         assert generated.colormap == colormap and real.colormap == "jet"
         difference = generated.images[0, 0].numpy().astype(int) - picture(1, 1)
         assert np.abs(difference).max() <= 1  # two colours of viridis repeat
+    named = write_set(tmp_path / "named", numbers=[1], name="only.png")
+    assert len(load_generated(named, real)) == 2
