@@ -149,6 +149,7 @@ class Inspection:
     windows: WindowSet | None = None  # at SIDE pixels; None where they cannot be read
     identical: list[tuple[str, str]] = field(default_factory=list)  # paths of the same file twice, of one user
     alike: Neighbours | None = None
+    split: dict | None = None  # by the folder's own parts, or else by recording and time
     problems: list[str] = field(default_factory=list)  # one line each; none: ready to train on
 
 
@@ -164,7 +165,7 @@ def inspect(root: str | Path, *, order: str = "number", **reading) -> Inspection
     """
     found = scan(root, order=order)
     contents, problems, identical = hashes(root, (file.path for file in found.files)), [], []
-    windows = alike = None
+    windows = alike = split = None
     try:
         identical = check_identical(found.files, contents)
     except DataError as error:
@@ -177,7 +178,7 @@ def inspect(root: str | Path, *, order: str = "number", **reading) -> Inspection
         problems.append(str(error))
     else:
         try:
-            check_split(windows, make_split(windows))
+            split = check_split(windows, make_split(windows))
         except DataError as error:
             problems.append(str(error))
         if not alike.ordered:
@@ -185,4 +186,4 @@ def inspect(root: str | Path, *, order: str = "number", **reading) -> Inspection
                 f"{root}: windows show the same steps as others, but not as those with the next number: the file names "
                 "do not give the order in time; give another --order"
             )
-    return Inspection(str(root), found, windows, identical, alike, list(dict.fromkeys(problems)))
+    return Inspection(str(root), found, windows, identical, alike, split, list(dict.fromkeys(problems)))

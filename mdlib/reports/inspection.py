@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mdlib.data.checks import Inspection, inspect
+from mdlib.data.splits import split_summary
 from mdlib.data.windows import WindowSet
 from mdlib.reports import plots
 from mdlib.utils import count
@@ -38,7 +39,11 @@ def table(found: Inspection) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += ["", f"{found.root}: {found.scan.summary()}"]
-    lines += [*_reading(found.windows), *_copies(found), *_overlap(found), ""]
+    lines += [*_reading(found.windows), *_copies(found), *_overlap(found)]
+    if found.split:
+        how = "the folder's own parts" if any(file.part for file in found.scan.files) else "recording and time"
+        lines.append(f"split by {how}: {split_summary(found.split)}")
+    lines.append("")
     return "\n".join(lines + (found.problems or ["ready"]))
 
 
