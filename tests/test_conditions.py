@@ -122,16 +122,16 @@ def test_the_table_of_conditions_tells_recorded_from_not():
     ],
 )
 def test_conditions_that_cannot_be_kept_away_are_one_line(settings, told, tmp_path):
-    for condition in ("normal", "backpack"):
-        write_set(tmp_path / "people" / condition, numbers=range(12))
+    for condition, first in (("normal", 0), ("backpack", 100)):
+        write_set(tmp_path / "people" / condition, numbers=range(first, first + 12))
     with pytest.raises(DataError, match=told):
         open_run(tmp_path / "run", data=str(tmp_path / "people"), preset="smoke", **settings)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_generates_a_condition_that_was_not_recorded(tmp_path):
-    for condition in ("normal", "backpack"):
-        write_set(tmp_path / "people" / condition, users=(1, 2, 3), numbers=range(40))
+    for condition, first in (("normal", 0), ("backpack", 100)):
+        write_set(tmp_path / "people" / condition, users=(1, 2, 3), numbers=range(first, first + 40))
     settings = {"unrecorded": {"backpack": [3]}, "windows_per_user": 8}
     out = execute(
         str(tmp_path / "run"), settings, data=str(tmp_path / "people"), system="vqvae-transformer", preset="smoke"
