@@ -2,7 +2,9 @@
 trained on the generator's own windows."""
 
 import inspect
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -43,10 +45,13 @@ def trained_once(kind: type[Network], folder: str | Path | None, images: Tensor,
         return train_classifier(images, labels, *arguments, kind=kind)
     key = (kind.__name__, arguments, source_code(kind), images.numpy(), labels.numpy())
     path = Path(folder) / joblib.hash(key)
-    if not path.exists():
-        unfinished = path.with_suffix(".part")
-        train_classifier(images, labels, *arguments, kind=kind).save_pretrained(unfinished)
-        unfinished.rename(path)
+    if path.exists():
+        with suppress(Exception):  # damaged: trained again
+            return kind.from_pretrained(path).to(best_device())
+        shutil.rmtree(path)
+    unfinished = path.with_suffix(".part")
+    train_classifier(images, labels, *arguments, kind=kind).save_pretrained(unfinished)
+    unfinished.rename(path)
     return kind.from_pretrained(path).to(best_device())
 
 
