@@ -35,14 +35,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def interrupts(each: Callable[[int], None], catch: bool = True):
-    """`with` a list to which interrupts (Ctrl-C) are added instead of raising KeyboardInterrupt, each after a call with
-    the number of earlier ones. Where `catch` is false, in threads and where interrupts are handled already they keep
-    their effect."""
+def interrupts(act: Callable[[bool], None] | None = None, catch: bool = True):
+    """`with` a list to which interrupts (Ctrl-C) are added. Instead of raising KeyboardInterrupt, an interrupt calls
+    `act` with whether it is the first; without `act` a second one raises. Interrupts keep their effect where `catch` is
+    false, in threads, and where they are handled or ignored already."""
     seen, usual = [], signal.getsignal(signal.SIGINT)
 
     def note(*_) -> None:
-        each(len(seen))
+        if act:
+            act(not seen)
+        elif seen:
+            raise KeyboardInterrupt
         seen.append(True)
 
     catch = catch and usual is signal.default_int_handler and threading.current_thread() is threading.main_thread()
@@ -131,7 +134,7 @@ def readable(path: str | Path, remedy: str):
 def _damaged(file: Path) -> bool:
     """Whether a file cannot be read in full; of a kind without a check (.csv) it is."""
     try:
-        if file.suffix in (".json", ".ipynb"):
+        if file.suffix == ".json":
             return not isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
         if file.suffix == ".pt":
             with zipfile.ZipFile(file) as archive:

@@ -258,12 +258,12 @@ def _kernel():
             yield dict(kernel_name="mdlib", config=Config(KernelManager=sockets))
 
 
-def _interrupt_kernel(earlier: int) -> None:
-    """Stop the kernel's cell at a first interrupt of this process (Ctrl-C), and the kernel at a second one."""
+def _interrupt_kernel(first: bool) -> None:
+    """Stop the kernel's cell at the `first` interrupt of this process (Ctrl-C), and the kernel at the next one."""
     with suppress(psutil.Error):
         for child in psutil.Process().children():
             if "ipykernel_launcher" in child.cmdline():
-                child.kill() if earlier or os.name == "nt" else child.send_signal(signal.SIGINT)
+                child.send_signal(signal.SIGINT) if first and os.name == "posix" else child.kill()
 
 
 def _forget(run: Run, first: str) -> None:

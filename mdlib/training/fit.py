@@ -98,7 +98,7 @@ def fit(
             model.train()
             steps = bar(config.steps, name, initial=state.step, show=progress and rank() == 0)
             # A first Ctrl-C ends training between two steps, where it can be resumed; a second one at once.
-            calmly = interrupts(_at_once, bool(state.run_dir) and world() == 1)
+            calmly = interrupts(catch=bool(state.run_dir) and world() == 1)
             with steps as shown, _tensorboard(state.run_dir) as log, calmly as stops:
                 while state.unfinished and not late:
                     _set_learning_rate(state)
@@ -127,11 +127,6 @@ def fit(
                 _end_session(state, name)
         state.load_final_weights()
     return state.history
-
-
-def _at_once(earlier: int) -> None:
-    if earlier:
-        raise KeyboardInterrupt
 
 
 def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -117,10 +117,20 @@ def test_an_interrupt_between_two_cells_counts(tmp_path, monkeypatch):
         execute(tmp_path / "run", {}, data=str(people), preset="smoke")
 
 
+def test_a_second_interrupt_ends_a_kernel_that_ignores_the_first():
+    code = "import signal, time; signal.signal(2, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
+    kernel = subprocess.Popen([sys.executable, "-c", code, "ipykernel_launcher"], stdout=subprocess.PIPE)
+    kernel.stdout.readline()
+    module._interrupt_kernel(first=True)
+    time.sleep(0.2)
+    assert kernel.poll() is None
+    module._interrupt_kernel(first=False)
+    assert kernel.wait() == -signal.SIGKILL
+
+
 def test_a_lock_ends_with_its_process_and_leaves_no_files(tmp_path):
-    code = (
-        f"from filelock import FileLock; FileLock({str(tmp_path / '.lock')!r}).acquire(); print(1, flush=True); input()"
-    )
+    code = f"from filelock import FileLock; lock = FileLock({str(tmp_path / '.lock')!r}); lock.acquire()"
+    code += "; print(1, flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
     with pytest.raises(DataError, match="is in use by another process: wait for it or end it"), locked(tmp_path):
