@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 import mdlib
 from mdlib.experiments.settings import check_names, check_request, options_page
-from mdlib.utils import count
+from mdlib.utils import count, failed_import, read_json
+
+
+class Commands(TyperGroup):
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as error:  # typer would end without a word
+            print(f"mdlib: {str(error) or 'interrupted'}; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Generative models for micro-Doppler spectrograms, user by user.",
     no_args_is_help=True,
     add_completion=False,
@@ -98,7 +110,8 @@ def run(
     mdlib.execute(out, parameters, first, last, extend, **given)
     report = out / "report.json"
     if report.exists():
-        print(f"{out / 'report.html'}\n{json.loads(report.read_text())['verdict']['sentence']}")
+        found = read_json(report, "write it again with --from 06")
+        print(f"{out / 'report.html'}\n{found['verdict']['sentence']}")
 
 
 @app.command()
@@ -242,11 +255,14 @@ def _numbers(name: str, text: str, kind: type) -> tuple:
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one line and exit code 1."""
+    """Run the command line; bad input, or a package that does not import, ends with one line and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"mdlib: {error}", file=sys.stderr)
+    except Exception as error:
+        broken = failed_import(error)
+        if not broken and not isinstance(error, (ValueError, OSError, FloatingPointError)):
+            raise
+        print(f"mdlib: {broken or error}", file=sys.stderr)
         sys.exit(1)

@@ -22,7 +22,7 @@ from mdlib import models
 from mdlib.data.colormaps import colorize
 from mdlib.data.windows import to_uint8
 from mdlib.models.layers import fingerprint
-from mdlib.utils import DataError, bar, best_device, end_session, time_is_up, whole_file
+from mdlib.utils import DataError, bar, best_device, end_session, read_json, readable, time_is_up, whole_file
 
 # Where a module or class named in an older pipeline is now.
 MOVED = {
@@ -100,10 +100,11 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options) -> "MicroDopplerPipeline":
-        """As `DiffusionPipeline.from_pretrained`; DataError if the folder `path` holds no pipeline."""
+        """As `DiffusionPipeline.from_pretrained`; DataError if the folder `path` holds none, or a damaged one."""
         if not (Path(path) / "model_index.json").exists():
             raise DataError(f"{path} holds no pipeline (no model_index.json): give the pipeline/ folder of a run")
-        return super().from_pretrained(path, **options)
+        with readable(path, "restore it, or write the pipeline again (run --from, with the prior's notebook)"):
+            return super().from_pretrained(path, **options)
 
     @classmethod
     def load_config(cls, path: str | Path, **options) -> dict:
@@ -324,7 +325,7 @@ def _claim(out: Path, made_by: dict) -> None:
     """Record how the windows of `out` are generated; DataError if those in it were generated differently."""
     note, made_by = out / "generation.json", json.loads(json.dumps(made_by))  # as it reads back: a tuple is a list
     if note.exists() and any(out.glob("**/ID_*/*.png")):
-        before = json.loads(note.read_text())
+        before = read_json(note, f"delete {out} and generate again")
         if changed := sorted(key for key in before.keys() | made_by.keys() if before.get(key) != made_by.get(key)):
             raise DataError(
                 f"{out} holds windows generated with other settings ({', '.join(changed)}): choose another folder or "

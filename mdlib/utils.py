@@ -1,10 +1,18 @@
-"""Whole-file writes, histories, the progress bar, the device, and the limits of a session (time and disk space)."""
+"""Whole-file writes, damaged files, histories, the progress bar, the device, and a session's limits (time, disk)."""
 
+import importlib.util
+import json
 import os
+import re
 import shutil
+import signal
 import sys
+import threading
 import time
-from contextlib import contextmanager
+import traceback
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm.auto import tqdm as notebook_or_terminal
@@ -19,6 +27,60 @@ class DataError(ValueError):
     """The user's data or request cannot be used; the message is one line that says what to do."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a notebook's stop button, after which the same call goes on; the message is one line."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython shows it instead of a traceback
+        return [f"{self}: run this cell again and it goes on"]
+
+
+@contextmanager
+def interrupts(act: Callable[[bool], None] | None = None, catch: bool = True):
+    """`with` a list to which interrupts (Ctrl-C) are added. Instead of raising KeyboardInterrupt, an interrupt calls
+    `act` with whether it is the first; without `act` a second one raises. Interrupts keep their effect where `catch` is
+    false, in threads, and where they are handled or ignored already."""
+    seen, usual = [], signal.getsignal(signal.SIGINT)
+
+    def note(*_) -> None:
+        if act:
+            act(not seen)
+        elif seen:
+            raise KeyboardInterrupt
+        seen.append(True)
+
+    catch = catch and usual is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if catch:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        if catch:
+            signal.signal(signal.SIGINT, usual)
+
+
+def failed_import(error: BaseException) -> str:
+    """One line that names the installed package whose import raised `error`; "" where it is another error."""
+    missing = isinstance(error, ModuleNotFoundError) and error.name
+    if missing and not importlib.util.find_spec(missing.partition(".")[0]):
+        return ""
+    while cause := error.__cause__ or (not error.__suppress_context__ and error.__context__):
+        error = cause
+    packages, imports = [], False
+    for frame in traceback.extract_tb(error.__traceback__):
+        parts = Path(frame.filename).parts
+        place = next((n for n, part in enumerate(parts) if part in ("site-packages", "dist-packages")), -2)
+        if place >= 0 and (name := parts[place + 1].removesuffix(".py")) != "mdlib":
+            packages.append(name)
+            imports |= frame.name == "<module>"
+    if not imports:
+        return ""
+    # A package that loads its library by torch is at fault itself.
+    culprit = next((one for one in reversed(packages) if one not in ("torch", packages[0])), packages[0])
+    because = f" because of {culprit}" if culprit != packages[0] else ""
+    why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{packages[0]} does not import{because} ({why}): python check_environment.py names the remedy"
+
+
 def count(n: int, what: str) -> str:
     """Such as "1 window", "2 windows"."""
     return f"{n} {what}" + ("" if n == 1 else "s")
@@ -26,17 +88,73 @@ def count(n: int, what: str) -> str:
 
 @contextmanager
 def whole_file(path: str | Path):
-    """`with` a temporary name to write to; the complete file then replaces `path`. On an error it is removed."""
+    """`with` a temporary name to write to; the complete file then replaces `path`. On an error it is removed; OSError
+    names `path` and the free space where it cannot be written."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        # Of a full disk torch raises RuntimeError, and safetensors SafetensorError.
+        if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":
+            raise
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OSError(f"{path} cannot be written ({why}): {amount(room(path.parent))} are left there") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files of `whole_file` that killed processes left below `folder`."""
+    for path in folder.rglob(".*"):
+        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+            path.unlink()
+
+
+@contextmanager
+def readable(path: str | Path, remedy: str):
+    """`with` the reading of a file, or of a folder of models. Where that fails because a file is missing or damaged,
+    DataError names it and the remedy."""
+    path = Path(path)
+    try:
+        yield
+    except Exception as error:
+        files = sorted(one for one in path.rglob("*") if one.suffix in (".json", ".safetensors"))
+        damaged = next(filter(_damaged, files if path.is_dir() else [path]), None)
+        if not damaged:
+            raise
+        raise DataError(f"{damaged} is missing or damaged: {remedy}") from error
+
+
+def _damaged(file: Path) -> bool:
+    """Whether a file cannot be read in full; of a kind without a check (.csv) it is."""
+    try:
+        if file.suffix == ".json":
+            return not isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+        if file.suffix == ".pt":
+            with zipfile.ZipFile(file) as archive:
+                return archive.testzip() is not None
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open  # slow to import
+
+            with safe_open(file, "np"):
+                return False
+    except PermissionError:
+        return False
+    except Exception:  # each kind has its own
+        return True
+    return True
+
+
+def read_json(path: str | Path, remedy: str) -> dict:
+    """The content of a JSON file; DataError with the remedy where it is missing or damaged."""
+    with readable(path, remedy):
+        return {**json.loads(Path(path).read_text(encoding="utf-8"))}
 
 
 def write_history(history: list[dict], path: Path) -> None:
@@ -51,7 +169,9 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     """The history of a training's folder, as `write_history` left it; a row lacks what it did not measure."""
     import pandas as pd
 
-    table = pd.read_csv(folder / "history.csv", dtype=float, float_precision="round_trip")
+    path = folder / "history.csv"
+    with readable(path, f"restore it, or train the {folder.name} again (run --from, with its notebook's number)"):
+        table = pd.read_csv(path, dtype=float, float_precision="round_trip")
     return [row.dropna().to_dict() for _, row in table.iterrows()]
 
 
@@ -112,6 +232,11 @@ def require_room(folder: str | Path, needed: int, what: str) -> None:
     """Raise OSError if `folder` has no room for `needed` bytes."""
     if (left := room(folder)) < needed:
         raise OSError(
-            f"{folder}: {what} takes up to {needed / 1e9:.1f} GB and {left / 1e9:.1f} GB are left: make room there, or "
-            "take smaller sizes"
+            f"{folder}: {what} takes up to {amount(needed)} and {amount(left)} are left: make room there, or take "
+            "smaller sizes"
         )
+
+
+def amount(number: float) -> str:
+    """Bytes in words, such as "1.2 GB", "35 MB"."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"

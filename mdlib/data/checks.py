@@ -2,7 +2,6 @@
 a split, and windows that weights have seen. All by content, whatever the names say."""
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,9 +13,10 @@ from mdlib.data.files import Scan, WindowFile, scan
 from mdlib.data.nearness import SIDE, Neighbours, nearness, neighbours
 from mdlib.data.splits import PARTS, STARTS, apply_split, make_split, read_split, write_split
 from mdlib.data.windows import WindowSet, load_windows
-from mdlib.utils import DataError
+from mdlib.utils import DataError, read_json
 
 LEAK = 0.1  # fraction of test windows that share columns with a training window, from which on a split is refused
+COPY = "restore it, or make its folder again"  # what to do about a damaged record
 FEWEST = 3  # such windows at least: one of a few may look like another by chance
 
 
@@ -119,10 +119,10 @@ def seen(path: str | Path) -> set[str]:
     for folder in (path, *path.parents[:2]):  # RUN/codec, RUN/generated, RUN/pipeline or RUN/pipeline/prior
         for name in ("generation.json", "model_index.json"):
             if (folder / name).is_file():
-                found.update(json.loads((folder / name).read_text(encoding="utf-8")).get("trained_on") or ())
+                found.update(read_json(folder / name, COPY).get("trained_on") or ())
         if folder != path and (folder / "split.json").exists():
             record = folder / "run.json"
-            settings = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.exists() else {}
+            settings = read_json(record, COPY)["settings"] if record.exists() else {}
             found.update(*(seen(settings[key]) for key in STARTS if settings.get(key)))
             return found | _contents(read_split(folder / "split.json"), ["train", "val"], settings.get("data", ""))
     return found

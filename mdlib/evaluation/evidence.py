@@ -2,7 +2,9 @@
 trained on them from scratch."""
 
 import inspect
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -178,10 +180,13 @@ def trained_once(
         return train_classifier(images, labels, *arguments, kind=kind)
     key = (kind.__name__, arguments, source_code(kind), images.numpy(), labels.numpy())
     path = Path(folder) / joblib.hash(key)
-    if not path.exists():
-        unfinished = path.with_suffix(".part")
-        train_classifier(images, labels, *arguments, kind=kind).save_pretrained(unfinished)
-        unfinished.rename(path)
+    if path.exists():
+        with suppress(Exception):  # damaged: trained again
+            return kind.from_pretrained(path).to(best_device())
+        shutil.rmtree(path)
+    unfinished = path.with_suffix(".part")
+    train_classifier(images, labels, *arguments, kind=kind).save_pretrained(unfinished)
+    unfinished.rename(path)
     return kind.from_pretrained(path).to(best_device())
 
 

@@ -14,13 +14,13 @@ from accelerate.utils import release_memory
 from mdlib import __version__
 from mdlib.data.files import find_windows
 from mdlib.data.splits import PARTS
-from mdlib.experiments.execute import execute
+from mdlib.experiments.execute import execute, locked
 from mdlib.experiments.run import Run, open_run, resolve_preset, versions
 from mdlib.experiments.settings import RunSettings, check_names, defaults, read_record
 from mdlib.pipeline import load_pipeline
 from mdlib.reports.report import conclusions, load_generated, write_comparison
 from mdlib.systems import SYSTEMS, get_preset
-from mdlib.utils import DataError, read_history, whole_file
+from mdlib.utils import DataError, read_history, read_json, whole_file
 
 UNLIMITED = 1_000_000  # optimizer steps that only the time limit ends
 TIMED = 32  # windows of the batch whose sampling is timed
@@ -82,23 +82,24 @@ def compare(
                 raise DataError(f"{paths} differ: delete the outdated run folder")
         runs[name], found[name] = run, _measure(run, given)
 
-    for name in SYSTEMS:
-        if (out / name / "report.json").exists():
-            add(name)
-    for number, name in enumerate(names, 1):
-        print(f"{name}: {number} of {len(names)}", flush=True)
-        try:
-            execute(out / name, wanted | shared_classifiers(out / name), data=str(data), system=name, preset=preset)
-            add(name)
-        except Exception as error:  # one system's failure must not lose the others
-            found[name] = {"error": " ".join(str(error).split()) or type(error).__name__}
-            print(f"{name}: {found[name]['error']}", flush=True)
-        figures = {name: found[name] for name in SYSTEMS if name in found}
-        measured = [runs[name] for name in figures if "error" not in figures[name]]
-        windows = {"real": measured[0].parts["test"]} if measured else {}
-        windows |= {run.path.name: load_generated(run.path / "generated", run.windows) for run in measured}
-        result = {**stamp(about), "versions": versions(), "conclusions": conclusions(figures), "systems": figures}
-        write_comparison(result, windows, out)
+    with locked(out):
+        for name in SYSTEMS:
+            if (out / name / "report.json").exists():
+                add(name)
+        for number, name in enumerate(names, 1):
+            print(f"{name}: {number} of {len(names)}", flush=True)
+            try:
+                execute(out / name, wanted | shared_classifiers(out / name), data=str(data), system=name, preset=preset)
+                add(name)
+            except Exception as error:  # one system's failure must not lose the others
+                found[name] = {"error": " ".join(str(error).split()) or type(error).__name__}
+                print(f"{name}: {found[name]['error']}", flush=True)
+            figures = {name: found[name] for name in SYSTEMS if name in found}
+            measured = [runs[name] for name in figures if "error" not in figures[name]]
+            windows = {"real": measured[0].parts["test"]} if measured else {}
+            windows |= {run.path.name: load_generated(run.path / "generated", run.windows) for run in measured}
+            result = {**stamp(about), "versions": versions(), "conclusions": conclusions(figures), "systems": figures}
+            write_comparison(result, windows, out)
     return result
 
 
@@ -130,9 +131,9 @@ def _measure(run: Run, parameters: dict) -> dict:
     for part in ("codec", "prior"):
         last = read_history(run.path / part)[-1]
         training |= {f"{part}_minutes": last["seconds"] / 60, f"{part}_steps": int(last["step"])}
-    report = json.loads((run.path / "report.json").read_text())
+    report = read_report(run.path)
     sections = {section: report[section] for section in SECTIONS}
-    return {**sections, **json.loads(file.read_text()), "training": training, "resources": resources}
+    return {**sections, **read_json(file, "delete it"), "training": training, "resources": resources}
 
 
 # ---- shared with a study: the runs of one folder
@@ -165,7 +166,13 @@ def claim_folder(out: Path, what: str, **settings) -> dict:
 def saved_settings(out: Path) -> dict:
     """The settings of the runs in `out`; {} where there are none."""
     file = out / "settings.json"
-    return json.loads(file.read_text()) if file.exists() and any(out.glob("*/run.json")) else {}
+    remedy = "restore it, or choose another --out"
+    return read_json(file, remedy) if file.exists() and any(out.glob("*/run.json")) else {}
+
+
+def read_report(run: Path) -> dict:
+    """The report.json of a run's folder."""
+    return read_json(run / "report.json", f"write it again: python -m mdlib run --out {run} --from 06")
 
 
 def shared_classifiers(run: Path) -> dict:

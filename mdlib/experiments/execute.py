@@ -3,16 +3,21 @@
 import json
 import os
 import shutil
+import signal
+import socket
 import sys
 import tempfile
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import joblib
+import psutil
 from accelerate.utils import patch_environment
+from filelock import FileLock, Timeout
 from traitlets.config import Config
 
+from mdlib.evaluation.evidence import Protocol
 from mdlib.experiments.run import PRODUCTS, Run, device_name, open_run, versions
 from mdlib.experiments.settings import (
     NOTEBOOKS,
@@ -24,9 +29,9 @@ from mdlib.experiments.settings import (
     write_record,
 )
 from mdlib.pipeline import load_pipeline
-from mdlib.systems import get_system
+from mdlib.systems import System, get_system
 from mdlib.training.distributed import python_path
-from mdlib.utils import DataError, read_history
+from mdlib.utils import DataError, Interrupted, interrupts, read_history, remove_unfinished
 
 # Parameters of notebook 05 that are no options of `prior.sample`.
 NO_SAMPLING = {"out", "users", "images_per_user", "conditions", "generation_seed", "batch_size"}
@@ -47,18 +52,50 @@ def execute(
         given: data, system and preset; what is left out is the run's, or else the default.
 
     Raises:
-        DataError: an unknown name, or the reason for which a notebook stopped.
+        DataError: an unknown name, another process that uses `out`, or the reason for which a notebook stopped.
+        Interrupted: Ctrl-C.
     """
     out = Path(out).absolute()
     wanted, names = check_request(out, parameters, first, last, **given)
-    _check_sampling(out, wanted.system, parameters)
-    if not first:
-        _check_done(out, names, parameters)
-    if extend:
-        extended(out, wanted)
-    run = open_run(out, **wanted.to_dict())
-    if first:
-        _forget(run, first)
+    with locked(out):
+        _check_values(out, wanted.system, parameters)
+        _check_done(out, get_system(wanted.system), names, parameters, first)
+        if extend:
+            extended(out, wanted)
+        run = open_run(out, **wanted.to_dict())
+        if first:
+            _forget(run, first)
+        _execute_all(run, names, parameters, first)
+    return out
+
+
+@contextmanager
+def locked(out: Path):
+    """`with` the folder locked, until the end of this process at the latest; DataError where another one has it. On a
+    disk without locks, or read-only, it stays unlocked."""
+    lock, holder = FileLock(out / ".lock", timeout=0), out / ".in-use"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M')}")
+        remove_unfinished(out)
+    except Timeout:
+        other = holder.read_text() if holder.exists() else "another process"
+        raise DataError(f"{out} is in use by {other}: wait for it or end it") from None
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        for path in (holder, out / ".lock"):
+            with suppress(OSError):
+                path.unlink()
+        lock.release()
+        with suppress(OSError):
+            out.rmdir()  # nothing was written
+
+
+def _execute_all(run: Run, names: tuple[str, ...], parameters: dict, first: str) -> None:
     common = {**parameters, **run.settings, "out": str(run.path)}
     # Notebook 01 passes once with these versions, on this device, in this precision.
     state = [versions(), device_name(), sys.executable, run.preset.codec_training.mixed_precision]
@@ -77,11 +114,15 @@ def execute(
             with suppress(OSError):  # a cache: without it the next run checks again
                 passed.parent.mkdir(parents=True, exist_ok=True)
                 passed.touch()
-    return run.path
 
 
-def _check_sampling(out: Path, system: str, parameters: dict) -> None:
-    """DataError where the prior does not take one of notebook 05's options among the parameters."""
+def _check_values(out: Path, system: str, parameters: dict) -> None:
+    """DataError where notebook 05 or 06 cannot use its parameters: the prior does not take an option, …"""
+    for key in ("images_per_user", "batch_size", "evaluation_steps", "seeds", "max_minutes"):
+        if parameters.get(key, 1) < 0:
+            raise DataError(f"{key} must not be negative, got {parameters[key]}")
+    protocol = ("seeds", "counts", "keep", "reference")
+    Protocol(**{key: parameters[key] for key in protocol if parameters.get(key)})
     own = notebook_parameters("05_generate").keys() - NO_SAMPLING
     options = {key: value for key, value in parameters.items() if key in own and value}
     known = get_system(system).sampling_options()
@@ -94,14 +135,20 @@ def _check_sampling(out: Path, system: str, parameters: dict) -> None:
         pipeline.plan(users or [], 1, 0, conditions or None)
 
 
-def _check_done(out: Path, names: tuple[str, ...], parameters: dict) -> None:
-    """DataError where a notebook that is done ran with other values than the parameters."""
+def _check_done(out: Path, system: System, names: tuple[str, ...], parameters: dict, first: str) -> None:
+    """DataError where a notebook that is done ran with other values than the parameters, or one before `first` is not
+    done."""
     done = read_record(out)["steps"]
-    for name in names:
-        page = out / "notebooks" / f"{name}.ipynb"
-        if name not in done or not page.exists():
+    if missing := [name for name in system.notebooks if "01" < name[:2] < first and name not in done]:
+        raise DataError(f"{', '.join(missing)} is not done yet, which --from {first} needs: leave out --from")
+    for name in () if first else names:
+        if name not in done:
             continue
-        ran = json.loads(page.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
+        try:
+            page = json.loads((out / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+            ran = page["metadata"]["papermill"]["parameters"]
+        except (OSError, ValueError, KeyError):
+            continue  # there is no page, or it was not written in full
         own = parameters.keys() & notebook_parameters(name).keys() - defaults().keys()
         if ignored := ", ".join(sorted(key for key in own if ran.get(key) != parameters[key])):
             raise DataError(f"{name} is done and would ignore {ignored}: add --from {name[:2]} to run it again")
@@ -152,38 +199,71 @@ def _execute_one(name: str, out: Path, values: dict) -> None:
     import papermill
 
     print(f"{name}: starts", flush=True)
-    started = time.monotonic()
+    started, stops, reached = time.monotonic(), [], "interrupted"
     target = out / "notebooks" / f"{name}.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Kernel sockets in a folder of our own where the system has such: nothing else on the network can listen, and two
-    # runs started in one folder do not meet.
-    private = os.name == "posix"
-    sockets = tempfile.TemporaryDirectory(prefix="mdlib-") if private else nullcontext("")
-    with patch_environment(MDLIB_BATCH="1", PYTHONPATH=python_path()), sockets as folder:
-        kernel = {"transport": "ipc", "ip": str(Path(folder) / "kernel")} if private else {}
-        try:
+
+    def stop_between_cells(**_) -> None:  # where the kernel does not heed an interrupt
+        if stops:
+            raise RuntimeError
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _kernel() as options, interrupts(_interrupt_kernel) as stops:
             papermill.execute_notebook(
                 NOTEBOOKS / f"{name}.ipynb",
                 target,
                 parameters=values,
-                kernel_name="python3",
                 progress_bar=False,
-                config=Config(KernelManager=kernel),
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
+                on_cell_start=stop_between_cells,
+                **options,
             )
-        except KeyboardInterrupt:
-            raise DataError(f"{name} was interrupted: give the same command again, and it continues") from None
-        except papermill.PapermillExecutionError as error:
-            cause = " ".join(str(error.evalue).split())
-            raise DataError(f"{name} stopped: {error.ename}: {cause} (see {target})") from error
-        except RuntimeError as error:  # nbclient's DeadKernelError is one
+    except KeyboardInterrupt:
+        stops.append(True)
+    except papermill.PapermillExecutionError as error:
+        reached = " ".join(str(error.evalue).split()) or reached
+        if error.ename in (KeyboardInterrupt.__name__, Interrupted.__name__):
+            stops.append(True)
+        elif not stops:
+            raise DataError(f"{name} stopped: {error.ename}: {reached} (see {target})") from error
+    except OSError as error:
+        raise OSError(f"{name} stopped: {error} (writing {target})") from error
+    except RuntimeError as error:  # nbclient's DeadKernelError is one
+        if not stops:
             raise DataError(
                 f"{name} stopped: {error}: most likely memory ran out; take a smaller preset, or give the command again"
             ) from error
+    if stops:
+        raise Interrupted(f"{name}: {reached}")
     if name not in read_record(out)["steps"]:
         raise DataError(f"{name} stopped at the end of its time: give the command again and it goes on (see {target})")
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+@contextmanager
+def _kernel():
+    """`with` papermill's options for a kernel of this interpreter, whatever kernels are installed. Its sockets lie in a
+    folder of its own where the system has such: nothing else on the network can listen."""
+    with tempfile.TemporaryDirectory(prefix="mdlib-", ignore_cleanup_errors=True) as folder:
+        # A kernel reports as errors the interrupt by which it is shut down; its history would go to the user's.
+        quiet = ["--log-level=CRITICAL", "--HistoryManager.hist_file=:memory:"]
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", *quiet]
+        spec = Path(folder, "kernels", "mdlib", "kernel.json")
+        spec.parent.mkdir(parents=True)
+        spec.write_text(json.dumps(dict(argv=command, display_name="mdlib", language="python")))
+        sockets = {"transport": "ipc", "ip": str(Path(folder) / "kernel")} if os.name == "posix" else {}
+        found = os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
+        with patch_environment(MDLIB_BATCH="1", PYTHONPATH=python_path(), JUPYTER_PATH=found):
+            yield dict(kernel_name="mdlib", config=Config(KernelManager=sockets))
+
+
+def _interrupt_kernel(first: bool) -> None:
+    """Stop the kernel's cell at the `first` interrupt of this process (Ctrl-C), and the kernel at the next one."""
+    with suppress(psutil.Error):
+        for child in psutil.Process().children():
+            if "ipykernel_launcher" in child.cmdline():
+                child.send_signal(signal.SIGINT) if first and os.name == "posix" else child.kill()
 
 
 def _forget(run: Run, first: str) -> None:

@@ -1,6 +1,5 @@
 """The run folder. It holds its settings (run.json), so a notebook needs only its path."""
 
-import json
 import platform
 import sys
 import time
@@ -27,7 +26,7 @@ from mdlib.systems.system import gpus, preset_for
 from mdlib.training.distributed import check_batch, processes
 from mdlib.training.latents import JointFineTuning
 from mdlib.training.state import precision
-from mdlib.utils import DataError
+from mdlib.utils import DataError, read_json, readable
 
 # What a notebook writes; it is removed before the notebook runs again.
 PRODUCTS = {
@@ -95,7 +94,8 @@ class Run:
             large = load_windows(self.settings["data"], size=size, **self.reading)
             split = check_split(large, split)  # a split that does not fit or leaks raises
             write_split({**split, "reading": {k: v for k, v in self.reading.items() if k != "channels"}}, path)
-        return read_split(path)
+        with readable(path, "delete it: it is written again from the same windows"):
+            return read_split(path)
 
     @cached_property
     def parts(self) -> dict[str, WindowSet]:
@@ -142,7 +142,8 @@ class Run:
             folder = self.path / f"{part}-{len(earlier)}"
             start(model, folder / "weights" if part == "prior" else folder)
             if part == "codec":
-                model.losses.load_state_dict(load_file(folder / "losses.safetensors"))
+                with readable(folder, "restore it, or start a new run"):
+                    model.losses.load_state_dict(load_file(folder / "losses.safetensors"))
         elif self.settings["init"]:
             start(model, Path(self.settings["init"]) / part, other_users=True)
         elif source := self.settings[f"{part}_start"]:
@@ -242,7 +243,7 @@ def _check(run: Run) -> dict[str, str]:
         if not (Path(init) / "model_index.json").exists():
             raise DataError(f"init: {init} holds no pipeline: give the pipeline/ folder of a run")
         # The weights' names and shapes of another class may fit all the same.
-        name = json.loads((Path(init) / "prior" / "config.json").read_text()).get("_class_name")
+        name = read_json(Path(init) / "prior" / "config.json", "copy the pipeline again").get("_class_name")
         if name != (wanted := run.system.prior.__name__):
             raise DataError(f"init: {init}/prior holds a {name}, this system's prior is a {wanted}: take its own run")
     sizes = (len({file.user for file in files}), len({file.condition for file in files}))

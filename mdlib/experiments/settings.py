@@ -7,9 +7,15 @@ from pathlib import Path
 
 from mdlib.data.files import find_windows
 from mdlib.systems import System, get_system
-from mdlib.utils import DataError, whole_file
+from mdlib.utils import DataError, read_json, whole_file
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+
+
+def check_type(name: str, value, kind: type) -> None:
+    """DataError where a parameter's value is of another type."""
+    if not isinstance(value, {float: int | float, list: list | tuple}.get(kind, kind)):
+        raise DataError(f"{name} must be of type {kind.__name__}, got {value!r}")
 
 
 def _setting(default, help: str):
@@ -57,9 +63,7 @@ class RunSettings:
 
     def __post_init__(self):
         for one in fields(self):
-            value = getattr(self, one.name)
-            if not isinstance(value, (int, float) if one.type is float else one.type):
-                raise DataError(f"{one.name} must be of type {one.type.__name__}, got {value!r}")
+            check_type(one.name, getattr(self, one.name), one.type)
 
     def to_dict(self) -> dict:
         """The settings as run.json holds them."""
@@ -83,13 +87,16 @@ def notebook_parameters(notebook: str) -> dict[str, tuple[str, str]]:
 
 
 def check_names(system: str, preset: str, parameters) -> System:
-    """The system of that name; DataError where there is none, or its preset or a parameter of its notebooks is
-    unknown."""
-    found = get_system(system)
-    known = set().union(*map(notebook_parameters, found.notebooks)) - {"system", "preset", "data", "out"}
-    for key in parameters:
-        if key not in known:
-            raise DataError(f"no notebook has a parameter {key!r}; there are {', '.join(sorted(known))}")
+    """The system of that name; DataError where there is none, or its preset or a parameter of its notebooks is unknown
+    or of another type."""
+    found, known = get_system(system), {}
+    for notebook in found.notebooks:
+        known |= {key: ast.literal_eval(default) for key, (default, _) in notebook_parameters(notebook).items()}
+    for key, value in parameters.items():
+        if key not in known or key in ("system", "preset", "data", "out"):
+            names = ", ".join(sorted(known.keys() - {"system", "preset", "data", "out"}))
+            raise DataError(f"no notebook has a parameter {key!r}; there are {names}")
+        check_type(key, value, type(known[key]))
     if preset != "auto":
         found.table(preset)
     return found
@@ -123,8 +130,8 @@ def check_request(
 
 def read_record(out: Path) -> dict:
     """What run.json of a run folder holds; nothing done with no settings where there is no run."""
-    file = out / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"settings": {}, "steps": {}}
+    file, remedy = out / "run.json", "delete it and give the run's first command again, with all options"
+    return {"settings": {}, "steps": {}} | (read_json(file, remedy) if file.exists() else {})
 
 
 def write_record(out: Path, record: dict) -> None:

@@ -28,7 +28,9 @@ from mdlib.systems import attach_losses, load_codec, make_codec, make_prior, see
 from mdlib.training.distributed import ERROR, check_batch, launch, processes
 from mdlib.training.fit import Batches, TrainConfig, fit_stages
 from mdlib.training.latents import encode_all
-from mdlib.utils import best_device, whole_file
+from mdlib.utils import best_device, readable, whole_file
+
+TRAIN_AGAIN = "restore it, or train the codec again with --from 02"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def prior_stage(run: Run, max_minutes: float = 0.0) -> Stage:
     """The run's prior with its initial weights; its inputs, encoded by the trained codec, are cached in codec/."""
     config = _config(run.preset.prior_training, max_minutes)
     train, val = run.parts["train"], run.parts["val"]
-    codec = load_codec(run.path / "codec").to(best_device())
+    with readable(run.path / "codec", TRAIN_AGAIN):
+        codec = load_codec(run.path / "codec").to(best_device())
     sizes = (train.num_users, len(run.conditions))
     prior = seeded(run.settings["seed"], make_prior, run.settings["system"], run.preset, codec, *sizes)
     run.start("prior", prior)
@@ -132,7 +135,8 @@ def attach_trained_losses(run: Run, codec) -> None:
     """Attach the losses to the run's trained codec, with the weights of `save_codec`: its training can continue."""
     images, (labels, *_) = _enlarged(run, run.settings["seed"])
     attach_losses(codec, run.preset, **_frozen_networks(run, images, labels))
-    codec.losses.load_state_dict(load_file(run.path / "codec" / "losses.safetensors"))
+    with readable(file := run.path / "codec" / "losses.safetensors", TRAIN_AGAIN):
+        codec.losses.load_state_dict(load_file(file))
 
 
 def _config(config: TrainConfig, max_minutes: float) -> TrainConfig:

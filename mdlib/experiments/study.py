@@ -1,6 +1,5 @@
 """How few real windows are enough? A run for each number of training windows per user, and the gain of each."""
 
-import json
 import re
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from mdlib.data.splits import PARTS, make_split, read_split, write_split
 from mdlib.data.splits import folds as number_of_folds
 from mdlib.evaluation.augmentation_study import Outcomes, compared, joined
 from mdlib.evaluation.protocol import verdict
-from mdlib.experiments.compare import check_series, claim_folder, saved_settings, shared_classifiers, stamp
-from mdlib.experiments.execute import execute
+from mdlib.experiments.compare import check_series, claim_folder, read_report, saved_settings, shared_classifiers, stamp
+from mdlib.experiments.execute import execute, locked
 from mdlib.experiments.run import check_starts, resolve_preset
 from mdlib.experiments.settings import read_record
 from mdlib.reports.report import write_study
@@ -65,17 +64,19 @@ def study(
         found, now = read_split(path), make_split(files, windows_per_user=count, fold=fold)
         if any(found[part] != now[part] for part in PARTS):
             raise DataError(f"{path.parent} was trained on other windows than the data holds now: choose another --out")
-    for (k, fold), split in splits.items():
-        print(f"{k} training windows per user, fold {fold + 1} of {folds}", flush=True)
-        run = out / (f"windows-{k}-fold-{fold}" if fold else f"windows-{k}")
-        file = read_record(run)["settings"].get("split")  # the run knows it by that name, wherever the study lies now
-        if not file:
-            file = str(out / f"{run.name.replace('windows', 'split')}.json")
-            write_split(split, file)
-        wanted = {**given, "split": file, **shared_classifiers(run)}
-        execute(run, wanted, data=str(data), system=system, preset=preset)
-        result = {**stamp(settings), "rows": _rows(out)}
-        write_study(result, out)
+    with locked(out):
+        for (k, fold), split in splits.items():
+            print(f"{k} training windows per user, fold {fold + 1} of {folds}", flush=True)
+            run = out / (f"windows-{k}-fold-{fold}" if fold else f"windows-{k}")
+            # The run knows its split by that name, wherever the study lies now.
+            file = read_record(run)["settings"].get("split")
+            if not file:
+                file = str(out / f"{run.name.replace('windows', 'split')}.json")
+                write_split(split, file)
+            wanted = {**given, "split": file, **shared_classifiers(run)}
+            execute(run, wanted, data=str(data), system=system, preset=preset)
+            result = {**stamp(settings), "rows": _rows(out)}
+            write_study(result, out)
     return result
 
 
@@ -89,7 +90,7 @@ def _rows(out: Path) -> list[dict]:
     """What was measured in `out` so far, by rising number of windows."""
     reports: dict[int, list[dict]] = {}
     for count, _, path in _runs(out, "report.json"):
-        reports.setdefault(count, []).append(json.loads(path.read_text()))
+        reports.setdefault(count, []).append(read_report(path.parent))
     return [{"windows_per_user": count, **_row(of_folds)} for count, of_folds in reports.items()]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
 
-from mdlib.utils import DataError
+from mdlib.utils import DataError, readable
 
 # Columns of history.csv worth plotting, of any codec and prior.
 CURVES = "mse psnr_db perplexity kl align_cosine align_distance nats_per_token denoising_mse velocity_mse cosine vb aux"
@@ -347,7 +347,8 @@ def start(model, source: str | Path, other_users: bool = False) -> None:
     is_codec, users = hasattr(model, "encode"), getattr(model, "users", None)
     try:
         if Path(source).is_dir():
-            found = (load_codec if is_codec else type(model).from_pretrained)(source).state_dict()
+            with readable(source, "copy the folder again"):
+                found = (load_codec if is_codec else type(model).from_pretrained)(source).state_dict()
             if other_users and users is not None and "users.weight" in found:
                 table, fresh = found["users.weight"], users.state_dict()
                 mean = table[:-1].mean(0, keepdim=True).expand(len(fresh["weight"]) - 1, -1)

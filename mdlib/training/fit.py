@@ -18,7 +18,7 @@ import torch
 from mdlib.models.layers import all_mean, rank, world
 from mdlib.training.distributed import mean_gradients, on_first
 from mdlib.training.state import State, TrainConfig
-from mdlib.utils import bar, end_session, has_deadline, time_is_up, write_history
+from mdlib.utils import Interrupted, bar, end_session, has_deadline, interrupts, time_is_up, write_history
 
 # On several GPUs: fork_rng saves the random state of all, as it should.
 warnings.filterwarnings("ignore", "CUDA reports that you have .* fork_rng")
@@ -84,6 +84,7 @@ def fit(
     Raises:
         FloatingPointError: the loss is not finite, in any process; no checkpoint and no history row contains it.
         SystemExit: the session's time is up (`mdlib.utils`); a checkpoint was written to `run_dir`.
+        Interrupted: Ctrl-C; a checkpoint was written to `run_dir`.
     """
     with torch.random.fork_rng():  # the caller's random state is left alone
         state = State(model, config, run_dir)
@@ -96,7 +97,9 @@ def fit(
             clock, late = time.monotonic() - state.seconds, False
             model.train()
             steps = bar(config.steps, name, initial=state.step, show=progress and rank() == 0)
-            with steps as shown, _tensorboard(state.run_dir) as log:
+            # A first Ctrl-C ends training between two steps, where it can be resumed; a second one at once.
+            calmly = interrupts(catch=bool(state.run_dir) and world() == 1)
+            with steps as shown, _tensorboard(state.run_dir) as log, calmly as stops:
                 while state.unfinished and not late:
                     _set_learning_rate(state)
                     logs = _step(state, data, losses)
@@ -106,7 +109,8 @@ def fit(
                         state.seconds = on_first(lambda: state.seconds)  # clocks differ, and all processes must agree
                     if state.budget_spent:
                         state.stopped = f"the budget of {config.max_minutes:g} minutes is spent"
-                    late = bool(state.run_dir and has_deadline() and on_first(time_is_up)) and state.unfinished
+                    late = bool(state.run_dir and has_deadline() and on_first(time_is_up) or stops)
+                    late = late and state.unfinished
 
                     evaluates = not state.unfinished or state.step % config.evaluate_every == 0
                     saves = not state.unfinished or late or state.step % config.save_every == 0
@@ -117,6 +121,8 @@ def fit(
                         model.train()
                     if state.run_dir and (saves or state.stopped):
                         on_first(state.save)
+            if stops:
+                raise Interrupted(f"stopped at step {state.step} of {config.steps}")
             if late:
                 _end_session(state, name)
         state.load_final_weights()
@@ -242,19 +248,20 @@ def _held_out_logs(state: State, held_out: Batches) -> dict[str, float]:
 
 @contextmanager
 def _tensorboard(run_dir: Path | None):
-    """`with` a function that writes a row of the history to TensorBoard, where it is installed."""
+    """`with` a function that writes a row of the history to TensorBoard. Where that is missing or broken, or the
+    TensorFlow that it imports, training goes on without."""
     with ExitStack() as opened:
 
         @cache  # called for the first row: without one there is no folder
         def writer():
-            from torch.utils.tensorboard import SummaryWriter
+            with suppress(Exception):
+                from torch.utils.tensorboard import SummaryWriter
 
-            return opened.enter_context(SummaryWriter(run_dir / "tensorboard"))
+                return opened.enter_context(SummaryWriter(run_dir / "tensorboard"))
 
         def log(row: dict) -> None:
-            with suppress(ImportError):
-                for key in row.keys() - {"step"} if run_dir else ():
-                    writer().add_scalar(key, row[key], row["step"])
+            for key in row.keys() - {"step"} if run_dir and writer() else ():
+                writer().add_scalar(key, row[key], row["step"])
 
         yield log
 
@@ -263,7 +270,11 @@ def _train_elsewhere(launch: Callable[[], None], state: State, name: str) -> Non
     """Let other processes train, and load what they reached."""
     if time_is_up():
         _end_session(state, name)
-    launch()
+    try:
+        launch()
+    except KeyboardInterrupt:
+        state.resume()
+        raise Interrupted(f"stopped at step {state.step} of {state.config.steps}") from None
     state.resume()
     if state.unfinished and time_is_up():
         raise SystemExit(0)  # the other processes have printed why

@@ -1,8 +1,10 @@
 """A codec's tokens or latents: of a set of windows, computed once and cached; and trained together with a prior."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,7 +26,8 @@ def encode_all(
     users (N,). cache: folder for the result, in a file named by the codec's weights and the data."""
     path = Path(cache) / f"{kind}-{fingerprint(codec, images, labels)}.safetensors" if cache else None
     if path and path.exists():
-        return load_file(path)[kind]
+        with suppress(SafetensorError, KeyError):  # damaged: computed again
+            return load_file(path)[kind]
     encode = codec.eval().encode_tokens if kind == "tokens" else codec.eval().encode
     batches = parts(codec.device, batch_size, images, labels)
     result = torch.cat([encode(to_float(part), *users).cpu() for part, *users in batches])

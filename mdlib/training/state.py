@@ -9,7 +9,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from mdlib.models.layers import broadcast_from_first, world
-from mdlib.utils import require_room, whole_file
+from mdlib.utils import readable, require_room, whole_file
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,13 @@ class State:
             torch.save({**content, "config": self.config.defining()}, path)
 
     def resume(self) -> None:
-        """Load `run_dir`/state.pt if it exists; ValueError if it is of other settings."""
-        if not self.run_dir or not (self.run_dir / "state.pt").exists():
+        """Load `run_dir`/state.pt if it exists; ValueError if it is damaged or of other settings."""
+        if not self.run_dir or not (file := self.run_dir / "state.pt").exists():
             return
-        content = torch.load(self.run_dir / "state.pt", map_location=self.device, weights_only=True)
+        with readable(file, "delete it: training starts from the beginning of this stage"):
+            content = torch.load(file, map_location=self.device, weights_only=True)
         if "ema" not in content:
-            raise ValueError(f"{self.run_dir}/state.pt is of an earlier mdlib: delete it, or choose another folder")
+            raise ValueError(f"{file} is of an earlier mdlib: delete it, or choose another folder")
         wanted = self.config.defining()
         if changed := [key for key in wanted if content["config"].get(key) != wanted[key]]:
             raise ValueError(
@@ -152,7 +153,9 @@ class State:
     def load_final_weights(self) -> None:
         """The best held-out weights, or else the average, or else the last ones; the same in all processes."""
         if self.run_dir and self.config.keep_best and self.best < math.inf:
-            self.model.load_state_dict(load_file(self.run_dir / "best.safetensors", device=str(self.device)))
+            file = self.run_dir / "best.safetensors"
+            with readable(file, f"delete {self.run_dir}: training starts from the beginning of this stage"):
+                self.model.load_state_dict(load_file(file, device=str(self.device)))
         else:
             self.swap_average()
         broadcast_from_first(self.model.state_dict().values())  # a batch norm's averages are each process's own

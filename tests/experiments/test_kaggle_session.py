@@ -228,7 +228,7 @@ def test_disk_space_is_checked_before_work_starts(session, monkeypatch, tmp_path
     monkeypatch.setattr(utils, "KEPT_BYTES", 9_100)
     assert utils.room(session.working / "runs" / "demo") == 100
     assert utils.room(tmp_path / "elsewhere") > 100
-    with pytest.raises(OSError, match=r"training the model takes up to .* GB and 0.0 GB are left: make room"):
+    with pytest.raises(OSError, match=r"training the model takes up to .* and 0 MB are left: make room"):
         fit(line(), points(), CONFIG, session.working / "runs", progress=False)
     attached = write_run(session.input / "run", data=str(write_set(session.input / "windows")))
     (attached / "state.pt").write_bytes(b"0" * 1_000)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mdlib.training.fit import Batches, TrainConfig, batch_order, fit, fit_stages
-from mdlib.utils import read_history
+from mdlib.utils import Interrupted, read_history
 
 
 class Line(nn.Module):
@@ -270,8 +270,17 @@ def test_history_and_tensorboard_are_written(tmp_path):
     assert [event.step for event in log.Scalars("held_out_loss")] == [3, 6, 9, 12]
 
 
-def test_training_does_without_tensorboard(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+@pytest.mark.parametrize("broken", ["", "raise RuntimeError('protobuf is too new')", "import tensorflow_of_old"])
+def test_training_does_without_tensorboard(broken, tmp_path, monkeypatch):
+    """Where it is missing, and where an import within it fails in whatever way."""
+    if broken:
+        (tmp_path / "tensorboard.py").write_text(broken)
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in [name for name in sys.modules if name.startswith(("tensorboard", "torch.utils.tensorboard"))]:
+            monkeypatch.delitem(sys.modules, name)
+    else:
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    tmp_path = tmp_path / "run"
     assert fit(line(), points(), CONFIG, tmp_path, progress=False) and (tmp_path / "history.csv").exists()
     assert not (tmp_path / "tensorboard").exists()
 
@@ -387,6 +396,34 @@ def test_stages_follow_one_another_and_are_resumed_where_they_stopped(tmp_path):
     with pytest.raises(Stop):
         train("broken", preview=stop)
     assert same(train("broken")[0], whole)
+
+
+def interrupt(at: int, times: int = 1):
+    def preview(model, step):
+        for _ in range(times if step == at else 0):
+            signal.raise_signal(signal.SIGINT)
+
+    return preview
+
+
+def test_an_interrupt_saves_the_step_that_it_comes_in(tmp_path):
+    config, whole, model = replace(CONFIG, evaluate_every=1, save_every=100), line(), line()
+    fit(whole, points(), config, progress=False)
+    with pytest.raises(Interrupted, match="^stopped at step 8 of 12$") as stopped:
+        fit(model, points(), config, tmp_path, preview=interrupt(at=7), progress=False)
+    shown = stopped.value._render_traceback_()
+    assert shown == ["stopped at step 8 of 12: run this cell again and it goes on"], "what a notebook shows"
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 8
+    fit(model, points(), config, tmp_path, progress=False)
+    assert same(model, whole)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    config = replace(CONFIG, evaluate_every=1, save_every=100)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        fit(line(), points(), config, tmp_path, preview=interrupt(at=7, times=2), progress=False)
+    assert not isinstance(stopped.value, Interrupted) and not (tmp_path / "state.pt").exists()
 
 
 def test_no_stage_begins_on_a_spent_budget(tmp_path):
