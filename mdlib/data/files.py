@@ -13,7 +13,7 @@ from pathlib import Path
 from mdlib.data.names import parse_names
 from mdlib.utils import DataError, count
 
-IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")
+_IMAGE = re.compile(r"[^.].*\.(png|jpe?g|jfif|bmp|tiff?|webp)", re.IGNORECASE)  # not hidden
 _JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found")
 # ID_3, ID 3, id-03, user_5, subject7, person9, Sub01, P12, S3, or a plain number of at most three digits.
 _USER = re.compile(r"(id|user|subject|person|sub|用户|受试者|[ps]|(?=\d{1,3}$))[\s_-]*(\d+)", re.IGNORECASE)
@@ -62,13 +62,12 @@ def find_windows(root: str | Path, *, min_users: int = 2, order: str = "number")
         DataError: see `scan`; also fewer than `min_users` users, or names without window numbers.
     """
     found = scan(root, order=order)
-    users = {f.user for f in found.files}
+    users = sorted({f.user for f in found.files})
     seen = f" ({found.summary()})" if found.ignored else ""
     if not users:
         raise DataError(f"{root}: no user folders in it{seen}; give the folder that holds ID_1, ID_2, ...")
     if len(users) < min_users:
-        only = f"{count(len(users), 'user')} only (ID_{min(users)}), {min_users} are needed"
-        raise DataError(f"{root}: {only}{seen}; add user folders")
+        raise DataError(f"{root}: {count(len(users), 'user')} only (ID_{users[0]}){seen}; give {min_users} or more")
     alone = [some for some in _by(found.files, "user", "condition") if len(some) == 1]
     recordings = _by(found.files, *_RECORDING)
     lone = [some[0].path for some in recordings if len(some) == 1 and some not in alone]
@@ -109,8 +108,7 @@ def scan(root: str | Path, *, order: str = "number") -> Scan:
     if twins := [f"{root / a.path} and {root / b.path}" for a, b in pairwise(files) if _PLACE(a) == _PLACE(b)]:
         more = f" (and {count(len(twins) - 1, 'more pair')})" if len(twins) > 1 else ""
         raise DataError(f"{twins[0]}: the same window twice by their names{more}; delete or rename one of them")
-    found = len(files) + sum(ignored.values())
-    return Scan(tuple(files), found, tuple((path, n, reason) for (path, reason), n in ignored.items()))
+    return Scan(tuple(files), len(files) + ignored.total(), tuple((p, n, why) for (p, why), n in ignored.items()))
 
 
 def parse_users(text: str) -> list[int]:
@@ -145,8 +143,7 @@ def _images(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         real = os.path.realpath(folder)
         folders[:] = sorted(n for n in folders if real not in seen and n[0] != "." and n.lower() not in _JUNK)
-        images = sorted(n for n in names if real not in seen and n[0] != "." and n.lower().endswith(IMAGES))
-        yield from (Path(folder, name) for name in images)
+        yield from (Path(folder, name) for name in sorted(names) if real not in seen and _IMAGE.fullmatch(name))
         seen.add(real)
 
 

@@ -37,10 +37,10 @@ class _Column:
 
     def random(self) -> bool:
         """Whether it is an id without an order: large, spread over the whole range, in irregular steps."""
-        if self.kind != "number" or self.count < 8 or max(self.values) < 10**5:
-            return False
-        regular = sum(0.75 <= step / median(self.steps) <= 1.33 for step in self.steps)
-        return 2 * sum(self.steps) >= max(self.values) and 2 * regular < len(self.steps)
+        large = self.kind == "number" and self.count >= 8 and max(self.values) >= 10**5
+        usual = median(self.steps or [1])
+        regular = sum(0.75 * usual <= step <= 1.33 * usual for step in self.steps)
+        return large and 2 * sum(self.steps) >= max(self.values) and 2 * regular < len(self.steps)
 
 
 def parse_names(names: Sequence[str]) -> list[tuple[str, int]]:
@@ -91,7 +91,7 @@ def _window_column(columns: Sequence[_Column]) -> _Column | None:
     """The column that counts the windows, the last of equals."""
     varying = [c for c in columns if c.count > 1] or columns
     ranks = {
-        (_different(c, *_labels(columns, c)), not c.random(), c.hint, c.count, not c.fast(), place): c
+        (_different_rows(c, *_labels(columns, c)), not c.random(), c.hint, c.count, not c.fast(), place): c
         for place, c in enumerate(varying)
         if c.kind not in ("id", "size")
     }
@@ -101,12 +101,11 @@ def _window_column(columns: Sequence[_Column]) -> _Column | None:
 def _labels(columns: Sequence[_Column], window: _Column) -> list[_Column]:
     """The columns that repeat and so tell recordings apart."""
     labels = [c for c in columns if c is not window and c.kind != "size" and 1 < c.count <= len(c.texts) / 2]
-    if len(window.texts) < 4 * _different(*labels):
+    if len(window.texts) < 4 * _different_rows(*labels):
         # In recordings this short, what follows from the window's number is a property of the window, like its time.
-        labels = [c for c in labels if _different(c, window) > window.count]
+        labels = [c for c in labels if _different_rows(c, window) > window.count]
     return labels
 
 
-def _different(*columns: _Column) -> int:
-    """How many different rows the columns have."""
+def _different_rows(*columns: _Column) -> int:
     return len(set(zip(*(column.values for column in columns), strict=True)))

@@ -1,6 +1,7 @@
 """Which images of a folder are windows, of whom, in which recording and order; every image is accounted for."""
 
 import hashlib
+import itertools
 import os
 import random
 import uuid
@@ -57,18 +58,6 @@ def test_windows_are_ordered_as_numbers(tmp_path):
     assert found[0] == WindowFile("ID_9/ID9_case1_1_Doppler1.png", 9, "", "ID9_case1_1_Doppler", 1)
 
 
-def test_conditions_and_folder_spellings(tmp_path):
-    for folder in ("Normal/ID_1", "Normal/id02", "Bag/ID_1"):
-        write_image(tmp_path / "set" / folder / "w1.jpg", picture(1, 1))
-    (tmp_path / "set" / "notes").mkdir()
-    found = [(f.user, f.condition, f.path) for f in find_windows(tmp_path / "set")]
-    assert found == [
-        (1, "Bag", "Bag/ID_1/w1.jpg"),
-        (1, "Normal", "Normal/ID_1/w1.jpg"),
-        (2, "Normal", "Normal/id02/w1.jpg"),
-    ]
-
-
 @pytest.mark.parametrize(
     "stem, recording, number",
     [
@@ -86,13 +75,6 @@ def test_names(tmp_path, stem, recording, number):
     assert (first.recording, first.number) == (recording, number)
 
 
-def test_hidden_files_are_ignored(tmp_path):
-    root = write_set(tmp_path / "set")
-    (root / "ID_1" / "._ID1_case1_1_Doppler1.png").write_bytes(b"")
-    (root / ".ID_3").mkdir()
-    assert len(quiet(find_windows, root)) == 6
-
-
 def test_bad_folders(tmp_path):
     root = write_set(tmp_path / "set")
     assert "no such folder" in message(find_windows, tmp_path / "absent")
@@ -108,14 +90,6 @@ def test_one_user_in_two_folders(tmp_path):
     write_image(root / "ID_02" / "w1.png", picture(2, 1))
     text = message(find_windows, root)
     assert "ID_02" in text and "ID_2" in text and "user 2" in text
-
-
-@pytest.mark.parametrize("twin", ["ID1_case1_1_Doppler1.jpg", "ID1_case1_1_Doppler01.png"])
-def test_one_window_in_two_files(tmp_path, twin):
-    root = write_set(tmp_path / "set")
-    write_image(root / "ID_1" / twin, picture(1, 1))
-    text = message(find_windows, root)
-    assert twin in text and "ID1_case1_1_Doppler1.png" in text and "twice" in text
 
 
 def test_generated_folders(tmp_path):
@@ -147,15 +121,11 @@ COUNTED = {
     "a uuid": lambda u, r, k: f"Doppler{k}-{uuid.UUID(digest(u, k))}",
     "a random number": lambda u, r, k: f"Doppler{k}_{random.Random(u * 99 + k).randrange(10**6)}",
     "a size": lambda u, r, k: f"ID{u}_Doppler{k}_256x256",
-    "a size that varies": lambda u, r, k: f"ID{u}_Doppler{k}_61x{49 + k * 7 % 24}",
     "a carrier frequency": lambda u, r, k: f"win{k:04d}_77GHz",
-    "a constant": lambda u, r, k: f"{k}_of_40",
     "a compact date": lambda u, r, k: f"20240105_{k:06d}",
     "a time of its own": lambda u, r, k: f"w{k}_2024-01-05T12.{30 + k // 20}.{k % 20 * 3:02d}",
     "a start sample": lambda u, r, k: f"Doppler{k}_start{k * 384}",
     "the user's number": lambda u, r, k: f"{k}_ID{u}",
-    "the user's name": lambda u, r, k: f"{['anna', 'bob'][u - 1]}{k}",
-    "brackets": lambda u, r, k: f"walk ({k})",
     "other scripts": lambda u, r, k: f"用户{u}_窗口{k}",
     "a folder for each window": lambda u, r, k: f"{k:03d}/spectrogram",
 }
@@ -163,19 +133,10 @@ COUNTED = {
 
 @pytest.mark.parametrize("kind", COUNTED)
 def test_the_number_that_varies_is_the_windows(tmp_path, kind):
-    found = by_user(quiet(find_windows, named(tmp_path, COUNTED[kind])))
-    assert list(found) == [1, 2]
-    for recordings in found.values():
-        assert list(recordings.values()) == [[*range(1, 41)]], "one recording, in order"
-
-
-@pytest.mark.parametrize("kind", COUNTED)
-def test_gaps_in_the_numbers_stay(tmp_path, kind):
-    """Numbers are the names', not positions: a gap may separate the parts of a split."""
+    """Gaps stay: they may separate the parts of a split."""
     windows = [k for k in range(1, 60) if k not in (7, 20, 21, 22)]
-    found = by_user(find_windows(named(tmp_path, COUNTED[kind], windows=windows)))
-    if kind != "a time of its own":
-        assert [*found[1].values()] == [windows]
+    found = by_user(quiet(find_windows, named(tmp_path, COUNTED[kind], windows=windows)))
+    assert [[*recordings.values()] for recordings in found.values()] == [[windows]] * 2, "one recording, in order"
 
 
 ORDERED = {
@@ -184,7 +145,6 @@ ORDERED = {
     "milliseconds": lambda u, r, k: f"ID{u}_20240105T123007{k * 7:03d}",
     "a time alone": lambda u, r, k: f"ID{u} 12-{30 + k // 20}-{k % 20 * 3:02d}",
     "seconds since 1970": lambda u, r, k: f"{1704457807 + 2 * k}",
-    "milliseconds since 1970": lambda u, r, k: f"cam_{1704457807000 + 731 * k}",
     "a start sample": lambda u, r, k: f"start_{k * 128}",
 }
 
@@ -200,7 +160,6 @@ def test_times_give_the_order_and_no_distance(tmp_path, kind):
 SEVERAL = {
     "recording first": lambda u, r, k: f"ID{u}_case1_{r}_Doppler{k}",
     "recording last": lambda u, r, k: f"w{k:03d}_{r}",
-    "recording last, few windows": lambda u, r, k: f"win{k}_take{r}",
     "a folder": lambda u, r, k: f"day{r}/Doppler{k}",
     "a time of recording": lambda u, r, k: f"2024-01-05_12-3{r}-07_{k:04d}",
     "a day": lambda u, r, k: f"2024-01-0{r}_{k:02d}",
@@ -209,7 +168,6 @@ SEVERAL = {
     "a start sample": lambda u, r, k: f"rec{r}_win{k}_start{384 * k}",
     "a random number": lambda u, r, k: f"rec{r}_win{k}_{random.Random(u * 999 + r * 99 + k).randrange(10**6)}",
     "the hash of an upload": lambda u, r, k: f"trial{r}_{k}_png.rf.{digest(u, r, k)}",
-    "a size": lambda u, r, k: f"s{r}_{k}_64x64",
 }
 
 
@@ -247,7 +205,6 @@ def test_uploads_of_one_window_are_named(tmp_path):
 NAMELESS = {
     "md5": lambda u, r, k: digest(u, k),
     "uuid": lambda u, r, k: str(uuid.UUID(digest(u, k))),
-    "short ids": lambda u, r, k: digest(u, k)[:8],
     "random numbers": lambda u, r, k: f"ID{u}_{random.Random(u * 99 + k).randrange(10**6, 10**9)}",
     "random numbers of a recording": lambda u, r, k: f"{k % 2}_{random.Random(u * 99 + k).randrange(10**9)}",
     "letters": lambda u, r, k: f"ID{u}_{chr(96 + k)}",
@@ -286,9 +243,8 @@ def test_orders_keep_folders_apart_and_count_as_people_do(tmp_path):
 
 
 def test_the_order_reaches_the_set(tmp_path):
-    for user in (1, 2):
-        for k, letter in enumerate("cab"):
-            write_image(tmp_path / f"ID_{user}" / f"{letter}.png", picture(user, k), "grey")
+    for user, (k, letter) in itertools.product((1, 2), enumerate("cab")):
+        write_image(tmp_path / f"ID_{user}" / f"{letter}.png", picture(user, k), "grey")
     assert "order" in message(load_windows, tmp_path)
     windows = load_windows(tmp_path, size=32, order="name")
     assert [f.path[-5] for f in windows.files] == ["a", "b", "c"] * 2
@@ -305,52 +261,29 @@ def test_an_image_unlike_the_others_is_pointed_out(tmp_path):
 # ---- folders of users
 
 
-@pytest.mark.parametrize(
-    "folders",
-    [
-        {"ID_1": 1, "ID_2": 2, "ID_10": 10},
-        {"ID 3": 3, "ID-4": 4, "ID5": 5, "id-06": 6},
-        {"user_5": 5, "user6": 6, "User 7": 7},
-        {"subject 7": 7, "Subject 8": 8},
-        {"person9": 9, "person10": 10},
-        {"P12": 12, "P3": 3},
-        {"S3": 3, "S04": 4},
-        {"Sub01": 1, "sub-02": 2},
-        {"7": 7, "08": 8},
-        {"用户1": 1, "用户2": 2},
-        {"ID_1": 1, "ID 2": 2, "user_5": 5, "subject 6": 6, "P12": 12, "7": 7},
-    ],
-)
-@pytest.mark.parametrize("above", ["", "normal/", "train/", "train/bag/"])
-def test_names_of_user_folders(tmp_path, folders, above):
-    touch(tmp_path, *(f"{above}{folder}/w{k}.png" for folder in folders for k in (1, 2)))
+FOLDERS = "ID_1 ID5 id-06 ID-7 user_8 subject9 person10 P12 S03 Sub14 sub-15 16 用户17".split() + ["ID 2", "User 11"]
+
+
+@pytest.mark.parametrize("above", ["", "正常 步态/", "S1/", "train/a;b,c'd/"])
+def test_names_of_user_folders(tmp_path, above):
+    touch(tmp_path, *(f"{above}{folder}/w{k}.png" for folder in FOLDERS for k in (1, 2)))
     found = quiet(find_windows, tmp_path)
-    assert {f.path.removeprefix(above).split("/")[0]: f.user for f in found} == folders
+    users = {folder: int("".join(filter(str.isdigit, folder))) for folder in FOLDERS}
+    assert {f.path.removeprefix(above).split("/")[0]: f.user for f in found} == users
     assert {f.condition for f in found} == {above.replace("train/", "").strip("/")} and {f.part for f in found} == {""}
-    assert len(found) == 2 * len(folders)
+    assert len(found) == 2 * len(FOLDERS)
 
 
-@pytest.mark.parametrize(
-    "folder",
-    [
-        "ID_4 (copy)",
-        "ID_06_left",
-        "ID_3-anna",
-        "2024",
-        "my notes",
-        "图片",
-        "P3/S4",
-    ],
-)
+@pytest.mark.parametrize("folder", ["ID_4 (copy)", "ID_06_left", "2024", "my notes", "图片", "P3/S4"])
 def test_images_that_are_of_no_user_are_reported(tmp_path, folder):
     root = touch(write_set(tmp_path), *(f"{folder}/w{k}.png" for k in range(20)))
     reason = "not in one user folder like ID_3"
     with pytest.warns(UserWarning) as caught:
         assert len(find_windows(root)) == 6
-    assert [str(w.message) for w in caught] == [
-        f"{root}: 26 images found, 6 used; ignored: {folder}/ (20 images: {reason})"
-    ]
+    line = f"26 images found, 6 used; ignored: {folder}/ (20 images: {reason})"
+    assert [str(w.message) for w in caught] == [f"{root}: {line}"]
     assert scan(root).ignored == ((f"{folder}/", 20, reason),) and scan(root).found == 26
+    assert "no user folders" in message(find_windows, touch(tmp_path / folder, "x.png"))
 
 
 def test_a_report_stays_one_line_of_a_readable_length(tmp_path):
@@ -360,27 +293,12 @@ def test_a_report_stays_one_line_of_a_readable_length(tmp_path):
     assert sum(n for _, n, _ in scan(tmp_path).ignored) == 200
 
 
-def test_all_that_was_found_stands_in_the_error_too(tmp_path):
-    touch(tmp_path, "anna/w1.png", "bob/w1.png")
-    text = message(find_windows, tmp_path)
-    assert "no user folders" in text and "anna/ (1 image: not in one user folder like ID_3), bob/" in text
-
-
-def test_folders_above_and_below_users(tmp_path):
-    touch(tmp_path, *(f"S1/ID_{u}/cam2/w{k}.png" for u in (1, 2) for k in range(3)))
-    found = quiet(find_windows, tmp_path)
-    assert {(f.condition, f.user, f.recording) for f in found} == {("S1", 1, "cam2/w"), ("S1", 2, "cam2/w")}
-
-
 def test_bmp_tif_and_webp_are_images(tmp_path):
     for extension, options in (("bmp", {}), ("tif", {}), ("webp", {"lossless": True})):
         for user in (1, 2):
             write_image(tmp_path / extension / f"ID_{user}" / f"w1.{extension}", picture(user, 1), **options)
         windows = load_windows(tmp_path / extension, size=32)
         assert windows.images[1, 0].tolist() == picture(2, 1).tolist() and windows.colormap == "jet"
-
-
-# ---- what operating systems leave behind
 
 
 def test_junk_is_skipped_at_every_level(tmp_path):
@@ -395,30 +313,27 @@ def test_junk_is_skipped_at_every_level(tmp_path):
 # ---- folders that are split already
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"train": "train", "val": "val", "test": "test"},
-        {"Train": "train", "TEST": "test"},
-        {"training": "train", "validation": "val", "testing": "test"},
-        {"Train_set": "train", "valid": "val", "test-set": "test"},
-        {"trainset": "train", "test_data": "test"},
-        {"train images": "train", "val images": "val"},
-    ],
-)
-@pytest.mark.parametrize(
-    "layout", ["{part}/ID_{user}", "{part}/normal/ID_{user}", "normal/{part}/ID_{user}", "ID_{user}/{part}"]
-)
+PARTS = [
+    "train val test",
+    "Train TEST",
+    "training validation testing",
+    "Train_set valid test-set",
+    "trainset test_data",
+]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("layout", ["{}/ID_{}", "{}/normal/ID_{}", "normal/{}/ID_{}", "ID_{1}/{0}"])
 def test_folders_of_a_split_are_parts(tmp_path, parts, layout):
-    for start, folder in enumerate(parts):
+    for start, folder in enumerate(parts.split()):
         for user in (1, 2):
-            where = layout.format(part=folder, user=user)
+            where = layout.format(folder, user)
             touch(tmp_path, *(f"{where}/ID{user}_Doppler{k}.png" for k in range(10 * start, 10 * start + 8)))
     found = quiet(find_windows, tmp_path)
     assert {f.condition for f in found} == {"normal" if "normal" in layout else ""}
     assert {(f.user, f.recording) for f in found} == {(1, "ID1_Doppler"), (2, "ID2_Doppler")}
     for f in found:
-        assert f.part == next(part for folder, part in parts.items() if folder in f.path.split("/"))
+        assert f.part in ("train", "val", "test") and f"/{f.part}" in f"/{f.path}".lower()
         assert f.number == int(f.path.split("Doppler")[1][:-4])
 
 
@@ -449,18 +364,6 @@ def test_one_part_alone_splits_nothing(tmp_path):
     root = touch(tmp_path, *(f"train/ID_{user}/w{k}.png" for user in (1, 2) for k in range(4)), "test/w1.png")
     with pytest.warns(UserWarning, match=r"9 images found, 8 used; ignored: test/ \(1 image: not in one user folder"):
         assert {(f.part, f.condition) for f in find_windows(root)} == {("", "")}
-
-
-# ---- names, links and rights
-
-
-def test_names_of_all_kinds(tmp_path):
-    root = tmp_path / "My data ü (2) 数据"
-    for condition in ("正常 步态", "mit Rucksack", "a;b,c'd"):
-        touch(root, *(f"{condition}/ID_{u}/窗口 {k}.png" for u in (1, 2) for k in range(5)))
-    found = quiet(find_windows, root)
-    assert len(found) == 30 and {f.condition for f in found} == {"正常 步态", "mit Rucksack", "a;b,c'd"}
-    assert {f.recording for f in found} == {"窗口 "}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="such names cannot exist")
@@ -508,7 +411,7 @@ def test_folders_without_rights(tmp_path, monkeypatch):
 
 
 def odd_layout(root, seed):
-    """A folder of up to some hundred images that nobody planned; returns how many there are."""
+    """A folder of up to some hundred images without a plan; returns how many there are."""
     rng = random.Random(seed)
     above = rng.choice([[""], ["normal", "bag"], ["train", "val", "test"], ["train", "ID_9"], ["a/b", "c"], ["1", "2"]])
     folders = "ID_1 ID_2 ID_02 ID2 user_3 7 P4 S5 sub-06 ID_4(copy) anna notes 2024-01-05 试验 人8 __MACOSX .git a.png"
