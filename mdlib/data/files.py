@@ -1,22 +1,27 @@
 """Windows on disk: their users, conditions, recordings and window numbers, and a line on what is not read."""
 
+import os
 import re
-import statistics
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 
-from mdlib.data.folders import UserImage, user_images
-from mdlib.data.names import natural_key, parse_names
+from mdlib.data.names import parse_names
 from mdlib.utils import DataError, count
 
-ORDERS = ("number", "name", "time")
-
-# Numbers as large as seconds since 1970, or that grow like this from window to window, are times or samples.
-_LARGE, _FAST, _FAST_IN_FEW, _FEW = 10**8, 8, 1000, 12
+_IMAGE = re.compile(r"[^.].*\.(png|jpe?g|jfif|bmp|tiff?|webp)", re.IGNORECASE)  # not hidden
+_JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found")
+# ID_3, ID 3, id-03, user_5, subject7, person9, Sub01, P12, S3, or a plain number of at most three digits.
+_USER = re.compile(r"(id|user|subject|person|sub|用户|受试者|[ps]|(?=\d{1,3}$))[\s_-]*(\d+)", re.IGNORECASE)
+# train, Training, valid, test_set, val images.
+_PART = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:[\s_-]?(?:set|data|images?))?", re.IGNORECASE)
+_UNWRITABLE = re.compile(r"[\x00-\x1f\ud800-\udfff]")  # control characters, and bytes that are no text
+_RECORDING = ("user", "condition", "recording")
+_PLACE = attrgetter(*_RECORDING, "number")
 
 
 @dataclass(frozen=True)
@@ -54,21 +59,25 @@ def find_windows(root: str | Path, *, min_users: int = 2, order: str = "number")
     Warns in one line about images that are not read, and about names that do not fit the numbering of the others.
 
     Raises:
-        DataError: see `scan`; also where there are fewer than `min_users` users.
+        DataError: see `scan`; also fewer than `min_users` users, or names without window numbers.
     """
     found = scan(root, order=order)
-    users = {f.user for f in found.files}
+    users = sorted({f.user for f in found.files})
     seen = f" ({found.summary()})" if found.ignored else ""
     if not users:
         raise DataError(f"{root}: no user folders in it{seen}; give the folder that holds ID_1, ID_2, ...")
     if len(users) < min_users:
-        only = f"{count(len(users), 'user')} only (ID_{min(users)}), {min_users} are needed"
-        raise DataError(f"{root}: {only}{seen}; add user folders")
+        raise DataError(f"{root}: {count(len(users), 'user')} only (ID_{users[0]}){seen}; give {min_users} or more")
+    alone = [some for some in _by(found.files, "user", "condition") if len(some) == 1]
+    recordings = _by(found.files, *_RECORDING)
+    lone = [some[0].path for some in recordings if len(some) == 1 and some not in alone]
+    if order == "number" and 2 * len(lone) > len(recordings) - len(alone):
+        raise DataError(
+            f"{root}: no window numbers in names such as {lone[0]}: {len(lone)} of {len(recordings)} recordings "
+            "would have one window; choose order name or time (--order name, -p order=name), or rename the files"
+        )
     if found.ignored:
         warnings.warn(f"{root}: {found.summary()}", stacklevel=2)
-    windows = Counter((f.user, f.condition) for f in found.files)
-    sizes = Counter((f.user, f.condition, f.recording) for f in found.files)
-    lone = [f.path for f in found.files if sizes[f.user, f.condition, f.recording] == 1 < windows[f.user, f.condition]]
     if lone:
         message = f"{count(len(lone), 'image')} with a name unlike the others, each a recording of one window"
         warnings.warn(f"{root}: {message} ({', '.join(lone[:3])})", stacklevel=2)
@@ -78,31 +87,28 @@ def find_windows(root: str | Path, *, min_users: int = 2, order: str = "number")
 def scan(root: str | Path, *, order: str = "number") -> Scan:
     """Find the windows below the folders of users: `root/ID_k/`, `root/<condition>/ID_k/`, `root/train/ID_k/`.
 
-    ID_3, ID 3, id-03, user_5, Sub01, P12 and 7 are names of users' folders. Folders below them are recordings. Folders
-    such as train, val and test are the parts of a split. The window number is the number in a name that varies within a
-    user's folder and counts the windows; a time, or a number that grows by eight or more from window to window, is
-    replaced by the position in its recording. Hidden files and what systems leave behind (`__MACOSX`, `Thumbs.db`) are
-    skipped.
+    ID_3, ID 3, user_5, Sub01, P12 and 7 are folders of users; folders below them are recordings. The window number is
+    the number in a name that varies, see `mdlib.data.names`. Hidden files and folders such as `__MACOSX` are skipped.
 
     Args:
-        root: the data folder.
-        order: "number" takes the numbers in the names; "name" and "time" (of the last change) number the windows of
-            each folder in that order.
+        order: "number" takes the numbers in the names; "name" and "time" (of the last change) count in each folder.
 
     Raises:
-        DataError: there is no such folder, it holds generated windows among others, a window or a user twice, users
-            inside and outside of train, val and test, or names without window numbers.
+        DataError: there is no such folder, it holds generated windows among others, or a window or a user twice.
     """
     root = Path(root)
-    if order not in ORDERS:
-        raise DataError(f"order={order!r}: choose {', '.join(ORDERS)}")
+    if order not in ("number", "name", "time"):
+        raise DataError(f"order={order!r}: choose number, name, time")
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the folder that holds ID_1, ID_2, ...")
-    images, ignored = user_images(root)
-    numbers = _numbers(root, images) if order == "number" else _ranks(root, images, order)
-    files = [WindowFile(i.path, i.user, i.condition, *numbers[i.path], i.part) for i in images]
-    files.sort(key=lambda f: (f.user, f.condition, f.recording, f.number))
-    return Scan(tuple(files), len(images) + sum(n for _, n, _ in ignored), tuple(ignored))
+    if inside := next(root.glob("*/**/generation.json"), None):
+        raise DataError(f"{inside.parent}: generated windows inside a folder of real ones; move them out of {root}")
+    files, ignored = _files(root)
+    files = sorted(_numbered(files) if order == "number" else _ranked(root, files, order), key=_PLACE)
+    if twins := [f"{root / a.path} and {root / b.path}" for a, b in pairwise(files) if _PLACE(a) == _PLACE(b)]:
+        more = f" (and {count(len(twins) - 1, 'more pair')})" if len(twins) > 1 else ""
+        raise DataError(f"{twins[0]}: the same window twice by their names{more}; delete or rename one of them")
+    return Scan(tuple(files), len(files) + ignored.total(), tuple((p, n, why) for (p, why), n in ignored.items()))
 
 
 def parse_users(text: str) -> list[int]:
@@ -117,72 +123,96 @@ def parse_users(text: str) -> list[int]:
     return list(dict.fromkeys(users))
 
 
-def _numbers(root: Path, images: Sequence[UserImage]) -> dict[str, tuple[str, int]]:
-    """Recording and window number of each path by the names. DataError where most images would be recordings of their
-    own, or a window is there twice."""
-    parsed = parse_names([i.name for i in images], [i.pool for i in images])
-    recordings: dict[tuple, list] = defaultdict(list)
-    for image, (recording, number) in zip(images, parsed, strict=True):
-        key = number if isinstance(number, tuple) else () if number is None else (number,)
-        recordings[image.user, image.condition, recording].append((key, isinstance(number, int), image))
-    pools = Counter(i.pool for i in images)
-    several = [found for found in recordings.values() if any(pools[image.pool] > 1 for *_, image in found)]
-    lone = [found for found in several if len(found) == 1]
-    if 2 * len(lone) > len(several):
-        example = lone[0][0][2].path
-        raise DataError(
-            f"{root}: no window numbers in names such as {example}: {len(lone)} of {len(several)} recordings "
-            "would have one window; choose order name or time (--order name, -p order=name), or rename the files"
-        )
-    found, doubled = {}, []
-    for (_, _, recording), windows in recordings.items():
-        sizes = Counter(image.part for *_, image in windows)
-        repeated = len(windows) - len({key for key, *_ in windows})
-        # Numbers that repeat from part to part start again in each: parts are then recordings of their own.
-        restart = len(sizes) > 1 and repeated and 2 * repeated >= len(windows) - max(sizes.values())
-        for part in sizes if restart else [None]:
-            some = sorted((w for w in windows if part in (None, w[2].part)), key=lambda w: (w[0], len(w[2].path)))
-            doubled += [(a[2].path, b[2].path) for a, b in pairwise(some) if a[0] == b[0]]
-            counts = all(counts for _, counts, _ in some) and not _fast([key[0] for key, *_ in some])
-            for place, (key, _, image) in enumerate(some):
-                name = f"{part}/{recording}" if part else recording
-                found[image.path] = name, key[0] if counts else place
-    if doubled:
-        more = f" (and {count(len(doubled) - 1, 'more pair')})" if len(doubled) > 1 else ""
-        first, second = map(root.joinpath, doubled[0])
-        other = second.name if first.parent == second.parent else second
-        raise DataError(
-            f"{first} and {other}: the same window twice by their names{more}; delete or rename one of them"
-        )
-    return found
+def holds_users(folder: Path) -> bool:
+    """Whether there are folders of users with images in `folder`."""
+    return any(any(_images(child)) for child in folder.iterdir() if child.is_dir() and _USER.fullmatch(child.name))
 
 
-def _fast(numbers: Sequence[int]) -> bool:
-    """Whether sorted numbers are too large or grow too fast to count windows."""
-    steps = [b - a for a, b in pairwise(numbers)]
-    fast = _FAST if len(numbers) >= _FEW else _FAST_IN_FEW
-    return numbers[0] >= _LARGE or (bool(steps) and statistics.median(steps) >= fast)
+def part_of(folder: str) -> str:
+    """The part of a split that a folder of this name holds: "train", "val" or "test", or ""."""
+    return match[1].lower() if (match := _PART.fullmatch(folder)) else ""
 
 
-def _ranks(root: Path, images: Sequence[UserImage], order: str) -> dict[str, tuple[str, int]]:
-    """Folder below the user and position in it of each path, by name, or by time of the last change. By time the parts
-    of a split share their recordings."""
-    folders: dict[tuple, list[UserImage]] = defaultdict(list)
-    times = {}
-    for image in images:
-        folder = image.name.rpartition("/")[0]
-        if order == "time":
-            times[image.path] = (root / image.path).stat().st_mtime_ns
-            folders[image.user, image.condition, folder].append(image)
-        else:
-            folders[image.user, image.condition, f"{image.part}/{folder}".strip("/")].append(image)
-    if times and 2 * len(set(times.values())) < len(times):
-        raise DataError(
-            f"{root}: order=time, but the {len(times)} images have {len(set(times.values()))} different times of the "
-            "last change, as after copying; choose order=name, or restore the times"
-        )
-    found = {}
-    for (_, _, folder), some in folders.items():
-        some.sort(key=lambda i: (times.get(i.path, 0), natural_key(i.name), i.path))
-        found |= {image.path: (folder, place) for place, image in enumerate(some)}
-    return found
+def _images(root: Path) -> Iterator[Path]:
+    """The images in and below `root` that are not hidden. A folder that links lead to again is skipped."""
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); change its rights, or move it away")
+
+    seen = set()
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = sorted(n for n in folders if real not in seen and n[0] != "." and n.lower() not in _JUNK)
+        yield from (Path(folder, name) for name in sorted(names) if real not in seen and _IMAGE.fullmatch(name))
+        seen.add(real)
+
+
+def _files(root: Path) -> tuple[list[WindowFile], Counter[tuple[str, str]]]:
+    """The images of users, not numbered yet, and the numbers of other images by (path, reason)."""
+    files, ignored, folders = [], Counter(), {}
+    for path in _images(root):
+        parts = path.relative_to(root).parts
+        user_at = _user_place(parts[:-1])
+        odd = _UNWRITABLE.search(str(path)) or not path.is_file()
+        if odd or user_at < 0:
+            reason = "a broken link, or control characters in the name" if odd else "not in one user folder like ID_3"
+            ignored[_UNWRITABLE.sub("?", f"{'/'.join(parts[:-1]) or '.'}/"), reason] += 1
+            continue
+        file, own = _unnumbered(parts, user_at), root.joinpath(*parts[: user_at + 1])
+        if (other := folders.setdefault((file.user, file.condition, file.part), own)) != own:
+            raise DataError(f"{other} and {own}: both are user {file.user}; merge or rename one of them")
+        files.append(file)
+    split = {f.part for f in files}
+    return [replace(f, part=f.part if len(split) > 1 else "") for f in files], ignored
+
+
+def _user_place(parts: Sequence[str]) -> int:
+    """Which folder of a path is the user's: the one with the longest word (ID_3 before P3 before 3). -1: none."""
+    words = [len(match[1]) if (match := _USER.fullmatch(name)) else -1 for name in parts]
+    longest = max(words, default=-1)
+    return words.index(longest) if words.count(longest) == 1 and longest >= 0 else -1
+
+
+def _unnumbered(parts: Sequence[str], user_at: int) -> WindowFile:
+    """The image with the path `parts`; its recording is the whole name below the user's folder."""
+    above, below = parts[:user_at], parts[user_at + 1 : -1]
+    part = next(filter(None, map(part_of, (*above, *below))), "")
+    condition, recording = ("/".join(name for name in some if not part_of(name)) for some in (above, below))
+    stem = f"{recording}/{Path(parts[-1]).stem}".lstrip("/")
+    return WindowFile("/".join(parts), int(_USER.fullmatch(parts[user_at])[2]), condition, stem, 0, part)
+
+
+def _by(files: Iterable[WindowFile], *fields: str) -> list[list[WindowFile]]:
+    """Lists of the files that have the same values of the fields."""
+    key = attrgetter(*fields)
+    return [list(some) for _, some in groupby(sorted(files, key=key), key)]
+
+
+def _numbered(files: Sequence[WindowFile]) -> list[WindowFile]:
+    """The files with recordings and window numbers by their names."""
+    numbered: list[WindowFile] = []
+    for some in _by(files, "user", "condition"):
+        parsed = parse_names([f.recording for f in some])
+        numbered += [replace(f, recording=r, number=n) for f, (r, n) in zip(some, parsed, strict=True)]
+    return [file for some in _by(numbered, *_RECORDING) for file in _parts_apart(some)]
+
+
+def _parts_apart(files: list[WindowFile]) -> list[WindowFile]:
+    """The files of a recording. If the numbers start again in each part, the parts are recordings of their own."""
+    sizes = Counter(f.part for f in files)
+    repeated = len(files) - len({f.number for f in files})
+    if len(sizes) > 1 and 2 * repeated >= len(files) - max(sizes.values()):
+        return [replace(f, recording=f"{f.part}/{f.recording}") for f in files]
+    return files
+
+
+def _ranked(root: Path, files: Sequence[WindowFile], order: str) -> list[WindowFile]:
+    """The files with their folders as recordings, numbered by name (w2 before w10) or by time of the last change."""
+    times = {f.path: (root / f.path).stat().st_mtime_ns if order == "time" else 0 for f in files}
+    if order == "time" and 2 * len(set(times.values())) < len(times):
+        different = f"{len(times)} images have {len(set(times.values()))} different times of the last change"
+        raise DataError(f"{root}: order=time, but {different}, as after copying; choose order=name")
+    names = {f.path: re.sub(r"\d+", lambda digits: digits[0].zfill(20), f.recording) for f in files}
+    files = sorted(files, key=lambda f: (times[f.path], names[f.path], f.path))
+    folders = [replace(f, recording=f.recording.rpartition("/")[0]) for f in files]
+    return [replace(f, number=n) for some in _by(folders, *_RECORDING) for n, f in enumerate(some)]

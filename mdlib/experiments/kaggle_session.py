@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from mdlib.data.folders import holds_users, is_part
+from mdlib.data.files import holds_users, part_of
 from mdlib.experiments.settings import read_record, write_record
 from mdlib.systems.system import gpus, preset_for
 from mdlib.utils import DEADLINE, DataError, batch_run, require_room, room, size
@@ -92,7 +92,7 @@ def find_data(root: Path) -> Path | None:
     holding = [folder for folder in _folders(root) if holds_users(folder)]
     siblings = {f.parent for f in holding if sum(g.parent == f.parent for g in holding) > 1}
     found = {f.parent if f.parent in siblings and _within_one_input(f.parent, root) else f for f in holding}
-    parts = {f: next((one for one in (f, f.parent) if is_part(one.name)), None) for f in found}
+    parts = {f: next((one for one in (f, f.parent) if part_of(one.name)), None) for f in found}
     found = {part.parent if part and _within_one_input(part.parent, root) else f for f, part in parts.items()}
     if len(found) > 1:
         raise DataError(

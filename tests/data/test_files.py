@@ -1,6 +1,7 @@
 """Which images of a folder are windows, of whom, in which recording and order; every image is accounted for."""
 
 import hashlib
+import itertools
 import os
 import random
 import uuid
@@ -9,7 +10,7 @@ import warnings
 import pytest
 from helpers import message, picture, write_image, write_set
 
-from mdlib.data.files import Scan, WindowFile, find_windows, parse_users, scan
+from mdlib.data.files import WindowFile, find_windows, parse_users, scan
 from mdlib.data.windows import load_windows
 from mdlib.utils import DataError
 
@@ -57,18 +58,6 @@ def test_windows_are_ordered_as_numbers(tmp_path):
     assert found[0] == WindowFile("ID_9/ID9_case1_1_Doppler1.png", 9, "", "ID9_case1_1_Doppler", 1)
 
 
-def test_conditions_and_folder_spellings(tmp_path):
-    for folder in ("Normal/ID_1", "Normal/id02", "Bag/ID_1"):
-        write_image(tmp_path / "set" / folder / "w1.jpg", picture(1, 1))
-    (tmp_path / "set" / "notes").mkdir()
-    found = [(f.user, f.condition, f.path) for f in find_windows(tmp_path / "set")]
-    assert found == [
-        (1, "Bag", "Bag/ID_1/w1.jpg"),
-        (1, "Normal", "Normal/ID_1/w1.jpg"),
-        (2, "Normal", "Normal/id02/w1.jpg"),
-    ]
-
-
 @pytest.mark.parametrize(
     "stem, recording, number",
     [
@@ -86,13 +75,6 @@ def test_names(tmp_path, stem, recording, number):
     assert (first.recording, first.number) == (recording, number)
 
 
-def test_hidden_files_are_ignored(tmp_path):
-    root = write_set(tmp_path / "set")
-    (root / "ID_1" / "._ID1_case1_1_Doppler1.png").write_bytes(b"")
-    (root / ".ID_3").mkdir()
-    assert len(quiet(find_windows, root)) == 6
-
-
 def test_bad_folders(tmp_path):
     root = write_set(tmp_path / "set")
     assert "no such folder" in message(find_windows, tmp_path / "absent")
@@ -108,14 +90,6 @@ def test_one_user_in_two_folders(tmp_path):
     write_image(root / "ID_02" / "w1.png", picture(2, 1))
     text = message(find_windows, root)
     assert "ID_02" in text and "ID_2" in text and "user 2" in text
-
-
-@pytest.mark.parametrize("twin", ["ID1_case1_1_Doppler1.jpg", "ID1_case1_1_Doppler01.png"])
-def test_one_window_in_two_files(tmp_path, twin):
-    root = write_set(tmp_path / "set")
-    write_image(root / "ID_1" / twin, picture(1, 1))
-    text = message(find_windows, root)
-    assert twin in text and "ID1_case1_1_Doppler1.png" in text and "twice" in text
 
 
 def test_generated_folders(tmp_path):
@@ -145,75 +119,40 @@ COUNTED = {
     "the hash of an upload": lambda u, r, k: f"ID{u}_case1_1_Doppler{k}_jpg.rf.{digest(u, k)}",
     "a short hash": lambda u, r, k: f"{digest(u, k)[:8]}_Doppler{k}",
     "a uuid": lambda u, r, k: f"Doppler{k}-{uuid.UUID(digest(u, k))}",
-    "an id in letters and digits": lambda u, r, k: (
-        f"w{k}_{''.join(random.Random(u * 99 + k).choices('aBcD0123', k=9))}"
-    ),
     "a random number": lambda u, r, k: f"Doppler{k}_{random.Random(u * 99 + k).randrange(10**6)}",
-    "a random number first": lambda u, r, k: f"{random.Random(u * 99 + k).randrange(10**6)}_{k}",
     "a size": lambda u, r, k: f"ID{u}_Doppler{k}_256x256",
-    "a size that varies": lambda u, r, k: f"ID{u}_Doppler{k}_61x{49 + k * 7 % 24}",
     "a carrier frequency": lambda u, r, k: f"win{k:04d}_77GHz",
-    "a carrier frequency first": lambda u, r, k: f"77GHz_{k}_jet",
-    "a version": lambda u, r, k: f"w{k}_v2",
-    "a constant": lambda u, r, k: f"{k}_of_40",
-    "an augmentation number": lambda u, r, k: f"w{k}_aug0",
-    "a date": lambda u, r, k: f"{k:03d}_2024-01-05",
     "a compact date": lambda u, r, k: f"20240105_{k:06d}",
-    "a time of recording": lambda u, r, k: f"2024-01-05_12-30-07_{k}",
     "a time of its own": lambda u, r, k: f"w{k}_2024-01-05T12.{30 + k // 20}.{k % 20 * 3:02d}",
     "a start sample": lambda u, r, k: f"Doppler{k}_start{k * 384}",
-    "zeros": lambda u, r, k: f"{k:06d}",
     "the user's number": lambda u, r, k: f"{k}_ID{u}",
-    "the user's name": lambda u, r, k: f"{['anna', 'bob'][u - 1]}{k}",
-    "brackets": lambda u, r, k: f"walk ({k})",
-    "brackets and the user": lambda u, r, k: f"ID{u} ({k})",
     "other scripts": lambda u, r, k: f"用户{u}_窗口{k}",
-    "other digits": lambda u, r, k: "".join(chr(0x660 + int(d)) for d in f"{k:03d}"),
     "a folder for each window": lambda u, r, k: f"{k:03d}/spectrogram",
-    "words that change": lambda u, r, k: f"{random.Random(k).choice('aeiou') * (k % 9 + 1)}_{k}",
 }
 
 
 @pytest.mark.parametrize("kind", COUNTED)
 def test_the_number_that_varies_is_the_windows(tmp_path, kind):
-    found = by_user(quiet(find_windows, named(tmp_path, COUNTED[kind])))
-    assert list(found) == [1, 2]
-    for recordings in found.values():
-        assert list(recordings.values()) == [[*range(1, 41)]], "one recording, in order"
-
-
-@pytest.mark.parametrize("kind", COUNTED)
-def test_gaps_in_the_numbers_stay(tmp_path, kind):
-    """Numbers are the names', not positions: a gap may separate the parts of a split."""
+    """Gaps stay: they may separate the parts of a split."""
     windows = [k for k in range(1, 60) if k not in (7, 20, 21, 22)]
-    if "2024" not in COUNTED[kind](1, 1, 1):
-        found = by_user(find_windows(named(tmp_path, COUNTED[kind], windows=windows)))
-        assert [*found[1].values()] == [windows]
+    found = by_user(quiet(find_windows, named(tmp_path, COUNTED[kind], windows=windows)))
+    assert [[*recordings.values()] for recordings in found.values()] == [[windows]] * 2, "one recording, in order"
 
 
 ORDERED = {
     "a date and a time": lambda u, r, k: f"2024-01-05_12-{30 + k // 20}-{k % 20 * 3:02d}",
     "a compact date and time": lambda u, r, k: f"20240105{12 + k // 20}30{k % 20 * 3:02d}",
     "milliseconds": lambda u, r, k: f"ID{u}_20240105T123007{k * 7:03d}",
-    "over midnight of a year": lambda u, r, k: f"202{k // 20}-{1 + k // 2 % 10:02d}-05",
-    "a screenshot": lambda u, r, k: f"Screenshot 2024-01-05 at 12.{30 + k // 20}.{k % 20 * 3:02d}",
     "a time alone": lambda u, r, k: f"ID{u} 12-{30 + k // 20}-{k % 20 * 3:02d}",
     "seconds since 1970": lambda u, r, k: f"{1704457807 + 2 * k}",
-    "milliseconds since 1970": lambda u, r, k: f"cam_{1704457807000 + 731 * k}",
-    "decimal seconds": lambda u, r, k: f"t{k / 2:.1f}",
     "a start sample": lambda u, r, k: f"start_{k * 128}",
 }
 
 
 @pytest.mark.parametrize("kind", ORDERED)
 def test_times_give_the_order_and_no_distance(tmp_path, kind):
-    windows = range(10, 50) if kind == "over midnight of a year" else range(1, 41)
-    root = named(tmp_path, ORDERED[kind], windows=windows)
-    found = quiet(find_windows, root)
-    if kind == "over midnight of a year":
-        assert sum(len(recordings) for recordings in by_user(found).values()) < 20
-        return
-    wanted = [f"{ORDERED[kind](1, 1, k)}.png" for k in windows]
+    found = quiet(find_windows, named(tmp_path, ORDERED[kind]))
+    wanted = [f"{ORDERED[kind](1, 1, k)}.png" for k in range(1, 41)]
     assert [f.path.split("/")[1] for f in found if f.user == 1] == wanted
     assert by_user(found)[1].popitem()[1] == [*range(40)], "one recording, neighbours one apart"
 
@@ -221,19 +160,14 @@ def test_times_give_the_order_and_no_distance(tmp_path, kind):
 SEVERAL = {
     "recording first": lambda u, r, k: f"ID{u}_case1_{r}_Doppler{k}",
     "recording last": lambda u, r, k: f"w{k:03d}_{r}",
-    "recording last, few windows": lambda u, r, k: f"win{k}_take{r}",
     "a folder": lambda u, r, k: f"day{r}/Doppler{k}",
-    "folders": lambda u, r, k: f"2024/day{r}/Doppler{k}",
     "a time of recording": lambda u, r, k: f"2024-01-05_12-3{r}-07_{k:04d}",
     "a day": lambda u, r, k: f"2024-01-0{r}_{k:02d}",
     "a word": lambda u, r, k: f"{'xabc'[r]}_{k}",
-    "a month": lambda u, r, k: f"{['', 'july', 'august', 'september'][r]}/{k}",
     "a uuid of the recording": lambda u, r, k: f"{uuid.UUID(digest(u, r))}_{k}",
-    "a short hash of the recording": lambda u, r, k: f"{digest(u, r)[:8]}_{k}",
     "a start sample": lambda u, r, k: f"rec{r}_win{k}_start{384 * k}",
     "a random number": lambda u, r, k: f"rec{r}_win{k}_{random.Random(u * 999 + r * 99 + k).randrange(10**6)}",
     "the hash of an upload": lambda u, r, k: f"trial{r}_{k}_png.rf.{digest(u, r, k)}",
-    "a size": lambda u, r, k: f"s{r}_{k}_64x64",
 }
 
 
@@ -255,50 +189,26 @@ def test_many_short_recordings(tmp_path):
     assert [*by_user(find_windows(root))[1].values()] == [[0, 1, 2]] * 20
 
 
-@pytest.mark.parametrize(
-    "copy, what",
-    [
-        ("w5 (1).png", "w5.png"),
-        ("w5(1).png", "w5.png"),
-        ("w5 2.png", "w5.png"),
-        ("w5 copy.png", "w5.png"),
-        ("w5 copy 2.png", "w5.png"),
-        ("w5 - Copy.png", "w5.png"),
-        ("w5 - Copy (3).png", "w5.png"),
-        ("Copy of w5.png", "w5.png"),
-        ("w5 - 副本.png", "w5.png"),
-        ("w5_aug1.png", "w5.png"),
-        ("w5_flipped.png", "w5.png"),
-        ("w5.webp", "w5.png"),
-        ("augmented/w5.png", "w5.png"),
-        ("w5_aug_1.png", "w5.png"),
-        ("w5_rot90.png", "w5.png"),
-    ],
-)
-def test_copies_are_named_with_their_original(tmp_path, copy, what):
-    root = touch(named(tmp_path / "set", lambda u, r, k: f"w{k}"), f"ID_1/{copy}")
+@pytest.mark.parametrize("twin", ["w5.webp", "w05.png", "w005.jpg"])
+def test_one_window_in_two_files_is_named(tmp_path, twin):
+    root = touch(named(tmp_path / "set", lambda u, r, k: f"w{k}"), f"ID_1/{twin}")
     text = message(find_windows, root)
-    assert copy in text and what in text and "twice" in text and "delete" in text
-    text = message(find_windows, touch(root, "ID_2/w9.tif"))
-    assert "1 more pair" in text
-    (root / "ID_2" / "w9.tif").unlink()
-    (root / "ID_1" / copy).unlink()
-    assert len(find_windows(root)) == 80
+    assert twin in text and "w5.png" in text and "twice" in text and "delete" in text
+    assert "1 more pair" in message(find_windows, touch(root, "ID_2/w9.tif"))
 
 
-def test_augmented_copies_of_every_window(tmp_path):
-    root = named(tmp_path, lambda u, a, k: f"w{k}_aug{a}", recordings=(0, 1, 2))
+def test_uploads_of_one_window_are_named(tmp_path):
+    root = named(tmp_path, lambda u, a, k: f"w{k}_png.rf.{digest(u, a, k)}", recordings=(1, 2))
     assert "the same window twice" in message(find_windows, root)
 
 
 NAMELESS = {
     "md5": lambda u, r, k: digest(u, k),
     "uuid": lambda u, r, k: str(uuid.UUID(digest(u, k))),
-    "short ids": lambda u, r, k: digest(u, k)[:8],
     "random numbers": lambda u, r, k: f"ID{u}_{random.Random(u * 99 + k).randrange(10**6, 10**9)}",
     "random numbers of a recording": lambda u, r, k: f"{k % 2}_{random.Random(u * 99 + k).randrange(10**9)}",
     "letters": lambda u, r, k: f"ID{u}_{chr(96 + k)}",
-    "words with numbers": lambda u, r, k: f"{digest(u, k)[:4]}{'xyz'[k % 3]}{k}",
+    "ids of letters": lambda u, r, k: "".join(random.Random(u * 99 + k).choices("aBcD0123", k=9)),
 }
 
 
@@ -333,9 +243,8 @@ def test_orders_keep_folders_apart_and_count_as_people_do(tmp_path):
 
 
 def test_the_order_reaches_the_set(tmp_path):
-    for user in (1, 2):
-        for k, letter in enumerate("cab"):
-            write_image(tmp_path / f"ID_{user}" / f"{letter}.png", picture(user, k), "grey")
+    for user, (k, letter) in itertools.product((1, 2), enumerate("cab")):
+        write_image(tmp_path / f"ID_{user}" / f"{letter}.png", picture(user, k), "grey")
     assert "order" in message(load_windows, tmp_path)
     windows = load_windows(tmp_path, size=32, order="name")
     assert [f.path[-5] for f in windows.files] == ["a", "b", "c"] * 2
@@ -352,52 +261,29 @@ def test_an_image_unlike_the_others_is_pointed_out(tmp_path):
 # ---- folders of users
 
 
-@pytest.mark.parametrize(
-    "folders",
-    [
-        {"ID_1": 1, "ID_2": 2, "ID_10": 10},
-        {"ID 3": 3, "ID-4": 4, "ID5": 5, "id-06": 6},
-        {"user_5": 5, "user6": 6, "User 7": 7},
-        {"subject 7": 7, "Subject 8": 8},
-        {"person9": 9, "person10": 10},
-        {"P12": 12, "P3": 3},
-        {"S3": 3, "S04": 4},
-        {"Sub01": 1, "sub-02": 2},
-        {"7": 7, "08": 8},
-        {"1001": 1001, "1002": 1002},
-        {"用户1": 1, "用户2": 2},
-        {"ID_1": 1, "ID 2": 2, "user_5": 5, "subject 6": 6, "P12": 12, "7": 7},
-    ],
-)
-@pytest.mark.parametrize("above", ["", "normal/", "train/", "train/bag/"])
-def test_names_of_user_folders(tmp_path, folders, above):
-    touch(tmp_path, *(f"{above}{folder}/w{k}.png" for folder in folders for k in (1, 2)))
+FOLDERS = "ID_1 ID5 id-06 ID-7 user_8 subject9 person10 P12 S03 Sub14 sub-15 16 用户17".split() + ["ID 2", "User 11"]
+
+
+@pytest.mark.parametrize("above", ["", "正常 步态/", "S1/", "train/a;b,c'd/"])
+def test_names_of_user_folders(tmp_path, above):
+    touch(tmp_path, *(f"{above}{folder}/w{k}.png" for folder in FOLDERS for k in (1, 2)))
     found = quiet(find_windows, tmp_path)
-    assert {f.path.removeprefix(above).split("/")[0]: f.user for f in found} == folders
+    users = {folder: int("".join(filter(str.isdigit, folder))) for folder in FOLDERS}
+    assert {f.path.removeprefix(above).split("/")[0]: f.user for f in found} == users
     assert {f.condition for f in found} == {above.replace("train/", "").strip("/")} and {f.part for f in found} == {""}
-    assert len(found) == 2 * len(folders)
+    assert len(found) == 2 * len(FOLDERS)
 
 
-@pytest.mark.parametrize(
-    "folder, reason",
-    [
-        ("ID_4 (copy)", "not a user folder name"),
-        ("ID_06_left", "not a user folder name"),
-        ("ID_3-anna", "not a user folder name"),
-        ("notes/", "outside a user folder"),
-        ("my notes/", "outside a user folder"),
-        ("图片/", "outside a user folder"),
-        ("P3/S4", "the user is either P3 or S4"),
-    ],
-)
-def test_images_that_are_of_no_user_are_reported(tmp_path, folder, reason):
-    root = touch(write_set(tmp_path), *(f"{folder.strip('/')}/w{k}.png" for k in range(20)))
+@pytest.mark.parametrize("folder", ["ID_4 (copy)", "ID_06_left", "2024", "my notes", "图片", "P3/S4"])
+def test_images_that_are_of_no_user_are_reported(tmp_path, folder):
+    root = touch(write_set(tmp_path), *(f"{folder}/w{k}.png" for k in range(20)))
+    reason = "not in one user folder like ID_3"
     with pytest.warns(UserWarning) as caught:
         assert len(find_windows(root)) == 6
-    assert [str(w.message) for w in caught] == [
-        f"{root}: 26 images found, 6 used; ignored: {folder} (20 images: {reason})"
-    ]
-    assert scan(root).ignored == ((folder, 20, reason),) and scan(root).found == 26
+    line = f"26 images found, 6 used; ignored: {folder}/ (20 images: {reason})"
+    assert [str(w.message) for w in caught] == [f"{root}: {line}"]
+    assert scan(root).ignored == ((f"{folder}/", 20, reason),) and scan(root).found == 26
+    assert "no user folders" in message(find_windows, touch(tmp_path / folder, "x.png"))
 
 
 def test_a_report_stays_one_line_of_a_readable_length(tmp_path):
@@ -407,37 +293,12 @@ def test_a_report_stays_one_line_of_a_readable_length(tmp_path):
     assert sum(n for _, n, _ in scan(tmp_path).ignored) == 200
 
 
-def test_all_that_was_found_stands_in_the_error_too(tmp_path):
-    touch(tmp_path, "anna/w1.png", "bob/w1.png")
-    text = message(find_windows, tmp_path)
-    assert "no user folders" in text and "anna/ (1 image: outside a user folder), bob/" in text
-
-
-def test_folders_above_and_below_users(tmp_path):
-    touch(tmp_path, *(f"S1/ID_{u}/cam2/w{k}.png" for u in (1, 2) for k in range(3)))
-    found = quiet(find_windows, tmp_path)
-    assert {(f.condition, f.user, f.recording) for f in found} == {("S1", 1, "cam2/w"), ("S1", 2, "cam2/w")}
-
-
-def test_images_of_other_kinds_count_as_found(tmp_path):
-    root = touch(write_set(tmp_path), "ID_1/a.npy", "ID_1/b.npy", "ID_2/c.mat", "ID_2/notes.txt", "labels.mat")
-    assert scan(root).ignored == (
-        ("*.npy", 2, "not a kind of image that is read"),
-        ("*.mat", 1, "not a kind of image that is read"),
-    )
-    assert scan(root).summary().startswith("9 images found, 6 used; ignored: *.npy (2 images: not a kind")
-    assert isinstance(scan(root), Scan) and len(scan(root).files) == 6
-
-
 def test_bmp_tif_and_webp_are_images(tmp_path):
     for extension, options in (("bmp", {}), ("tif", {}), ("webp", {"lossless": True})):
         for user in (1, 2):
             write_image(tmp_path / extension / f"ID_{user}" / f"w1.{extension}", picture(user, 1), **options)
         windows = load_windows(tmp_path / extension, size=32)
         assert windows.images[1, 0].tolist() == picture(2, 1).tolist() and windows.colormap == "jet"
-
-
-# ---- what operating systems leave behind
 
 
 def test_junk_is_skipped_at_every_level(tmp_path):
@@ -449,40 +310,30 @@ def test_junk_is_skipped_at_every_level(tmp_path):
     assert len(quiet(find_windows, root)) == 6 and scan(root).found == 6
 
 
-def test_an_empty_user_folder_is_reported(tmp_path):
-    root = touch(write_set(tmp_path), "ID_3/Thumbs.db", "ID_4/day1/__MACOSX/ID_4/x.png")
-    with pytest.warns(UserWarning, match=r"ID_3/ \(0 images: no images\), ID_4/ \(0 images: no images\)"):
-        assert len(find_windows(root)) == 6
-
-
 # ---- folders that are split already
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"train": "train", "val": "val", "test": "test"},
-        {"Train": "train", "TEST": "test"},
-        {"training": "train", "validation": "val", "testing": "test"},
-        {"Train_set": "train", "valid": "val", "test-set": "test"},
-        {"trainset": "train", "dev": "val", "test_data": "test"},
-        {"train images": "train", "val images": "val"},
-        {"训练集": "train", "验证集": "val", "测试集": "test"},
-    ],
-)
-@pytest.mark.parametrize(
-    "layout", ["{part}/ID_{user}", "{part}/normal/ID_{user}", "normal/{part}/ID_{user}", "ID_{user}/{part}"]
-)
+PARTS = [
+    "train val test",
+    "Train TEST",
+    "training validation testing",
+    "Train_set valid test-set",
+    "trainset test_data",
+]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("layout", ["{}/ID_{}", "{}/normal/ID_{}", "normal/{}/ID_{}", "ID_{1}/{0}"])
 def test_folders_of_a_split_are_parts(tmp_path, parts, layout):
-    for start, folder in enumerate(parts):
+    for start, folder in enumerate(parts.split()):
         for user in (1, 2):
-            where = layout.format(part=folder, user=user)
+            where = layout.format(folder, user)
             touch(tmp_path, *(f"{where}/ID{user}_Doppler{k}.png" for k in range(10 * start, 10 * start + 8)))
     found = quiet(find_windows, tmp_path)
     assert {f.condition for f in found} == {"normal" if "normal" in layout else ""}
     assert {(f.user, f.recording) for f in found} == {(1, "ID1_Doppler"), (2, "ID2_Doppler")}
     for f in found:
-        assert f.part == next(part for folder, part in parts.items() if folder in f.path.split("/"))
+        assert f.part in ("train", "val", "test") and f"/{f.part}" in f"/{f.path}".lower()
         assert f.number == int(f.path.split("Doppler")[1][:-4])
 
 
@@ -511,27 +362,8 @@ def test_a_window_in_two_parts_is_named(tmp_path):
 
 def test_one_part_alone_splits_nothing(tmp_path):
     root = touch(tmp_path, *(f"train/ID_{user}/w{k}.png" for user in (1, 2) for k in range(4)), "test/w1.png")
-    with pytest.warns(UserWarning, match=r"9 images found, 8 used; ignored: test/ \(1 image: outside a user folder\)"):
+    with pytest.warns(UserWarning, match=r"9 images found, 8 used; ignored: test/ \(1 image: not in one user folder"):
         assert {(f.part, f.condition) for f in find_windows(root)} == {("", "")}
-
-
-@pytest.mark.parametrize("other", ["ID_3", "normal/ID_1", "ID_1"])
-def test_users_inside_and_outside_of_parts(tmp_path, other):
-    touch(tmp_path, "train/ID_1/w1.png", "test/ID_1/w9.png", f"{other}/w5.png")
-    text = message(find_windows, tmp_path)
-    assert f"{other}/w5.png is not" in text and "train, val or test" in text
-
-
-# ---- names, links and rights
-
-
-def test_names_of_all_kinds(tmp_path):
-    root = tmp_path / "My data ü (2) 数据"
-    for condition in ("正常 步态", "mit Rucksack", "a;b,c'd"):
-        touch(root, *(f"{condition}/ID_{u}/窗口 {k}.png" for u in (1, 2) for k in range(5)))
-    found = quiet(find_windows, root)
-    assert len(found) == 30 and {f.condition for f in found} == {"正常 步态", "mit Rucksack", "a;b,c'd"}
-    assert {f.recording for f in found} == {"窗口 "}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="such names cannot exist")
@@ -541,7 +373,9 @@ def test_names_that_cannot_be_written_are_reported(tmp_path):
         touch(root, "ID_1/new\nline1.png", os.fsdecode(b"ID_1/\xff2.png"))
     except OSError:
         pytest.skip("the file system refuses them")
-    with pytest.warns(UserWarning, match=r"8 images found, 6 used; ignored: ID_1/ \(2 images: control or") as caught:
+    with pytest.warns(
+        UserWarning, match=r"8 images found, 6 used; ignored: ID_1/ \(2 images: .* control characters"
+    ) as caught:
         assert len(find_windows(root)) == 6
     assert "\n" not in str(caught[0].message)
 
@@ -556,7 +390,7 @@ def test_links(tmp_path):
     (tmp_path / "elsewhere" / "1" / "back").symlink_to(root, target_is_directory=True)
     assert len(quiet(find_windows, root)) == 4, "a link that leads back ends there"
     (tmp_path / "elsewhere" / "2" / "w3.png").symlink_to(tmp_path / "gone.png")
-    with pytest.warns(UserWarning, match=r"ID_2/w3\.png \(1 image: a broken link\)"):
+    with pytest.warns(UserWarning, match=r"ID_2/ \(1 image: a broken link"):
         assert len(find_windows(root)) == 4
 
 
@@ -568,19 +402,16 @@ def test_folders_without_rights(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return listing(path)
 
-    denied = "ID_3"
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.warns(UserWarning, match=r"6 used; ignored: ID_3/ \(0 images: cannot be read, Permission denied\)"):
-        assert len(find_windows(root)) == 6
-    denied = root.name
-    assert "cannot be read (Permission denied)" in message(find_windows, root)
+    for denied in ("ID_3", root.name):
+        monkeypatch.setattr(os, "scandir", refuse)
+        assert f"{denied}: cannot be read (Permission denied)" in message(find_windows, root)
 
 
 # ---- anything
 
 
 def odd_layout(root, seed):
-    """A folder of up to some hundred images that nobody planned; returns how many there are."""
+    """A folder of up to some hundred images without a plan; returns how many there are."""
     rng = random.Random(seed)
     above = rng.choice([[""], ["normal", "bag"], ["train", "val", "test"], ["train", "ID_9"], ["a/b", "c"], ["1", "2"]])
     folders = "ID_1 ID_2 ID_02 ID2 user_3 7 P4 S5 sub-06 ID_4(copy) anna notes 2024-01-05 试验 人8 __MACOSX .git a.png"
@@ -596,7 +427,7 @@ def odd_layout(root, seed):
         path = "/".join(filter(None, [rng.choice(above), user, rng.choice(inside), f"{stem}{mark}.{extension}"]))
         paths.add(path)
     if rng.random() < 0.3:
-        paths |= {"cover.png", "notes/x.bmp", "ID_1/data.npy"}
+        paths |= {"cover.png", "notes/x.bmp"}
     touch(root, *paths)
     return sum("__MACOSX" not in path and ".git" not in path for path in paths)
 
