@@ -1,8 +1,8 @@
 """Colour maps: from intensity to RGB and back, also where JPEG has blurred the colours, and which map a set shows.
 
 Names: `COLORMAPS`, those of matplotlib, and each of them with `_r` for the reversed map. `jet` is MATLAB's `jet(256)`:
-matplotlib's map of that name differs from it by up to 9 of 255 levels of intensity. `parula` is
-interpolated between stops, to 3 levels of intensity.
+matplotlib's map of that name differs from it by up to 9 of 255 levels of intensity. `parula` is interpolated between
+stops, to 3 levels.
 """
 
 from functools import lru_cache
@@ -31,7 +31,7 @@ _SCALE = np.array([4.0, 1.0, 1.0])
 # away.
 COLORMAP_TOLERANCE = {"jet": 26.0, "parula": 26.0, "viridis": 26.0, "grey": 8.0}
 # The same between the means of 8 x 8 pixels, which JPEG keeps, and those of the nearest colours: the right map comes to
-# 1 to 3 (fine jet structure: 5), the nearest wrong one to 5 (grey beside bone), mostly above 10.
+# 1 to 3 (fine jet structure: 5), the nearest wrong one to 5 (grey and bone), mostly above 10.
 _BLOCK_TOLERANCE = {"jet": 8.0, "parula": 8.0, "viridis": 8.0, "grey": 3.0}
 # The skewness of windows reduced to 16 x 16 is 0.8 to 2 whatever the noise floor: mostly background, and some of it far
 # above. It is the opposite where a map is read upside down.
@@ -155,7 +155,7 @@ class _Fit:
 
 
 def _maps_of_matplotlib(points: np.ndarray, most: int = 8) -> list[str]:
-    """The maps of matplotlib nearest to points (B, P, 3), without other names of grey, and stripes."""
+    """The maps of matplotlib nearest to points (B, P, 3), without other names of grey and without stripes."""
     from matplotlib import colormaps
 
     skipped = {*COLORMAPS, "gray", "gist_gray", "gist_grey", "binary", "gist_yarg", "gist_yerg", "flag", "prism"}

@@ -49,7 +49,7 @@ class _Layout:
     """What the pictures (N, H, W, C) of a set have in common, as masks (H, W)."""
 
     def __init__(self, pictures: np.ndarray, lossy: bool):
-        # Luma and chroma of a JPEG waver beside an edge; colours of other formats are exact.
+        # Luma and chroma of a JPEG waver near an edge; colours of other formats are exact.
         tolerance = np.array([24, 40, 40])[: pictures.shape[-1]] if lossy else 2
         usual = np.median(pictures, axis=0).astype(np.int16)
         same = lambda image, colour: (np.abs(image - colour) <= tolerance).all(-1)
