@@ -1,8 +1,8 @@
 """Colour maps: from intensity to RGB and back, also where JPEG has blurred the colours, and which map a set shows.
 
 Names: `COLORMAPS`, those of matplotlib, and each of them with `_r` for the reversed map. `jet` is MATLAB's `jet(256)`:
-matplotlib's map of that name differs from it by up to 9 of 255 levels of intensity. `parula` and `viridis` are
-interpolated between stops, to 3 levels and 1 level of intensity.
+matplotlib's map of that name differs from it by up to 9 of 255 levels of intensity. `parula` is interpolated between
+stops, to 3 levels.
 """
 
 from functools import lru_cache
@@ -10,25 +10,16 @@ from functools import lru_cache
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
-from scipy.stats import skew
 
 from mdlib.utils import DataError
 
 COLORMAPS = ("jet", "parula", "viridis", "grey")
 
 # Evenly spaced RGB stops, two hex digits a channel.
-_STOPS = {
-    "parula": (
-        "3e26a84332cb4741e54852f44563fd3875fe2e87f72797eb20a5e312b1d602bac324c1ae37c89757cc7a81cc59abc739"
-        "d1bf27f0ba36fec338fad62df5e924f9fb15"
-    ),
-    "viridis": (
-        "44015446085c471063481769481d6f482475472a7a46307e453781433d844142873f48893d4e8a3a538b38598c355e8d"
-        "33638d31688e2e6d8e2c718e2a768e297b8e27808e25848e23898e218e8d20928c1f978b1e9c891fa18821a58524aa83"
-        "28ae802eb37c35b7793dbc7446c06f50c46a5ac86465cb5e70cf577cd25089d54895d840a2da37b0dd2fbddf26cae11f"
-        "d8e219e5e419f1e51dfde725"
-    ),
-}
+_PARULA = (
+    "3e26a84332cb4741e54852f44563fd3875fe2e87f72797eb20a5e312b1d602bac324c1ae37c89757cc7a81cc59abc739d1bf27f0ba36fec338fa"
+    "d62df5e924f9fb15"
+)
 
 # RGB to Y, Cb, Cr less their offsets (ITU-T T.871, the JFIF colour space).
 _YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
@@ -40,14 +31,11 @@ _SCALE = np.array([4.0, 1.0, 1.0])
 # away.
 COLORMAP_TOLERANCE = {"jet": 26.0, "parula": 26.0, "viridis": 26.0, "grey": 8.0}
 # The same between the means of 8 x 8 pixels, which JPEG keeps, and those of the nearest colours: the right map comes to
-# 1 to 3 (fine jet structure: 5), the nearest wrong one to 5 (grey beside bone), mostly above 10.
-_BLOCK, _BLOCK_TOLERANCE = 8, {"jet": 8.0, "parula": 8.0, "viridis": 8.0, "grey": 3.0}
-_OTHER_TOLERANCE = 5.0
+# 1 to 3 (fine jet structure: 5), the nearest wrong one to 5 (grey and bone), mostly above 10.
+_BLOCK_TOLERANCE = {"jet": 8.0, "parula": 8.0, "viridis": 8.0, "grey": 3.0}
 # The skewness of windows reduced to 16 x 16 is 0.8 to 2 whatever the noise floor: mostly background, and some of it far
 # above. It is the opposite where a map is read upside down.
 LEAST_SKEW = 0.3
-_GREYS = {"gray": "grey", "gist_gray": "grey", "gist_grey": "grey"}
-_GREYS |= {name: "grey_r" for name in ("binary", "gist_yarg", "gist_yerg")}
 
 
 @lru_cache
@@ -59,8 +47,8 @@ def colormap_table(name: str) -> np.ndarray:
         table = np.repeat(np.arange(256)[:, None], 3, axis=1)
     elif name == "jet":
         table = 255 * np.clip(1.5 - np.abs(np.arange(1, 257)[:, None] / 64 - np.array([3, 2, 1])), 0, 1)
-    elif name in _STOPS:
-        stops = np.frombuffer(bytes.fromhex(_STOPS[name]), np.uint8).reshape(-1, 3)
+    elif name == "parula":
+        stops = np.frombuffer(bytes.fromhex(_PARULA), np.uint8).reshape(-1, 3)
         at = np.linspace(0, len(stops) - 1, 256)
         table = np.stack([np.interp(at, np.arange(len(stops)), stops[:, c]) for c in range(3)], axis=1)
     else:
@@ -81,12 +69,10 @@ def colorize(images: torch.Tensor | np.ndarray, colormap: str) -> np.ndarray:
     array = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
     if array.dtype != np.uint8:
         array = np.clip(np.round((array.astype(np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
-    channels = 3 if colormap == "none" else 1
-    if array.ndim == 4 and array.shape[1] == channels:
-        array = np.moveaxis(array, 1, -1)
-        return array if colormap == "none" else colormap_table(colormap)[array[..., 0]]
-    if array.ndim == 2 and channels == 1:
-        return colormap_table(colormap)[array]
+    if colormap == "none" and array.ndim == 4 and array.shape[1] == 3:
+        return np.moveaxis(array, 1, -1)
+    if colormap != "none" and (array.ndim == 2 or array.ndim == 4 and array.shape[1] == 1):
+        return colormap_table(colormap)[array if array.ndim == 2 else array[:, 0]]
     raise ValueError(f"cannot colour images of shape {array.shape} with colour map {colormap!r}")
 
 
@@ -100,75 +86,45 @@ def invert_colormap(pixels: np.ndarray, colormap: str, *, mode: str = "RGB") -> 
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.shape[-1:] != (3,):
         raise ValueError(f"expected uint8 pixels (..., 3), got {pixels.dtype} {pixels.shape}")
-    tree, known = _inverse(colormap, mode)
+    known = _known(colormap, mode)
     red, green, blue = np.moveaxis(pixels.astype(np.uint32), -1, 0)
     code = red << 16 | green << 8 | blue
-    value = known[code]
-    if not value.all():
-        new = np.unique(code[value == 0])
+    if (new := np.unique(code[known[code] == 0])).size:
         points = _to_ycbcr(np.stack([new >> 16, new >> 8 & 255, new & 255], axis=-1).astype(np.uint8), mode)
-        known[new] = 1 + tree.query(points * _SCALE)[1]
-        value = known[code]
-    return (value - 1).astype(np.uint8)
+        known[new] = 1 + _colours(colormap)[0].query(points * _SCALE)[1]
+    return (known[code] - 1).astype(np.uint8)
+
+
+def colormap_distance(pixels: np.ndarray, colormap: str, *, mode: str = "RGB") -> float:
+    """Mean distance in levels of pixels (uint8 (..., 3)) to the map's colours."""
+    nearest = _colours(colormap)[1][invert_colormap(pixels, colormap, mode=mode)]
+    return float(np.linalg.norm(_to_ycbcr(pixels, mode) - nearest, axis=-1).mean())
 
 
 def nearest_colormap(pixels: np.ndarray, *, mode: str = "RGB") -> tuple[str, float]:
-    """The map of `COLORMAPS` that pixels (uint8 (..., 3)) look drawn with, and their mean distance to its colours in
-    levels: above the map's `COLORMAP_TOLERANCE` they were drawn with none of them."""
+    """The map of `COLORMAPS` that pixels (uint8 (..., 3)) look drawn with, and their `colormap_distance`: above the
+    map's `COLORMAP_TOLERANCE` they were drawn with none of them."""
     distances = {name: colormap_distance(pixels, name, mode=mode) for name in sorted(COLORMAPS)}
     best = min(distances, key=distances.get)
     return best, distances[best]
 
 
-def colormap_distance(pixels: np.ndarray, colormap: str, *, mode: str = "RGB") -> float:
-    """Mean distance in levels of pixels (uint8 (..., 3)) to the map's colours."""
-    nearest = colormap_table(colormap)[invert_colormap(pixels, colormap, mode=mode)]
-    return float(np.linalg.norm(_to_ycbcr(pixels, mode) - _to_ycbcr(nearest, "RGB"), axis=-1).mean())
-
-
 def recognise_colormap(pictures: np.ndarray, *, mode: str = "RGB") -> str:
-    """The map, upside up, that pictures (uint8 (N, H, W, 3)) of one set are drawn with. Which end of the map is the
-    background is decided by `level_skew`.
-
-    Raises:
-        DataError: none fits, several fit and differ, or the ends of the map cannot be told apart.
-    """
-    points = _blocks(_to_ycbcr(pictures, mode))
-    some = points.reshape(-1, 3)[:: max(1, points.size // 3 // 4000)]
-    fits = {name: _fit(name, points) for name in COLORMAPS}
-    exact = [name for name, (block, _, span) in fits.items() if block < 0.5 and span > 150]
-    if not exact:  # else no other map can show so many of these colours
-        from matplotlib import colormaps
-
-        others = [
-            name
-            for name in colormaps
-            if not name.endswith("_r")
-            and colormaps[name].N >= 100
-            and name not in ("viridis", "grey", "flag", "prism", *_GREYS)
-        ]
-        pixel = {name: _trees(name)[0].query(some * _SCALE)[0].mean() for name in others}
-        fits |= {name: _fit(name, points) for name in sorted(pixel, key=pixel.get)[:8]}
-    fits = {name: fit for name, fit in fits.items() if fit[0] <= _BLOCK_TOLERANCE.get(name, _OTHER_TOLERANCE)}
-    if not fits:
+    """The map, not reversed, that pictures (uint8 (N, H, W, 3)) of one set are drawn with; DataError where none fits,
+    several fit and differ, or the map shows different levels in one colour."""
+    points = _to_ycbcr(_blocks(pictures), mode)
+    fits = {name: _Fit(name, points) for name in COLORMAPS}
+    # No other map can show so many colours of one of these exactly.
+    if not any(fit.distance < 0.5 and fit.span > 150 for fit in fits.values()):
+        fits |= {name: _Fit(name, points) for name in _maps_of_matplotlib(points)}
+    best = _best([fit for fit in fits.values() if fit.distance <= _BLOCK_TOLERANCE.get(fit.name, 5.0)])
+    (_, colours), (i, j) = _colours(best.name), np.triu_indices(256, 65)  # levels far apart
+    blur = np.linalg.norm(points - colours[best.levels], axis=-1).mean()
+    if np.linalg.norm(colours[i] - colours[j], axis=-1).min() < min(25.0, 4 + 12 * blur):
         raise DataError(
-            f"drawn with none of the colour maps {', '.join(COLORMAPS)} or matplotlib's; give colormap=... to take the "
-            "nearest colours, or channels=3 for RGB"
+            f"drawn with {best.name}, which shows different levels in one colour; export with another colour map"
         )
-    least = min(block for block, _, _ in fits.values())
-    near = {name: fit for name, fit in fits.items() if fit[0] <= 1.25 * least + 0.3}
-    widest = max(span for _, _, span in near.values())  # autumn is also a part of jet, read as few levels
-    wide = [name for name in near if near[name][2] > 0.85 * widest]
-    best = min(wide, key=lambda name: (name not in COLORMAPS, near[name][0]))
-    for name in wide if best not in COLORMAPS else ():
-        if abs(_correlation(near[best][1], near[name][1])) < 0.98:
-            raise DataError(f"drawn with {best} or {name}, which differ too little to tell; give colormap=...")
-    blur = np.linalg.norm(points - _trees(best)[1][near[best][1]], axis=-1).mean()
-    if _repeats(best, min(25.0, 4 + 12 * blur)):
-        raise DataError(
-            f"drawn with {best}, which shows different levels in one colour; export with another colour map"
-        )
-    return best
+    return best.name
 
 
 def upside_up(images: np.ndarray, colormap: str) -> str:
@@ -176,59 +132,62 @@ def upside_up(images: np.ndarray, colormap: str) -> str:
     levels (N, H, W) according to `colormap`. DataError where neither is clear."""
     score = level_skew(images)
     if abs(score) < LEAST_SKEW:
-        raise DataError(
-            f"drawn with {colormap} or {colormap}_r: neither end is clearly the background; give colormap={colormap} "
-            f"or colormap={colormap}_r"
-        )
+        either = f"{colormap} or {colormap}_r: neither end is clearly the background"
+        raise DataError(f"drawn with {either}; give colormap={colormap} or colormap={colormap}_r")
     return colormap if score > 0 else f"{colormap}_r"
 
 
 def level_skew(images: np.ndarray) -> float:
     """Skewness of the levels of images (N, H, W), reduced to 16 x 16, where speckle is averaged out; 0 if all equal."""
-    n, height, width = images.shape
-    rows, columns = (np.linspace(0, side, min(16, side) + 1).astype(int)[:-1] for side in (height, width))
-    sums = np.add.reduceat(np.add.reduceat(images.astype(np.float64), rows, axis=1), columns, axis=2)
-    sizes = np.outer(np.diff([*rows, height]), np.diff([*columns, width]))
-    means = (sums / sizes).ravel()
-    return float(skew(means)) if means.std() > 1e-6 else 0.0
+    means = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(images).double(), 16)
+    return float(((means - means.mean()) ** 3).mean() / max(means.std(correction=0), 1e-6) ** 3)
 
 
-def _fit(name: str, points: np.ndarray) -> tuple[float, np.ndarray, float]:
-    """Distance between the means of blocks (B, P, 3) and those of their nearest colours, the levels (B, P), and the
-    span of the levels."""
-    tree, colours = _trees(name)
-    levels = tree.query(points * _SCALE)[1]
-    block = np.linalg.norm(points.mean(1) - colours[levels].mean(1), axis=-1).mean()
-    low, high = np.percentile(levels, (0.5, 99.5))
-    return float(block), levels, float(high - low)
+class _Fit:
+    """How the map `name` fits blocks of points (B, P, 3)."""
+
+    def __init__(self, name: str, points: np.ndarray):
+        tree, colours = _colours(name)
+        self.name, self.levels = name, tree.query(points * _SCALE)[1]
+        # Between the means of the blocks and those of the nearest colours.
+        self.distance = np.linalg.norm(points.mean(1) - colours[self.levels].mean(1), axis=-1).mean()
+        self.span = np.ptp(np.percentile(self.levels, (0.5, 99.5)))
 
 
-@lru_cache
-def _trees(name: str) -> tuple[cKDTree, np.ndarray]:
-    colours = _to_ycbcr(colormap_table(name), "RGB")
-    return cKDTree(colours * _SCALE), colours
+def _maps_of_matplotlib(points: np.ndarray, most: int = 8) -> list[str]:
+    """The maps of matplotlib nearest to points (B, P, 3), without other names of grey and without stripes."""
+    from matplotlib import colormaps
+
+    skipped = {*COLORMAPS, "gray", "gist_gray", "gist_grey", "binary", "gist_yarg", "gist_yerg", "flag", "prism"}
+    names = [name for name in {*colormaps} - skipped if colormaps[name].N >= 100 and not name.endswith("_r")]
+    some = points.reshape(-1, 3)[::7] * _SCALE
+    return sorted(names, key=lambda name: (_colours(name)[0].query(some)[0].mean(), name))[:most]
 
 
-def _repeats(name: str, distance: float) -> bool:
-    """Whether levels far apart have colours nearer than `distance`."""
-    colours = _trees(name)[1]
-    between = np.linalg.norm(colours[:, None] - colours, axis=-1)
-    return bool((between[np.abs(np.subtract.outer(np.arange(256), np.arange(256))) > 64] < distance).any())
+def _best(fits: list[_Fit]) -> _Fit:
+    """The best fit; DataError if there is none, or another one as good that gives other levels."""
+    if not fits:
+        raise DataError(
+            f"drawn with none of the colour maps {', '.join(COLORMAPS)} or matplotlib's; give colormap=... to take the "
+            "nearest colours, or channels=3 for RGB"
+        )
+    most = 1.25 * min(fit.distance for fit in fits) + 0.3
+    near = [fit for fit in fits if fit.distance <= most]
+    widest = max(fit.span for fit in near)  # autumn is also a part of jet, read as few levels
+    near = [fit for fit in near if fit.span >= 0.85 * widest]
+    best = min(near, key=lambda fit: (fit.name not in COLORMAPS, fit.distance))
+    for fit in near if best.name not in COLORMAPS else ():
+        if abs(np.corrcoef(best.levels.ravel(), fit.levels.ravel())[0, 1]) < 0.98:
+            raise DataError(f"drawn with {best.name} or {fit.name}, which differ too little to tell; give colormap=...")
+    return best
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / max(1e-9, np.sqrt((a * a).sum() * (b * b).sum())))
-
-
-def _blocks(points: np.ndarray, most: int = 400) -> np.ndarray:
-    """Blocks (B, P, C) of neighbouring pixels from pictures (N, H, W, C), spread over all of them."""
-    n, height, width, channels = points.shape
-    side = min(_BLOCK, height, width)
-    rows, columns = height // side, width // side
-    cut = points[:, : rows * side, : columns * side].reshape(n, rows, side, columns, side, channels)
-    blocks = cut.transpose(0, 1, 3, 2, 4, 5).reshape(-1, side * side, channels)
-    return blocks[np.random.default_rng(0).permutation(len(blocks))[:most]]
+def _blocks(pictures: np.ndarray, n: int = 400) -> np.ndarray:
+    """Blocks (n, P, C) of neighbouring pixels, at random places of pictures (N, H, W, C)."""
+    count, height, width, channels = pictures.shape
+    side = min(8, height, width)  # as in a JPEG
+    corners = np.random.default_rng(0).integers(0, (count, height // side, width // side), (n, 3)) * (1, side, side)
+    return np.stack([pictures[i, y : y + side, x : x + side].reshape(-1, channels) for i, y, x in corners])
 
 
 def _to_ycbcr(pixels: np.ndarray, mode: str) -> np.ndarray:
@@ -241,7 +200,14 @@ def _to_ycbcr(pixels: np.ndarray, mode: str) -> np.ndarray:
 
 
 @lru_cache
-def _inverse(colormap: str, mode: str) -> tuple[cKDTree, np.ndarray]:
-    """A tree of the map's colours, and the intensity + 1 of each of the 2²⁴ colours, 0 where it was not needed yet.
-    Memory is taken where the table is used; threads may fill it at the same time: they write the same values."""
-    return cKDTree(_to_ycbcr(colormap_table(colormap), "RGB") * _SCALE), np.zeros(1 << 24, np.uint16)
+def _colours(name: str) -> tuple[cKDTree, np.ndarray]:
+    """The colours of a map: a tree of them, with luma weighted, and Y, Cb, Cr (256, 3)."""
+    colours = _to_ycbcr(colormap_table(name), "RGB")
+    return cKDTree(colours * _SCALE), colours
+
+
+@lru_cache
+def _known(colormap: str, mode: str) -> np.ndarray:
+    """The intensity + 1 of each of the 2²⁴ colours, 0 where it was not needed yet. Memory is taken where the table is
+    used; threads may fill it at the same time: they write the same values."""
+    return np.zeros(1 << 24, np.uint16)

@@ -1,89 +1,96 @@
-"""The plot inside exported figures: borders, axes, titles and colour bars, found over a set of pictures."""
+"""The plot inside exported figures: borders, axes, titles and colour bars, found over a set of pictures.
+
+A box is (left, top, right, bottom) in pixels; its sides are numbered in this order.
+"""
 
 import numpy as np
+
+from mdlib.utils import DataError, count
 
 _LEAST = 8  # rows and columns of a plot
 
 
-def parse_crop(text: str) -> tuple[int, int, int, int] | None:
-    """The box of "left,top,right,bottom", or None for "none" and "auto"; ValueError for anything else."""
-    if text in ("none", "auto"):
-        return None
-    left, top, right, bottom = (int(part) for part in text.split(","))
-    if min(left, top) < 0 or right - left < _LEAST or bottom - top < _LEAST:
-        raise ValueError(text)
+def parse_crop(text: str, width: int, height: int) -> tuple[int, int, int, int]:
+    """The box of "left,top,right,bottom" in images of width x height pixels."""
+    try:
+        left, top, right, bottom = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise DataError(f"crop={text!r}: choose none, auto, or left,top,right,bottom in pixels") from error
+    if not (0 <= left <= right - _LEAST <= width - _LEAST and 0 <= top <= bottom - _LEAST <= height - _LEAST):
+        raise DataError(f"crop={text}: outside of the images, which have {width}x{height} pixels; choose less")
     return left, top, right, bottom
 
 
 def find_plot(pictures: np.ndarray, *, lossy: bool) -> tuple[tuple[int, int, int, int], bool] | None:
-    """Where the plot is in pictures (N, H, W, C) uint8 of one layout: its box (left, top, right, bottom), and whether
-    that is certain; None where it fills the pictures.
+    """The box of the plot in pictures of one layout, uint8 (N, H, W) or (N, H, W, C), and whether it is certain; None
+    where the plot fills the pictures. lossy: from a format that blurs colours.
 
-    A line of pixels at an edge is outside the plot if it is the same in nearly all pictures: mostly the colour of that
-    edge (margin, with labels or a title that may vary), or another constant line (frame, colour bar). Edge rows in the
-    plot's own background colour stay. Where columns on both sides are of it, there is a border, but its end is not
-    certain.
+    Rows and columns at the edges are removed while they are outside the plot. Those in the plot's own background colour
+    can belong to it: only if there are some on both sides, there is a border, and its end is not certain.
     """
-    usual = np.median(pictures, axis=0).astype(np.int16)
-    near = lambda colour: np.abs(usual - colour) <= tolerance
-    # Luma and chroma of a JPEG waver beside an edge; colours of other formats are exact.
-    tolerance = (24 if pictures.shape[-1] == 1 else np.array([24, 40, 40])) if lossy else 2
-    fixed = np.mean([(np.abs(picture - usual) <= tolerance).all(-1) for picture in pictures], axis=0) >= 0.9
-    height, width = fixed.shape
-    middle = pictures[:, height // 4 : -(height // 4) or None, width // 4 : -(width // 4) or None]
-    ground = near(_mode(middle)).all(-1) & fixed
-
-    box = [0, 0, width, height]  # left, top, right, bottom
-    lines = {0: np.s_[:, 0], 1: np.s_[0, :], 2: np.s_[:, -1], 3: np.s_[-1, :]}
-    edges = {side: _mode(usual[line][None]) for side, line in lines.items()}
-    margins = {side: near(colour).all(-1) & fixed for side, colour in edges.items()}
-    own = {side: (np.abs(middle - colour) <= tolerance).all(-1).mean() > 0.03 for side, colour in edges.items()}
-
-    def outside(side: int) -> bool:
-        left, top, right, bottom = box
-        at = {0: left, 1: top, 2: right - 1, 3: bottom - 1}[side]
-        line = np.s_[top:bottom, at] if side in (0, 2) else np.s_[at, left:right]
-        margin, constant = margins[side][line].mean(), fixed[line].mean()
-        if (fixed & ~ground)[line].mean() >= 0.8:
-            return True
-        if own[side]:
-            return side in sides and margin >= 0.995
-        return (margin >= 0.5 and constant >= 0.7) or (side in (0, 2) and constant >= 0.97)
-
-    def peel() -> None:
-        moved = True
-        while moved and box[2] - box[0] > _LEAST and box[3] - box[1] > _LEAST:
-            moved = False
-            for side, step in ((0, 1), (2, -1), (1, 1), (3, -1)):
-                if outside(side):
-                    box[side] += step
-                    moved = True
-
-    sides = (0, 2)
-    peel()
-    soft = [side for side in (0, 2) if own[side] and box[side] != (0, 0, width, height)[side]]
-    if len(soft) == 1:  # one edge in the background's colour can be the plot's own
-        box, sides = [0, 0, width, height], ()
-        peel()
-    elif soft:
-        sides = (0, 1, 2, 3)
-        peel()
-    if box == [0, 0, width, height] or box[2] - box[0] <= _LEAST or box[3] - box[1] <= _LEAST:
-        return None
-    return tuple(box), len(soft) < 2
+    layout = _Layout(pictures.reshape(*pictures.shape[:3], -1), lossy)
+    box = layout.shrink(layout.whole, background=False)
+    inner = layout.shrink(box, background=True)
+    certain = not (inner[0] > box[0] and inner[2] < box[2])
+    left, top, right, bottom = box = box if certain else inner
+    found = box != layout.whole and right - left > _LEAST and bottom - top > _LEAST
+    return (box, certain) if found else None
 
 
 def describe_border(box: tuple[int, int, int, int], width: int, height: int) -> str:
     """Such as "3 rows at the top, 10 columns at the left"."""
     left, top, right, bottom = box
-    sides = ((top, "row", "top"), (height - bottom, "row", "bottom"), (left, "column", "left"))
-    sides += ((width - right, "column", "right"),)
-    return ", ".join(f"{n} {line}{'s' if n > 1 else ''} at the {side}" for n, line, side in sides if n)
+    sides = {"top": top, "bottom": height - bottom, "left": left, "right": width - right}
+    lines = {"top": "row", "bottom": "row", "left": "column", "right": "column"}
+    return ", ".join(f"{count(n, lines[side])} at the {side}" for side, n in sides.items() if n)
 
 
-def _mode(pictures: np.ndarray) -> np.ndarray:
-    """The most frequent colour (C,), as the median of its neighbourhood of 8 levels."""
-    colours = pictures.reshape(-1, pictures.shape[-1]).astype(np.int64)
+class _Layout:
+    """What the pictures (N, H, W, C) of a set have in common, as masks (H, W)."""
+
+    def __init__(self, pictures: np.ndarray, lossy: bool):
+        # Luma and chroma of a JPEG waver near an edge; colours of other formats are exact.
+        tolerance = np.array([24, 40, 40])[: pictures.shape[-1]] if lossy else 2
+        usual = np.median(pictures, axis=0).astype(np.int16)
+        same = lambda image, colour: (np.abs(image - colour) <= tolerance).all(-1)
+        height, width = usual.shape[:2]
+        self.whole = (0, 0, width, height)
+        self.fixed = np.mean([same(picture, usual) for picture in pictures], axis=0) >= 0.9  # in nearly all pictures
+        middle = pictures[:, height // 4 : -(height // 4) or None, width // 4 : -(width // 4) or None]
+        self.background = self.fixed & same(usual, _most_frequent(middle))
+        edges = [_most_frequent(_line(usual, self.whole, side)) for side in range(4)]
+        self.margins = [self.fixed & same(usual, colour) for colour in edges]
+        self.shared = [same(middle, colour).mean() > 0.03 for colour in edges]  # colours that the plot shows, too
+
+    def shrink(self, box: tuple, *, background: bool) -> tuple[int, int, int, int]:
+        """`box` without the rows and columns outside the plot. background: nor those in its background colour."""
+        box, before = list(box), None
+        while box != before and box[2] - box[0] > _LEAST and box[3] - box[1] > _LEAST:
+            before = box.copy()
+            for side, step in ((0, 1), (2, -1), (1, 1), (3, -1)):
+                box[side] += step * self.is_outside(box, side, background)
+        return tuple(box)
+
+    def is_outside(self, box: list[int], side: int, background: bool) -> bool:
+        """Whether the line at a side of the box is outside the plot: the same in nearly all pictures, and mostly in the
+        colour of that edge (a margin, with labels or a title that may vary) or of another one (frame, colour bar)."""
+        fixed, margin = _line(self.fixed, box, side), _line(self.margins[side], box, side).mean()
+        if (fixed & ~_line(self.background, box, side)).mean() >= 0.8:
+            return True
+        if self.shared[side]:
+            return background and margin >= 0.995
+        return (margin >= 0.5 and fixed.mean() >= 0.7) or (side in (0, 2) and fixed.mean() >= 0.97)
+
+
+def _line(array: np.ndarray, box: tuple | list, side: int) -> np.ndarray:
+    """The row or column of an array (H, W, ...) at a side of the box."""
+    inside = array[box[1] : box[3], box[0] : box[2]]
+    return (inside[:, 0], inside[0], inside[:, -1], inside[-1])[side]
+
+
+def _most_frequent(colours: np.ndarray) -> np.ndarray:
+    """The most frequent colour (C,) of an array (..., C), as the median of its neighbourhood of 8 levels."""
+    colours = colours.reshape(-1, colours.shape[-1]).astype(np.int64)
     codes = (colours >> 3) @ (32 ** np.arange(colours.shape[1]))
     values, counts = np.unique(codes, return_counts=True)
     return np.median(colours[codes == values[counts.argmax()]], axis=0).astype(np.int16)

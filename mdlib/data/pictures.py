@@ -1,144 +1,122 @@
-"""One image file: its header, and its pixels as intensity or colours of 8 bits. What a set's files share (`Kind`), such
-as the scale of 16-bit files or where transparency goes, is decided over the set by `survey`."""
+"""One image file: its header, its pixels as intensity or colours of 8 bits, and the window it becomes."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from mdlib.utils import DataError
+from mdlib.data.colormaps import colormap_distance, invert_colormap
+from mdlib.utils import DataError, count
 
 MOST_PIXELS = 16_000_000  # of a file: ten times a full-screen figure
-_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
-_READ = {"1", "L", "P", "RGB", "RGBX", "YCbCr", *_ALPHA}
+_GREY, _ALPHA = {"1", "L", "LA"}, {"LA", "PA", "RGBA", "RGBa"}
+_BITS = {"1": 1, "I;16": 16, "I;16B": 16, "I": 32, "F": 32}  # of a channel; other modes have 8
+_MODES = {*_GREY, *_ALPHA, *_BITS, "P", "RGB", "RGBX", "YCbCr"}
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """What a file's header says."""
 
     size: tuple[int, int]  # width, height
-    bits: int  # of a channel
-    wide: bool  # grey of more than 8 bits
-    alpha: bool
+    bits: int  # of a channel; above 8 it is grey
     lossy: bool  # a format that blurs colours
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How the pixels of a set's files become 8 bits."""
+class Reader:
+    """How every file of a set becomes a window."""
 
-    scale: tuple[float, float] | None = None  # what is 0 and what is 255, of grey files of more than 8 bits
-    alpha: str = ""  # transparency: "" there is none, "intensity", "black" below the picture, "ignored"
+    size: int  # of the windows
+    colormap: str  # "none": RGB; "auto": not known yet
+    scale: tuple[float, float] | None = None  # what is 0 and what is 255, of grey of more than 8 bits
+    box: tuple[int, int, int, int] | None = None  # the part that is read: left, top, right, bottom
+
+    def pixels(self, path: Path) -> tuple[np.ndarray, str]:
+        """Pixels of a file as uint8 (of more bits without a scale), and their mode: "L" (H, W), "A" (H, W) where the
+        picture is in the transparency, "RGB" or, of most JPEGs, "YCbCr" (H, W, 3)."""
+        array, mode, alpha = _decode(path, self.box, rgb=self.colormap == "none")
+        if self.scale:
+            low, high = self.scale
+            array = np.round(np.clip((array.astype(np.float64) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        if alpha is not None:
+            if not alpha.any() or np.ptp(array[alpha > 0], axis=0).max() <= 2:  # one colour wherever it shows
+                return alpha, "A"
+            if ((alpha > 0) & (alpha < 255)).mean() > 0.02:
+                raise DataError(f"{path}: colours and transparency both vary; export it without transparency")
+            array = (array.T * (alpha.T >= 128)).T  # on black
+        return array, mode
+
+    def window(self, path: Path) -> tuple[np.ndarray, str, float]:
+        """A window, uint8 (C, size, size), the mode of its file, and its mean distance to the map's colours."""
+        (pixels, mode), distance = self.pixels(path), 0.0
+        if self.colormap == "none":
+            image = Image.fromarray(pixels).convert("RGB")
+        elif pixels.ndim == 2:
+            image = Image.fromarray(255 - pixels if self.colormap == "grey_r" else pixels)
+        else:
+            distance = colormap_distance(pixels[::8, ::8], self.colormap, mode=mode)  # enough pixels for a mean
+            image = Image.fromarray(invert_colormap(pixels, self.colormap, mode=mode))
+        method = Image.Resampling.BOX if self.size <= min(image.size) else Image.Resampling.BILINEAR
+        array = np.asarray(image.resize((self.size, self.size), method)).reshape(self.size, self.size, -1)
+        return np.moveaxis(array, -1, 0), mode, distance
+
+
+def for_each(function: Callable, items: Sequence) -> list:
+    """The results of all items, computed in threads; or the first DataError with the number of others."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(function, item) for item in items]
+    if errors := [error for job in jobs if isinstance(error := job.exception(), DataError)]:
+        more = f" (and {count(len(errors) - 1, 'more file')} with errors)" if len(errors) > 1 else ""
+        raise DataError(f"{errors[0]}{more}")
+    return [job.result() for job in jobs]
 
 
 def read_head(path: Path) -> Head:
     """The header of a file; DataError if it is no image, or one of a kind that cannot be read as a window."""
-    try:
-        if path.stat().st_size == 0:
-            raise OSError("it is empty")
-        with Image.open(path) as image:
-            mode, (width, height), frames = image.mode, image.size, getattr(image, "n_frames", 1)
-            lossy = image.format in ("JPEG", "MPO", "WEBP")
-            alpha = mode in _ALPHA or "transparency" in image.info
-            bits = {"1": 1, "I": 32, "F": 32}.get(mode, 16 if "16" in f"{mode}{[t[3] for t in image.tile]}" else 8)
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: far more than {MOST_PIXELS // 10**6} million pixels; export it smaller") from error
-    except Exception as error:  # there are many ways to be damaged, and one remedy
-        raise _unreadable(path, error) from error
+    with readable(path), Image.open(path) as image:
+        mode, (width, height), frames = image.mode, image.size, getattr(image, "n_frames", 1)
+        lossy = image.format in ("JPEG", "MPO", "WEBP")
     if width * height > MOST_PIXELS:
         raise DataError(f"{path}: {width}x{height}, more than {MOST_PIXELS // 10**6} million pixels; export it smaller")
     if frames > 1:
         raise DataError(f"{path}: {frames} pictures in one file (an animation?); export each as a PNG")
-    wide = mode in ("I", "F") or mode.startswith("I;16")
-    if not wide and mode not in _READ:
+    if mode not in _MODES:
         raise DataError(f"{path}: colour mode {mode}; export it as RGB or grey")
-    return Head((width, height), bits, wide, alpha, lossy)
+    return Head((width, height), _BITS.get(mode, 8), lossy)
 
 
-def survey(paths: Iterable[Path], facts: Iterable[tuple], wide: bool, deep: bool) -> Kind:
-    """The kind of a set, from `file_facts` of its files."""
-    lows, highs, visible_lows, visible_highs, alpha_lows, alpha_highs, partial = map(np.array, zip(*facts, strict=True))
-    low, high = float(lows.min()), float(highs.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        bad = next(path for path, *ends in zip(paths, lows, highs, strict=True) if not np.isfinite(ends).all())
-        raise DataError(f"{bad}: pixels that are no finite numbers; replace them and export it again")
-    if wide:
-        if low == high:
-            raise DataError(f"{next(iter(paths)).parent}: every pixel has the value {low:g}; export the images again")
-        return Kind(scale=(0.0 if 0 <= low < 0.05 * high else low, high))
-    if deep and high < 128:  # pillow keeps the upper 8 of 16 bits of colours
-        raise DataError(
-            f"{next(iter(paths))}: 16-bit colours of which less than half of the range is used; export 16-bit grey"
-        )
-    if alpha_lows.min() == 255:
-        return Kind()
-    if alpha_lows.min() == alpha_highs.max():
-        return Kind(alpha="ignored")
-    if (visible_highs.max(axis=0) - visible_lows.min(axis=0)).max() <= 2:
-        return Kind(alpha="intensity")
-    if (partial > 0.02).any():
-        path = next(path for path, share in zip(paths, partial, strict=True) if share > 0.02)
-        raise DataError(f"{path}: colours and transparency both vary; export it without transparency")
-    return Kind(alpha="black")
-
-
-def file_facts(path: Path, box: tuple | None) -> tuple:
-    """Least and largest value; those of each channel where the picture shows; those of its alpha; the fraction of
-    pixels that are partly transparent. box: the part of the picture that counts."""
-    array, _, alpha = _decode(path, rgb=True)
-    if box:
-        array = array[box[1] : box[3], box[0] : box[2]]
-    low, high = array.min(), array.max()  # NaN where there is one
-    if alpha is None:
-        return low, high, np.zeros(3), np.full(3, 255), 255, 255, 0.0
-    shown = array[alpha > 0].reshape(-1, array.shape[-1] if array.ndim == 3 else 1)
-    ends = (shown.min(0), shown.max(0)) if len(shown) else (np.full(1, 255), np.zeros(1))
-    partial = float(((alpha > 0) & (alpha < 255)).mean())
-    ends = [np.broadcast_to(end.astype(int), 3) for end in ends]
-    return low, high, *ends, int(alpha.min()), int(alpha.max()), partial
-
-
-def read_pixels(path: Path, kind: Kind, *, rgb: bool = False) -> tuple[np.ndarray, str]:
-    """Pixels of a file as uint8, and their mode: "L" (H, W); "RGB" or, of most JPEGs, "YCbCr" (H, W, 3)."""
-    array, mode, alpha = _decode(path, rgb=rgb or bool(kind.alpha))
-    if kind.scale:
-        low, high = kind.scale
-        array = np.round(np.clip((array.astype(np.float64) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-    if kind.alpha == "intensity":
-        return np.full(array.shape[:2], 255, np.uint8) if alpha is None else alpha, "L"
-    if kind.alpha == "black" and alpha is not None:
-        array = np.round(array * (alpha if mode == "L" else alpha[..., None]) / 255.0).astype(np.uint8)
-    return array, mode
-
-
-def _decode(path: Path, *, rgb: bool) -> tuple[np.ndarray, str, np.ndarray | None]:
-    """Pixels as stored, (H, W) or (H, W, 3), their mode ("L", "RGB" or "YCbCr"), and alpha (H, W) where there is
-    transparency. rgb: JPEGs as RGB; else as YCbCr, whose luma is what was stored and is clipped on the way to RGB."""
+@contextmanager
+def readable(path: Path):
+    """Raise DataError for whatever goes wrong inside while a file is read."""
     try:
-        with Image.open(path) as image:
-            stores_rgb = image.info.get("adobe_transform") == 0
-            if image.format == "JPEG" and image.mode == "RGB" and not (rgb or stores_rgb):
-                image.draft("YCbCr", image.size)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                return np.asarray(image), "L", None
-            alpha = None
-            if image.mode in _ALPHA or "transparency" in image.info:
-                image = image.convert("LA" if image.mode in ("LA", "La", "L", "1") else "RGBA")
-                if (alpha := np.asarray(image.getchannel("A"))).min() == 255:
-                    alpha = None
-                image = image.convert("L" if image.mode == "LA" else "RGB")
-            elif image.mode == "1":
-                image = image.convert("L")
-            elif image.mode not in ("L", "RGB", "YCbCr"):
-                image = image.convert("RGB")
-            return np.asarray(image), image.mode, alpha
-    except Exception as error:  # see read_head
-        raise _unreadable(path, error) from error
+        yield
+    except Exception as error:  # there are many ways to be damaged, and one remedy
+        reason = (str(error) or type(error).__name__).replace(str(path), "it").splitlines()[0]
+        raise DataError(f"{path}: cannot be read ({reason}); delete it or export it again") from error
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = (str(error) or type(error).__name__).replace(str(path), "it").splitlines()[0]
-    return DataError(f"{path}: cannot be read ({reason}); delete it or export it again")
+def _decode(path: Path, box: tuple | None, *, rgb: bool) -> tuple[np.ndarray, str, np.ndarray | None]:
+    """Pixels as stored, (H, W) or (H, W, 3), their mode ("L", "RGB" or "YCbCr"), and alpha (H, W) where there is
+    transparency. rgb: all as RGB but grey of many bits; else JPEGs as YCbCr, whose luma is what was stored and is
+    clipped on the way to RGB."""
+    with readable(path), Image.open(path) as image:
+        if image.format == "JPEG" and image.mode == "RGB" and not rgb and image.info.get("adobe_transform") != 0:
+            image.draft("YCbCr", image.size)
+        image = image.crop(box)
+        if _BITS.get(image.mode, 8) > 8:
+            if not np.isfinite(array := np.asarray(image)).all():
+                raise ValueError("it has pixels that are no finite numbers")
+            return array, "L", None
+        grey, alpha = image.mode in _GREY and not rgb, None
+        if image.mode in _ALPHA or "transparency" in image.info:
+            image = image.convert("LA" if grey else "RGBA")
+            alpha = np.asarray(image.getchannel("A"))
+        if rgb or image.mode != "YCbCr":
+            image = image.convert("L" if grey else "RGB")
+        return np.asarray(image), image.mode, None if alpha is None or alpha.min() == 255 else alpha
