@@ -27,6 +27,7 @@ class Reading:
     """How the image files of a set were read."""
 
     colormap: str  # a name of `colormap_table`; "none" for RGB as it is
+    fit: float  # mean distance of the pixels to the map's colours, in levels of 255; 0 for grey files and RGB
     sizes: tuple[str, ...]  # of the files on disk, width x height in pixels: ("256x256",)
     shape: tuple[int, int]  # height and width in pixels of what was read: the files, or the plots cropped from them
     bits: int  # of a channel on disk: 1, 8, 16 or 32
@@ -76,7 +77,8 @@ def _read_files(root: Path, files: Sequence[WindowFile], size: int, colormap: st
             _check_colormap(path, image, distance, reader, reversible)
     left, top, right, bottom = reader.box or (0, 0, width, height)
     shape = (bottom - top, right - left)
-    about = Reading(reader.colormap, (f"{width}x{height}",), shape, head.bits, reader.box, tuple(notes))
+    fit, sizes = round(float(distances.mean()), 1), (f"{width}x{height}",)
+    about = Reading(reader.colormap, fit, sizes, shape, head.bits, reader.box, tuple(notes))
     return torch.from_numpy(images), about
 
 

@@ -176,7 +176,7 @@ def test_a_fingerprint_is_of_contents_and_names_below_the_folder(people, copy):
 def test_inspect_finds_a_simulated_set_ready(people):
     found = inspect(people)
     assert found.problems == [] and found.alike.gap == 4 and found.alike.ordered
-    assert found.found == len(found.files) == len(found.windows) == 120
+    assert found.scan.found == len(found.scan.files) == len(found.windows) == 120
 
 
 def test_inspect_goes_on_after_a_problem(tmp_path):
