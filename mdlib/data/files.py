@@ -13,7 +13,7 @@ from pathlib import Path
 from mdlib.data.names import parse_names
 from mdlib.utils import DataError, count
 
-_IMAGE = re.compile(r"[^.].*\.(png|jpe?g|jfif|bmp|tiff?|webp)", re.IGNORECASE)  # not hidden
+_IMAGE = re.compile(r"[^.].*\.(png|jpe?g|jfif|bmp|tiff?|webp)", re.IGNORECASE | re.DOTALL)  # not hidden
 _JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found")
 # ID_3, ID 3, id-03, user_5, subject7, person9, Sub01, P12, S3, or a plain number of at most three digits.
 _USER = re.compile(r"(id|user|subject|person|sub|用户|受试者|[ps]|(?=\d{1,3}$))[\s_-]*(\d+)", re.IGNORECASE)
