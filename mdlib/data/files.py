@@ -18,7 +18,7 @@ _JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found")
 # ID_3, ID 3, id-03, user_5, subject7, person9, Sub01, P12, S3, or a plain number of at most three digits.
 _USER = re.compile(r"(id|user|subject|person|sub|用户|受试者|[ps]|(?=\d{1,3}$))[\s_-]*(\d+)", re.IGNORECASE)
 # train, Training, valid, test_set, val images.
-_PART = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:[\s_-]?(?:set|data|images?))?", re.IGNORECASE)
+_PART = re.compile(r"(train|val|dev|test|eval)(?:ing|id|idation|uation)?(?:[\s_-]?(?:set|data|images?))?", re.I)
 _UNWRITABLE = re.compile(r"[\x00-\x1f\ud800-\udfff]")  # control characters, and bytes that are no text
 _RECORDING = ("user", "condition", "recording")
 _PLACE = attrgetter(*_RECORDING, "number")
@@ -130,7 +130,8 @@ def holds_users(folder: Path) -> bool:
 
 def part_of(folder: str) -> str:
     """The part of a split that a folder of this name holds: "train", "val" or "test", or ""."""
-    return match[1].lower() if (match := _PART.fullmatch(folder)) else ""
+    part = match[1].lower() if (match := _PART.fullmatch(folder)) else ""
+    return {"dev": "val", "eval": "test"}.get(part, part)
 
 
 def _images(root: Path) -> Iterator[Path]:
