@@ -93,7 +93,7 @@ def _window_column(columns: Sequence[_Column]) -> _Column | None:
     ranks = {
         (_different_rows(c, *_labels(columns, c)), not c.random(), c.hint, c.count, not c.fast(), place): c
         for place, c in enumerate(varying)
-        if c.kind not in ("id", "size")
+        if c.kind not in ("id", "size") and (c.hint > -2 or c.count in (1, len(c.texts)))  # else of folders
     }
     return ranks[max(ranks)] if ranks else None
 
