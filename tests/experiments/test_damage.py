@@ -75,11 +75,16 @@ def damaged(out, pattern, damage) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("file, use, remedy", USES, ids=[file for file, *_ in USES])
+@pytest.mark.parametrize(
+    "file, use, remedy, damage",
+    [
+        pytest.param(*one, damage, id=f"{one[0]}-{damage}")
+        for one in USES
+        for damage in DAMAGE
+        if not (one[0].endswith(".csv") and damage == "truncated")  # half a table is a table
+    ],
+)
 def test_a_damaged_file_is_named_with_the_remedy(file, use, remedy, damage, out):
-    if file.endswith(".csv") and damage == "truncated":
-        pytest.skip("half a table is a table")
     path = damaged(out, file, damage)
     said = message(use, out)
     assert said.startswith(f"{path} is missing or damaged: ") and remedy.format(out=out) in said
