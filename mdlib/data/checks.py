@@ -108,13 +108,20 @@ def seen(path: str | Path) -> set[str]:
     for folder in (path, *path.parents[:2]):  # RUN/codec, RUN/generated, RUN/pipeline or RUN/pipeline/prior
         for name in ("generation.json", "model_index.json"):
             if (folder / name).is_file():
-                found.update(json.loads((folder / name).read_text(encoding="utf-8")).get("trained_on") or ())
+                found.update(_read(folder / name).get("trained_on") or ())
         if folder != path and (folder / "split.json").exists():
             record = folder / "run.json"
-            settings = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.exists() else {}
+            settings = _read(record)["settings"] if record.exists() else {}
             found.update(*(seen(settings[key]) for key in STARTS if settings.get(key)))
             return found | _contents(read_split(folder / "split.json"), ["train", "val"], settings.get("data", ""))
     return found
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}): delete its folder and write it again") from error
 
 
 def _contents(split: dict, parts: Iterable[str], data: str | Path) -> set[str]:
