@@ -7,6 +7,7 @@ from helpers import write_set
 from toys import evidence, windows
 
 from mdlib.cli import app
+from mdlib.data.checks import hashes
 from mdlib.data.files import find_windows
 from mdlib.data.splits import make_split, read_split, write_split
 from mdlib.evaluation.evidence import Protocol
@@ -118,7 +119,9 @@ def test_a_figure_that_one_fold_lacks_is_no_mean(people, tmp_path, runs):
 def test_weights_that_saw_a_folds_test_windows_are_refused(people, tmp_path, runs):
     other = tmp_path / "other"
     other.mkdir()
-    write_split(make_split(find_windows(people)), other / "split.json")
+    files = find_windows(people)
+    contents = hashes(people, [file.path for file in files])
+    write_split({**make_split(files), "hashes": contents}, other / "split.json")
     start = {"codec_start": str(other / "codec")}
     study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), parameters=start)
     with pytest.raises(DataError, match="codec_start: .* was trained on .* of the windows that are the test here"):

@@ -398,6 +398,14 @@ def test_stages_follow_one_another_and_are_resumed_where_they_stopped(tmp_path):
     assert same(train("broken")[0], whole)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in a terminal; a process that was started in the background ignores it."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
 def interrupt(at: int, times: int = 1):
     def preview(model, step):
         for _ in range(times if step == at else 0):
@@ -406,7 +414,7 @@ def interrupt(at: int, times: int = 1):
     return preview
 
 
-def test_an_interrupt_saves_the_step_that_it_comes_in(tmp_path):
+def test_an_interrupt_saves_the_step_that_it_comes_in(tmp_path, ctrl_c):
     config, whole, model = replace(CONFIG, evaluate_every=1, save_every=100), line(), line()
     fit(whole, points(), config, progress=False)
     with pytest.raises(Interrupted, match="^stopped at step 8 of 12$") as stopped:
@@ -419,7 +427,7 @@ def test_an_interrupt_saves_the_step_that_it_comes_in(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_interrupt_stops_at_once(tmp_path):
+def test_a_second_interrupt_stops_at_once(tmp_path, ctrl_c):
     config = replace(CONFIG, evaluate_every=1, save_every=100)
     with pytest.raises(KeyboardInterrupt) as stopped:
         fit(line(), points(), config, tmp_path, preview=interrupt(at=7, times=2), progress=False)
