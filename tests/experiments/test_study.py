@@ -141,7 +141,8 @@ def test_weights_that_saw_a_folds_test_windows_are_refused(people, tmp_path, run
             folds=2,
             parameters={"codec_start": str(later / "codec")},
         )
-    (other / "run.json").write_text(json.dumps({"settings": {"data": "/somewhere/else"}}))
+    others = {path: f"of others {path}" for path in contents}  # the same names, other images
+    write_split({**make_split(files), "hashes": others}, other / "split.json")
     study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), folds=2, parameters=start)
 
 
