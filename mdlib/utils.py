@@ -86,6 +86,11 @@ def count(n: int, what: str) -> str:
     return f"{n} {what}" + ("" if n == 1 else "s")
 
 
+def to_float(images):
+    """uint8 tensor 0…255 to float32 [−1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 @contextmanager
 def whole_file(path: str | Path):
     """`with` a temporary name to write to; the complete file then replaces `path`. On an error it is removed; OSError

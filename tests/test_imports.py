@@ -55,6 +55,11 @@ def test_the_command_line_needs_experiments_and_the_public_face_only():
     assert imported(PACKAGE / "cli.py") <= {"experiments", "utils"}
 
 
+def test_rooms_depend_on_few_others():
+    arrows = {(room(path), other) for path in FILES for other in imported(path) if other != room(path)}
+    assert len({arrow for arrow in arrows if arrow[0] in ROOMS[1:]}) <= 30, sorted(arrows)
+
+
 def test_only_plots_and_charts_import_matplotlib():
     for path in FILES:
         roots = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from mdlib.data.windows import to_float
+from mdlib.utils import to_float
 
 STEPS = 4  # in the width of a window
 

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from mdlib.data.files import WindowFile
 from mdlib.data.splits import PARTS
-from mdlib.data.windows import WindowSet, to_float
+from mdlib.data.windows import WindowSet
+from mdlib.utils import to_float
 
 SIDE = 64  # pixels at which windows are compared: speckle, which only the same columns have in common, is that fine
 FARTHEST = SIDE * 3 // 4  # longest shift in time that is tried: windows that share less than a quarter pass as apart

@@ -10,12 +10,7 @@ import torch
 from mdlib.data.colormaps import colormap_table
 from mdlib.data.files import WindowFile, find_windows
 from mdlib.data.reading import Reading, read_images
-from mdlib.utils import DataError
-
-
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 0…255 to float32 [−1, 1]."""
-    return images.float() / 127.5 - 1
+from mdlib.utils import DataError, to_float
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from mdlib.data.windows import WindowSet, to_float
+from mdlib.data.windows import WindowSet
 from mdlib.evaluation.metrics import code_counts, psnr, ssim
 from mdlib.models.layers import parts
 from mdlib.models.pretrained import load_lpips, lpips_weights
 from mdlib.training.latents import decode_all, encode_all
-from mdlib.utils import DataError
+from mdlib.utils import DataError, to_float
 
 GRADES = ((28.0, "excellent"), (25.0, "good"), (20.0, "fair"), (-torch.inf, "poor"))  # by PSNR in dB, at least
 FAR_MEAN, FAR_STD = 0.5, (0.5, 2.0)  # latents beyond these were normalised with other windows' statistics

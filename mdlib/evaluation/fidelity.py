@@ -10,7 +10,7 @@ from scipy.stats import ks_2samp
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from mdlib.data.windows import WindowSet, to_float
+from mdlib.data.windows import WindowSet
 from mdlib.evaluation import metrics
 from mdlib.evaluation.augmentation_study import Arms
 from mdlib.evaluation.codec_quality import find_lpips
@@ -19,7 +19,7 @@ from mdlib.evaluation.metrics import absent, figure, missing, over_users
 from mdlib.models.classifier import SmallCNN, features
 from mdlib.models.layers import parts
 from mdlib.models.pretrained import load_inception
-from mdlib.utils import best_device
+from mdlib.utils import best_device, to_float
 
 DISTANCES = ("kid", "precision", "recall", "density", "coverage")
 FRECHET = {"value": "fd", "real_vs_real": "fd_real_vs_real", "train": "fd_train"}  # the Fréchet distances' own keys

@@ -17,7 +17,7 @@ from mdlib import __version__
 from mdlib.data.checks import LEAK
 from mdlib.data.nearness import overlap
 from mdlib.data.splits import PARTS
-from mdlib.data.windows import to_float, to_uint8
+from mdlib.data.windows import to_uint8
 from mdlib.evaluation import augmentation_study as study
 from mdlib.evaluation import metrics
 from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate, train_each
@@ -27,6 +27,7 @@ from mdlib.evaluation.metrics import absent, bootstrapped, figure, interval, mis
 from mdlib.models.classifier import Embedder, SmallCNN
 from mdlib.models.layers import parts
 from mdlib.training.latents import encode_all
+from mdlib.utils import to_float
 
 NEAR_CHANCE = 0.1  # accuracy of real only, corrected for chance, below which the verdict says that it is near chance
 PAIRS_SHOWN = 6  # generated windows shown with their nearest training window

@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
-from mdlib.data.windows import to_float
+from mdlib.utils import to_float
 
 
 class Classifier(ModelMixin, ConfigMixin):

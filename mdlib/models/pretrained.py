@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from mdlib.data.windows import to_float
 from mdlib.models.classifier import SmallCNN
+from mdlib.utils import to_float
 
 INSIDE = ("ema", "model", "state_dict")  # entries of a training's checkpoint that hold weights, best first
 PROJECTION = "losses.alignment.projection.weight"

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mdlib.data.checks import check_split, seen_beyond, seen_of_test
 from mdlib.data.nearness import SIDE
 from mdlib.data.splits import apply_split, describe_training, read_split, spare_windows
-from mdlib.data.windows import WindowSet, load_windows, to_float
+from mdlib.data.windows import WindowSet, load_windows
 from mdlib.evaluation.augmentation_study import FILTERS, keep_best, keep_plausible, scores
 from mdlib.evaluation.codec_quality import choose_codec
 from mdlib.evaluation.evidence import Evidence, Protocol, train_classifier
@@ -21,7 +21,7 @@ from mdlib.evaluation.protocol import evaluate, through_codec
 from mdlib.pipeline import copy_windows, load_pipeline
 from mdlib.reports import charts, plots
 from mdlib.reports.charts import SECTIONS, describe
-from mdlib.utils import DataError, read_history, whole_file
+from mdlib.utils import DataError, read_history, to_float, whole_file
 
 GAIT = ("torso_speed", "cadence", "step_length", "foot_speed")  # whose spread within a user is pictured
 FILTER_STEPS = 400  # optimizer steps of the classifier of `select_folder`

@@ -8,9 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mdlib.data.windows import to_float
 from mdlib.models.layers import fingerprint, parts
-from mdlib.utils import whole_file
+from mdlib.utils import to_float, whole_file
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 import torch
 from helpers import message, small_set
 
-from mdlib.data.windows import to_float, to_uint8
+from mdlib.data.windows import to_uint8
+from mdlib.utils import to_float
 
 
 def test_selections_keep_the_label_map():

@@ -10,12 +10,12 @@ import torch
 from helpers import message, small_set
 from torch import nn
 
-from mdlib.data.windows import to_float
 from mdlib.evaluation import codec_quality, metrics
 from mdlib.evaluation.codec_quality import cells, check_codec, choose_codec, code_patches, survey
 from mdlib.models.kl import KLVAE
 from mdlib.models.vqvae import VQVAE
 from mdlib.reports import plots
+from mdlib.utils import to_float
 
 SMALL = dict(image_size=32, patch_size=(2, 2), block_out_channels=(8,), norm_num_groups=4)
 

@@ -8,13 +8,12 @@ import pytest
 import torch
 from helpers import ROOT, message, write_set
 
-from mdlib.data.windows import to_float
 from mdlib.experiments.compare import read_report
 from mdlib.experiments.run import open_run
 from mdlib.experiments.steps import attach_trained_losses, codec_stage, prior_stage, save_codec, train_stage
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.systems import load_codec
-from mdlib.utils import read_history, readable
+from mdlib.utils import read_history, readable, to_float
 
 
 @pytest.fixture(scope="module")
