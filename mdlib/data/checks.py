@@ -60,15 +60,15 @@ def check_identical(files: Sequence[WindowFile], found: dict[str, str], split: d
     return same
 
 
-def check_split(windows: WindowSet, split: dict) -> dict:
+def check_split(windows: WindowSet, split: dict, found: dict[str, str] | None = None) -> dict:
     """The split with the contents of its windows, under "hashes". `windows`: all of the data folder, at SIDE
-    pixels or more.
+    pixels or more; found: their `hashes`, where these are known.
 
     Raises:
         DataError: the split does not fit (see `apply_split`), was made for windows of other contents, has identical
             files in two parts, or its test windows share columns with training windows by their images.
     """
-    parts, found = apply_split(windows, split), hashes(windows.root, windows.paths)
+    parts, found = apply_split(windows, split), found or hashes(windows.root, windows.paths)
     for path, content in split.get("hashes", {}).items():
         if found.get(path, content) != content:
             raise DataError(f"{windows.root}: {path} is not the image that the split was made for: make a new split")
@@ -178,7 +178,7 @@ def inspect(root: str | Path, *, order: str = "number", **reading) -> Inspection
         problems.append(str(error))
     else:
         try:
-            split = check_split(windows, make_split(windows))
+            split = check_split(windows, make_split(windows), contents)
         except DataError as error:
             problems.append(str(error))
         if not alike.ordered:

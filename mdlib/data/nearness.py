@@ -44,7 +44,8 @@ def residuals(windows: WindowSet, whole: bool = False) -> torch.Tensor:
 
 def _smooth(images: torch.Tensor) -> torch.Tensor:
     """Means over 9 × 9 pixels."""
-    return functional.avg_pool2d(functional.pad(images, (4, 4, 4, 4), mode="replicate"), 9, 1)
+    padded = functional.pad(images, (4, 4, 4, 4), mode="replicate")
+    return functional.avg_pool2d(functional.avg_pool2d(padded, (9, 1), 1), (1, 9), 1)
 
 
 def likeness(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from mdlib.data.windows import WindowSet
 from mdlib.reports import plots
 from mdlib.utils import count
 
-SHOWN = 6  # windows of a user on the sheet
+SHOWN = 4  # windows of a user on the sheet
 
 
 def inspect_folder(root: str | Path, out: str | Path, **options) -> list[str]:
@@ -78,7 +78,7 @@ def _overlap(found: Inspection) -> list[str]:
 
 
 def sheet(windows: WindowSet) -> plots.Figure:
-    """Contact sheet: a row a user, up to six windows of each, evenly spaced."""
+    """Contact sheet: a row a user, up to four windows of each, evenly spaced."""
     images, titles = [], []
     for user in windows.users:
         mine = windows.of_user(user)
