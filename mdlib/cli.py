@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import mdlib
-from mdlib.experiments.settings import check_names, check_request, options_page
+from mdlib.experiments.settings import check_names, check_request, options_page, order_of
 from mdlib.utils import count, failed_import, read_json
 
 
@@ -234,7 +234,7 @@ def pair(text: str) -> tuple[str, object]:
 def _checked(data: Path, systems: str, preset: str, parameters: list[str]) -> dict:
     """The parameters of a comparison or study, after its names and folder were checked without torch."""
     given = dict(map(pair, parameters))
-    mdlib.find_windows(data, order=given.get("order", "number"))
+    mdlib.find_windows(data, order=order_of(given.get("reading", {})))
     for name in filter(None, map(str.strip, systems.split(","))):
         check_names(name, preset, given)
     return given

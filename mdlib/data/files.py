@@ -74,7 +74,8 @@ def find_windows(root: str | Path, *, min_users: int = 2, order: str = "number")
     if order == "number" and 2 * len(lone) > len(recordings) - len(alone):
         raise DataError(
             f"{root}: no window numbers in names such as {lone[0]}: {len(lone)} of {len(recordings)} recordings "
-            "would have one window; choose order name or time (--order name, -p order=name), or rename the files"
+            "would have one window; choose order name or time (order=name; --order name; in a run -p "
+            """'reading={"order": "name"}'), or rename the files"""
         )
     if found.ignored:
         warnings.warn(f"{root}: {found.summary()}", stacklevel=2)

@@ -141,7 +141,8 @@ def _choose_box(root, files, sample: Sequence[Path], reader: Reader, head: Head,
     border = f"{root}: the images have a border of {describe_border(box, width, height)} (axes, title or margin?)"
     whole = f"crop=0,0,{width},{height} keeps it"
     if crop == "none":
-        raise DataError(f"{border}: crop them, or give crop=auto; {whole}")
+        how = """give crop=auto (--crop auto; in a run -p 'reading={"crop": "auto"}')"""
+        raise DataError(f"{border}: crop them, or {how}; {whole}")
     if not certain:
         raise DataError(f"{border} in the colour of the background: give crop=left,top,right,bottom in pixels; {whole}")
     return box

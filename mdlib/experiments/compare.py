@@ -16,7 +16,7 @@ from mdlib.data.files import find_windows
 from mdlib.data.splits import PARTS
 from mdlib.experiments.execute import execute, locked
 from mdlib.experiments.run import Run, open_run, resolve_preset, versions
-from mdlib.experiments.settings import RunSettings, check_names, defaults, read_record
+from mdlib.experiments.settings import RunSettings, check_names, defaults, order_of, read_record
 from mdlib.pipeline import load_pipeline
 from mdlib.reports.report import conclusions, load_generated, write_comparison
 from mdlib.systems import SYSTEMS, get_preset
@@ -64,7 +64,7 @@ def compare(
         )
     preset = resolve_preset(preset, saved_settings(out))
     check_series("a comparison", names, preset, given, EXCLUDED | (EXCLUDED_BY_BUDGET if half else {}))
-    find_windows(data, order=given.get("order", "number"))
+    find_windows(data, order=order_of(given.get("reading", {})))
     default = saved_settings(out).get("images_per_user") or max(get_preset(n, preset).images_per_user for n in names)
     images = images_per_user or default
     own = {"budget_minutes": budget_minutes, "images_per_user": images, "parameters": given}

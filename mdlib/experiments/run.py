@@ -19,7 +19,7 @@ from mdlib.data.files import find_windows
 from mdlib.data.nearness import SIDE
 from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, write_split
 from mdlib.data.windows import WindowSet, load_windows
-from mdlib.experiments.settings import RunSettings, defaults, read_record, write_record
+from mdlib.experiments.settings import RunSettings, defaults, order_of, read_record, write_record
 from mdlib.models.pretrained import load_foundation, load_lpips
 from mdlib.systems import Preset, System, attach_losses, get_preset, get_system, make_codec, make_prior, start
 from mdlib.systems.system import gpus, preset_for
@@ -65,7 +65,7 @@ class Run:
     @property
     def reading(self) -> dict:
         """How windows are read: options of `load_windows`."""
-        return {key: self.settings[key] for key in ("channels", "colormap", "crop", "order")}
+        return {**{key: self.settings[key] for key in ("channels", "colormap")}, **self.settings["reading"]}
 
     @cached_property
     def windows(self) -> WindowSet:
@@ -217,12 +217,12 @@ def resolve_preset(preset: str, stored: dict) -> str:
 def _found_again(out: Path, record: dict, data: str) -> str:
     """The data folder of a run: the one it began with, or `data` if that holds the same windows, which run.json then
     names. DataError where the folder is gone."""
-    known, before, order = (record.get("data_fingerprint"), *(record["settings"].get(k) for k in ("data", "order")))
+    known, before = record.get("data_fingerprint"), record["settings"]["data"]
     if not Path(data).is_dir():
         raise DataError(f"{out}: its windows are no longer in {data}: give their new place with --data")
     if data == before or not known:
         return before
-    files = find_windows(data, order=order or "number")
+    files = find_windows(data, order=order_of(record["settings"].get("reading", {})))
     if fingerprint(hashes(data, (file.path for file in files))) != known:
         return before
     record["settings"]["data"] = data
@@ -233,7 +233,7 @@ def _found_again(out: Path, record: dict, data: str) -> str:
 def _check(run: Run) -> dict[str, str]:
     """The contents of the windows; DataError where a setting cannot be used. The models are built and initialised on
     the meta device: sizes and weights that do not fit raise now, not after an hour of training."""
-    settings, files = run.settings, find_windows(run.settings["data"], order=run.settings["order"])
+    settings, files = run.settings, find_windows(run.settings["data"], order=order_of(run.settings["reading"]))
     contents = hashes(settings["data"], (file.path for file in files))
     check_identical(files, contents)
     init, split, unrecorded = (settings[key] for key in ("init", "split", "unrecorded"))

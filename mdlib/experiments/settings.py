@@ -33,7 +33,6 @@ class RunSettings:
     system: str = _setting("vqvae-transformer", "one of mdlib.systems.SYSTEMS")
     preset: str = _setting("auto", "auto (by the GPU), a size (smoke, demo, base), a machine (t4x2) or size@machine")
     split: str = _setting("", "a split file; empty: split by recording and time")
-    order: str = _setting("number", "what numbers the windows: number (in their names) | name | time (of last change)")
     windows_per_user: int = _setting(0, "training windows of each user; 0: the preset's, -1: all")
     variants: int = _setting(-1, "stride-recombined copies of each training window; -1: the preset's")
     unrecorded: dict = _setting({}, 'condition → users whose windows in it all go to the test: {"backpack": [1, 2]}')
@@ -42,7 +41,6 @@ class RunSettings:
     prior_steps: int = _setting(0, "optimizer steps of the prior; 0: the preset's")
     codec_options: dict = _setting({}, 'arguments of the codec or its training: {"batch_size": 16}')
     prior_options: dict = _setting({}, 'arguments of the prior or its training: {"ema_decay": 0.999}')
-    perceptual_weight: float = _setting(0.0, "weight of LPIPS in the codec's loss; needs its backbone's weights")
     foundation: str = _setting("", "what a VA-VAE is aligned with: none | classifier | a transformers vision model")
     user_codec: bool = _setting(False, "condition a VA-VAE on the user")
     codec_start: str = _setting("", "initial weights: a codec/ folder, or a published VA-VAE file")
@@ -56,18 +54,27 @@ class RunSettings:
     colormap: str = _setting(
         "auto", "colour map of the images: auto | jet | parula | viridis | grey | one of matplotlib, also _r"
     )
-    crop: str = _setting(
-        "none", "of figures with axes or borders: none (refuse) | auto | left,top,right,bottom in pixels"
+    reading: dict = _setting(
+        {}, 'of figures with axes: {"crop": "auto"}; of names without window numbers: {"order": "name"}'
     )
     seed: int = _setting(0, "random seed of weights, data order and noise")
 
     def __post_init__(self):
         for one in fields(self):
             check_type(one.name, getattr(self, one.name), one.type)
+        for key, value in self.reading.items():
+            if key not in ("crop", "order"):
+                raise DataError(f"reading has no {key!r}; there are crop and order")
+            check_type(f"{key} of reading", value, str)
 
     def to_dict(self) -> dict:
         """The settings as run.json holds them."""
         return json.loads(json.dumps(asdict(self)))
+
+
+def order_of(reading: dict) -> str:
+    """What numbers the windows, by the setting `reading`."""
+    return reading.get("order", "number")
 
 
 def defaults() -> dict:
@@ -120,7 +127,7 @@ def check_request(
     if not settings.data:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
     if not stored or given.get("data"):
-        find_windows(settings.data, order=settings.order)
+        find_windows(settings.data, order=order_of(settings.reading))
     numbers = [name[:2] for name in notebooks]
     for number in (first, last):
         if number and number not in numbers:
@@ -131,7 +138,11 @@ def check_request(
 def read_record(out: Path) -> dict:
     """What run.json of a run folder holds; nothing done with no settings where there is no run."""
     file, remedy = out / "run.json", "delete it and give the run's first command again, with all options"
-    return {"settings": {}, "steps": {}} | (read_json(file, remedy) if file.exists() else {})
+    record = {"settings": {}, "steps": {}} | (read_json(file, remedy) if file.exists() else {})
+    if weight := record["settings"].pop("perceptual_weight", 0):  # a setting of its own in mdlib 0.1
+        options = record["settings"].get("codec_options", {})
+        record["settings"]["codec_options"] = {"perceptual_weight": weight, **options}
+    return record
 
 
 def write_record(out: Path, record: dict) -> None:

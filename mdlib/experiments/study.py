@@ -13,7 +13,7 @@ from mdlib.evaluation.protocol import verdict
 from mdlib.experiments.compare import check_series, claim_folder, read_report, saved_settings, shared_classifiers, stamp
 from mdlib.experiments.execute import execute, locked
 from mdlib.experiments.run import check_starts, resolve_preset
-from mdlib.experiments.settings import read_record
+from mdlib.experiments.settings import order_of, read_record
 from mdlib.reports.report import write_study
 from mdlib.utils import DataError
 
@@ -55,7 +55,7 @@ def study(
         raise DataError(f"counts must be whole numbers of 1 or more, got {list(counts)}")
     if not isinstance(folds, int) or not 1 <= folds <= FOLDS:
         raise DataError(f"folds must be a whole number from 1 to {FOLDS}, got {folds}")
-    files, counts = find_windows(data, order=given.get("order", "number")), sorted(set(counts))
+    files, counts = find_windows(data, order=order_of(given.get("reading", {}))), sorted(set(counts))
     splits = {(k, fold): make_split(files, windows_per_user=k, fold=fold) for fold in range(folds) for k in counts}
     for split in splits.values():
         check_starts({**given, "data": str(data)}, split)

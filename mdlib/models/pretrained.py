@@ -223,11 +223,13 @@ def load_lpips(net: str = "squeeze") -> nn.Module:
         with torch.random.fork_rng():  # its initial weights are random; the caller's random numbers stay as they are
             model = lpips.LPIPS(net=net, verbose=False)
     except ImportError as error:
-        raise FileNotFoundError("LPIPS needs the package lpips: install it or set perceptual_weight=0") from error
+        raise FileNotFoundError(
+            "LPIPS needs the package lpips: install it or set perceptual_weight=0 (codec_options)"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"LPIPS needs {weights.name}, which is not in {weights.parent} and could not be downloaded ({error}): "
-            "put the file there (on Kaggle: attach it as a dataset and copy it) or set perceptual_weight=0"
+            "put the file there (on Kaggle: attach it and copy it) or set perceptual_weight=0 (codec_options)"
         ) from error
     return model.eval().requires_grad_(False)
 

@@ -191,7 +191,6 @@ def get_preset(
     prior_steps: int = 0,
     codec_options: dict | None = None,
     prior_options: dict | None = None,
-    perceptual_weight: float = 0.0,
     foundation: str = "",
     user_codec: bool = False,
     windows_per_user: int = 0,
@@ -233,8 +232,6 @@ def get_preset(
     table |= dict(codec_class=kind, windows_per_user=max(0, table.get("windows_per_user", 0)))
     if variants >= 0:
         table["variants"] = variants
-    if perceptual_weight:
-        table["losses"]["perceptual_weight"] = perceptual_weight
     for part, model, steps, options in (
         ("codec", kind, codec_steps, codec_options),
         ("prior", known.prior, prior_steps, prior_options),

@@ -436,8 +436,7 @@ def test_notebooks_are_thin_and_clean(path):
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
     for cell in code:
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        most = 40 if "parameters" in cell.metadata.get("tags", []) else 25  # a line each, see test_settings
-        assert len(lines) <= most and not any(line.startswith("class ") for line in lines)
+        assert len(lines) <= 25 and not any(line.startswith("class ") for line in lines)
         assert "backward(" not in cell.source, "training loops live in mdlib.training.fit"
 
 

@@ -13,9 +13,11 @@ from mdlib.data.files import find_windows
 from mdlib.experiments.settings import (
     NOTEBOOKS,
     RunSettings,
+    check_type,
     defaults,
     notebook_parameters,
     options_page,
+    read_record,
 )
 from mdlib.systems import get_preset
 from mdlib.utils import DataError
@@ -63,10 +65,21 @@ def test_changes_of_a_preset_are_settings():
 
 
 def test_a_setting_of_another_type_is_refused():
-    assert RunSettings(perceptual_weight=1).perceptual_weight == 1
+    check_type("max_minutes", 1, float)  # a whole number will do
     assert json.loads(json.dumps(RunSettings().to_dict())) == RunSettings().to_dict()
     with pytest.raises(DataError, match="seed must be of type int, got '3'"):
         RunSettings(seed="3")
+    with pytest.raises(DataError, match="reading has no 'croop'; there are crop and order"):
+        RunSettings(reading={"croop": "auto"})
+    with pytest.raises(DataError, match="crop of reading must be of type str, got 5"):
+        RunSettings(reading={"crop": 5})
+
+
+def test_the_weight_of_lpips_in_a_run_of_mdlib_0_1_is_an_option_of_the_codec(tmp_path):
+    settings = {"perceptual_weight": 0.2, "codec_options": {"batch_size": 4}}
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    expected = {"perceptual_weight": 0.2, "batch_size": 4}
+    assert read_record(tmp_path)["settings"] == {"codec_options": expected}
 
 
 def test_a_folder_without_images_of_users_is_refused_at_once(tmp_path):
