@@ -2,15 +2,14 @@
 a split, and windows that weights have seen. All by content, whatever the names say."""
 
 import hashlib
-import os
 import warnings
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdlib.data.files import Scan, WindowFile, scan
 from mdlib.data.nearness import SIDE, Neighbours, nearness, neighbours
+from mdlib.data.reading import hashes
 from mdlib.data.splits import PARTS, STARTS, apply_split, make_split, read_split, write_split
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.utils import DataError, read_json
@@ -20,21 +19,7 @@ COPY = "restore it, or make its folder again"  # what to do about a damaged reco
 FEWEST = 3  # such windows at least: one of a few may look like another by chance
 
 
-def hashes(root: str | Path, paths: Iterable[str]) -> dict[str, str]:
-    """16 hex digits over the bytes of each file; paths relative to `root`. DataError where one cannot be read."""
-    root, paths = Path(root), list(paths)
-
-    def digest(path: str) -> str:
-        try:
-            return hashlib.sha256((root / path).read_bytes()).hexdigest()[:16]
-        except OSError as error:
-            raise DataError(f"{root / path}: cannot be read ({error.strerror}); check it") from error
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(paths, pool.map(digest, paths), strict=True))
-
-
-def fingerprint(found: dict[str, str]) -> str:
+def data_fingerprint(found: dict[str, str]) -> str:
     """16 hex digits over paths and contents: the same for a folder that was moved or copied."""
     return hashlib.sha256("\n".join(f"{path} {found[path]}" for path in sorted(found)).encode()).hexdigest()[:16]
 

@@ -79,7 +79,7 @@ def for_each(function: Callable, items: Sequence) -> list:
 
 def read_head(path: Path) -> Head:
     """The header of a file; DataError if it is no image, or one of a kind that cannot be read as a window."""
-    with readable(path), Image.open(path) as image:
+    with decodable(path), Image.open(path) as image:
         mode, (width, height), frames = image.mode, image.size, getattr(image, "n_frames", 1)
         lossy = image.format in ("JPEG", "MPO", "WEBP")
     if width * height > MOST_PIXELS:
@@ -92,7 +92,7 @@ def read_head(path: Path) -> Head:
 
 
 @contextmanager
-def readable(path: Path):
+def decodable(path: Path):
     """Raise DataError for whatever goes wrong inside while a file is read."""
     try:
         yield
@@ -105,7 +105,7 @@ def _decode(path: Path, box: tuple | None, *, rgb: bool) -> tuple[np.ndarray, st
     """Pixels as stored, (H, W) or (H, W, 3), their mode ("L", "RGB" or "YCbCr"), and alpha (H, W) where there is
     transparency. rgb: all as RGB but grey of many bits; else JPEGs as YCbCr, whose luma is what was stored and is
     clipped on the way to RGB."""
-    with readable(path), Image.open(path) as image:
+    with decodable(path), Image.open(path) as image:
         if image.format == "JPEG" and image.mode == "RGB" and not rgb and image.info.get("adobe_transform") != 0:
             image.draft("YCbCr", image.size)
         image = image.crop(box)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from mdlib.data import colormaps
 from mdlib.data.crop import describe_border, find_plot, parse_crop
 from mdlib.data.files import WindowFile
-from mdlib.data.pictures import Head, Reader, for_each, read_head, readable
+from mdlib.data.pictures import Head, Reader, decodable, for_each, read_head
 from mdlib.utils import DataError, count, whole_file
 
 _CACHE_VERSION = 4  # raise it when the same files would be read differently
@@ -214,14 +214,19 @@ def _notes_on_colours(files, colormap: str, distances: np.ndarray, odd: np.ndarr
     return notes
 
 
-def _cache_file(root: Path, files: Sequence[WindowFile], options: dict) -> Path:
-    """The file that caches these files read with these options, named by the contents."""
-    digests = for_each(_digest, [root / file.path for file in files])
-    contents = [options, [file.path for file in files], digests]
-    key = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-    return Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib") / f"{key}.npz"
+def hashes(root: str | Path, paths: Iterable[str]) -> dict[str, str]:
+    """16 hex digits over the bytes of each file; paths relative to `root`. DataError where one cannot be read."""
+    paths = list(paths)
+    return dict(zip(paths, for_each(_digest, [Path(root, path) for path in paths]), strict=True))
 
 
 def _digest(path: Path) -> str:
-    with readable(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    with decodable(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _cache_file(root: Path, files: Sequence[WindowFile], options: dict) -> Path:
+    """The file that caches these files read with these options, named by the contents."""
+    contents = [options, list(hashes(root, (file.path for file in files)).items())]
+    key = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    return Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib") / f"{key}.npz"

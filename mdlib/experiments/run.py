@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from mdlib import __version__
-from mdlib.data.checks import check_identical, check_split, fingerprint, hashes, seen, seen_of_test
+from mdlib.data.checks import check_identical, check_split, data_fingerprint, seen, seen_of_test
 from mdlib.data.files import find_windows
 from mdlib.data.nearness import SIDE
+from mdlib.data.reading import hashes
 from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, write_split
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.experiments.settings import RunSettings, defaults, order_of, read_record, write_record
@@ -72,7 +73,7 @@ class Run:
         """All real windows at the preset's size; DataError where they are not those that the run began with."""
         windows = load_windows(self.settings["data"], size=self.preset.image_size, **self.reading)
         known = read_record(self.path).get("data_fingerprint")
-        if known and known != fingerprint(found := hashes(windows.root, windows.paths)):
+        if known and known != data_fingerprint(found := hashes(windows.root, windows.paths)):
             split = read_split(self.path / "split.json") if (self.path / "split.json").exists() else {}
             changed = [path for path, content in split.get("hashes", {}).items() if found.get(path) != content]
             which = f"{changed[0]} and {len(changed) - 1} more changed" if changed else "files were added or changed"
@@ -204,7 +205,7 @@ def open_run(out: str | Path, **given) -> Run:
     run = Run(out, wanted)
     contents = _check(run)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    record = {"mdlib": __version__, "settings": wanted, "data_fingerprint": fingerprint(contents)}
+    record = {"mdlib": __version__, "settings": wanted, "data_fingerprint": data_fingerprint(contents)}
     write_record(out, record | {"versions": versions(), "steps": {}})
     return run
 
@@ -223,7 +224,7 @@ def _found_again(out: Path, record: dict, data: str) -> str:
     if data == before or not known:
         return before
     files = find_windows(data, order=order_of(record["settings"].get("reading", {})))
-    if fingerprint(hashes(data, (file.path for file in files))) != known:
+    if data_fingerprint(hashes(data, (file.path for file in files))) != known:
         return before
     record["settings"]["data"] = data
     write_record(out, record)

@@ -48,9 +48,9 @@ def table(found: Inspection) -> str:
 
 
 def _reading(windows: WindowSet | None) -> list[str]:
-    about = getattr(windows, "about", None)
-    if not about:
-        return [f"colour map {windows.colormap}"] if windows else []
+    if not windows:
+        return []
+    about = windows.about
     fit = f" (mean distance {about.fit:.1f} of 255 levels)" if about.fit else ""
     crop = f", cropped to {about.crop}" if about.crop else ""
     line = f"{' and '.join(about.sizes)} pixels, {about.bits} bit, colour map {about.colormap}{fit}{crop}"

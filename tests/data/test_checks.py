@@ -10,9 +10,10 @@ import torch
 from helpers import listed, message, random_split, write_image, write_set
 from PIL import Image
 
-from mdlib.data.checks import check_identical, check_split, fingerprint, hashes, inspect, seen_beyond, seen_of_test
+from mdlib.data.checks import check_identical, check_split, data_fingerprint, inspect, seen_beyond, seen_of_test
 from mdlib.data.files import WindowFile, find_windows
 from mdlib.data.nearness import likeness, neighbours, overlap, residuals
+from mdlib.data.reading import hashes
 from mdlib.data.splits import apply_split, make_split, write_split
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.simulation.dataset import simulate_dataset, simulate_recording
@@ -166,10 +167,10 @@ def test_what_weights_have_seen_is_found_by_content(people, copy, tmp_path):
 
 def test_a_fingerprint_is_of_contents_and_names_below_the_folder(people, copy):
     paths = [file.path for file in find_windows(people)]
-    before = fingerprint(hashes(people, paths))
-    assert before == fingerprint(hashes(copy, reversed(paths)))
+    before = data_fingerprint(hashes(people, paths))
+    assert before == data_fingerprint(hashes(copy, reversed(paths)))
     shutil.copyfile(copy / paths[0], copy / paths[1])
-    assert before != fingerprint(hashes(copy, paths))
+    assert before != data_fingerprint(hashes(copy, paths))
     assert "cannot be read" in message(hashes, copy, ["ID_1/none.png"])
 
 

@@ -7,8 +7,8 @@ from helpers import write_set
 from toys import evidence, windows
 
 from mdlib.cli import app
-from mdlib.data.checks import hashes
 from mdlib.data.files import find_windows
+from mdlib.data.reading import hashes
 from mdlib.data.splits import make_split, read_split, write_split
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.protocol import evaluate
