@@ -147,7 +147,9 @@ def test_a_process_that_was_killed_is_told_of(module):
 
 
 def test_an_interrupt_ends_the_processes_too(module, monkeypatch):
-    name, ready = module("import os, time\nprint('ready', os.getpid())\ntime.sleep(600)\n"), []
+    # In one piece: two processes share the line's end.
+    name = module("import os, sys, time\nsys.stdout.write(f'ready {os.getpid()}\\n')\ntime.sleep(120)\n")
+    ready = []
 
     def interrupt_when_both_are_ready(line, **options):
         ready.extend([int(line.split()[1])] if line.startswith("ready") else [])
