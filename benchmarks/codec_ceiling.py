@@ -17,8 +17,7 @@ from mdlib.data.files import find_windows
 from mdlib.data.splits import make_split, seen_beyond, seen_of_test, spare_windows
 from mdlib.data.windows import WindowSet, load_windows, to_uint8
 from mdlib.evaluation.augmentation_study import augmentation, evenly_spaced, train_arms
-from mdlib.evaluation.evidence import Protocol
-from mdlib.evaluation.protocol import through_codec
+from mdlib.evaluation.evidence import Protocol, through_codec
 from mdlib.reports.report import gather
 from mdlib.systems import load_codec
 from mdlib.utils import DataError

@@ -1,28 +1,31 @@
 """The augmentation study: do generated windows train a better classifier?
 
-An arm is a set of training windows. Classifiers are trained from scratch in every arm, with equal optimizer steps and
-the same classical augmentation, and compared on the same test windows.
+An arm is a set of training windows. The classifiers of all arms are trained with equal optimizer steps and the same
+classical augmentation, and compared on the same test windows. They start from scratch; those of pretrained_… arms from
+a backbone trained to tell simulated people apart.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from mdlib.data.windows import WindowSet
-from mdlib.evaluation import gait_metrics, metrics
-from mdlib.evaluation.evidence import Evidence, Protocol, concatenate, first_of_each, train_each
+from mdlib.data.windows import WindowSet, to_uint8
+from mdlib.evaluation import metrics
+from mdlib.evaluation.evidence import Evidence, Protocol, concatenate, first_of_each, through_codec, train_each
+from mdlib.evaluation.filters import keep_best, keep_plausible, scores
 from mdlib.evaluation.metrics import absent, figure, missing, paired_gain, scored
-from mdlib.models.classifier import Classifier, ResNet18, SmallCNN, features
+from mdlib.models.classifier import Classifier, ResNet18, SmallCNN
 from mdlib.utils import DataError, best_device
 
-REFERENCED = ("real_only", "real_plus_generated", "generated_only", "real_x2")  # arms of ResNet-18, too
-FILTERS = ("confidence", "margin", "specificity", "diversity")  # see `scores`
-SPREADS = 3.0  # a user's range of a metric: the mean of the training windows ± so many standard deviations
-SIFTED = ["torso_speed", "cadence", "step_length", "upper_envelope", "lower_envelope", "bandwidth"]
+REFERENCED = ("real_only", "real_plus_generated", "generated_only", "codec_copies", "real_x2")  # arms of ResNet-18, too
+PRETRAINED = ("real_only", "real_plus_generated", "codec_copies", "real_x2")  # arms that start from a backbone, too
+DEPLOYED = ("real_only", "real_plus_generated")  # arms whose classifiers may become the run's identifier
 TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is measured by default
 
 
@@ -31,11 +34,15 @@ class Arms:
     """What the classifiers of every arm got right: bool (seeds, N) of N test windows; by_count and by_selection: in the
     arm real_plus_generated with so many generated windows per user, and with the fraction that a filter keeps."""
 
-    real_only: list[SmallCNN]  # the classifiers of that arm
+    networks: dict[str, list[SmallCNN]]  # of the arms DEPLOYED and pretrained_DEPLOYED
     correct: dict[str, np.ndarray]
     fraction: float  # of generated windows in a batch of real_plus_generated
     by_count: dict[int, np.ndarray] = field(default_factory=dict)
     by_selection: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)
+
+    @property
+    def real_only(self) -> list[SmallCNN]:
+        return self.networks["real_only"]
 
 
 def unseen_classifiers(evidence: Evidence, protocol: Protocol, folder=None) -> list[SmallCNN]:
@@ -56,20 +63,37 @@ def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
     for name, windows in _sets(evidence, protocol, fraction).items():
         saved = folder if name != "real_plus_generated" and str(name).startswith("real_") else None
         names.append(name)
-        jobs += _jobs(windows, protocol, saved, augment=name != "real_unaugmented")
+        jobs += _jobs(windows, protocol, saved)
         if with_resnet and name in REFERENCED:
             names.append(f"resnet18_{name}")
             jobs += _jobs(windows, protocol, saved, kind=ResNet18)
-    classifiers, correct, real_only = train_each(jobs, "classifiers of the arms"), {}, []
+        if protocol.backbone and name in PRETRAINED:
+            names.append(f"pretrained_{name}")
+            jobs += _jobs(windows, protocol, saved, backbone=protocol.backbone)
+    classifiers, correct, networks = train_each(jobs, "classifiers of the arms"), {}, {}
     for name in names:
         own = [next(classifiers) for _ in range(protocol.seeds)]
         correct[name] = correctness(own, evidence.test.images, evidence.test.labels)
-        if name == "real_only":
-            real_only = own
+        if str(name).removeprefix("pretrained_") in DEPLOYED:
+            networks[name] = own
     by_count, by_selection = (
         {name: correct.pop(name) for name in list(correct) if isinstance(name, kind)} for kind in (int, tuple)
     )
-    return Arms(real_only, correct, fraction, by_count, by_selection)
+    return Arms(networks, correct, fraction, by_count, by_selection)
+
+
+def not_gait(evidence: Evidence) -> np.ndarray:
+    """Whether a logistic regression on the brightness of windows alone names the right user: bool (N,) of the test
+    windows. It sees quantiles, mean and deviation of the intensities, and so distance, noise and gain, but no gait."""
+    quantiles = torch.linspace(0, 1, 11)
+
+    def brightness(windows: WindowSet) -> np.ndarray:
+        values = windows.float().flatten(1)
+        return torch.cat([values.quantile(quantiles, 1).T, values.mean(1)[:, None], values.std(1)[:, None]], 1).numpy()
+
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    classifier.fit(brightness(evidence.train), evidence.train.labels.numpy())
+    return classifier.predict(brightness(evidence.test)) == evidence.test.labels.numpy()
 
 
 def correctness(classifiers: list[Classifier], images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
@@ -78,11 +102,11 @@ def correctness(classifiers: list[Classifier], images: torch.Tensor, labels: tor
 
 
 def _jobs(
-    windows: WindowSet, protocol: Protocol, folder=None, augment: bool = True, kind: type = SmallCNN, seeds=None
+    windows: WindowSet, protocol: Protocol, folder=None, backbone: str = "", kind: type = SmallCNN, seeds=None
 ) -> list[tuple]:
     """For `train_each`: classifiers of some windows, by default one for each of the protocol's seeds."""
     what = (kind, folder, windows.images, windows.labels, windows.num_users, protocol.evaluation_steps)
-    return [(*what, seed, augment) for seed in seeds or range(protocol.seeds)]
+    return [(*what, seed, backbone) for seed in seeds or range(protocol.seeds)]
 
 
 def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
@@ -95,9 +119,11 @@ def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
     some = {count: first_of_each(generated, count) for count in counts if 0 < count < fewest}
     some |= _filtered(evidence, protocol)
     more = {f"real_x{factor}": times(evidence, factor) for factor in sorted(set(protocol.multiples))}
+    if evidence.codec is not None:
+        copies = to_uint8(through_codec(evidence.codec, train.images, train.labels))
+        more["codec_copies"] = mixed(train, replace(train, images=copies), fraction)
     return {
         "real_only": train,
-        "real_unaugmented": train,
         "real_plus_generated": mixed(train, generated, fraction),
         "generated_only": generated,
         **{name: windows for name, windows in more.items() if windows is not None},
@@ -222,6 +248,9 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
     if "resnet18_real_only" in correct:
         reference = paired_gain(correct["resnet18_real_only"], correct["resnet18_real_plus_generated"], blocks)
     gain, each = paired_gain(real, both, blocks), []
+    of_copies = absent("no codec was given")
+    if "codec_copies" in correct:
+        of_copies = paired_gain(correct["codec_copies"], both, blocks)
     for user in np.unique(outcomes.users).tolist():
         own = outcomes.users == user
         accuracy = {"real_only": float(real[:, own].mean()), "real_plus_generated": float(both[:, own].mean())}
@@ -233,8 +262,10 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
         "gain_ci95": gain["ci95"],
         "p_value": metrics.p_value(real, both, blocks),
         "resnet18_gain": reference,
+        "gain_over_copies": of_copies,
         "gain_other_users": metrics.over_users(of_users),
         **_against_more_real(correct, blocks, per_user, no_more),
+        **_pretrained(correct, blocks, per_user, no_more),
         "real_windows_per_user": per_user,
         "seeds": len(real),
         "per_user": each,
@@ -242,20 +273,41 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
 
 
 def _against_more_real(correct: dict[str, np.ndarray], blocks: np.ndarray, per_user: float, no_more: str) -> dict:
-    factors = sorted(int(name.removeprefix("real_x")) for name in correct if name.startswith("real_x"))
-    if not factors:
+    if not any(name.startswith("real_x") for name in correct):
         return missing("real_x2", "gain_over_x2", "equivalent_real_windows", reason=no_more)
     both = correct["real_plus_generated"]
-    if 2 in factors:
+    if "real_x2" in correct:
         found = {"gain_over_x2": paired_gain(correct["real_x2"], both, blocks)}
     else:
         found = missing("real_x2", "gain_over_x2", reason="not requested: add 2 to multiples")
+    return {**found, "equivalent_real_windows": _equivalent(both, correct, blocks, per_user)}
+
+
+def _pretrained(correct: dict[str, np.ndarray], blocks: np.ndarray, per_user: float, no_more: str) -> dict:
+    """What a backbone pretrained on simulated people adds, what generated windows add to it, and both together."""
+    if "pretrained_real_only" not in correct:
+        reason = "no pretrained weights: init is none, or no backbone fits these windows"
+        return missing("pretraining_gain", "pretrained_gain", "total_gain", "total_real_windows", reason=reason)
+    real, before, both = (
+        correct[name] for name in ("real_only", "pretrained_real_only", "pretrained_real_plus_generated")
+    )
+    enough = any(name.startswith("real_x") for name in correct)
+    return {
+        "pretraining_gain": paired_gain(real, before, blocks),
+        "pretrained_gain": paired_gain(before, both, blocks),
+        "total_gain": paired_gain(real, both, blocks),
+        "total_real_windows": _equivalent(both, correct, blocks, per_user) if enough else absent(no_more),
+    }
+
+
+def _equivalent(arm: np.ndarray, correct: dict, blocks: np.ndarray, per_user: float) -> dict:
+    """Real windows per user with which classifiers from scratch are as accurate as an arm's."""
+    factors = sorted(int(name.removeprefix("real_x")) for name in correct if name.startswith("real_x"))
     counts = per_user * np.array([1, *factors])
-    arms = np.stack([both, correct["real_only"], *(correct[f"real_x{factor}"] for factor in factors)])
+    arms = np.stack([arm, correct["real_only"], *(correct[f"real_x{factor}"] for factor in factors)])
     measured = metrics.equivalent_count(counts, arms.mean((1, 2))[None])[0]
     likely = metrics.interval(metrics.equivalent_count(counts, metrics.paired_bootstrap(arms, blocks)))
-    between = {"between": [float(counts[0]), float(counts[-1])]}
-    return {**found, "equivalent_real_windows": {**figure(float(measured), len(blocks), likely), **between}}
+    return {**figure(float(measured), len(blocks), likely), "between": [float(counts[0]), float(counts[-1])]}
 
 
 def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
@@ -273,6 +325,7 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
         why = f"not measured with {wanted} generated windows per user: generate as many, or add {wanted} to counts"
         section[f"gain_{factor}_to_1"] = gains.get(wanted, absent(why))
     return section | {
+        "not_gait": scored(not_gait(evidence)[None], found.blocks),
         "gain_by_windows": [{"windows_per_user": n, **gain} for n, gain in gains.items()],
         "gain_by_selection": [
             {"by": name, "kept": kept, **paired_gain(real, correct, found.blocks)}
@@ -301,41 +354,3 @@ def conditions(evidence: Evidence, arms: Arms) -> dict:
                 found[name] = {**scored(both, blocks[rows]), "real": float(real.mean())}
                 found[f"{name}_gain"] = paired_gain(real, both, blocks[rows])
     return found
-
-
-# ---- filters of generated windows. They know the generator's training windows only, so that what they keep can be
-# evaluated on test windows.
-
-
-def scores(windows: WindowSet, classifier: SmallCNN) -> dict[str, np.ndarray]:
-    """The scores of FILTERS, each (N,), by a classifier of the training windows; diversity is in its features scaled to
-    length 1, and infinite for a user's only window."""
-    every, own = classifier.probabilities(windows.images), windows.labels[:, None]
-    confidence, others = every.gather(1, own)[:, 0], every.scatter(1, own, 0.0)
-    first, second = F.pad(every, (0, 1)).topk(2).values.T  # padded: with one user there is no second
-    found = F.normalize(features(classifier, windows.images), dim=1)
-    nearest = torch.full((len(windows),), torch.inf)
-    for label in windows.labels.unique():
-        mine = windows.labels == label
-        nearest[mine] = torch.cdist(found[mine], found[mine]).fill_diagonal_(torch.inf).min(1).values
-    each = (confidence, first - second, confidence - others.amax(1), nearest)
-    return {name: score.numpy() for name, score in zip(FILTERS, each, strict=True)}
-
-
-def keep_best(windows: WindowSet, score: np.ndarray, fraction: float) -> np.ndarray:
-    """bool (N,): of each user in each condition the `fraction` of windows with the highest score, at least one."""
-    frame = pd.DataFrame(list(windows.files)).assign(score=score)
-    groups = frame.groupby(["user", "condition"])["score"]
-    rank = groups.rank(method="first", ascending=False)
-    return (rank <= (fraction * groups.transform("size")).round().clip(lower=1)).to_numpy()
-
-
-def keep_plausible(windows: WindowSet, train: WindowSet) -> np.ndarray:
-    """bool (N,): plausible windows whose SIFTED metrics lie within the range of the user's training windows. A metric
-    that cannot be read off a window does not remove it."""
-    found, known = gait_metrics.measure(windows), gait_metrics.measure(train)
-    of_users = known.groupby("label")[SIFTED]
-    enough = of_users.count() > 2
-    mean, spread = (part.where(enough).reindex(found["label"]).to_numpy() for part in (of_users.mean(), of_users.std()))
-    beyond = (found[SIFTED] - mean).abs() > SPREADS * spread
-    return (found["plausible"] & ~beyond.any(axis=1)).to_numpy()

@@ -1,5 +1,5 @@
 """What a report is computed from: real and generated windows, which of them are compared, and the networks that are
-trained on them from scratch."""
+trained on them."""
 
 import inspect
 import shutil
@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mdlib.data.augment import as_they_are, classical_augmentation
+from mdlib.data.augment import classical_augmentation
 from mdlib.data.windows import WindowSet
 from mdlib.models.classifier import Embedder, ResNet18, SmallCNN
+from mdlib.models.layers import parts
 from mdlib.training.fit import Batches, TrainConfig, fit
-from mdlib.utils import DataError, bar, best_device
+from mdlib.utils import DataError, bar, best_device, to_float
 
 Network = SmallCNN | ResNet18 | Embedder
 # Sets that are compared: generated windows with unseen real ones; the halves of the unseen ones with each other; the
@@ -41,6 +42,7 @@ class Protocol:
     keep: tuple[float, ...] = ()  # fractions of the generated windows, best first, to measure each filter's gain with
     multiples: tuple[int, ...] = (2,)  # of the real windows, for the arms real_x2 …, where there are spare ones
     reference: str = "auto"  # ResNet-18 on a GPU; resnet18: always; none: never
+    backbone: str = ""  # folder of a SmallCNN trained on other people, for the pretrained arms; "": none
 
     def __post_init__(self):
         if self.seeds < 1:
@@ -147,28 +149,40 @@ def alike(sets: dict[str, WindowSet], seed: int) -> dict[str, torch.Tensor]:
     return rows
 
 
+@torch.no_grad()
+def through_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """Reconstructions in [−1, 1] of uint8 images (N, C, H, W); labels (N,) for a conditional codec."""
+    tokens = hasattr(codec, "encode_tokens")
+    encode, decode = (codec.encode_tokens, codec.decode_tokens) if tokens else (codec.encode, codec.decode)
+    batches = parts(codec.device, 64, images, labels)
+    return torch.cat([decode(encode(to_float(part), *users), *users).cpu() for part, *users in batches])
+
+
 def train_classifier(
     images: torch.Tensor,
     labels: torch.Tensor,
     outputs: int,
     steps: int,
     seed=0,
-    augment=True,
+    backbone: str = "",
     kind: type[Network] = SmallCNN,
 ) -> Network:
-    """kind(outputs, channels) trained on uint8 images (N, C, S, S) and labels (N,); the same for the same seed.
+    """kind(outputs, channels) trained on uint8 images (N, C, S, S) and labels (N,) with the classical augmentation of
+    `mdlib.data.augment`; the same for the same seed.
 
     Args:
         outputs: number of users, or size of an `Embedder`.
-        augment: with the classical augmentation of `mdlib.data.augment`.
+        backbone: folder of a SmallCNN that initialises all but the last layer; "": from scratch.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = kind(outputs, images.shape[1]).to(memory_format=torch.channels_last)
+        network = kind(outputs, images.shape[1])
+        if backbone:
+            network.start(backbone)
+        network.to(memory_format=torch.channels_last)
     how = dict(batch_size=32, learning_rate=2e-3, warmup_steps=steps // 10, weight_decay=1e-2)
     config = TrainConfig(steps=steps, seed=seed, evaluate_every=steps, **how)
-    transform = classical_augmentation if augment else as_they_are
-    fit(network, Batches((images, labels), transform), config, progress=False)
+    fit(network, Batches((images, labels), classical_augmentation), config, progress=False)
     return network
 
 

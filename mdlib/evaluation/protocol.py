@@ -20,14 +20,12 @@ from mdlib.data.splits import PARTS
 from mdlib.data.windows import to_uint8
 from mdlib.evaluation import augmentation_study as study
 from mdlib.evaluation import metrics
-from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate, train_each
+from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate, through_codec, train_each
 from mdlib.evaluation.fidelity import fidelity, statistics
 from mdlib.evaluation.gait_metrics import physics
 from mdlib.evaluation.metrics import absent, bootstrapped, figure, interval, missing, scored
 from mdlib.models.classifier import Embedder, SmallCNN
-from mdlib.models.layers import parts
 from mdlib.training.latents import encode_all
-from mdlib.utils import to_float
 
 NEAR_CHANCE = 0.1  # accuracy of real only, corrected for chance, below which the verdict says that it is near chance
 PAIRS_SHOWN = 6  # generated windows shown with their nearest training window
@@ -77,15 +75,6 @@ def evaluate(
     leak, near = (report["split"][name] for name in ("test_share_overlapping", "test_share_near"))
     leak, copied = max(leak, near if (near or 0) > LEAK else 0), report["memorisation"]["copies"]["value"]
     return report | {"verdict": verdict(report["augmentation"], leak, copied)}
-
-
-@torch.no_grad()
-def through_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """Reconstructions in [−1, 1] of uint8 images (N, C, H, W); labels (N,) for a conditional codec."""
-    tokens = hasattr(codec, "encode_tokens")
-    encode, decode = (codec.encode_tokens, codec.decode_tokens) if tokens else (codec.encode, codec.decode)
-    batches = parts(codec.device, 64, images, labels)
-    return torch.cat([decode(encode(to_float(part), *users), *users).cpu() for part, *users in batches])
 
 
 def reconstruction(evidence: Evidence, arms: study.Arms) -> dict:
@@ -262,23 +251,38 @@ def memorisation(evidence: Evidence) -> dict:
 
 
 def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
-    """helps, no evidence or hurts, by the interval of the gain, and a sentence for people. leak: fraction of test
-    windows that overlap a training window; copied: fraction of generated windows that are copies of one."""
-    low, high = augmentation["gain_ci95"]
+    """helps, no evidence or hurts, by the interval of the generated windows' gain, in pretrained classifiers where
+    there are any; and a sentence for people. leak: fraction of test windows that overlap a training window; copied:
+    fraction of generated windows that are copies of one."""
+    pretrained = augmentation.get("total_gain", absent(""))["value"] is not None
+    gain = augmentation["pretrained_gain" if pretrained else "gain"]
+    low, high = gain["ci95"]
     word = "helps" if low > 0 else "hurts" if high < 0 else "no evidence"
     meaning = f"Generated windows {word.removesuffix('s')}"
     if word == "no evidence":
         meaning = "No evidence that generated windows help or hurt"
-    real, both = augmentation["real_only"], augmentation["real_plus_generated"]
-    gain = augmentation["gain"]["value"]
+    real = augmentation["real_only"]
+    both = augmentation["pretrained_real_plus_generated" if pretrained else "real_plus_generated"]
     seeds = f"{augmentation['seeds']} seeds" if augmentation["seeds"] > 1 else "1 seed, whose chance it leaves out"
     of_folds = f" of {augmentation['folds']} folds" if augmentation.get("folds", 1) > 1 else ""
-    sentence = (
-        f"{meaning}: with {augmentation['real_windows_per_user']:.3g} real windows per user, accuracy on unseen "
-        f"windows goes from {100 * real['value']:.1f} % to {100 * both['value']:.1f} % when generated windows are "
-        f"added (gain {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
-        f"{seeds}, {real['n']} test windows{of_folds})."
+    measured = f"{seeds}, {real['n']} test windows{of_folds}"
+    goes = (
+        f"with {augmentation['real_windows_per_user']:.3g} real windows per user, accuracy on unseen windows goes from "
+        f"{100 * real['value']:.1f} % to {100 * both['value']:.1f} %"
     )
+    if pretrained:
+        worth, total = augmentation["total_real_windows"], augmentation["total_gain"]
+        equal = f", as with {_count(worth)} real windows per user" if worth["value"] is not None else ""
+        sentence = (
+            f"{goes[0].upper()}{goes[1:]} when classifiers are pretrained on simulated people and generated windows "
+            f"are added{equal} (total gain {_points(total)}, 95 % interval, {measured}). Pretraining gains "
+            f"{_points(augmentation['pretraining_gain'])}; generated windows then gain {_points(gain)}. {meaning}."
+        )
+    else:
+        sentence = (
+            f"{meaning}: {goes} when generated windows are added (gain {100 * gain['value']:+.1f} points, 95 % "
+            f"interval {100 * low:+.1f} to {100 * high:+.1f}, {measured})."
+        )
     users = max(2, len(augmentation["per_user"]))
     if (real["value"] - 1 / users) / (1 - 1 / users) < NEAR_CHANCE:
         sentence = (
@@ -287,15 +291,17 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
         )
     others, reference = (augmentation.get(name, {}) for name in ("gain_other_users", "resnet18_gain"))
     excludes_zero = others.get("ci95") and not others["ci95"][0] <= 0 <= others["ci95"][1]
+    if pretrained:
+        others = {}  # of classifiers from scratch
     if word == "helps" and others.get("ci95") and not excludes_zero:
         sentence += f" Whether other people than these would gain is open ({_points(others)})."
-    if word == "no evidence" and excludes_zero:
+    if word == "no evidence" and others and excludes_zero:
         sentence += (
             f" The gain for other people ({_points(others)}) excludes 0 all the same, because its interval resamples "
             "users, whose gains are alike here, and the verdict's resamples test windows and classifier seeds."
         )
     if reference.get("value") is not None:
-        sentence += f" By ResNet-18 the gain is {_points(reference)}."
+        sentence += f" By ResNet-18 from scratch the gain is {_points(reference)}."
     if leak:
         sentence += (
             f" {100 * leak:.2g} % of the test windows overlap a training window: accuracies are too high, and copies "
@@ -304,6 +310,12 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     if copied > COPIED:
         sentence += f" {100 * copied:.2g} % of the generated windows are copies of training windows."
     return {"word": word, "sentence": sentence}
+
+
+def _count(windows: dict) -> str:
+    """A number of equivalent real windows, which is measured up to the most real windows of any arm."""
+    most = windows["between"][1]
+    return f"{most:.3g} or more" if windows["value"] > 0.995 * most else f"{windows['value']:.3g}"
 
 
 def _points(gain: dict) -> str:

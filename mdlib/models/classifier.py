@@ -53,6 +53,11 @@ class SmallCNN(Classifier):
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(widths[-1] * 16, num_users)
 
+    def start(self, folder: str) -> None:
+        """Initialise all but the last layer from a SmallCNN of the same widths and channels in `folder`."""
+        found = type(self).from_pretrained(folder).state_dict()
+        self.load_state_dict({name: value for name, value in found.items() if "head" not in name}, strict=False)
+
     def stages(self, images: Tensor) -> list[Tensor]:
         """Output of each convolutional stage, a list of (B, width, rows, columns)."""
         smooth = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), self.binomial, groups=images.shape[1])

@@ -11,8 +11,11 @@ from mdlib.reports.plots import ACCENT, DOTTED, INK, SECOND, Figure, coloured, h
 
 SECTIONS = tomllib.loads((Path(__file__).parent / "templates" / "figures.toml").read_text(encoding="utf-8"))
 CUES = {"": "", "higher": "↑ higher is better", "lower": "↓ lower is better"}
-HEADLINE = ("real_only", "real_plus_generated", "real_x2")  # what the top of a report shows, as far as it was measured
-COLOURS = {"generated_only": SECOND, "real_plus_generated": ACCENT, "resnet18_real_plus_generated": ACCENT}
+ARMS = ("real_only", "real_plus_generated", "real_x2")
+HEADLINE = (*ARMS, *(f"pretrained_{name}" for name in ARMS))  # on top of a report, as far as they were measured
+COLOURS = {"generated_only": SECOND} | {
+    f"{kind}real_plus_generated": ACCENT for kind in ("", "pretrained_", "resnet18_")
+}
 
 
 def describe(section: str, name: str) -> dict:
@@ -56,8 +59,7 @@ def confusion(fraction: list[list[float]], users: tuple[int, ...] | list[int]) -
 def accuracies(augmentation: dict, names: tuple[str, ...] = ()) -> Figure:
     """Accuracy of classifiers that differ in their training windows (names; all where none is given): a dot a seed, the
     bar its 95 % interval, dotted chance."""
-    order = ("real_only", "real_plus_generated", "real_x2", "generated_only", "real_unaugmented")
-    every = [*order, *(name for name in augmentation if name not in order)]
+    every = [*HEADLINE, *(name for name in augmentation if name not in HEADLINE)]
     known = [name for name, entry in augmentation.items() if isinstance(entry, dict) and "per_seed" in entry]
     shown = [name for name in names or every if name in known]
     figure, (axis,) = new_figure(5.6, 0.4 * len(shown) + 0.9)

@@ -13,11 +13,11 @@ from mdlib.data.checks import check_split, seen_beyond, seen_of_test
 from mdlib.data.nearness import SIDE
 from mdlib.data.splits import apply_split, describe_training, read_split, spare_windows
 from mdlib.data.windows import WindowSet, load_windows
-from mdlib.evaluation.augmentation_study import FILTERS, keep_best, keep_plausible, scores
 from mdlib.evaluation.codec_quality import choose_codec
-from mdlib.evaluation.evidence import Evidence, Protocol, train_classifier
+from mdlib.evaluation.evidence import Evidence, Protocol, through_codec, train_classifier
+from mdlib.evaluation.filters import FILTERS, keep_best, keep_plausible, scores
 from mdlib.evaluation.metrics import absent
-from mdlib.evaluation.protocol import evaluate, through_codec
+from mdlib.evaluation.protocol import evaluate
 from mdlib.pipeline import copy_windows, load_pipeline
 from mdlib.reports import charts, plots
 from mdlib.reports.charts import SECTIONS, describe

@@ -25,7 +25,7 @@ from mdlib.evaluation.augmentation_study import (
     train_arms,
     unseen_classifiers,
 )
-from mdlib.evaluation.evidence import Evidence, Protocol
+from mdlib.evaluation.evidence import Evidence, Protocol, train_classifier
 from mdlib.evaluation.protocol import verdict
 from mdlib.models.classifier import SmallCNN
 from mdlib.reports import charts
@@ -76,8 +76,8 @@ def test_spare_windows_are_taken_evenly_and_only_where_all_have_them():
 def fake_arms(case: Evidence) -> Arms:
     """Arms that are always right."""
     right = np.ones((2, len(case.test)), dtype=bool)
-    names = ("real_only", "real_plus_generated", "generated_only", "real_unaugmented")
-    return Arms([], {name: right for name in names}, 0.5)
+    names = ("real_only", "real_plus_generated", "generated_only")
+    return Arms({}, {name: right for name in names}, 0.5)
 
 
 def test_the_fraction_of_generated_windows_is_what_it_says():
@@ -138,7 +138,7 @@ def test_the_reference_classifier_joins_the_small_one(monkeypatch):
     }
     real, both = (found[f"resnet18_{name}"] for name in ("real_only", "real_plus_generated"))
     assert found["resnet18_gain"]["value"] == pytest.approx(both["value"] - real["value"])
-    assert len(charts.accuracies(found).axes[0].get_yticks()) == 9
+    assert len(charts.accuracies(found).axes[0].get_yticks()) == 8
     of = lambda reference: set(train_arms(small, replace(protocol, reference=reference)).correct)
     assert of("auto") == of("none") == {name for name in arms.correct if not name.startswith("resnet18")}
     monkeypatch.setattr(augmentation_study, "best_device", lambda: "cuda")
@@ -166,9 +166,9 @@ def test_classifiers_do_not_see_the_windows_they_are_tested_on(monkeypatch):
     assert all(rows(images) == unseen for images in unseen_only)
     assert all(rows(images) == train | made for images in choice)
     more = train | rows(given.spare.images)
-    expected = [train, train, train | made, made]
-    assert [rows(images) for images in arms[:8:2]] == [rows(images) for images in arms[1:8:2]] == expected
-    assert all(train < rows(images) < more for images in arms[8:])
+    expected = [train, train | made, made]
+    assert [rows(images) for images in arms[:6:2]] == [rows(images) for images in arms[1:6:2]] == expected
+    assert all(train < rows(images) < more for images in arms[6:])
     assert all(not rows(images) & test for images in arms)
 
 
@@ -278,3 +278,41 @@ def test_folds_of_other_numbers_of_seeds_are_refused():
         DataError, match="the folds used different numbers of seeds .2 and 3.: evaluate all with the same number"
     ):
         joined([measured(seeds=3), measured(seeds=2)])
+
+
+def test_pretrained_arms_start_from_the_backbone_and_the_total_is_the_sum_of_its_parts(tmp_path):
+    base = hard(windows(20, 7, of=blurred))
+    case = replace(base, spare=windows(6, 5, 20, of=blurred))
+    train_classifier(windows(40, 9, of=blurred).images, windows(40, 9).labels, 4, 150).save_pretrained(tmp_path)
+    found = studied(case, replace(ONCE, evaluation_steps=20, backbone=str(tmp_path)))
+    value = lambda name: found[name]["value"]
+    assert value("pretraining_gain") > 0.1, "a backbone of these very walkers knows them"
+    assert value("pretraining_gain") + value("pretrained_gain") == pytest.approx(value("total_gain"))
+    assert value("total_gain") == pytest.approx(value("pretrained_real_plus_generated") - value("real_only"))
+    assert 3 <= value("total_real_windows") <= 6 and found["total_real_windows"]["between"] == [3, 6]
+    answer = verdict(found)
+    assert "when classifiers are pretrained on simulated people and generated windows are added" in answer["sentence"]
+    low, high = found["pretrained_gain"]["ci95"]
+    assert answer["word"] == ("helps" if low > 0 else "hurts" if high < 0 else "no evidence")
+
+
+def test_codec_copies_are_the_real_windows_after_the_codec(monkeypatch):
+    class Half(torch.nn.Module):
+        """A codec that darkens."""
+
+        conditional, device = False, torch.device("cpu")
+        encode = staticmethod(lambda images, labels: images)
+        decode = staticmethod(lambda images, labels: (images - 1) / 2)
+
+    case = evidence(windows(5, 7), codec=Half())
+    arms = augmentation_study._sets(case, ONCE, 0.5)
+    assert not len(set(map(len, arms["codec_copies"].images.unbind())) - {1})
+    mean = lambda name: float(arms[name].images.double().mean())
+    assert mean("codec_copies") == pytest.approx(0.75 * mean("real_only"), rel=0.02)
+
+
+def test_brightness_alone_names_users_only_where_they_differ_in_it():
+    case = evidence(windows(5, 7), train=windows(12, 1))
+    darker = lambda part: replace(part, images=(part.images * (0.4 + 0.2 * part.labels[:, None, None, None])).byte())
+    told = augmentation_study.not_gait(replace(case, train=darker(case.train), test=darker(case.test))).mean()
+    assert told > 0.9 and augmentation_study.not_gait(case).mean() < 0.7

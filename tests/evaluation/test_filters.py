@@ -9,7 +9,7 @@ import torch
 from toys import windows
 
 from mdlib.evaluation import gait_metrics
-from mdlib.evaluation.augmentation_study import keep_best, keep_plausible, scores
+from mdlib.evaluation.filters import keep_best, keep_plausible, scores
 from mdlib.models.classifier import SmallCNN
 
 
