@@ -36,6 +36,7 @@ class Arms:
     fraction: float  # of generated windows in a batch of real_plus_generated
     by_count: dict[int, np.ndarray] = field(default_factory=dict)
     by_selection: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)
+    networks: dict[str, list[SmallCNN]] = field(default_factory=dict)  # of arms that can serve as identifier
 
 
 def unseen_classifiers(evidence: Evidence, protocol: Protocol, folder=None) -> list[SmallCNN]:
@@ -60,16 +61,16 @@ def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
         if with_resnet and name in REFERENCED:
             names.append(f"resnet18_{name}")
             jobs += _jobs(windows, protocol, saved, kind=ResNet18)
-    classifiers, correct, real_only = train_each(jobs, "classifiers of the arms"), {}, []
+    classifiers, correct, networks = train_each(jobs, "classifiers of the arms"), {}, {}
     for name in names:
         own = [next(classifiers) for _ in range(protocol.seeds)]
         correct[name] = correctness(own, evidence.test.images, evidence.test.labels)
-        if name == "real_only":
-            real_only = own
+        if name in ("real_only", "real_plus_generated"):
+            networks[name] = own
     by_count, by_selection = (
         {name: correct.pop(name) for name in list(correct) if isinstance(name, kind)} for kind in (int, tuple)
     )
-    return Arms(real_only, correct, fraction, by_count, by_selection)
+    return Arms(networks["real_only"], correct, fraction, by_count, by_selection, networks)
 
 
 def correctness(classifiers: list[Classifier], images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:

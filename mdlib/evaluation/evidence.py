@@ -5,7 +5,7 @@ import inspect
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +26,7 @@ Network = SmallCNN | ResNet18 | Embedder
 COMPARED = {"value": ("generated", "unseen"), "real_vs_real": ("first", "second"), "train": ("train", "unseen")}
 
 REFERENCES = ("auto", "resnet18", "none")
+FOLDS = 3  # of users, each held out in one
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Evidence:
     gap: int  # windows with numbers so far apart share no step
     codec: torch.nn.Module | None = None  # the pipeline's
     spare: WindowSet | None = None  # real windows between training windows, for the arms real_x2 … only
+    split: dict = field(default_factory=dict)  # the split file: how windows are read, and their contents
 
     def __post_init__(self):
         codec, users = self.codec, self.train.num_users
