@@ -65,7 +65,7 @@ def quality(run: Run, generated: WindowSet, folder: str) -> dict:
     classifiers, so that they are trained once for a split."""
     protocol, evidence = Protocol(**run.preset.validation), gather(run.windows, run.split, generated)
     classifiers = unseen_classifiers(evidence, protocol, folder)
-    arms = Arms(real_only_classifiers(evidence, protocol, folder), {}, 0.0)
+    arms = Arms({"real_only": real_only_classifiers(evidence, protocol, folder)}, {}, 0.0)
     return {
         "identity": identity(evidence, classifiers)["accuracy"]["value"],
         "fd_ratio": fidelity(evidence, arms)["fd_ratio"]["value"],

@@ -5,6 +5,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
+    "Identifier": "evaluation.identifier",
     "MicroDopplerPipeline": "pipeline",
     "Protocol": "evaluation.evidence",
     "RunSettings": "experiments.settings",
@@ -17,6 +18,7 @@ _HOME = {
     "find_windows": "data.files",
     "fit": "training.fit",
     "get_preset": "systems",
+    "identify_folder": "evaluation.identifier",
     "inspect_folder": "reports.inspection",
     "load_pipeline": "pipeline",
     "load_windows": "data.windows",

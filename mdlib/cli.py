@@ -214,6 +214,24 @@ def validate(
     print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
 
 
+@app.command()
+def identify(
+    identifier: Annotated[Path, typer.Option(help="RUN/identifier")],
+    data: Annotated[Path, typer.Option(help="folder of ID_k/ folders, of folders of recordings, or of windows")],
+    out: Annotated[Path, typer.Option(help="table of windows; recordings: NAME-recordings.csv")] = Path(
+        "predictions.csv"
+    ),
+    colormap: Colormap = "",
+    crop: Crop = "",
+    order: Order = "",
+    threshold: Annotated[
+        float | None, typer.Option(help="P(user) below which a window is unknown; 0 names all")
+    ] = None,
+):
+    """Name the user of each window and recording, or unknown; options left out are the identifier's own."""
+    print(mdlib.identify_folder(identifier, data, out, threshold, colormap=colormap, crop=crop, order=order))
+
+
 @app.command(hidden=True)
 def options():
     """Print docs/options.md."""

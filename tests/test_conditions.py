@@ -103,7 +103,7 @@ def test_the_table_of_conditions_tells_recorded_from_not():
     train, test = of("normal"), of("bag")
     case = Evidence(train=train, val=train, test=test, generated=train, gap=1)
     real = np.array([[True] * 8 + [False] * 8] * 2)
-    arms = Arms([], {"real_only": real, "real_plus_generated": np.ones_like(real)}, 0.5)
+    arms = Arms({}, {"real_only": real, "real_plus_generated": np.ones_like(real)}, 0.5)
     found = conditions(case, arms)
     assert set(found) == {"normal", "normal_gain", "bag_unrecorded", "bag_unrecorded_gain"}
     assert found["bag_unrecorded"]["value"] == 1 and found["bag_unrecorded"]["real"] == 0

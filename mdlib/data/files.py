@@ -22,6 +22,7 @@ _PART = re.compile(r"(train|val|dev|test|eval)(?:ing|id|idation|uation)?(?:[\s_-
 _UNWRITABLE = re.compile(r"[\x00-\x1f\ud800-\udfff]")  # control characters, and bytes that are no text
 _RECORDING = ("user", "condition", "recording")
 _PLACE = attrgetter(*_RECORDING, "number")
+UNKNOWN = -1  # the user of windows in plain folders
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class WindowFile:
     """One spectrogram image on disk."""
 
     path: str  # relative to the data folder, with forward slashes
-    user: int  # the k of ID_k
+    user: int  # the k of ID_k, or UNKNOWN
     condition: str  # folder above ID_k; "" where there is none
     recording: str  # path below ID_k without extension and window number
     number: int  # window number in time
@@ -57,13 +58,16 @@ def find_windows(root: str | Path, *, min_users: int = 2, order: str = "number")
     """List the images of a data folder by user, condition, recording and window number, see `scan`.
 
     Warns in one line about images that are not read, and about names that do not fit the numbering of the others.
+    `min_users=0` takes plain folders, see `scan`, and names without window numbers too.
 
     Raises:
         DataError: see `scan`; also fewer than `min_users` users, or names without window numbers.
     """
-    found = scan(root, order=order)
+    found = scan(root, order=order, plain=not min_users)
     users = sorted({f.user for f in found.files})
     seen = f" ({found.summary()})" if found.ignored else ""
+    if not users and not min_users:
+        raise DataError(f"{root}: no images in it{seen}; give a folder of windows")
     if not users:
         raise DataError(f"{root}: no user folders in it{seen}; give the folder that holds ID_1, ID_2, ...")
     if len(users) < min_users:
@@ -71,7 +75,7 @@ def find_windows(root: str | Path, *, min_users: int = 2, order: str = "number")
     alone = [some for some in _by(found.files, "user", "condition") if len(some) == 1]
     recordings = _by(found.files, *_RECORDING)
     lone = [some[0].path for some in recordings if len(some) == 1 and some not in alone]
-    if order == "number" and 2 * len(lone) > len(recordings) - len(alone):
+    if min_users and order == "number" and 2 * len(lone) > len(recordings) - len(alone):
         raise DataError(
             f"{root}: no window numbers in names such as {lone[0]}: {len(lone)} of {len(recordings)} recordings "
             "would have one window; choose order name or time (order=name; --order name; in a run -p "
@@ -85,7 +89,7 @@ def find_windows(root: str | Path, *, min_users: int = 2, order: str = "number")
     return list(found.files)
 
 
-def scan(root: str | Path, *, order: str = "number") -> Scan:
+def scan(root: str | Path, *, order: str = "number", plain: bool = False) -> Scan:
     """Find the windows below the folders of users: `root/ID_k/`, `root/<condition>/ID_k/`, `root/train/ID_k/`.
 
     ID_3, ID 3, user_5, Sub01, P12 and 7 are folders of users; folders below them are recordings. The window number is
@@ -93,6 +97,8 @@ def scan(root: str | Path, *, order: str = "number") -> Scan:
 
     Args:
         order: "number" takes the numbers in the names; "name" and "time" (of the last change) count in each folder.
+        plain: take a folder without folders of users as well, as windows of the user UNKNOWN. Folders in it are
+            recordings; the windows directly in it have theirs by their names.
 
     Raises:
         DataError: there is no such folder, it holds generated windows among others, or a window or a user twice.
@@ -105,7 +111,15 @@ def scan(root: str | Path, *, order: str = "number") -> Scan:
     if inside := next(root.glob("*/**/generation.json"), None):
         raise DataError(f"{inside.parent}: generated windows inside a folder of real ones; move them out of {root}")
     files, ignored = _files(root)
-    files = sorted(_numbered(files) if order == "number" else _ranked(root, files, order), key=_PLACE)
+    if plain and not files:
+        files, ignored = _files(root, plain=True)
+    if order == "number":
+        by_folder = lambda f: f.user == UNKNOWN and "/" in f.path
+        named = _numbered([f for f in files if not by_folder(f)])
+        files = named + _ranked(root, [f for f in files if by_folder(f)], "name")
+    else:
+        files = _ranked(root, files, order)
+    files = sorted(files, key=_PLACE)
     if twins := [f"{root / a.path} and {root / b.path}" for a, b in pairwise(files) if _PLACE(a) == _PLACE(b)]:
         more = f" (and {count(len(twins) - 1, 'more pair')})" if len(twins) > 1 else ""
         raise DataError(f"{twins[0]}: the same window twice by their names{more}; delete or rename one of them")
@@ -149,13 +163,17 @@ def _images(root: Path) -> Iterator[Path]:
         seen.add(real)
 
 
-def _files(root: Path) -> tuple[list[WindowFile], Counter[tuple[str, str]]]:
-    """The images of users, not numbered yet, and the numbers of other images by (path, reason)."""
+def _files(root: Path, plain: bool = False) -> tuple[list[WindowFile], Counter[tuple[str, str]]]:
+    """The images of users, or with `plain` of no user, not numbered yet, and the numbers of other images by (path,
+    reason)."""
     files, ignored, folders = [], Counter(), {}
     for path in _images(root):
         parts = path.relative_to(root).parts
         user_at = _user_place(parts[:-1])
         odd = _UNWRITABLE.search(str(path)) or not path.is_file()
+        if plain and not odd:
+            files.append(WindowFile("/".join(parts), UNKNOWN, "", "/".join((*parts[:-1], path.stem)), 0))
+            continue
         if odd or user_at < 0:
             reason = "a broken link, or control characters in the name" if odd else "not in one user folder like ID_3"
             ignored[_UNWRITABLE.sub("?", f"{'/'.join(parts[:-1]) or '.'}/"), reason] += 1

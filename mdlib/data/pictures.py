@@ -55,16 +55,21 @@ class Reader:
     def window(self, path: Path) -> tuple[np.ndarray, str, float]:
         """A window, uint8 (C, size, size), the mode of its file, and its mean distance to the map's colours."""
         (pixels, mode), distance = self.pixels(path), 0.0
+        if self.colormap != "none" and pixels.ndim == 3:
+            distance = colormap_distance(pixels[::8, ::8], self.colormap, mode=mode)  # enough pixels for a mean
+        return self.reduced(pixels, mode), mode, distance
+
+    def reduced(self, pixels: np.ndarray, mode: str = "RGB") -> np.ndarray:
+        """The window, uint8 (C, size, size), of the pixels of a file, uint8 (H, W) or (H, W, 3)."""
         if self.colormap == "none":
             image = Image.fromarray(pixels).convert("RGB")
         elif pixels.ndim == 2:
             image = Image.fromarray(255 - pixels if self.colormap == "grey_r" else pixels)
         else:
-            distance = colormap_distance(pixels[::8, ::8], self.colormap, mode=mode)  # enough pixels for a mean
             image = Image.fromarray(invert_colormap(pixels, self.colormap, mode=mode))
         method = Image.Resampling.BOX if self.size <= min(image.size) else Image.Resampling.BILINEAR
         array = np.asarray(image.resize((self.size, self.size), method)).reshape(self.size, self.size, -1)
-        return np.moveaxis(array, -1, 0), mode, distance
+        return np.moveaxis(array, -1, 0)
 
 
 def for_each(function: Callable, items: Sequence) -> list:

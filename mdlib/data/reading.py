@@ -133,6 +133,8 @@ def _choose_box(root, files, sample: Sequence[Path], reader: Reader, head: Head,
         box = parse_crop(crop, width, height)
         return None if box == (0, 0, width, height) else box
     if len(sample) == 1:
+        if crop == "auto":
+            raise DataError(f"{files[0].path}: crop=auto compares images, and this is the only one: give its box")
         return None
     found = find_plot(_read_sample(sample, reader)[0], lossy=head.lossy)
     if not found:

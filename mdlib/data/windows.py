@@ -78,6 +78,7 @@ def load_windows(
     crop: str = "none",
     users: Sequence[int] | None = None,
     order: str = "number",
+    plain: bool = False,
 ) -> WindowSet:
     """Read a data folder (layout: see `mdlib.data.files.scan`) into one uint8 tensor.
 
@@ -94,6 +95,7 @@ def load_windows(
             its box in pixels, "none" reads it all and raises where there is a border.
         users: label map to use, e.g. the real set's for generated images; default: the users found.
         order: what numbers the windows, see `mdlib.data.files.scan`.
+        plain: take one user, and folders without users too; the only user is then `mdlib.data.files.UNKNOWN`.
 
     Raises:
         DataError: see `find_windows`; also images that are unreadable, differ in size or colour map, or have a border.
@@ -106,7 +108,7 @@ def load_windows(
         except ValueError as error:
             raise DataError(f"colormap={colormap!r}: {error}, or auto") from error
     root = Path(root)
-    files = find_windows(root, min_users=2 if users is None else 1, order=order)
+    files = find_windows(root, min_users=0 if plain else 2 if users is None else 1, order=order)
     users = tuple(sorted({f.user for f in files}) if users is None else users)
     if unknown := {f.user for f in files} - set(users):
         raise DataError(f"{root}: ID_{min(unknown)} is not among the users {', '.join(map(str, users))}")

@@ -5,7 +5,7 @@ import inspect
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +27,7 @@ Network = SmallCNN | ResNet18 | Embedder
 COMPARED = {"value": ("generated", "unseen"), "real_vs_real": ("first", "second"), "train": ("train", "unseen")}
 
 REFERENCES = ("auto", "resnet18", "none")
+FOLDS = 3  # of users, each held out in one
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Evidence:
     gap: int  # windows with numbers so far apart share no step
     codec: torch.nn.Module | None = None  # the pipeline's
     spare: WindowSet | None = None  # real windows between training windows, for the arms real_x2 … only
+    split: dict = field(default_factory=dict)  # the split file: how windows are read, and their contents
 
     def __post_init__(self):
         codec, users = self.codec, self.train.num_users
@@ -167,18 +169,16 @@ def train_classifier(
     backbone: str = "",
     kind: type[Network] = SmallCNN,
 ) -> Network:
-    """kind(outputs, channels) trained on uint8 images (N, C, S, S) and labels (N,) with the classical augmentation of
+    """A network of that kind trained on uint8 images (N, C, S, S) and labels (N,) with the classical augmentation of
     `mdlib.data.augment`; the same for the same seed.
 
     Args:
         outputs: number of users, or size of an `Embedder`.
-        backbone: folder of a SmallCNN that initialises all but the last layer; "": from scratch.
+        backbone: folder of a SmallCNN that all but the last layer is taken from; "": from scratch.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = kind(outputs, images.shape[1])
-        if backbone:
-            network.start(backbone)
+        network = kind.from_backbone(backbone, outputs) if backbone else kind(outputs, images.shape[1])
         network.to(memory_format=torch.channels_last)
     how = dict(batch_size=32, learning_rate=2e-3, warmup_steps=steps // 10, weight_decay=1e-2)
     config = TrainConfig(steps=steps, seed=seed, evaluate_every=steps, **how)

@@ -20,9 +20,18 @@ from mdlib.data.splits import PARTS
 from mdlib.data.windows import to_uint8
 from mdlib.evaluation import augmentation_study as study
 from mdlib.evaluation import metrics
-from mdlib.evaluation.evidence import Evidence, Protocol, chance_blocks, concatenate, through_codec, train_each
+from mdlib.evaluation.evidence import (
+    FOLDS,
+    Evidence,
+    Protocol,
+    chance_blocks,
+    concatenate,
+    through_codec,
+    train_each,
+)
 from mdlib.evaluation.fidelity import fidelity, statistics
 from mdlib.evaluation.gait_metrics import physics
+from mdlib.evaluation.identifier import best_identifier
 from mdlib.evaluation.metrics import absent, bootstrapped, figure, interval, missing, scored
 from mdlib.models.classifier import Embedder, SmallCNN
 from mdlib.training.latents import encode_all
@@ -32,7 +41,6 @@ PAIRS_SHOWN = 6  # generated windows shown with their nearest training window
 COPY_QUANTILE = 0.01  # a copy is nearer to a training window than all but 1 % of the test windows are
 COPIED = 0.1  # fraction of copies from which the verdict warns; COPY_QUANTILE is expected by chance
 OTHER_LABEL = ("psnr_db_other_label", "taken_for_other_label")
-FOLDS = 3  # of users, for verification
 EMBEDDING = 64  # numbers an embedding
 PROBES = ("generated", "real")
 RATES = np.linspace(0, 1, 101)  # false acceptance rates at which curves are given
@@ -44,16 +52,21 @@ def evaluate(
     protocol: Protocol = Protocol(),
     about: dict | None = None,
     classifiers_folder: str | Path | None = None,
+    identifier_folder: str | Path | None = None,
 ) -> dict:
     """The report as a dictionary; its keys are stable.
 
     Args:
         about: what the reader should know of the run (system, preset, data …), copied into the report.
         classifiers_folder: saves the classifiers of real windows; runs on the same split use them again.
+        identifier_folder: where the best classifiers go, see `mdlib.evaluation.identifier`.
     """
     classifiers = study.unseen_classifiers(evidence, protocol, classifiers_folder)
     arms = study.train_arms(evidence, protocol, classifiers_folder)
     verified = verification(evidence, protocol, classifiers_folder)
+    identifier, identified = best_identifier(evidence, arms, protocol, classifiers_folder)
+    if identifier_folder:
+        identifier.save_pretrained(identifier_folder)
     report = {
         "mdlib": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -65,6 +78,7 @@ def evaluate(
         "codebook": codebook(evidence),
         "identity": {**identity(evidence, classifiers), **verified},
         "augmentation": study.augmentation(evidence, protocol, arms),
+        "identifier": identified,
         "conditions": study.conditions(evidence, arms),
         "fidelity": fidelity(evidence, arms),
         "statistics": statistics(evidence),

@@ -36,7 +36,7 @@ PRODUCTS = {
     "03": ("prior", "pipeline"),
     "04": ("prior", "pipeline", "samples/denoising.png"),
     "05": ("generated", "samples/contact_sheet.png", "measured.json"),
-    "06": ("report.json", "report.html"),
+    "06": ("report.json", "report.html", "identifier"),
 }
 
 

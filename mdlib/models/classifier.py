@@ -53,10 +53,13 @@ class SmallCNN(Classifier):
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(widths[-1] * 16, num_users)
 
-    def start(self, folder: str) -> None:
-        """Initialise all but the last layer from a SmallCNN of the same widths and channels in `folder`."""
-        found = type(self).from_pretrained(folder).state_dict()
-        self.load_state_dict({name: value for name, value in found.items() if "head" not in name}, strict=False)
+    @classmethod
+    def from_backbone(cls, folder: str, num_users: int) -> "SmallCNN":
+        """The network in `folder`, trained on other people, with a new last layer for num_users."""
+        network = cls.from_pretrained(folder).float()
+        network.head = nn.Linear(network.head.in_features, num_users)
+        network.register_to_config(num_users=num_users)
+        return network
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """Output of each convolutional stage, a list of (B, width, rows, columns)."""

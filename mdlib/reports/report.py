@@ -95,10 +95,10 @@ def validate_folders(
             about["weights trained on other windows too"] = f"{weights} was trained on {others} others too"
     given = {key: value for key, value in (("colormap", colormap), ("crop", crop)) if value}
     reading = {"channels": channels, **parts.get("reading", {}), **given}
-    check_split(load_windows(real, size=max(SIDE, size), **reading), parts)
+    parts = check_split(load_windows(real, size=max(SIDE, size), **reading), {**parts, "reading": reading})
     windows = load_windows(real, size=size, **reading)
     evidence = gather(windows, parts, load_generated(generated, windows), codec)
-    report = evaluate(evidence, Protocol(**protocol), about)
+    report = evaluate(evidence, Protocol(**protocol), about, identifier_folder=Path(out) / "identifier")
     write_report(report, evidence, out)
     return report
 
@@ -144,7 +144,7 @@ def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None) ->
     """What the protocol needs, from a set, its split and the generated windows."""
     gap = max(OVERLAP, split.get("gap", OVERLAP))  # a split may ignore the overlap; an interval may not
     parts, spare = apply_split(windows, split), spare_windows(windows, split)
-    return Evidence(**parts, generated=generated, gap=gap, codec=codec, spare=spare)
+    return Evidence(**parts, generated=generated, gap=gap, codec=codec, spare=spare, split=split)
 
 
 def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:

@@ -23,7 +23,7 @@ def test_pairs_of_a_user_share_no_step():
 
 
 def test_fidelity_needs_windows_in_every_set():
-    arms = Arms([SmallCNN(len(USERS))], {}, 0.5)
+    arms = Arms({"real_only": [SmallCNN(len(USERS))]}, {}, 0.5)
     found = fidelity(evidence(windows(5, 7), val=windows(2, 2, 40), test=windows(2, 3, 42)), arms)
     assert found["fd"]["value"] is None and "both halves" in found["fd_ratio"]["reason"]
 
@@ -33,7 +33,7 @@ def test_published_networks_measure_where_their_weights_are(tmp_path, monkeypatc
 
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     small = evidence(windows(2, 7), train=windows(1, 1), val=windows(4, 2, 40), test=windows(6, 3, 50))
-    arms = Arms([SmallCNN(len(USERS))], {}, 0.5)
+    arms = Arms({"real_only": [SmallCNN(len(USERS))]}, {}, 0.5)
     absent = fidelity(small, arms)
     assert absent["fd_inception"]["reason"].startswith("inception_v3_google-0cc3c7bd.pth is not on")
     assert absent["lpips_diversity"]["reason"].startswith("squeezenet1_1-b8a52dc0.pth is not on")

@@ -99,7 +99,7 @@ def test_windows_of_another_user_fail_identity(honest):
 def test_the_same_window_over_and_over_lacks_diversity(honest):
     made = windows(20, 7)
     same = replace(made, images=made.images[torch.arange(len(made)) // 20 * 20])
-    arms = Arms(real_only_classifiers(evidence(same), QUICK), {}, 0.5)
+    arms = Arms({"real_only": real_only_classifiers(evidence(same), QUICK)}, {}, 0.5)
     found = fidelity(evidence(same), arms)
     assert found["diversity"]["value"] == 0 and found["recall"]["value"] < 0.2
     assert len(found["map"]) == 4 * (12 + 12) and {point["user"] for point in found["map"]} == set(USERS)
@@ -148,7 +148,7 @@ class Brightness(SmallCNN):
 def test_a_codec_that_draws_the_user_it_is_given_is_found_out():
     torch.manual_seed(0)
     codec, made = Stamp(**CODEC, num_users=len(USERS)), windows(5, 7)
-    arms = Arms([Brightness(len(USERS))], {}, 0.5)
+    arms = Arms({"real_only": [Brightness(len(USERS))]}, {}, 0.5)
     found = other_label(evidence(made, codec=codec), arms)
     assert found["taken_for_other_label"]["value"] == 1 and found["psnr_db_other_label"]["value"] < 30
     with pytest.raises(DataError, match="the codec was trained with 3 users, these windows have 4"):

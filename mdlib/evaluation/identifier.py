@@ -1,0 +1,247 @@
+"""The identifier: the best classifiers of a run, which name the user of new windows or answer "unknown"."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from PIL import Image
+from sklearn.metrics import roc_curve
+from torch import nn
+
+from mdlib.data.files import UNKNOWN
+from mdlib.data.pictures import Reader
+from mdlib.data.reading import hashes
+from mdlib.data.windows import WindowSet, load_windows, to_uint8
+from mdlib.evaluation.augmentation_study import Arms, correctness, mixed
+from mdlib.evaluation.evidence import FOLDS, Evidence, Protocol, train_each
+from mdlib.evaluation.metrics import absent, bootstrapped, figure
+from mdlib.models.classifier import SmallCNN
+from mdlib.utils import DataError, best_device, count, read_json, readable, whole_file
+
+REMEDY = "restore it, or write the identifier again (run --from 06)"
+
+
+class Identifier(ModelMixin, ConfigMixin):
+    """Classifiers that differ in their seed; P(user) is the mean of theirs.
+
+    Args:
+        users: the label map: users[label] is the k of folder ID_k.
+        ensemble: number of classifiers, `SmallCNN(len(users), channels, widths)`.
+        image_size: side in pixels to which windows are reduced.
+        colormap: of the pictures that it was trained on; "none" with 3 channels.
+        reading: colormap, crop and order for new folders, options of `load_windows`.
+        arm: the set of training windows, see docs/evaluation.md.
+        validation_accuracy: on the windows that chose the arm.
+        threshold: P(user) below which the answer is "unknown"; 0 names every window.
+        false_acceptance, false_rejection: rates at the threshold, see `find_threshold`.
+        trained_on: contents (`mdlib.data.reading.hashes`) of the windows that it was trained on or chosen by, or that
+            overlap those: accuracies leave them out.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        users: list[int],
+        ensemble: int = 1,
+        image_size: int = 64,
+        channels: int = 1,
+        widths: tuple[int, ...] = (16, 32, 64),
+        colormap: str = "jet",
+        reading: dict = {},  # noqa: B006
+        arm: str = "",
+        validation_accuracy: float | None = None,
+        threshold: float = 0.0,
+        false_acceptance: float | None = None,
+        false_rejection: float | None = None,
+        trained_on: list[str] = [],  # noqa: B006
+    ):
+        super().__init__()
+        if not 0 <= threshold <= 1:
+            raise DataError(f"threshold must be between 0 and 1, got {threshold}")
+        self.users, self.threshold = list(users), threshold
+        self.networks = nn.ModuleList(SmallCNN(len(users), channels, tuple(widths)) for _ in range(ensemble))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options) -> "Identifier":
+        """The identifier in a folder; DataError if it holds none, or a damaged one."""
+        config = Path(path) / "config.json"
+        if not config.exists() or read_json(config, REMEDY).get("_class_name") != cls.__name__:
+            raise DataError(f"{path} holds no identifier: give the identifier/ folder of a run")
+        try:
+            with readable(path, REMEDY):
+                return super().from_pretrained(path, **options)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path}: config.json and weights do not fit, or one is missing: {REMEDY}") from error
+
+    def forward(self, images: torch.Tensor | list[Image.Image]) -> torch.Tensor:
+        """P(user) (N, users) of windows of any size: uint8, or floating point in [−1, 1], (N, channels, H, W); or a
+        list of pictures, coloured as the training windows."""
+        channels, colormap = self.config.channels, self.config.colormap
+        if isinstance(images, torch.Tensor):
+            if images.ndim != 4 or images.shape[1] != channels:
+                raise DataError(f"images must have the shape (N, {channels}, H, W), got {tuple(images.shape)}")
+            images = (to_uint8(images) if images.is_floating_point() else images).cpu().numpy()
+            pixels, colormap = (images[:, 0], "grey") if channels == 1 else (np.moveaxis(images, 1, 3), "none")
+        else:
+            pixels = [np.asarray(one.convert("L" if one.mode in ("1", "L") else "RGB")) for one in images]
+        reader = Reader(self.config.image_size, colormap)
+        windows = [torch.tensor(reader.reduced(one)) for one in pixels]
+        if not windows:
+            return torch.empty(0, len(self.users))
+        return torch.stack([network.probabilities(torch.stack(windows)) for network in self.networks]).mean(0)
+
+    def named(self, probabilities: torch.Tensor) -> list[str]:
+        """The answer to each row of probabilities (N, users): "ID_k", or "unknown" below the threshold."""
+        sure, labels = probabilities.max(1)
+        return [f"ID_{self.users[i]}" if p >= self.threshold else "unknown" for p, i in zip(sure, labels, strict=True)]
+
+
+def best_identifier(
+    evidence: Evidence, arms: Arms, protocol: Protocol, folder: str | Path | None = None
+) -> tuple[Identifier, dict]:
+    """The classifiers of the arm that is most accurate on validation windows (mean over seeds; the first of equals),
+    and the section `identifier` of the report. `folder` saves the threshold's classifiers of real windows."""
+    train, val, test, split = evidence.train, evidence.val, evidence.test, evidence.split
+    accuracy = {arm: correctness(some, val.images, val.labels).mean() for arm, some in arms.networks.items()}
+    arm = max(accuracy, key=accuracy.get)
+    networks, reading = arms.networks[arm], split.get("reading", {})
+    identifier = Identifier(
+        list(train.users),
+        len(networks),
+        image_size=train.images.shape[-1],
+        **{name: networks[0].config[name] for name in ("channels", "widths")},
+        colormap=train.colormap,
+        reading={key: value for key, value in reading.items() if key != "channels"},
+        arm=arm,
+        trained_on=sorted(content for path, content in split.get("hashes", {}).items() if path not in set(test.paths)),
+    ).to(networks[0].device)
+    for own, given in zip(identifier.networks, networks, strict=True):
+        own.load_state_dict(given.state_dict())
+    of_val, of_test, of_recordings = (
+        (table["user"] == table["true_user"]).to_numpy(float)
+        for table in (tables(identifier, val)[0], *tables(identifier, test))
+    )
+    windows = mixed(train, evidence.generated, arms.fraction) if arm.endswith("generated") else train
+    folder, backbone = None if arm.endswith("generated") else folder, protocol.backbone * arm.startswith("pretrained")
+    limit = find_threshold(windows, val, protocol, folder, backbone)
+    identifier.threshold = limit["threshold"]["value"]
+    rates = {name: found["value"] for name, found in limit.items()}
+    identifier.register_to_config(validation_accuracy=float(of_val.mean()), **rates)
+    return identifier, {
+        "arm": arm,
+        "validation_accuracy": figure(float(of_val.mean()), len(of_val)),
+        "accuracy": bootstrapped(of_test, evidence.blocks),
+        "recording_accuracy": figure(float(of_recordings.mean()), len(of_recordings)),
+        **limit,
+    }
+
+
+def find_threshold(
+    train: WindowSet, val: WindowSet, protocol: Protocol, folder: str | Path | None = None, backbone: str = ""
+) -> dict:
+    """threshold, false_acceptance and false_rejection as figures, by people whom classifiers do not know.
+
+    Each user is held out in one of three folds. Classifiers of the other users' training windows, as many as an
+    identifier has, give each validation window its largest P(user): those of held-out users are impostors, those of
+    the others that are named rightly genuine. The threshold is at the equal error rate of all folds together. The
+    identifier knows more users than the folds, among whom probabilities are lower: it accepts fewer impostors and
+    rejects more.
+    """
+    groups, jobs, known = np.array_split(np.random.default_rng(0).permutation(train.num_users), FOLDS), [], []
+    for held in groups if train.num_users >= 3 else ():
+        others = train.select(~torch.isin(train.labels, torch.from_numpy(held)))
+        users, labels = others.labels.unique(return_inverse=True)
+        what = (SmallCNN, folder, others.images, labels, len(users), protocol.evaluation_steps)
+        jobs += [(*what, seed, backbone) for seed in range(protocol.seeds)]
+        known.append(users)
+    trained, scores, genuine = train_each(jobs, "classifiers without some users"), [], []
+    for users in known:
+        each = [next(trained).probabilities(val.images) for _ in range(protocol.seeds)]
+        sure, place = torch.stack(each).mean(0).max(1)
+        unknown, right = ~torch.isin(val.labels, users), users[place] == val.labels
+        scores += sure[unknown | right].tolist()
+        genuine += right[unknown | right].tolist()
+    if len(set(genuine)) < 2:
+        why = absent("it takes three users or more, each with validation windows that classifiers name rightly")
+        return {"threshold": why | {"value": 0.0}, "false_acceptance": why, "false_rejection": why}
+    scores, genuine = np.array(scores), np.array(genuine)
+    false, true, thresholds = roc_curve(genuine, scores, drop_intermediate=False)
+    threshold = float(min(1.0, thresholds[np.abs(false - (1 - true)).argmin()]))  # the first one is infinite
+    accepted = scores >= threshold
+    return {
+        "threshold": figure(threshold, len(scores)),
+        "false_acceptance": figure(float(accepted[~genuine].mean()), int((~genuine).sum())),
+        "false_rejection": figure(float((~accepted[genuine]).mean()), int(genuine.sum())),
+    }
+
+
+def tables(identifier: Identifier, windows: WindowSet) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A table of windows and one of recordings. Columns: path (or number of windows), recording, true_user ("" in plain
+    folders), user (the answer), probability (the largest), and P of each user, ID_k.
+
+    Probabilities of a recording are the means of its windows'; it is unknown where most of its windows are, because the
+    threshold is one for windows, and a mean over good and bad windows of a known user often lies below it.
+    """
+    every = pd.DataFrame(identifier(windows.images), columns=[f"ID_{user}" for user in identifier.users])
+    users = ["" if file.user == UNKNOWN else f"ID_{file.user}" for file in windows.files]
+    above = [(file.condition, user, file.recording) for file, user in zip(windows.files, users, strict=True)]
+    names = ["/".join(filter(None, folders)) or "." for folders in above]
+    facts = pd.DataFrame({"path": windows.paths, "recording": names, "true_user": users})
+    known, groups = every.max(axis=1) >= identifier.threshold, facts.groupby("recording", sort=False)
+    of_recordings = groups.agg(windows=("path", "size"), true_user=("true_user", "first")).reset_index()
+    means, most = (
+        some.groupby(facts["recording"], sort=False).mean().reset_index(drop=True) for some in (every, known)
+    )
+    return _answered(facts, every, known), _answered(of_recordings, means, most >= 0.5)
+
+
+def _answered(facts: pd.DataFrame, every: pd.DataFrame, known: pd.Series) -> pd.DataFrame:
+    return facts.assign(user=every.idxmax(axis=1).where(known, "unknown"), probability=every.max(axis=1)).join(every)
+
+
+def identify_folder(
+    identifier: str | Path,
+    data: str | Path,
+    out: str | Path = "predictions.csv",
+    threshold: float | None = None,
+    **reading: str,
+) -> str:
+    """Name the users of a folder's windows: writes `tables` to `out` (.csv) and NAME-recordings.csv, returns a summary.
+
+    Args:
+        identifier: RUN/identifier.
+        data: folders of users, or a plain folder (see `mdlib.data.files.scan`).
+        threshold: P(user) below which the answer is "unknown"; None: the identifier's.
+        reading: colormap, crop, order (see `load_windows`); "": as the identifier's own windows were read.
+
+    Raises:
+        DataError: see `load_windows`; also an identifier or a threshold that cannot be used.
+    """
+    known, out = Identifier.from_pretrained(identifier).to(best_device()), Path(out)
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise DataError(f"threshold must be between 0 and 1, got {threshold}")
+    known.threshold = known.threshold if threshold is None else threshold
+    config, given = known.config, {key: value for key, value in reading.items() if value}
+    how = dict(size=config.image_size, channels=config.channels, plain=True)
+    windows = load_windows(data, **how | config.reading | given)
+    found = tables(known, windows)
+    for path, table in zip((out, out.with_name(f"{out.stem}-recordings{out.suffix}")), found, strict=True):
+        with whole_file(path) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6g")
+    sizes = " in ".join(count(len(table), what) for table, what in zip(found, ("window", "recording"), strict=True))
+    unknown = " and ".join(str((table["user"] == "unknown").sum()) for table in found)
+    line = f"{out}: {sizes}, {unknown} of them unknown"
+    mine = torch.tensor([file.user in known.users for file in windows.files])
+    contents, seen = hashes(windows.root, windows.paths), set(config.trained_on)
+    new = mine & torch.tensor([contents[path] not in seen for path in windows.paths])
+    if new.any():
+        right = [100 * (table["user"] == table["true_user"]).mean() for table in tables(known, windows.select(new))]
+        line += f"; accuracy {right[0]:.1f} % by window, {right[1]:.1f} % by recording"
+    if left := int((mine & ~new).sum()):
+        line += f"; no accuracy of {count(left, 'window')} that it was trained on, or that overlap such windows"
+    return line
