@@ -29,7 +29,7 @@ class Identifier(ModelMixin, ConfigMixin):
 
     Args:
         users: the label map: users[label] is the k of folder ID_k.
-        ensemble: number of classifiers, `SmallCNN(len(users), channels, widths)`.
+        ensemble: number of classifiers, `SmallCNN(len(users), channels, **network)`.
         image_size: side in pixels to which windows are reduced.
         colormap: of the pictures that it was trained on; "none" with 3 channels.
         reading: colormap, crop and order for new folders, options of `load_windows`.
@@ -48,7 +48,7 @@ class Identifier(ModelMixin, ConfigMixin):
         ensemble: int = 1,
         image_size: int = 64,
         channels: int = 1,
-        widths: tuple[int, ...] = (16, 32, 64),
+        network: dict = {},  # noqa: B006
         colormap: str = "jet",
         reading: dict = {},  # noqa: B006
         arm: str = "",
@@ -62,7 +62,7 @@ class Identifier(ModelMixin, ConfigMixin):
         if not 0 <= threshold <= 1:
             raise DataError(f"threshold must be between 0 and 1, got {threshold}")
         self.users, self.threshold = list(users), threshold
-        self.networks = nn.ModuleList(SmallCNN(len(users), channels, tuple(widths)) for _ in range(ensemble))
+        self.networks = nn.ModuleList(SmallCNN(len(users), channels, **network) for _ in range(ensemble))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options) -> "Identifier":
@@ -114,7 +114,8 @@ def best_identifier(
         list(train.users),
         len(networks),
         image_size=train.images.shape[-1],
-        **{name: networks[0].config[name] for name in ("channels", "widths")},
+        channels=networks[0].config.channels,
+        network={name: networks[0].config[name] for name in ("widths", "image_size")},
         colormap=train.colormap,
         reading={key: value for key, value in reading.items() if key != "channels"},
         arm=arm,

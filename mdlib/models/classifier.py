@@ -35,10 +35,20 @@ class SmallCNN(Classifier):
     A 5×5 binomial filter removes speckle first: it is random, and a classifier that relies on it recognises a user
     neither on another day nor after a codec. Pooling is coarser in time than in Doppler, down to 8 × 2 cells: users
     differ in where the energy lies in velocity, not in when a step falls into the window.
+
+    Args:
+        image_size: pixels a side to which larger windows are averaged first; 0: they are taken as they are.
     """
 
     @register_to_config
-    def __init__(self, num_users: int, channels: int = 1, widths: tuple[int, ...] = (16, 32, 64), dropout: float = 0.3):
+    def __init__(
+        self,
+        num_users: int,
+        channels: int = 1,
+        widths: tuple[int, ...] = (16, 32, 64),
+        dropout: float = 0.3,
+        image_size: int = 0,
+    ):
         super().__init__()
         row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
         self.register_buffer("binomial", (row[:, None] * row).expand(channels, 1, 5, 5).clone())
@@ -63,6 +73,8 @@ class SmallCNN(Classifier):
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """Output of each convolutional stage, a list of (B, width, rows, columns)."""
+        if 0 < self.config.image_size < images.shape[-1]:
+            images = F.interpolate(images, (self.config.image_size, self.config.image_size), mode="area")
         smooth = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), self.binomial, groups=images.shape[1])
         found = [smooth.contiguous(memory_format=torch.channels_last)]
         for block in self.blocks:
