@@ -126,8 +126,6 @@ def pretrain(
     ] = 22000,
 ):
     """Pretrain the weights from which runs start (init) on simulated people; a second call continues."""
-    if system != "identifier":
-        check_names(system, preset, {})
     weights = mdlib.pretrain(system, out, preset, people, minutes, seed)
     print(f"{weights}: give it as init, attach it on Kaggle, or copy it to mdlib/weights/{system}")
 

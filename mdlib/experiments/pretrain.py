@@ -8,6 +8,8 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
+
 from mdlib import __version__, simulate_dataset
 from mdlib.data.augment import classical_augmentation
 from mdlib.data.checks import SIMULATED
@@ -55,11 +57,9 @@ def pretrain(
     else:
         batch = max(16, chosen.codec_training.batch_size)
         settings = dict(data=str(data), system=system, preset=preset, init="none", windows_per_user=-1, variants=0)
-        options = dict(
-            codec_options={"batch_size": batch, **RARELY},
-            prior_options={"ema_decay": max(0.998, chosen.prior_training.ema_decay), **RARELY},
-        )
-        run = open_run(out / "run", codec_steps=STEPS, prior_steps=STEPS, **settings, **options)
+        settings |= dict(codec_steps=STEPS, codec_options={"batch_size": batch, **RARELY}, prior_steps=STEPS)
+        ema = max(0.998, chosen.prior_training.ema_decay)
+        run = open_run(out / "run", prior_options={"ema_decay": ema, **RARELY}, **settings)
         _train(run, minutes)
         _export(run, trained_on).save_pretrained(weights)
         parts = [run.path / "codec", run.path / "prior"]
@@ -76,7 +76,7 @@ def pretrain(
 def train_identifier(windows: WindowSet, minutes: float, run_dir: Path) -> SmallCNN:
     """A `SmallCNN` trained to identify the users of the windows, with a head for one user, the mean of theirs."""
     channels = windows.images.shape[1]
-    network = seeded(0, SmallCNN, windows.num_users, channels)
+    network = seeded(0, SmallCNN, windows.num_users, channels).to(memory_format=torch.channels_last)
     config = TrainConfig(**IDENTIFIER, **RARELY, max_minutes=minutes)
     fit(network, Batches((windows.images, windows.labels), classical_augmentation), config, run_dir, name="identifier")
     own, one = network.cpu().state_dict(), SmallCNN(1, channels)

@@ -147,13 +147,13 @@ class Run:
     def about(self) -> dict:
         """What a report says of its run."""
         record, starts = read_record(self.path), [self.settings[key] for key in STARTS]
-        card, named = record.get("pretrained"), [start for start in starts if start not in ("", "none")]
-        learned = f"pretrained on {card['people']} simulated people" if card else "from"
+        card, named = record.get("pretrained"), ", ".join(start for start in starts if start not in ("", "none"))
+        origin = f"pretrained on {card['people']} simulated people ({named})" if card else f"from {named or 'scratch'}"
         return {
             **{key: self.settings[key] for key in ("system", "preset", "seed")},
             "data": Path(self.settings["data"]).name,
             "training windows are": describe_training(self.split),
-            "models start": f"{learned} ({', '.join(named)})" if named else "from scratch",
+            "models start": origin,
             "device": device_name(),
             "time": ", ".join(f"{name} {step['seconds']:.0f} s" for name, step in record["steps"].items()),
         }

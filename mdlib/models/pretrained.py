@@ -19,7 +19,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mdlib.models.classifier import SmallCNN
-from mdlib.utils import read_json, to_float
+from mdlib.utils import read_json, readable, to_float
 
 INSIDE = ("ema", "model", "state_dict")  # entries of a training's checkpoint that hold weights, best first
 PROJECTION = "losses.alignment.projection.weight"
@@ -51,7 +51,7 @@ def pretrained_weights(name: str) -> dict[str, Path]:
     attached = [card for depth in range(6) for card in sorted(INPUTS.glob("*/" * depth + "weights.json"))]
     found = {}
     for place, cards in dict(attached=attached, shipped=[WEIGHTS / name / "weights.json"]).items():
-        own = [card.parent for card in cards if card.is_file() and read_json(card, "copy it again")["name"] == name]
+        own = [card.parent for card in cards if card.is_file() and read_json(card, "copy it again").get("name") == name]
         found |= {place: own[0]} if own else {}
     return found
 
@@ -66,7 +66,7 @@ def pretrained_backbone(channels: int = 1) -> Path | None:
 
 def fits(model, folder: Path) -> bool:
     """Whether the weights that `save_pretrained` wrote to `folder` have the class, names and shapes of `model`'s."""
-    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "np") as file:
+    with readable(folder, "copy it again"), safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "np") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return shapes == own and read_json(folder / "config.json", "copy it again")["_class_name"] == type(model).__name__

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT
 
+from mdlib.cli import app
 from mdlib.data.checks import seen, seen_beyond
 from mdlib.data.splits import read_split
 from mdlib.experiments.pretrain import IDENTIFIER, pretrain
@@ -127,6 +128,9 @@ def test_attached_weights_are_preferred_and_have_to_stay(made, shipped, windows,
     run = open_run(tmp_path / "run", **common, system="vq-diffusion")
     assert run.settings["init"] == "attached" and run.init == attached
     assert open_run(tmp_path / "other", **common, system="vqvae-ldm").settings["init"] == "shipped"
+    (attached / "prior" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(DataError, match="diffusion_pytorch_model.safetensors is missing or damaged: copy it again"):
+        open_run(tmp_path / "damaged", **common, system="vq-diffusion")
     moved = attached.rename(inputs / "elsewhere")
     assert open_run(run.path).init == moved
     shutil.rmtree(moved)
@@ -166,10 +170,9 @@ def test_the_identifiers_backbone_is_found_where_it_fits(shipped):
 def test_a_second_call_continues_and_an_impossible_one_is_one_line(made, capsys):
     out = made / "vq-diffusion"
     before = {path: path.read_bytes() for path in sorted((out / "weights").rglob("*.*"))}
-    command = [sys.executable, "-m", "mdlib", "pretrain", "--system", "vq-diffusion", "--preset", "smoke"]
-    command += ["--people", "3", "--minutes", "0.04", "--seed", str(SEED), "--out", str(out)]
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert answer.returncode == 0 and answer.stdout.startswith(f"{out / 'weights'}: give it as init"), answer.stderr
+    words = ["pretrain", "--system", "vq-diffusion", "--preset", "smoke", "--people", 3, "--minutes", 0.04]
+    app([*map(str, words), "--seed", str(SEED), "--out", str(out)], standalone_mode=False)
+    assert f"{out / 'weights'}: give it as init" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in sorted((out / "weights").rglob("*.*"))}
     with pytest.raises(DataError, match="minutes must be more than 0, got 0"):
         pretrain("vq-diffusion", out, minutes=0)
