@@ -655,8 +655,17 @@ def run(argv: list[str]) -> int:
         return module("pytest", "-n", "2", *args.rest, cwd=ROOT)
     if command == "demo":
         out, data = args.out or "runs/demo", f"{args.out or 'runs/demo'}-data"
-        system = ["--system", "vqvae-transformer", "--preset", "demo"]
-        code = module("mdlib", "simulate", "--out", data, "--users", args.users or "31")
+        code = module("mdlib", "simulate", "--out", data, "--users", args.users or "31", "--windows", "60")
+        system = [
+            "--system",
+            "vae-diffusion",
+            "--preset",
+            "demo",
+            "-p",
+            "windows_per_user=5",
+            "-p",
+            "images_per_user=20",
+        ]
         return code or module("mdlib", "run", *system, "--data", data, "--out", out, *args.rest)
     if not args.command:
         import check_environment

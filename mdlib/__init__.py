@@ -25,6 +25,7 @@ _HOME = {
     "make_split": "data.splits",
     "open_run": "experiments.run",
     "parse_users": "data.files",
+    "pretrain": "experiments.pretrain",
     "select_folder": "reports.report",
     "simulate_dataset": "simulation.dataset",
     "split_folder": "data.checks",

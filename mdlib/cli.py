@@ -115,6 +115,22 @@ def run(
 
 
 @app.command()
+def pretrain(
+    system: Annotated[str, typer.Option(help="; ".join((*mdlib.SYSTEMS, "identifier")))],
+    out: Annotated[Path, typer.Option(help="folder to write: people/, the training, and weights/")],
+    preset: PresetName = "demo",
+    people: Annotated[int, typer.Option(min=2, help="simulated people")] = 300,
+    minutes: Annotated[float, typer.Option(help="of training, a quarter for the codec")] = 45.0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="of the people: another one than that of your own simulations")
+    ] = 22000,
+):
+    """Pretrain the weights from which runs start (init) on simulated people; a second call continues."""
+    weights = mdlib.pretrain(system, out, preset, people, minutes, seed)
+    print(f"{weights}: give it as init, attach it on Kaggle, or copy it to mdlib/weights/{system}")
+
+
+@app.command()
 def compare(
     data: Data,
     out: Annotated[Path, typer.Option(help="folder of the comparison, with a run for each system")],

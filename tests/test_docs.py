@@ -38,7 +38,7 @@ def test_files_and_systems_that_a_page_names_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", text):
         assert (ROOT / Path(page).parent / link).exists(), link
-    assert set(re.findall(r"--system ([\w-]+)", text)) <= SYSTEMS.keys()
+    assert set(re.findall(r"--system ([\w-]+)", text)) <= {*SYSTEMS, "identifier"}
     for path in re.findall(r"`((?:mdlib|tests|benchmarks|kaggle)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
 
@@ -72,6 +72,9 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
             get_preset(system, "demo" if preset == "auto" else preset)
         return {"conclusions": {}, "systems": {}}
 
+    def pretrained(system, out, preset, *rest):
+        _pretrained(out / "weights", system, preset)
+
     def studied(data, out, system, preset, *rest, **options):
         get_preset(system, "demo" if preset == "auto" else preset)
         return {"rows": []}
@@ -81,10 +84,11 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
     monkeypatch.setattr("mdlib.simulation.dataset.simulate_dataset", simulated)
     monkeypatch.setattr("mdlib.experiments.compare.compare", compared)
     monkeypatch.setattr("mdlib.experiments.study.study", studied)
+    monkeypatch.setattr("mdlib.experiments.pretrain.pretrain", pretrained)
     for folder in ("people", "REAL_WINDOWS"):
         write_set(tmp_path / folder, numbers=range(12))
     for needed in re.findall(r"init=(runs/[\w-]+)/pipeline", (ROOT / page).read_text(encoding="utf-8")):
-        _pretrained(tmp_path / needed)
+        _pretrained(tmp_path / needed / "pipeline")
     for first, *words in told_commands(page):
         if first == "-m":
             module, *words = words
@@ -109,10 +113,10 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
             )
 
 
-def _pretrained(run):
-    """A pipeline of vae-diffusion, size demo, for commands that start from one of another page."""
-    preset = get_preset("vae-diffusion", "demo")
+def _pretrained(folder, system="vae-diffusion", preset="demo"):
+    """A pipeline for commands that start from one of another page, or from what `pretrain` wrote."""
+    preset = get_preset(system, preset)
     codec = make_codec(preset, 1, 2)
-    codec.save_pretrained(run / "pipeline" / "codec")
-    make_prior("vae-diffusion", preset, codec, 2).save_pretrained(run / "pipeline" / "prior")
-    (run / "pipeline" / "model_index.json").write_text("{}")
+    codec.save_pretrained(folder / "codec")
+    make_prior(system, preset, codec, 2).save_pretrained(folder / "prior")
+    (folder / "model_index.json").write_text("{}")

@@ -10,12 +10,13 @@ from pathlib import Path
 from mdlib.data.files import Scan, WindowFile, scan
 from mdlib.data.nearness import SIDE, Neighbours, nearness, neighbours
 from mdlib.data.reading import hashes
-from mdlib.data.splits import PARTS, STARTS, apply_split, make_split, read_split, write_split
+from mdlib.data.splits import NO_PATH, PARTS, STARTS, apply_split, make_split, read_split, write_split
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.utils import DataError, read_json
 
 LEAK = 0.1  # fraction of test windows that share columns with a training window, from which on a split is refused
 COPY = "restore it, or make its folder again"  # what to do about a damaged record
+SIMULATED = "simulated with seed "  # in place of the contents of pretrained weights' many windows
 FEWEST = 3  # such windows at least: one of a few may look like another by chance
 
 
@@ -93,8 +94,17 @@ def seen_of_test(path: str | Path, split: dict, data: str | Path) -> int:
 
 
 def seen_beyond(path: str | Path, split: dict, data: str | Path) -> int:
-    """How many windows outside the split's train and val in `data` the weights at `path` have seen."""
-    return len(seen(path) - _contents(split, ["train", "val"], data))
+    """How many windows outside the split's train and val in `data` the weights at `path` have seen, without those of
+    simulated people that are listed by their seed."""
+    others = seen(path) - _contents(split, ["train", "val"], data)
+    return sum(not content.startswith(SIMULATED) for content in others)
+
+
+def seen_people(path: str | Path, data: str | Path) -> bool:
+    """Whether the weights at `path` were pretrained on the simulated people of `data`: user k of a seed is the same
+    person in every simulation."""
+    notes = [folder / "simulation.json" for folder in (Path(data), Path(data).parent)]  # or a condition's folder
+    return any(SIMULATED + str(read_json(note, COPY)["seed"]) in seen(path) for note in notes if note.is_file())
 
 
 def seen(path: str | Path) -> set[str]:
@@ -102,13 +112,15 @@ def seen(path: str | Path) -> set[str]:
     the record in their folder, or of the run in whose folder they lie and of the runs that it started from."""
     path, found = Path(path).resolve(), set()
     for folder in (path, *path.parents[:2]):  # RUN/codec, RUN/generated, RUN/pipeline or RUN/pipeline/prior
-        for name in ("generation.json", "model_index.json"):
+        for name in ("generation.json", "model_index.json", "weights.json"):
             if (folder / name).is_file():
                 found.update(read_json(folder / name, COPY).get("trained_on") or ())
         if folder != path and (folder / "split.json").exists():
             record = folder / "run.json"
-            settings = read_json(record, COPY)["settings"] if record.exists() else {}
-            found.update(*(seen(settings[key]) for key in STARTS if settings.get(key)))
+            stored = read_json(record, COPY) if record.exists() else {}
+            settings = stored.get("settings", {})
+            found.update(*(seen(settings[key]) for key in STARTS if settings.get(key, "") not in NO_PATH))
+            found.update(stored.get("pretrained", {}).get("trained_on", ()))
             return found | _contents(read_split(folder / "split.json"), ["train", "val"], settings.get("data", ""))
     return found
 

@@ -15,6 +15,8 @@ from mdlib.utils import DataError, count, whole_file
 
 PARTS = ("train", "val", "test")
 STARTS = ("init", "codec_start", "prior_start")  # a run's settings that name weights to start from
+FOUND = ("auto", "attached", "shipped")  # values of init by which mdlib finds the weights
+NO_PATH = ("", "none", *FOUND)  # values of STARTS that are no path
 
 _SHORTEST_IN_GAPS = 8  # two gaps drop up to 2 (gap - 1) windows: a shorter recording would lose a fifth of itself
 

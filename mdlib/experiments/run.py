@@ -14,14 +14,23 @@ import torch
 from safetensors.torch import load_file
 
 from mdlib import __version__
-from mdlib.data.checks import check_identical, check_split, data_fingerprint, seen, seen_of_test
+from mdlib.data.checks import check_identical, check_split, data_fingerprint, seen, seen_of_test, seen_people
 from mdlib.data.files import find_windows
 from mdlib.data.nearness import SIDE
 from mdlib.data.reading import hashes
-from mdlib.data.splits import STARTS, apply_split, describe_training, make_split, read_split, write_split
+from mdlib.data.splits import (
+    FOUND,
+    NO_PATH,
+    STARTS,
+    apply_split,
+    describe_training,
+    make_split,
+    read_split,
+    write_split,
+)
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.experiments.settings import RunSettings, defaults, order_of, read_record, write_record
-from mdlib.models.pretrained import load_foundation, load_lpips
+from mdlib.models.pretrained import fits, load_foundation, load_lpips, pretrained_weights
 from mdlib.systems import Preset, System, attach_losses, get_preset, get_system, make_codec, make_prior, start
 from mdlib.systems.system import gpus, preset_for
 from mdlib.training.distributed import check_batch, processes
@@ -62,6 +71,16 @@ class Run:
             training = getattr(preset, f"{part}_training")
             preset = replace(preset, **{f"{part}_training": replace(training, steps=training.steps - sum(steps))})
         return replace(preset, stages=preset.stages[-1:]) if self.earlier.get("codec") else preset
+
+    @property
+    def init(self) -> Path | None:
+        """The folder of the pretrained weights; None: the models train from scratch."""
+        name = self.settings["init"]
+        if name not in FOUND:
+            return None if name == "none" else Path(name)
+        if not (folder := pretrained_weights(self.settings["system"]).get(name)):
+            raise DataError(f"{self.path} starts from weights that are no longer {name}: attach or restore them")
+        return folder
 
     @property
     def reading(self) -> dict:
@@ -127,13 +146,16 @@ class Run:
 
     def about(self) -> dict:
         """What a report says of its run."""
-        steps = read_record(self.path)["steps"]
+        record, starts = read_record(self.path), [self.settings[key] for key in STARTS]
+        card, named = record.get("pretrained"), ", ".join(start for start in starts if start not in ("", "none"))
+        origin = f"pretrained on {card['people']} simulated people ({named})" if card else f"from {named or 'scratch'}"
         return {
             **{key: self.settings[key] for key in ("system", "preset", "seed")},
             "data": Path(self.settings["data"]).name,
             "training windows are": describe_training(self.split),
+            "models start": origin,
             "device": device_name(),
-            "time": ", ".join(f"{name} {step['seconds']:.0f} s" for name, step in steps.items()),
+            "time": ", ".join(f"{name} {step['seconds']:.0f} s" for name, step in record["steps"].items()),
         }
 
     def start(self, part: str, model: torch.nn.Module) -> None:
@@ -145,8 +167,8 @@ class Run:
             if part == "codec":
                 with readable(folder, "restore it, or start a new run"):
                     model.losses.load_state_dict(load_file(folder / "losses.safetensors"))
-        elif self.settings["init"]:
-            start(model, Path(self.settings["init"]) / part, other_users=True)
+        elif self.init:
+            start(model, self.init / part, other_users=True)
         elif source := self.settings[f"{part}_start"]:
             start(model, source)
 
@@ -180,12 +202,13 @@ def open_run(out: str | Path, **given) -> Run:
     given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     out, wanted = Path(out).absolute(), RunSettings(**given).to_dict()
     for key in ("data", "split", "foundation", *STARTS):
-        if wanted[key] and (key != "foundation" or Path(wanted[key]).exists()):
+        if wanted[key] not in NO_PATH and (key != "foundation" or Path(wanted[key]).exists()):
             wanted[key] = str(Path(wanted[key]).resolve())
     record = read_record(out)
     stored = defaults() | record["settings"] if record["settings"] else {}
     wanted["preset"] = resolve_preset(wanted["preset"], stored)
     if stored:
+        wanted["init"] = stored["init"] if wanted["init"] == "auto" else wanted["init"]
         stored["data"] = _found_again(out, record, wanted["data"] or stored["data"])
         relevant = wanted if wanted["data"] else {k: v for k, v in wanted.items() if v != defaults()[k]}
         changed = [key for key in relevant if stored[key] != wanted[key]]
@@ -202,12 +225,37 @@ def open_run(out: str | Path, **given) -> Run:
         wanted = {**stored, **relevant}
     if not wanted["data"]:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
-    run = Run(out, wanted)
+    found = wanted["init"] in FOUND
+    run = Run(out, wanted | {"init": "none"} if found else wanted)
     contents = _check(run)  # before anything is written
+    run = Run(out, wanted | {"init": find_init(run)}) if found else run
     out.mkdir(parents=True, exist_ok=True)
-    record = {"mdlib": __version__, "settings": wanted, "data_fingerprint": data_fingerprint(contents)}
+    record = {"mdlib": __version__, "settings": run.settings, "data_fingerprint": data_fingerprint(contents)}
+    if run.init and (card := run.init / "weights.json").exists():
+        record["pretrained"] = read_json(card, "copy the folder again")
     write_record(out, record | {"versions": versions(), "steps": {}})
     return run
+
+
+def find_init(run: Run) -> str:
+    """What init "auto" stands for in a run: "attached" or "shipped" pretrained weights whose sizes fit, or else "none",
+    with a line that says why."""
+    settings = run.settings
+    places = pretrained_weights(settings["system"])
+    if not places or settings["codec_start"] or settings["prior_start"]:
+        return "none"
+    with torch.device("meta"):
+        codec = make_codec(run.preset, settings["channels"])
+        prior = make_prior(settings["system"], run.preset, codec, 1)
+    for place, folder in places.items():
+        if seen_people(folder, settings["data"]):
+            reason = f"were trained on the simulated people in {settings['data']}"
+        elif not fits(codec, folder / "codec") or not fits(prior, folder / "prior"):
+            reason = "are of other sizes"
+        else:
+            return place
+        print(f"init=auto: the {place} pretrained weights are not used, they {reason}", flush=True)
+    return "none"
 
 
 def resolve_preset(preset: str, stored: dict) -> str:
@@ -238,7 +286,7 @@ def _check(run: Run) -> dict[str, str]:
     contents = hashes(settings["data"], (file.path for file in files))
     check_identical(files, contents)
     init, split, unrecorded = (settings[key] for key in ("init", "split", "unrecorded"))
-    if init:
+    if run.init:
         if settings["codec_start"] or settings["prior_start"]:
             raise DataError("init starts both codec and prior: leave codec_start and prior_start empty")
         if not (Path(init) / "model_index.json").exists():
@@ -290,9 +338,16 @@ def published_networks(preset: Preset) -> dict[str, torch.nn.Module]:
 
 
 def check_starts(settings: dict, split: dict) -> None:
-    """DataError where initial weights have seen test windows of the split."""
+    """DataError where initial weights have seen test windows of the split, or its simulated people."""
     for key in STARTS:
-        if settings.get(key) and (seen := seen_of_test(settings[key], split, settings["data"])):
+        if settings.get(key, "") in NO_PATH:
+            continue
+        if seen_people(settings[key], settings["data"]):
+            raise DataError(
+                f"{key}: {settings[key]} was trained on the simulated people in {settings['data']}: simulate others "
+                "with another --seed"
+            )
+        if seen := seen_of_test(settings[key], split, settings["data"]):
             raise DataError(
                 f"{key}: {settings[key]} was trained on {seen} of the windows that are the test here: take weights of "
                 "other people, or of the same split"

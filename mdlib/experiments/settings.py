@@ -45,7 +45,9 @@ class RunSettings:
     user_codec: bool = _setting(False, "condition a VA-VAE on the user")
     codec_start: str = _setting("", "initial weights: a codec/ folder, or a published VA-VAE file")
     prior_start: str = _setting("", "initial weights: a pipeline's prior/, or a published LightningDiT file")
-    init: str = _setting("", "pipeline/ of a run on other people that initialises both; users get new embeddings")
+    init: str = _setting(
+        "auto", "pretrained weights of both: auto (attached or shipped ones that fit), none, or a pipeline/ folder"
+    )
     joint_steps: int = _setting(
         0, "steps of joint training of codec (kl, va) and a prior over latents, at the end; 0: none"
     )
@@ -142,6 +144,8 @@ def read_record(out: Path) -> dict:
     if weight := record["settings"].pop("perceptual_weight", 0):  # a setting of its own in mdlib 0.1
         options = record["settings"].get("codec_options", {})
         record["settings"]["codec_options"] = {"perceptual_weight": weight, **options}
+    if record["settings"]:  # it had no init, or an empty one
+        record["settings"]["init"] = record["settings"].get("init") or "none"
     return record
 
 

@@ -33,10 +33,10 @@ def study(
 ) -> dict:
     """Train, generate and evaluate for each number of training windows; write study.json and study.html after each.
 
-    The generator is trained from scratch on exactly those windows, evenly spaced; validation and test windows are the
-    same for all numbers. Several folds repeat this with other test windows (`make_split`); accuracies and gains are
-    then over the test windows of all folds, other figures the folds' mean. A second call continues where the first one
-    stopped; other numbers and further folds may join later.
+    The generator is trained on exactly those windows, evenly spaced; validation and test windows are the same for all
+    numbers. Several folds repeat this with other test windows (`make_split`); accuracies and gains are then over the
+    test windows of all folds, other figures the folds' mean. A second call continues where the first one stopped; other
+    numbers and further folds may join later.
 
     Args:
         data: folder of ID_k/ folders.

@@ -1,5 +1,5 @@
-"""Published networks and weights: VA-VAE's, foundations to align with, LPIPS and Inception. Files are read without
-unpickling anything but tensors, and fit a model completely or not at all.
+"""Weights pretrained on simulated people, and published ones: VA-VAE's, foundations, LPIPS and Inception. Files are
+read without unpickling anything but tensors, and fit a model completely or not at all.
 
 Legend: B batch, N windows, C image channels, H W pixels, h w grid, D latent channels, F width of features.
 """
@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mdlib.models.classifier import SmallCNN
-from mdlib.utils import to_float
+from mdlib.utils import read_json, readable, to_float
 
 INSIDE = ("ema", "model", "state_dict")  # entries of a training's checkpoint that hold weights, best first
 PROJECTION = "losses.alignment.projection.weight"
@@ -38,6 +39,37 @@ RENAMES = (  # of latent diffusion's weights, in this order; an empty name is no
     (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
     (r"\.norm_out\.", ".conv_norm_out."),
 )
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # that come with mdlib, see its README.md
+INPUTS = Path("/kaggle/input")
+
+
+def pretrained_weights(name: str) -> dict[str, Path]:
+    """Folders that `mdlib pretrain` wrote for a system, or for "identifier": "attached" to this Kaggle notebook, and
+    "shipped" with mdlib, in this order and where they are."""
+    # Depths one by one: "**" would list every image of the attached data.
+    attached = [card for depth in range(6) for card in sorted(INPUTS.glob("*/" * depth + "weights.json"))]
+    found = {}
+    for place, cards in dict(attached=attached, shipped=[WEIGHTS / name / "weights.json"]).items():
+        own = [card.parent for card in cards if card.is_file() and read_json(card, "copy it again").get("name") == name]
+        found |= {place: own[0]} if own else {}
+    return found
+
+
+def pretrained_backbone(channels: int = 1) -> Path | None:
+    """The folder of a `SmallCNN` pretrained to identify simulated people, for images of `channels`; None where there is
+    none. All of its weights but those of `head` serve other users."""
+    with torch.device("meta"):
+        network = SmallCNN(1, channels)
+    return next((folder for folder in pretrained_weights("identifier").values() if fits(network, folder)), None)
+
+
+def fits(model, folder: Path) -> bool:
+    """Whether the weights that `save_pretrained` wrote to `folder` have the class, names and shapes of `model`'s."""
+    with readable(folder, "copy it again"), safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "np") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes == own and read_json(folder / "config.json", "copy it again")["_class_name"] == type(model).__name__
 
 
 def load_weights(source: str | Path) -> dict[str, Tensor]:

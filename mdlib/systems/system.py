@@ -195,14 +195,14 @@ def get_preset(
     user_codec: bool = False,
     windows_per_user: int = 0,
     variants: int = -1,
-    init: str = "",
+    init: str = "none",
     seed: int = 0,
 ) -> Preset:
     """A preset with some of its values changed; 0, "" and -1 leave the preset's.
 
     Args:
         name: a size (smoke, demo, base, ...), a machine (size base on it), size@machine, or auto.
-        init: a pipeline trained on other people from which both models start: fewer and smaller steps.
+        init: a pipeline trained on other people from which both models start (fewer and smaller steps), or "none".
         the others: see `mdlib.experiments.settings.RunSettings`. DataError where one cannot be used.
     """
     from mdlib.models.codec import Adversary, Alignment
@@ -217,7 +217,7 @@ def get_preset(
         raise DataError(f"this system's prior reads tokens, which a {codec} codec does not make: leave codec empty")
     if not kind.aligned and (foundation not in ("", "none") or user_codec):
         raise DataError("foundation and user_codec are of a VA-VAE: take system vavae-dit, or codec va")
-    if init:
+    if init != "none":
         _fine_tune(table)
     aligned = _options(Alignment) | _options(Adversary) if kind.aligned else set()
     of_losses = {"perceptual_weight", "perceptual_net"} | aligned

@@ -79,7 +79,7 @@ def test_the_weight_of_lpips_in_a_run_of_mdlib_0_1_is_an_option_of_the_codec(tmp
     settings = {"perceptual_weight": 0.2, "codec_options": {"batch_size": 4}}
     (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
     expected = {"perceptual_weight": 0.2, "batch_size": 4}
-    assert read_record(tmp_path)["settings"] == {"codec_options": expected}
+    assert read_record(tmp_path)["settings"] == {"codec_options": expected, "init": "none"}
 
 
 def test_a_folder_without_images_of_users_is_refused_at_once(tmp_path):

@@ -902,8 +902,9 @@ def test_demo_simulates_and_runs(modules_run, tmp_path, capsys):
     out = str(tmp_path / "demo")
     assert setup.main(["demo", "--out", out, "--users", "4", "-p", "epochs=1"]) == 0
     simulate, run = calls
-    assert simulate == ["mdlib", "simulate", "--out", f"{out}-data", "--users", "4"]
-    assert run[:2] == ["mdlib", "run"] and run[-4:] == ["--out", out, "-p", "epochs=1"]
+    assert simulate == ["mdlib", "simulate", "--out", f"{out}-data", "--users", "4", "--windows", "60"]
+    assert run[:4] == ["mdlib", "run", "--system", "vae-diffusion"] and run[-4:] == ["--out", out, "-p", "epochs=1"]
+    assert "windows_per_user=5" in run, "few windows, with the pretrained weights that come along"
 
 
 @pytest.mark.parametrize("words", [["install", "-x"], ["install", "--users", "4"], ["test", "--python", "x"], ["dema"]])
