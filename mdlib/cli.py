@@ -219,12 +219,15 @@ def validate(
     evaluation_steps: Annotated[int, typer.Option(help="optimizer steps of each classifier")] = 400,
     seeds: Annotated[int, typer.Option(min=2, help="classifiers for each set of training windows")] = 3,
     reference: Annotated[str, typer.Option(help="resnet18 | none; auto: ResNet-18 where there is a GPU")] = "auto",
+    backbone: Annotated[
+        str, typer.Option(help="what pretrained classifiers start from: auto (attached, shipped), none, or a folder")
+    ] = "auto",
     counts: Annotated[str, typer.Option(help="generated windows of each user: the gain with 5,10,25 too")] = "",
     keep: Annotated[str, typer.Option(help="fractions of them: the gain with 0.5,0.25 by each filter")] = "",
 ):
     """Evaluate generated windows against real ones the generator was not trained on."""
     _exist(real, generated, split, *([pipeline] if pipeline else []))
-    protocol = dict(evaluation_steps=evaluation_steps, seeds=seeds, reference=reference)
+    protocol = dict(evaluation_steps=evaluation_steps, seeds=seeds, reference=reference, backbone=backbone)
     protocol |= dict(keep=_numbers("keep", keep, float), counts=_numbers("counts", counts, int) or None)
     report = mdlib.validate_folders(real, generated, split, out, size, pipeline, channels, colormap, crop, **protocol)
     print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")

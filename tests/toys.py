@@ -10,7 +10,7 @@ from mdlib.data.windows import WindowSet
 from mdlib.evaluation.evidence import Evidence, Protocol
 
 USERS = (2, 5, 9, 11)
-QUICK = Protocol(evaluation_steps=60, seeds=2, counts=(), reference="none")
+QUICK = Protocol(evaluation_steps=60, seeds=2, counts=(), reference="none", backbone="")
 ONCE = replace(QUICK, seeds=1, fractions=(0.25,))
 
 

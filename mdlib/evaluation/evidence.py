@@ -15,9 +15,11 @@ import pandas as pd
 import torch
 
 from mdlib.data.augment import classical_augmentation
+from mdlib.data.checks import seen_people
 from mdlib.data.windows import WindowSet
 from mdlib.models.classifier import Embedder, ResNet18, SmallCNN
 from mdlib.models.layers import parts
+from mdlib.models.pretrained import fits_windows, pretrained_backbone
 from mdlib.training.fit import Batches, TrainConfig, fit
 from mdlib.utils import DataError, bar, best_device, to_float
 
@@ -43,7 +45,7 @@ class Protocol:
     keep: tuple[float, ...] = ()  # fractions of the generated windows, best first, to measure each filter's gain with
     multiples: tuple[int, ...] = (2,)  # of the real windows, for the arms real_x2 …, where there are spare ones
     reference: str = "auto"  # ResNet-18 on a GPU; resnet18: always; none: never
-    backbone: str = ""  # folder of a SmallCNN trained on other people, for the pretrained arms; "": none
+    backbone: str = "auto"  # of the pretrained arms: auto (attached or shipped), none, or the folder of a SmallCNN
 
     def __post_init__(self):
         if self.seeds < 1:
@@ -158,6 +160,22 @@ def through_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Te
     encode, decode = (codec.encode_tokens, codec.decode_tokens) if tokens else (codec.encode, codec.decode)
     batches = parts(codec.device, 64, images, labels)
     return torch.cat([decode(encode(to_float(part), *users), *users).cpu() for part, *users in batches])
+
+
+def find_backbone(choice: str, windows: WindowSet) -> str:
+    """The folder that a protocol's `backbone` stands for; "" for none, as for windows of people it was trained on.
+    DataError for a given folder that does not fit."""
+    channels = windows.images.shape[1]
+    if choice == "auto":
+        found = pretrained_backbone(channels)
+        return str(found) if found and not seen_people(found, windows.root) else ""
+    if choice in ("", "none"):
+        return ""
+    if not fits_windows(choice, channels):
+        raise DataError(f"backbone: {choice} holds no SmallCNN for {channels} channels: give a pretrained identifier/")
+    if seen_people(choice, windows.root):
+        raise DataError(f"backbone: {choice} was trained on the simulated people in {windows.root}")
+    return choice
 
 
 def train_classifier(

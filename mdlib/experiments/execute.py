@@ -121,7 +121,7 @@ def _check_values(out: Path, system: str, parameters: dict) -> None:
     for key in ("images_per_user", "batch_size", "evaluation_steps", "seeds", "max_minutes"):
         if parameters.get(key, 1) < 0:
             raise DataError(f"{key} must not be negative, got {parameters[key]}")
-    protocol = ("seeds", "counts", "keep", "reference")
+    protocol = ("seeds", "counts", "keep", "reference", "backbone")
     Protocol(**{key: parameters[key] for key in protocol if parameters.get(key)})
     own = notebook_parameters("05_generate").keys() - NO_SAMPLING
     options = {key: value for key, value in parameters.items() if key in own and value}
