@@ -6,12 +6,13 @@ Training calls the stages of a run directly, without its notebooks: a wheel of m
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from mdlib import __version__, simulate_dataset
-from mdlib.data.augment import classical_augmentation
+from mdlib.data.augment import radar_augmentation
 from mdlib.data.checks import SIMULATED
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.experiments.run import Run, open_run
@@ -28,6 +29,7 @@ CODEC_FRACTION = 0.25  # of the minutes
 STEPS = 100_000  # more than the minutes allow
 RARELY = dict(evaluate_every=1000, save_every=1000)
 IDENTIFIER = dict(steps=3000, batch_size=64, learning_rate=2e-3, warmup_steps=150, weight_decay=1e-2)
+WIDTHS = (32, 64, 128)  # twice a SmallCNN's: with simulated people there is enough to learn from
 
 
 def pretrain(
@@ -75,11 +77,11 @@ def pretrain(
 
 def train_identifier(windows: WindowSet, minutes: float, run_dir: Path) -> SmallCNN:
     """A `SmallCNN` trained to identify the users of the windows, with a head for one user, the mean of theirs."""
-    channels = windows.images.shape[1]
-    network = seeded(0, SmallCNN, windows.num_users, channels).to(memory_format=torch.channels_last)
+    how = dict(channels=windows.images.shape[1], widths=WIDTHS, image_size=windows.images.shape[-1])
+    network = seeded(0, partial(SmallCNN, **how), windows.num_users).to(memory_format=torch.channels_last)
     config = TrainConfig(**IDENTIFIER, **RARELY, max_minutes=minutes)
-    fit(network, Batches((windows.images, windows.labels), classical_augmentation), config, run_dir, name="identifier")
-    own, one = network.cpu().state_dict(), SmallCNN(1, channels)
+    fit(network, Batches((windows.images, windows.labels), radar_augmentation), config, run_dir, name="identifier")
+    own, one = network.cpu().state_dict(), SmallCNN(1, **how)
     one.load_state_dict({k: v.mean(0, keepdim=True) if k.startswith("head.") else v for k, v in own.items()})
     return one
 
