@@ -60,6 +60,10 @@ class Protocol:
         if self.reference not in REFERENCES:
             raise DataError(f"reference must be one of {', '.join(REFERENCES)}, got {self.reference!r}")
 
+    def steps(self, backbone: str) -> int:
+        """Optimizer steps of a classifier; half from a backbone, with which more gained nothing."""
+        return -(-self.evaluation_steps // 2) if backbone else self.evaluation_steps
+
 
 @dataclass(frozen=True)
 class Evidence:
