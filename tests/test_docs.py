@@ -17,18 +17,20 @@ PAGES += ["kaggle/README.md", "kaggle/README.zh-CN.md"]
 
 
 def test_the_readmes_commands_run_in_their_order(story):
-    assert list(story.answers) == ["simulate", "run", "generate", "split", "validate", "select", "compare"]
+    assert list(story.answers) == ["simulate", "run", "generate", "identify", "split", "validate", "select", "compare"]
     products = ("first/report.html", "checked/report.html", "best/manifest.csv", "compared/comparison.html")
     for product in ("more/manifest.csv", "split.json", *(f"runs/{name}" for name in products)):
         assert (story.folder / product).exists(), product
     generated = sorted(path.parent.name for path in (story.folder / "more").glob("ID_*/*.png"))
     assert generated == ["ID_1"] * 4 + ["ID_3"] * 4
+    assert "in 3 recordings" in story.answers["identify"].stdout
 
 
 def test_the_python_snippets_run(story, monkeypatch):
     monkeypatch.chdir(story.folder)
     names: dict = {}
-    for block in readme_blocks("python"):
+    page = (ROOT / "docs/identify.md").read_text(encoding="utf-8")
+    for block in [*readme_blocks("python"), *re.findall(r"```python\n(.*?)```", page, re.DOTALL)]:
         exec(compile(block, "README.md", "exec"), names)
     assert (story.folder / "window.png").stat().st_size > 0
 
@@ -98,6 +100,7 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
                 "inspect",
                 "split",
                 "generate",
+                "identify",
                 "validate",
                 "select",
                 "options",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from mdlib.cli import app, main
 from mdlib.data.checks import seen_beyond
 from mdlib.data.splits import read_split, write_split
+from mdlib.evaluation.identifier import Identifier
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import open_run
 from mdlib.experiments.settings import NOTEBOOKS
@@ -83,6 +84,16 @@ def here(monkeypatch, capfd):
         return SimpleNamespace(returncode=end.value.code or 0, **capfd.readouterr()._asdict())
 
     return call
+
+
+def test_a_run_leaves_its_identifier(finished):
+    identifier = Identifier.from_pretrained(finished[0] / "identifier")
+    section = json.loads((finished[0] / "report.json").read_text())["identifier"]
+    assert identifier.users == [1, 2, 3] and identifier.threshold == section["threshold"]["value"]
+    assert identifier.config.reading["colormap"] == "auto" and identifier.config.image_size == 32
+    split = read_split(finished[0] / "split.json")
+    assert set(identifier.config.trained_on).isdisjoint(split["hashes"][path] for path in split["test"])
+    assert {split["hashes"][path] for path in split["train"]} <= set(identifier.config.trained_on)
 
 
 def test_one_command_leads_to_the_report(finished):

@@ -100,6 +100,14 @@ def test_verdict_and_three_numbers_come_first(written, report):
     assert headings[0] == "Do generated windows train a better identifier?" and len(headings) == 10
 
 
+def test_the_identifier_is_one_line(written, report):
+    page, one = written[0], report["identifier"]
+    line = page.text[page.text.index("Identifier (identifier/): ") : page.text.index("About this run")]
+    assert line.split(": ")[1].startswith(pages.describe("augmentation", one["arm"])["label"])
+    for name in ("validation_accuracy", "accuracy", "false_acceptance", "false_rejection"):
+        assert f"{100 * one[name]['value']:.1f} %" in line, name
+
+
 def test_figures_read_in_percent_and_points_with_a_cue(written, report):
     page, _, _ = written
     gain = report["augmentation"]["gain"]
