@@ -21,6 +21,7 @@ from mdlib.evaluation.metrics import absent, bootstrapped, figure
 from mdlib.models.classifier import SmallCNN
 from mdlib.utils import DataError, best_device, count, read_json, readable, whole_file
 
+FALSE_REJECTION = 0.05  # of windows of known users that are named rightly
 REMEDY = "restore it, or write the identifier again (run --from 06)"
 
 
@@ -35,8 +36,9 @@ class Identifier(ModelMixin, ConfigMixin):
         reading: colormap, crop and order for new folders, options of `load_windows`.
         arm: the set of training windows, see docs/evaluation.md.
         validation_accuracy: on the windows that chose the arm.
-        threshold: P(user) below which the answer is "unknown"; 0 names every window.
-        false_acceptance, false_rejection: rates at the threshold, see `find_threshold`.
+        threshold: P(user) below which a window is "unknown"; 0 names every window.
+        recording_threshold: a recording is "unknown" if most of its windows are below it.
+        false_acceptance, false_rejection, equal_error_rate: see `find_threshold`.
         trained_on: contents (`mdlib.data.reading.hashes`) of the windows that it was trained on or chosen by, or that
             overlap those: accuracies leave them out.
     """
@@ -54,14 +56,16 @@ class Identifier(ModelMixin, ConfigMixin):
         arm: str = "",
         validation_accuracy: float | None = None,
         threshold: float = 0.0,
+        recording_threshold: float = 0.0,
         false_acceptance: float | None = None,
         false_rejection: float | None = None,
+        equal_error_rate: float | None = None,
         trained_on: list[str] = [],  # noqa: B006
     ):
         super().__init__()
         if not 0 <= threshold <= 1:
             raise DataError(f"threshold must be between 0 and 1, got {threshold}")
-        self.users, self.threshold = list(users), threshold
+        self.users, self.threshold, self.recording_threshold = list(users), threshold, recording_threshold
         self.networks = nn.ModuleList(SmallCNN(len(users), channels, **network) for _ in range(ensemble))
 
     @classmethod
@@ -130,8 +134,8 @@ def best_identifier(
     windows = mixed(train, evidence.generated, arms.fraction) if arm.endswith("generated") else train
     folder, backbone = None if arm.endswith("generated") else folder, protocol.backbone * arm.startswith("pretrained")
     limit = find_threshold(windows, val, protocol, folder, backbone)
-    identifier.threshold = limit["threshold"]["value"]
     rates = {name: found["value"] for name, found in limit.items()}
+    identifier.threshold, identifier.recording_threshold = rates["threshold"], rates["recording_threshold"]
     identifier.register_to_config(validation_accuracy=float(of_val.mean()), **rates)
     return identifier, {
         "arm": arm,
@@ -145,13 +149,14 @@ def best_identifier(
 def find_threshold(
     train: WindowSet, val: WindowSet, protocol: Protocol, folder: str | Path | None = None, backbone: str = ""
 ) -> dict:
-    """threshold, false_acceptance and false_rejection as figures, by people whom classifiers do not know.
+    """threshold with its false_acceptance and false_rejection, and recording_threshold with its equal_error_rate, as
+    figures, by people whom classifiers do not know.
 
     Each user is held out in one of three folds. A classifier of the other users' training windows gives each validation
     window its largest P(user): those of held-out users are impostors, those of the others that are named rightly
-    genuine. The threshold is at the equal error rate of all folds together. The
-    identifier knows more users than the folds, among whom probabilities are lower: it accepts fewer impostors and
-    rejects more.
+    genuine. A window is named if all but the least sure 5 % of the genuine ones would be: few windows are too weak an
+    evidence to reject more. Of a recording most windows have to reach the threshold of equal error rate. The identifier
+    knows more users than the folds, among whom probabilities are lower: it accepts fewer impostors and rejects more.
     """
     groups, jobs, known = np.array_split(np.random.default_rng(0).permutation(train.num_users), FOLDS), [], []
     for held in groups if train.num_users >= 3 else ():
@@ -167,13 +172,21 @@ def find_threshold(
         genuine += right[unknown | right].tolist()
     if len(set(genuine)) < 2:
         why = absent("it takes three users or more, each with validation windows that classifiers name rightly")
-        return {"threshold": why | {"value": 0.0}, "false_acceptance": why, "false_rejection": why}
+        none = why | {"value": 0.0}
+        rates = dict.fromkeys(("false_acceptance", "false_rejection", "equal_error_rate"), why)
+        return {"threshold": none, "recording_threshold": none, **rates}
     scores, genuine = np.array(scores), np.array(genuine)
     false, true, thresholds = roc_curve(genuine, scores, drop_intermediate=False)
-    threshold = float(min(1.0, thresholds[np.abs(false - (1 - true)).argmin()]))  # the first one is infinite
-    accepted = scores >= threshold
+    equal = np.abs(false - (1 - true)).argmin()
+    of_windows, of_recordings = (
+        float(min(1.0, thresholds[place]))  # the first one is infinite
+        for place in ((true >= 1 - FALSE_REJECTION).argmax(), equal)
+    )
+    accepted = scores >= of_windows
     return {
-        "threshold": figure(threshold, len(scores)),
+        "threshold": figure(of_windows, len(scores)),
+        "recording_threshold": figure(of_recordings, len(scores)),
+        "equal_error_rate": figure(float(false[equal]), len(scores)),
         "false_acceptance": figure(float(accepted[~genuine].mean()), int((~genuine).sum())),
         "false_rejection": figure(float((~accepted[genuine]).mean()), int(genuine.sum())),
     }
@@ -183,18 +196,19 @@ def tables(identifier: Identifier, windows: WindowSet) -> tuple[pd.DataFrame, pd
     """A table of windows and one of recordings. Columns: path (or number of windows), recording, true_user ("" in plain
     folders), user (the answer), probability (the largest), and P of each user, ID_k.
 
-    Probabilities of a recording are the means of its windows'; it is unknown where most of its windows are, because the
-    threshold is one for windows, and a mean over good and bad windows of a known user often lies below it.
+    Probabilities of a recording are the means of its windows'; it is unknown where most of its windows are below the
+    recording threshold, which is one for windows: a mean over good and bad windows of a known user often lies below it.
     """
     every = pd.DataFrame(identifier(windows.images), columns=[f"ID_{user}" for user in identifier.users])
     users = ["" if file.user == UNKNOWN else f"ID_{file.user}" for file in windows.files]
     above = [(file.condition, user, file.recording) for file, user in zip(windows.files, users, strict=True)]
     names = ["/".join(filter(None, folders)) or "." for folders in above]
     facts = pd.DataFrame({"path": windows.paths, "recording": names, "true_user": users})
-    known, groups = every.max(axis=1) >= identifier.threshold, facts.groupby("recording", sort=False)
+    known, counted = (every.max(axis=1) >= limit for limit in (identifier.threshold, identifier.recording_threshold))
+    groups = facts.groupby("recording", sort=False)
     of_recordings = groups.agg(windows=("path", "size"), true_user=("true_user", "first")).reset_index()
     means, most = (
-        some.groupby(facts["recording"], sort=False).mean().reset_index(drop=True) for some in (every, known)
+        some.groupby(facts["recording"], sort=False).mean().reset_index(drop=True) for some in (every, counted)
     )
     return _answered(facts, every, known), _answered(of_recordings, means, most >= 0.5)
 
@@ -215,7 +229,8 @@ def identify_folder(
     Args:
         identifier: RUN/identifier.
         data: folders of users, or a plain folder (see `mdlib.data.files.scan`).
-        threshold: P(user) below which the answer is "unknown"; None: the identifier's.
+        threshold: P(user) below which a window is "unknown", and a recording if most of its windows are; None: the
+            identifier's two thresholds.
         reading: colormap, crop, order (see `load_windows`); "": as the identifier's own windows were read.
 
     Raises:
@@ -224,7 +239,8 @@ def identify_folder(
     known, out = Identifier.from_pretrained(identifier).to(best_device()), Path(out)
     if threshold is not None and not 0 <= threshold <= 1:
         raise DataError(f"threshold must be between 0 and 1, got {threshold}")
-    known.threshold = known.threshold if threshold is None else threshold
+    if threshold is not None:
+        known.threshold = known.recording_threshold = threshold
     config, given = known.config, {key: value for key, value in reading.items() if value}
     how = dict(size=config.image_size, channels=config.channels, plain=True)
     windows = load_windows(data, **how | config.reading | given)

@@ -65,7 +65,8 @@ def test_validation_windows_choose_and_test_windows_do_not(case, chosen, monkeyp
     assert section["arm"] == identifier.config.arm == "real_plus_generated"
     assert section["accuracy"]["value"] > 0.8 and section["validation_accuracy"]["value"] > 0.8
     assert section["recording_accuracy"] == {"value": 1.0, "n": 4}
-    limit = dict.fromkeys(("threshold", "false_acceptance", "false_rejection"), {"value": 0.5})
+    rates = ("threshold", "recording_threshold", "false_acceptance", "false_rejection", "equal_error_rate")
+    limit = dict.fromkeys(rates, {"value": 0.5})
     monkeypatch.setattr("mdlib.evaluation.identifier.find_threshold", lambda *_: limit)
     good, bad = real_only_classifiers(case, ONCE), [SmallCNN(len(USERS))]
     swapped = replace(case, test=replace(case.test, labels=(case.test.labels + 1) % 4))
@@ -115,7 +116,7 @@ class Sure:
         return found
 
 
-def test_the_threshold_is_where_people_it_does_not_know_are_as_often_accepted(monkeypatch):
+def test_few_right_windows_are_unknown_and_recordings_are_by_the_equal_error_rate(monkeypatch):
     monkeypatch.setattr("mdlib.evaluation.identifier.train_each", lambda jobs, about: (Sure(*job) for job in jobs))
 
     def grey(label, n, seed):
@@ -124,15 +125,17 @@ def test_the_threshold_is_where_people_it_does_not_know_are_as_often_accepted(mo
         return images
 
     found = find_threshold(windows(3, 1, of=grey), windows(20, 2, of=grey), ONCE)
-    assert found["threshold"]["value"] == pytest.approx(0.9) and found["false_acceptance"]["n"] == 80
-    assert [found[rate]["value"] for rate in ("false_acceptance", "false_rejection")] == pytest.approx([0.1, 0.1])
+    value = {name: one["value"] for name, one in found.items()}
+    assert value["recording_threshold"] == pytest.approx(0.9) and value["equal_error_rate"] == pytest.approx(0.1)
+    assert value["threshold"] == pytest.approx(0.55), "0.6 would reject one right window in ten"
+    assert (value["false_acceptance"], value["false_rejection"]) == (1, 0) and found["false_acceptance"]["n"] == 80
 
 
 def test_a_recording_is_unknown_where_most_of_its_windows_are(case, folder):
     identifier = Identifier.from_pretrained(folder)
     windows_of, _ = tables(identifier, case.test)
     for threshold in windows_of["probability"].quantile([0.2, 0.5, 0.8]):
-        identifier.threshold = threshold
+        identifier.threshold = identifier.recording_threshold = threshold
         every, recordings = tables(identifier, case.test)
         most = every.assign(unknown=every["user"] == "unknown").groupby("recording", sort=False)["unknown"].mean() > 0.5
         assert ((recordings["user"] == "unknown").to_numpy() == most.to_numpy()).all()
