@@ -85,7 +85,7 @@ def test_the_report_is_one_page_that_opens_offline(written, report):
         *("user_means", "user_spreads", "reconstructions", "code_usage", "codec", "prior"),
     }
     assert len(page.images) == 14 and all(source.startswith("data:image/png;base64,") for source in page.images)
-    assert "http" not in html and "<script" not in html and "docs/evaluation.md" in page.text
+    assert "://" not in html and "<script" not in html and "docs/evaluation.md" in page.text
     assert ["data", "<toy> & more"] in page.rows
 
 
