@@ -49,7 +49,7 @@ def compare(
             preset's steps. Teacher, encoding and evaluation come on top.
         images_per_user: windows that each system generates; 0 takes those of the runs in `out`, or else the most that
             the preset of one of the systems generates.
-        parameters: of any notebook, the same for every system.
+        parameters: of any notebook, the same for every system; without init all train from scratch.
 
     Returns:
         The content of comparison.json; a system that failed is in it with its error.
@@ -69,7 +69,8 @@ def compare(
     images = images_per_user or default
     own = {"budget_minutes": budget_minutes, "images_per_user": images, "parameters": given}
     about = claim_folder(out, "a comparison", data=data, preset=preset, **own)
-    wanted = {"images_per_user": images, "counts": [n for n in (images // 9, images // 3) if n], **given}
+    # From scratch, unless init is given: pretrained weights do not come with every system.
+    wanted = {"images_per_user": images, "counts": [n for n in (images // 9, images // 3) if n], "init": "none"} | given
     wanted |= {"codec_steps": UNLIMITED, "prior_steps": UNLIMITED, "max_minutes": half} if half else {}
     runs: dict[str, Run] = {}
     found: dict[str, dict] = {}
