@@ -15,7 +15,7 @@ from mdlib.data.files import UNKNOWN
 from mdlib.data.pictures import Reader
 from mdlib.data.reading import hashes
 from mdlib.data.windows import WindowSet, load_windows, to_uint8
-from mdlib.evaluation.augmentation_study import Arms, correctness, mixed
+from mdlib.evaluation.augmentation_study import Arms, chosen_arm, mixed
 from mdlib.evaluation.evidence import FOLDS, Evidence, Protocol, train_each
 from mdlib.evaluation.metrics import absent, bootstrapped, figure
 from mdlib.models.classifier import SmallCNN
@@ -111,8 +111,7 @@ def best_identifier(
     """The classifiers of the arm that is most accurate on validation windows (mean over seeds; the first of equals),
     and the section `identifier` of the report. `folder` saves the threshold's classifiers of real windows."""
     train, val, test, split = evidence.train, evidence.val, evidence.test, evidence.split
-    accuracy = {arm: correctness(some, val.images, val.labels).mean() for arm, some in arms.networks.items()}
-    arm = max(accuracy, key=accuracy.get)
+    arm = chosen_arm(arms.networks, val)
     networks, reading = arms.networks[arm], split.get("reading", {})
     identifier = Identifier(
         list(train.users),

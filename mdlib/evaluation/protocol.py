@@ -278,7 +278,7 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     if word == "no evidence":
         meaning = "No evidence that generated windows help or hurt"
     real = augmentation["real_only"]
-    both = augmentation["pretrained_real_plus_generated" if pretrained else "real_plus_generated"]
+    both = augmentation["chosen" if pretrained else "real_plus_generated"]
     seeds = f"{augmentation['seeds']} seeds" if augmentation["seeds"] > 1 else "1 seed, whose chance it leaves out"
     of_folds = f" of {augmentation['folds']} folds" if augmentation.get("folds", 1) > 1 else ""
     measured = f"{seeds}, {real['n']} test windows{of_folds}"
@@ -290,9 +290,10 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
         worth, total = augmentation["total_real_windows"], augmentation["total_gain"]
         equal = f", as with {_count(worth)} real windows per user" if worth["value"] is not None else ""
         sentence = (
-            f"{goes[0].upper()}{goes[1:]} when classifiers are pretrained on simulated people and generated windows "
-            f"are added{equal} (total gain {_points(total)}, 95 % interval, {measured}). Pretraining gains "
-            f"{_points(augmentation['pretraining_gain'])}; generated windows then gain {_points(gain)}. {meaning}."
+            f"{goes[0].upper()}{goes[1:]} with the classifiers that validation windows chose{equal} (total gain "
+            f"{_points(total)}, 95 % interval, {measured}). Pretraining on simulated people gains "
+            f"{_points(augmentation['pretraining_gain'])}; adding generated windows to it gains {_points(gain)}. "
+            f"{meaning}."
         )
     else:
         sentence = (
