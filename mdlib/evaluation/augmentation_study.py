@@ -17,7 +17,15 @@ from sklearn.preprocessing import StandardScaler
 
 from mdlib.data.windows import WindowSet, to_uint8
 from mdlib.evaluation import metrics
-from mdlib.evaluation.evidence import Evidence, Protocol, concatenate, first_of_each, through_codec, train_each
+from mdlib.evaluation.evidence import (
+    Evidence,
+    Protocol,
+    concatenate,
+    find_backbone,
+    first_of_each,
+    through_codec,
+    train_each,
+)
 from mdlib.evaluation.filters import keep_best, keep_plausible, scores
 from mdlib.evaluation.metrics import absent, figure, missing, paired_gain, scored
 from mdlib.models.classifier import Classifier, ResNet18, SmallCNN
@@ -58,6 +66,7 @@ def real_only_classifiers(evidence: Evidence, protocol: Protocol, folder=None) -
 
 def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
     """Train classifiers in every arm, see docs/evaluation.md. `folder` saves the classifiers of real windows."""
+    protocol = replace(protocol, backbone=find_backbone(protocol.backbone, evidence.train))
     with_resnet = protocol.reference == "resnet18" or protocol.reference == "auto" and best_device() == "cuda"
     fraction, names, jobs = _best_fraction(evidence, protocol), [], []
     for name, windows in _sets(evidence, protocol, fraction).items():

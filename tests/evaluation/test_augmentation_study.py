@@ -129,7 +129,7 @@ def test_the_gain_is_measured_for_fewer_generated_windows():
 def test_the_reference_classifier_joins_the_small_one(monkeypatch):
     small = evidence(windows(5, 7))
     monkeypatch.setattr(augmentation_study, "best_device", lambda: "cpu")
-    protocol = Protocol(evaluation_steps=1, seeds=2, counts=(), reference="resnet18")
+    protocol = Protocol(evaluation_steps=1, seeds=2, counts=(), reference="resnet18", backbone="none")
     arms = train_arms(small, protocol)
     found = augmentation(small, protocol, arms)
     assert {name for name in found if name.startswith("resnet18")} == {
@@ -138,7 +138,7 @@ def test_the_reference_classifier_joins_the_small_one(monkeypatch):
     }
     real, both = (found[f"resnet18_{name}"] for name in ("real_only", "real_plus_generated"))
     assert found["resnet18_gain"]["value"] == pytest.approx(both["value"] - real["value"])
-    assert len(charts.accuracies(found).axes[0].get_yticks()) == 9
+    assert len(charts.accuracies(found).axes[0].get_yticks()) == 9, "eight arms and the chosen one"
     of = lambda reference: set(train_arms(small, replace(protocol, reference=reference)).correct)
     assert of("auto") == of("none") == {name for name in arms.correct if not name.startswith("resnet18")}
     monkeypatch.setattr(augmentation_study, "best_device", lambda: "cuda")

@@ -161,14 +161,15 @@ def test_a_codec_that_draws_the_user_it_is_given_is_found_out():
     "ci95, word", [([0.01, 0.05], "helps"), ([-0.02, 0.03], "no evidence"), ([-0.05, -0.01], "hurts")]
 )
 def test_the_verdict_comes_from_the_interval(honest, ci95, word):
-    told = verdict({**honest["augmentation"], "gain_ci95": ci95})
+    found = {**honest["augmentation"], "gain": {**honest["augmentation"]["gain"], "ci95": ci95}}
+    told = verdict(found)
     assert told["word"] == word and "real windows per user" in told["sentence"] and "copies" not in told["sentence"]
     others = {"gain_other_users": {"value": 0.03, "ci95": [-0.01, 0.07]}}
     others["resnet18_gain"] = {"value": -0.02, "ci95": [-0.04, 0]}
-    told = verdict({**honest["augmentation"], "gain_ci95": ci95, **others})["sentence"]
+    told = verdict({**found, **others})["sentence"]
     assert ("would gain is open (+3.0 points, -1.0 to +7.0)." in told) == (word == "helps")
-    assert told.endswith(" By ResNet-18 the gain is -2.0 points, -4.0 to +0.0.")
-    warned = verdict({**honest["augmentation"], "gain_ci95": ci95}, copied=0.96)
+    assert told.endswith(" By ResNet-18 from scratch the gain is -2.0 points, -4.0 to +0.0.")
+    warned = verdict(found, copied=0.96)
     assert warned["sentence"].endswith(" 96 % of the generated windows are copies of training windows.")
 
 

@@ -174,23 +174,31 @@ def test_a_figure_stands_next_to_that_of_real_windows():
     assert (row["label"], row["value"], row["real"]) == ("backpack, not recorded", "50.0 %", "25.0 %")
 
 
-def test_the_verdict_is_not_confident_at_chance(report):
-    augmentation = report["augmentation"]
-    near = {**augmentation, "real_only": {"value": 0.27, "n": 100}, "gain_ci95": [0.01, 0.02]}
+@pytest.fixture(scope="module")
+def from_scratch(report):
+    """The section augmentation without pretrained arms."""
+    return {**report["augmentation"], "total_gain": {"value": None, "reason": "none"}}
+
+
+def test_the_verdict_is_not_confident_at_chance(from_scratch):
+    augmentation = from_scratch
+    gain = {"value": 0.015, "ci95": [0.01, 0.02]}
+    near = {**augmentation, "real_only": {"value": 0.27, "n": 100}, "gain": gain}
     sentence = verdict(near)["sentence"]
     assert sentence.startswith("Too early to say: real windows alone reach 27.0 %, where chance is 25.0 % (4 users)")
     far = {**near, "real_only": {"value": 0.6, "n": 100}}
     assert verdict(far)["sentence"].startswith("Generated windows help")
 
 
-def test_the_verdict_explains_a_gain_for_other_people_that_disagrees(report):
+def test_the_verdict_explains_a_gain_for_other_people_that_disagrees(from_scratch):
     others = {"gain_other_users": {"value": 0.02, "ci95": [0.01, 0.03]}}
-    found = {**report["augmentation"], "real_only": {"value": 0.6, "n": 100}, **others}
+    found = {**from_scratch, "real_only": {"value": 0.6, "n": 100}, **others}
+    gained = lambda *ci95: {**found, "gain": {"value": 0.0, "ci95": ci95}}
     text = (
         "The gain for other people (+2.0 points, +1.0 to +3.0) excludes 0 all the same, because its interval resamples"
     )
-    assert text in verdict({**found, "gain_ci95": [-0.01, 0.02]})["sentence"]
-    assert text not in verdict({**found, "gain_ci95": [0.01, 0.02]})["sentence"]
+    assert text in verdict(gained(-0.01, 0.02))["sentence"]
+    assert text not in verdict(gained(0.01, 0.02))["sentence"]
 
 
 def test_generated_users_without_real_windows_are_refused(tmp_path):

@@ -46,6 +46,8 @@ def test_two_processes_end_like_one_of_twice_the_batch(run, name):
     weights, history = run.first["alone"][name]
     shared, rows = run.first["together"][name]
     for key in weights.keys() - {"seen"}:  # the samples that one process saw
+        if key.endswith("to_k.bias"):  # a softmax does not see it: its gradient is rounding, which Adam scales up
+            continue
         torch.testing.assert_close(shared[key], weights[key], rtol=1e-3, atol=1e-4)
     for row, expected in zip(rows, history, strict=True):
         assert row.keys() == expected.keys()
