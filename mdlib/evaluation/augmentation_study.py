@@ -47,6 +47,7 @@ class Arms:
     fraction: float  # of generated windows in a batch of real_plus_generated
     by_count: dict[int, np.ndarray] = field(default_factory=dict)
     by_selection: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)
+    backbone: str = ""  # folder that the pretrained arms started from; "": there are none
 
     @property
     def real_only(self) -> list[SmallCNN]:
@@ -66,7 +67,7 @@ def real_only_classifiers(evidence: Evidence, protocol: Protocol, folder=None) -
 
 def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
     """Train classifiers in every arm, see docs/evaluation.md. `folder` saves the classifiers of real windows."""
-    protocol = replace(protocol, backbone=find_backbone(protocol.backbone, evidence.train))
+    backbone = find_backbone(protocol.backbone, evidence.train)
     with_resnet = protocol.reference == "resnet18" or protocol.reference == "auto" and best_device() == "cuda"
     fraction, names, jobs = _best_fraction(evidence, protocol), [], []
     for name, windows in _sets(evidence, protocol, fraction).items():
@@ -76,9 +77,9 @@ def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
         if with_resnet and name in REFERENCED:
             names.append(f"resnet18_{name}")
             jobs += _jobs(windows, protocol, saved, kind=ResNet18)
-        if protocol.backbone and name in PRETRAINED:
+        if backbone and name in PRETRAINED:
             names.append(f"pretrained_{name}")
-            jobs += _jobs(windows, protocol, saved, backbone=protocol.backbone)
+            jobs += _jobs(windows, protocol, saved, backbone=backbone)
     classifiers, correct, networks = train_each(jobs, "classifiers of the arms"), {}, {}
     for name in names:
         own = [next(classifiers) for _ in range(protocol.seeds)]
@@ -89,7 +90,7 @@ def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
     by_count, by_selection = (
         {name: correct.pop(name) for name in list(correct) if isinstance(name, kind)} for kind in (int, tuple)
     )
-    return Arms(networks, correct, fraction, by_count, by_selection)
+    return Arms(networks, correct, fraction, by_count, by_selection, backbone)
 
 
 def chosen_arm(networks: dict[str, list[SmallCNN]], val: WindowSet) -> str:
@@ -304,7 +305,7 @@ def _pretrained(correct: dict[str, np.ndarray], blocks: np.ndarray, per_user: fl
     """What a backbone pretrained on simulated people adds, what generated windows add to it, and what the arm that
     validation windows chose adds in all."""
     if "pretrained_real_only" not in correct:
-        reason = "no pretrained weights: init is none, or no backbone fits these windows"
+        reason = "no pretrained arms: backbone is none, or no attached or shipped weights fit these windows"
         return missing("pretraining_gain", "pretrained_gain", "total_gain", "total_real_windows", reason=reason)
     real, before, both = (
         correct[name] for name in ("real_only", "pretrained_real_only", "pretrained_real_plus_generated")

@@ -214,7 +214,9 @@ def trained_once(
     """`train_classifier`, or the network in `folder` that was trained with the same arguments."""
     if not folder:
         return train_classifier(images, labels, *arguments, kind=kind)
-    key = (kind.__name__, arguments, source_code(kind), images.numpy(), labels.numpy())
+    backbone = Path(arguments[3]) if arguments[3:] and arguments[3] else None  # other weights in it: trained again
+    start = [file.read_bytes() for file in backbone.glob("*.safetensors")] if backbone else []
+    key = (kind.__name__, arguments, start, source_code(kind), images.numpy(), labels.numpy())
     path = Path(folder) / joblib.hash(key)
     if path.exists():
         with suppress(Exception):  # damaged: trained again

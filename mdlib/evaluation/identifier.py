@@ -131,7 +131,7 @@ def best_identifier(
         for table in (tables(identifier, val)[0], *tables(identifier, test))
     )
     windows = mixed(train, evidence.generated, arms.fraction) if arm.endswith("generated") else train
-    folder, backbone = None if arm.endswith("generated") else folder, protocol.backbone * arm.startswith("pretrained")
+    folder, backbone = None if arm.endswith("generated") else folder, arms.backbone * arm.startswith("pretrained")
     limit = find_threshold(windows, val, protocol, folder, backbone)
     rates = {name: found["value"] for name, found in limit.items()}
     identifier.threshold, identifier.recording_threshold = rates["threshold"], rates["recording_threshold"]

@@ -4,7 +4,7 @@ Figures of whole sets (Fréchet distance, precision, silhouette, ratios of media
 because resampling windows would bias them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from mdlib.evaluation.evidence import (
     Protocol,
     chance_blocks,
     concatenate,
-    find_backbone,
     through_codec,
     train_each,
 )
@@ -62,7 +61,6 @@ def evaluate(
         classifiers_folder: saves the classifiers of real windows; runs on the same split use them again.
         identifier_folder: where the best classifiers go, see `mdlib.evaluation.identifier`.
     """
-    protocol = replace(protocol, backbone=find_backbone(protocol.backbone, evidence.train))
     classifiers = study.unseen_classifiers(evidence, protocol, classifiers_folder)
     arms = study.train_arms(evidence, protocol, classifiers_folder)
     verified = verification(evidence, protocol, classifiers_folder)
