@@ -656,16 +656,8 @@ def run(argv: list[str]) -> int:
     if command == "demo":
         out, data = args.out or "runs/demo", f"{args.out or 'runs/demo'}-data"
         code = module("mdlib", "simulate", "--out", data, "--users", args.users or "31", "--windows", "60")
-        system = [
-            "--system",
-            "vae-diffusion",
-            "--preset",
-            "demo",
-            "-p",
-            "windows_per_user=5",
-            "-p",
-            "images_per_user=20",
-        ]
+        few = ("-p", "windows_per_user=5", "-p", "images_per_user=10")
+        system = ("--system", "vae-diffusion", "--preset", "demo", *few)
         return code or module("mdlib", "run", *system, "--data", data, "--out", out, *args.rest)
     if not args.command:
         import check_environment

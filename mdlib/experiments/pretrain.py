@@ -6,10 +6,10 @@ Training calls the stages of a run directly, without its notebooks: a wheel of m
 import json
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from mdlib import __version__, simulate_dataset
 from mdlib.data.augment import radar_augmentation
@@ -24,12 +24,13 @@ from mdlib.systems import SYSTEMS, get_preset, get_system, make_codec, make_prio
 from mdlib.training.fit import Batches, TrainConfig, fit
 from mdlib.utils import DataError, read_history, to_float, whole_file
 
-WINDOWS = 60  # of each person
+WINDOWS, RECORDINGS = 60, 4  # of each person: what is common to all recordings is the person
 CODEC_FRACTION = 0.25  # of the minutes
 STEPS = 100_000  # more than the minutes allow
 RARELY = dict(evaluate_every=1000, save_every=1000)
-IDENTIFIER = dict(steps=3000, batch_size=64, learning_rate=2e-3, warmup_steps=150, weight_decay=1e-2)
+IDENTIFIER = dict(steps=12_000, batch_size=64, learning_rate=2e-3, warmup_steps=150, weight_decay=1e-2)
 WIDTHS = (32, 64, 128)  # twice a SmallCNN's: with simulated people there is enough to learn from
+SCALE, MARGIN = 24.0, 0.15  # of cosines
 
 
 def pretrain(
@@ -49,7 +50,7 @@ def pretrain(
     chosen = get_preset(next(iter(SYSTEMS)) if identifies else get_system(system).name, preset)
     if minutes <= 0:
         raise DataError(f"minutes must be more than 0, got {minutes}")
-    data = simulate_dataset(out / "people", users=people, windows=WINDOWS, seed=seed)
+    data = simulate_dataset(out / "people", users=people, windows=WINDOWS, seed=seed, recordings=RECORDINGS)
     trained_on, weights = [f"{SIMULATED}{seed}"], out / "weights"
     shutil.rmtree(weights, ignore_errors=True)
     if identifies:
@@ -68,22 +69,37 @@ def pretrain(
     last = {part.name: read_history(part)[-1] for part in parts}
     command = f"pretrain --system {system} --preset {preset} --people {people} --minutes {minutes:g} --seed {seed}"
     card = dict(name=system, mdlib=__version__, command=f"python -m mdlib {command}", preset=preset, people=people)
-    card |= dict(windows=WINDOWS, seed=seed, trained_on=trained_on)
+    card |= dict(windows=WINDOWS, recordings=RECORDINGS, seed=seed, trained_on=trained_on)
     card |= {name: dict(steps=int(row["step"]), minutes=round(row["seconds"] / 60, 1)) for name, row in last.items()}
     with whole_file(weights / "weights.json") as path:  # last: with it the folder counts
         path.write_text(json.dumps(card, indent=1) + "\n")
     return weights
 
 
+class MarginSoftmax(nn.Module):
+    """A network trained to tell `users` people apart by a softmax over scaled cosines with a margin (CosFace, Wang et
+    al. 2018), as in face and speaker recognition: its features serve people it has not seen better than those of a
+    plain softmax."""
+
+    def __init__(self, network: SmallCNN, users: int):
+        from pytorch_metric_learning.losses import CosFaceLoss
+
+        super().__init__()
+        self.network = network
+        self.criterion = CosFaceLoss(users, network.head.in_features, margin=MARGIN, scale=SCALE)
+
+    def loss(self, images: Tensor, users: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.criterion(self.network.drop(self.network.features(images)), users), {}
+
+
 def train_identifier(windows: WindowSet, minutes: float, run_dir: Path) -> SmallCNN:
-    """A `SmallCNN` trained to identify the users of the windows, with a head for one user, the mean of theirs."""
+    """A `SmallCNN` whose features tell the users of the windows apart. Its last layer, of one user, is not trained."""
     how = dict(channels=windows.images.shape[1], widths=WIDTHS, image_size=windows.images.shape[-1])
-    network = seeded(0, partial(SmallCNN, **how), windows.num_users).to(memory_format=torch.channels_last)
+    network = seeded(0, lambda: MarginSoftmax(SmallCNN(1, **how), windows.num_users))
+    network.to(memory_format=torch.channels_last)
     config = TrainConfig(**IDENTIFIER, **RARELY, max_minutes=minutes)
     fit(network, Batches((windows.images, windows.labels), radar_augmentation), config, run_dir, name="identifier")
-    own, one = network.cpu().state_dict(), SmallCNN(1, **how)
-    one.load_state_dict({k: v.mean(0, keepdim=True) if k.startswith("head.") else v for k, v in own.items()})
-    return one
+    return network.network.cpu()
 
 
 def _train(run: Run, minutes: float) -> None:

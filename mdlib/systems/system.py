@@ -39,7 +39,7 @@ EFFORTS = {
         teacher_steps=300,
         images_per_user=10,
         windows_per_user=10,
-        validation=dict(evaluation_steps=300, counts=()),
+        validation=dict(evaluation_steps=300, seeds=2, fractions=(0.25,), counts=()),
     ),
     "demo-long": dict(  # the same sizes, half an hour
         codec=dict(image_size=64),

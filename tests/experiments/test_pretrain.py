@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ROOT
 
 from mdlib.cli import app
 from mdlib.data.checks import seen, seen_beyond
 from mdlib.data.splits import read_split
-from mdlib.experiments.pretrain import IDENTIFIER, pretrain
+from mdlib.experiments.pretrain import IDENTIFIER, MARGIN, SCALE, MarginSoftmax, pretrain
 from mdlib.experiments.run import open_run
 from mdlib.experiments.settings import read_record
 from mdlib.experiments.steps import codec_stage, prior_stage, save_codec, train_stage
@@ -32,7 +33,7 @@ SEED = 77
 def made(tmp_path_factory):
     """The folders that `pretrain` writes for every system and the identifier, of the same three people."""
     root = tmp_path_factory.mktemp("pretrained")
-    people = simulate_dataset(root / "people", users=3, windows=60, seed=SEED, progress=False)
+    people = simulate_dataset(root / "people", users=3, windows=60, seed=SEED, recordings=4, progress=False)
     for name in (*SYSTEMS, "identifier"):
         shutil.copytree(people, root / name / "people")
         pretrain(name, root / name, "smoke", people=3, minutes=0.04, seed=SEED)
@@ -165,6 +166,15 @@ def test_the_identifiers_backbone_is_found_where_it_fits(shipped):
     assert card["people"] == 3 and 0 < card["identifier"]["steps"] <= IDENTIFIER["steps"]
     shutil.rmtree(folder)
     assert pretrained_backbone() is None
+
+
+def test_the_identifiers_loss_takes_a_margin_off_the_cosine_of_the_right_user():
+    torch.manual_seed(0)
+    model = MarginSoftmax(SmallCNN(1, dropout=0.0), 5).eval()
+    images, users = torch.rand(6, 1, 64, 64) * 2 - 1, torch.tensor([0, 1, 2, 3, 4, 0])
+    loss, _ = model.loss(images, users)
+    cosines = F.normalize(model.network.features(images)) @ F.normalize(model.criterion.W, dim=0)
+    torch.testing.assert_close(loss, F.cross_entropy(SCALE * (cosines - MARGIN * F.one_hot(users, 5)), users))
 
 
 def test_a_second_call_continues_and_an_impossible_one_is_one_line(made, capsys):
