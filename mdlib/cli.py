@@ -175,7 +175,9 @@ def generate(
     seed: int = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     conditions: Annotated[str, typer.Option(help="separated by commas; all it knows when left out")] = "",
-    option: Annotated[list[str], typer.Option("--option", "-o", help="NAME=VALUE of the prior's sampling")] = [],  # noqa: B006
+    option: Annotated[
+        list[str], typer.Option("--option", "-o", help="NAME=VALUE of the prior's sampling, or speckle=false")
+    ] = [],  # noqa: B006
     grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, a row for each user")] = False,
 ):
     """Generate windows of given users into ID_k/ folders with a manifest."""

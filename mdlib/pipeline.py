@@ -20,9 +20,10 @@ from PIL import Image
 
 from mdlib import models
 from mdlib.data.colormaps import colorize
+from mdlib.data.speckle import Speckle
 from mdlib.data.windows import to_uint8
 from mdlib.models.layers import fingerprint
-from mdlib.utils import DataError, bar, best_device, end_session, read_json, readable, time_is_up, whole_file
+from mdlib.utils import DataError, bar, best_device, end_session, read_json, readable, time_is_up, to_float, whole_file
 
 # Where a module or class named in an older pipeline is now.
 MOVED = {
@@ -62,6 +63,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         colormap: of the images that go out, a name of `colormap_table`, or none for RGB.
         output_size: side of the images that go out, in pixels, or [height, width].
         sampling: defaults for keyword arguments of `prior.sample`.
+        speckle: fields of the `mdlib.data.speckle.Speckle` that is added to decoded windows; None or empty: none is.
         trained_on: contents (`mdlib.data.checks.hashes`) of the windows that codec and prior were trained on.
     """
 
@@ -78,6 +80,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         sampling: dict | None = None,
         conditions: list[str] | None = None,
         trained_on: list[str] | None = None,
+        speckle: dict | None = None,
     ):
         super().__init__()
         shape = "token_shape" if prior.consumes == "tokens" else "latent_shape"
@@ -96,6 +99,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
             sampling=dict(sampling or {}),
             conditions=list(conditions or [""]),
             trained_on=list(trained_on or []),
+            speckle=dict(speckle or {}),
         )
 
     @classmethod
@@ -130,7 +134,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
         Args:
             output_type: "pil" (coloured, `output_size`) or "pt" (tensor (N, C, H, W) in [−1, 1], the codec's size).
-            sampling: options of `prior.sample` (guidance_scale, temperature, num_inference_steps, …).
+            sampling: options of `prior.sample` (guidance_scale, temperature, num_inference_steps, …); speckle=False
+                leaves out the speckle.
         """
         manifest = self.plan(users, images_per_user, seed, conditions)
         if output_type not in ("pil", "pt"):
@@ -160,7 +165,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         """Yield a manifest's windows batch after batch: (rows, images (B, C, H, W) in [−1, 1])."""
         for start in range(0, len(manifest), batch_size):
             rows = manifest[start : start + batch_size]
-            yield rows, self._decode(self._sample(rows, sampling), rows)
+            yield rows, self._decode(self._sample(rows, sampling), rows, sampling)
 
     def _sample(self, rows: list[dict], sampling: dict, **views) -> torch.Tensor:
         """Tokens or latents of the manifest's rows. views: arguments of `prior.sample` that only a prior that denoises
@@ -172,19 +177,24 @@ class MicroDopplerPipeline(DiffusionPipeline):
             if self.classifier is None:
                 raise DataError("classifier_scale needs a classifier, and this pipeline has none (classifier_steps)")
             options["classifier"] = self._log_probability
+        if options.pop("speckle", False) and not self.config.speckle:
+            raise DataError("this pipeline has no speckle to add: its training fitted none")
         if len(self.config.conditions) > 1:
             options["conditions"] = self._labels(rows, "condition")
-        generators = [torch.Generator().manual_seed(_window_seed(row)) for row in rows]
-        return self.prior.sample(self._labels(rows), generator=generators, **options, **views)
+        return self.prior.sample(self._labels(rows), generator=_generators(rows), **options, **views)
 
     def _labels(self, rows: list[dict], kind: str = "user") -> torch.Tensor:
         """The labels (B,) of a manifest's users or conditions."""
         known = self.config[f"{kind}s"]
         return torch.tensor([known.index(row[kind]) for row in rows], dtype=torch.long, device=self.device)
 
-    def _decode(self, sampled: torch.Tensor, rows: list[dict]) -> torch.Tensor:
+    def _decode(self, sampled: torch.Tensor, rows: list[dict], sampling: dict) -> torch.Tensor:
         decode = self.codec.decode_tokens if self.prior.consumes == "tokens" else self.codec.decode
-        return decode(sampled, self._labels(rows)).float().cpu()
+        images = decode(sampled, self._labels(rows)).float().cpu()
+        if not {**self.sampling_options(), **sampling}["speckle"]:
+            return images
+        # Other noise than the prior's: a window's speckle must not depend on its latents.
+        return to_float(Speckle(**self.config.speckle).add(to_uint8(images), _generators(rows, 1)))
 
     def _log_probability(self, latents: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
         """log p(user | decoded latents) (B,) by the classifier."""
@@ -192,11 +202,11 @@ class MicroDopplerPipeline(DiffusionPipeline):
         return logits.log_softmax(1).gather(1, users.unsqueeze(1)).squeeze(1)
 
     def sampling_options(self) -> dict:
-        """The options of `prior.sample` that a caller may give, with this pipeline's values."""
-        return self.prior.sampling_options() | self.config.sampling
+        """The options of `prior.sample` that a caller may give, and speckle, with this pipeline's values."""
+        return self.prior.sampling_options() | {"speckle": bool(self.config.speckle)} | self.config.sampling
 
     def check_options(self, options: dict) -> None:
-        """Raise DataError on options `prior.sample` does not have, ValueError on values it cannot use."""
+        """Raise DataError on options this pipeline does not have, ValueError on values it cannot use."""
         self._sample([], options)
 
     @torch.no_grad()
@@ -209,7 +219,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
             raise DataError("classifier guidance needs one user, not two: leave classifier_scale out")
         way = torch.linspace(0, 1, images)
         nearer = [row if at < 0.5 else other for row, other, at in zip(rows, others, way.tolist(), strict=True)]
-        return self._decode(self._sample(rows, sampling, towards=self._labels(others), share=way), nearer)
+        return self._decode(self._sample(rows, sampling, towards=self._labels(others), share=way), nearer, sampling)
 
     @torch.no_grad()
     def denoising(self, user: int, frames: int = 8, seed: int = 0, **sampling) -> torch.Tensor:
@@ -220,7 +230,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         rows, seen = self.plan([user], 1, seed)[:1], []
         seen[-1] = self._sample(rows, sampling, on_step=lambda _, estimate: seen.append(estimate))
         chosen = torch.linspace(len(seen) - 1, 0, min(frames, len(seen))).round().long().flip(0).tolist()
-        return self._decode(torch.cat([seen[number] for number in chosen]), rows * len(chosen))
+        return self._decode(torch.cat([seen[number] for number in chosen]), rows * len(chosen), sampling)
 
     def to_pil(self, images: torch.Tensor) -> list[Image.Image]:
         """Images (B, C, H, W) in [−1, 1] as coloured PIL images of `output_size`, like the windows on disk.
@@ -282,6 +292,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         """What a window depends on other than its row of the manifest: weights and sampling options, checked."""
         self.check_options(sampling)
         options = {**self.config.sampling, **sampling}
+        if options.pop("speckle", bool(self.config.speckle)):
+            options["speckle"] = zlib.crc32(json.dumps(self.config.speckle).encode())
         models = [self.codec, self.prior] + ([self.classifier] if options.get("classifier_scale") else [])
         source = {"trained_on": self.config.trained_on} if self.config.trained_on else {}
         return {"weights": "".join(map(fingerprint, models)), **source, **options}
@@ -334,6 +346,11 @@ def _claim(out: Path, made_by: dict) -> None:
         return
     with whole_file(note) as temporary:
         temporary.write_text(json.dumps(made_by, indent=1) + "\n")
+
+
+def _generators(rows: list[dict], stream: int = 0) -> list[torch.Generator]:
+    """A generator for each row of a manifest, by its seed; other streams are other noise."""
+    return [torch.Generator().manual_seed(_window_seed(row) + stream) for row in rows]
 
 
 def _window_seed(row: dict) -> int:

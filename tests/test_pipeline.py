@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from mdlib.data.windows import load_windows
+from mdlib.data.speckle import fit_speckle
+from mdlib.data.windows import load_windows, to_uint8
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.kl import KLVAE
 from mdlib.models.transformer import TokenPrior
@@ -89,8 +91,47 @@ def test_saved_and_loaded_it_makes_the_same_windows(pipeline, tmp_path):
     assert written == {".json", ".safetensors"}, "nothing that must be unpickled"
 
 
+@pytest.fixture
+def speckled(pipeline):
+    """`pipeline` with the speckle of windows that are noise around its own."""
+    smooth = to_uint8(pipeline([3, 7, 12], images_per_user=10, output_type="pt").images)
+    noise = 40 * torch.randn(smooth.shape, generator=torch.Generator().manual_seed(0))
+    fitted = fit_speckle((smooth + noise).clamp(0, 255).to(torch.uint8), smooth)
+    return MicroDopplerPipeline(
+        pipeline.codec, pipeline.prior, users=(3, 7, 12), output_size=16, speckle=asdict(fitted)
+    )
+
+
+def test_speckle_is_added_to_each_window_by_its_seed_and_can_be_left_out(pipeline, speckled):
+    smooth = pipeline([3, 7], images_per_user=3, output_type="pt").images
+    added = speckled([3, 7], images_per_user=3, output_type="pt").images
+    assert 20 < 127.5 * (added - smooth).std() < 60
+    torch.testing.assert_close(speckled([7], images_per_user=1, output_type="pt").images, added[3:4])
+    torch.testing.assert_close(speckled([3, 7], images_per_user=3, output_type="pt", speckle=False).images, smooth)
+
+
+def test_speckle_is_saved_with_the_pipeline_and_older_pipelines_have_none(pipeline, speckled, tmp_path):
+    expected = speckled([7], output_type="pt").images
+    speckled.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_pipeline(tmp_path)([7], output_type="pt").images, expected)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    del index["speckle"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    old = load_pipeline(tmp_path)
+    torch.testing.assert_close(old([7], output_type="pt").images, pipeline([7], output_type="pt").images)
+    with pytest.raises(DataError, match="has no speckle to add"):
+        old([7], speckle=True)
+
+
+def test_windows_with_and_without_speckle_are_not_mixed_in_one_folder(speckled, tmp_path):
+    speckled.generate_folder(tmp_path, per_user=1)
+    assert len(speckled.generate_folder(tmp_path, per_user=2, speckle=True)) == 6, "the default by its name"
+    with pytest.raises(DataError, match="windows generated with other settings .speckle."):
+        speckled.generate_folder(tmp_path, per_user=2, speckle=False)
+
+
 def test_options_of_other_pipelines_are_refused_in_one_line(pipeline):
-    with pytest.raises(DataError, match="no sampling option generator; there are guidance_scale, temperature"):
+    with pytest.raises(DataError, match="no sampling option generator; there are guidance_scale, speckle, temperature"):
         pipeline([7], generator=torch.Generator())
 
 

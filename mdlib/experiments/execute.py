@@ -34,7 +34,7 @@ from mdlib.training.distributed import python_path
 from mdlib.utils import DataError, Interrupted, interrupts, read_history, remove_unfinished
 
 # Parameters of notebook 05 that are no options of `prior.sample`.
-NO_SAMPLING = {"out", "users", "images_per_user", "conditions", "generation_seed", "batch_size"}
+NO_SAMPLING = {"out", "users", "images_per_user", "conditions", "generation_seed", "batch_size", "speckle"}
 
 
 def execute(

@@ -7,17 +7,20 @@ teacher and the prior's inputs once and saves them in the run folder.
 
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from mdlib.data.augment import as_they_are, enlarge
-from mdlib.data.windows import WindowSet
-from mdlib.evaluation.evidence import trained_once
+from mdlib.data.speckle import fit_speckle
+from mdlib.data.windows import WindowSet, to_uint8
+from mdlib.evaluation.evidence import through_codec, trained_once
+from mdlib.evaluation.fidelity import describe
 from mdlib.evaluation.metrics import code_counts, codebook_figures
 from mdlib.experiments.run import Run, open_run, published_networks
 from mdlib.models.classifier import SmallCNN
@@ -30,6 +33,7 @@ from mdlib.training.fit import Batches, TrainConfig, fit_stages
 from mdlib.training.latents import encode_all
 from mdlib.utils import best_device, readable, whole_file
 
+SPECKLED = 500  # training windows, at most, on which speckle is fitted
 TRAIN_AGAIN = "restore it, or train the codec again with --from 02"
 
 
@@ -137,6 +141,23 @@ def attach_trained_losses(run: Run, codec) -> None:
     attach_losses(codec, run.preset, **_frozen_networks(run, images, labels))
     with readable(file := run.path / "codec" / "losses.safetensors", TRAIN_AGAIN):
         codec.losses.load_state_dict(load_file(file))
+
+
+def fitted_speckle(codec: torch.nn.Module, windows: WindowSet) -> dict:
+    """The speckle that the codec removes from its training windows, as `MicroDopplerPipeline` takes it.
+
+    {}, so that none is added, for RGB windows, and where it does not bring reconstructions closer to the windows in the
+    means of `mdlib.evaluation.fidelity.FEATURES`, in units of the windows' deviations.
+    """
+    some = windows.select(torch.linspace(0, len(windows) - 1, min(len(windows), SPECKLED)).long())
+    if some.images.shape[1] != 1:
+        return {}
+    smooth = to_uint8(through_codec(codec, some.images, some.labels))
+    speckle = fit_speckle(some.images, smooth)
+    speckled = speckle.add(smooth, [torch.Generator().manual_seed(k) for k in range(len(smooth))])
+    real = describe(some.images)
+    away = lambda images: (np.abs(describe(images).mean(0) - real.mean(0)) / (real.std(0) + 1e-9)).mean()
+    return asdict(speckle) if away(speckled) < away(smooth) else {}
 
 
 def _config(config: TrainConfig, max_minutes: float) -> TrainConfig:

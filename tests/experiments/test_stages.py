@@ -14,9 +14,13 @@ from helpers import write_set
 from test_fit import CONFIG, line, points, same
 
 from mdlib import utils
+from mdlib.data.speckle import Speckle
+from mdlib.data.windows import load_windows, to_uint8
+from mdlib.evaluation.fidelity import texture
 from mdlib.experiments import steps
 from mdlib.experiments.run import open_run
 from mdlib.pipeline import MicroDopplerPipeline
+from mdlib.simulation.dataset import simulate_dataset
 from mdlib.training import distributed
 from mdlib.training import fit as training
 from mdlib.training.fit import fit
@@ -104,6 +108,34 @@ def test_the_pipeline_draws_with_what_two_processes_trained(launched):
     )
     made = pipeline(list(train.users), images_per_user=2, seed=0, output_type="pt")
     assert made.images.shape[0] == 4 and torch.isfinite(made.images).all()
+
+
+class Blur(torch.nn.Module):
+    """A codec that removes what is finer than `size` pixels."""
+
+    device = "cpu"
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.blur = torch.nn.AvgPool2d(size, 1, size // 2, count_include_pad=False)
+
+    def encode(self, images, users=None):
+        return self.blur(images)
+
+    def decode(self, latents, users=None):
+        return latents
+
+
+def test_speckle_is_fitted_where_the_codec_removes_it_and_only_there(tmp_path):
+    walkers = load_windows(simulate_dataset(tmp_path, users=2, windows=20, seed=3, size=64, progress=False))
+    fitted = steps.fitted_speckle(Blur(5), walkers)
+    smooth = to_uint8(Blur(5).encode(walkers.float()))
+    speckled = Speckle(**fitted).add(smooth, [torch.Generator().manual_seed(k) for k in range(len(smooth))])
+    real, without, added = (texture(images[:, 0] / 255).mean(0) for images in (walkers.images, smooth, speckled))
+    assert ((added - real).abs()[:2] < 0.3 * (without - real).abs()[:2]).all(), "contrast and dissimilarity"
+    assert steps.fitted_speckle(Blur(1), walkers) == {}, "nothing is lost"
+    rgb = replace(walkers, images=walkers.images.repeat(1, 3, 1, 1))
+    assert steps.fitted_speckle(Blur(5), rgb) == {}
 
 
 @pytest.fixture
