@@ -181,7 +181,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
             raise DataError("this pipeline has no speckle to add: its training fitted none")
         if len(self.config.conditions) > 1:
             options["conditions"] = self._labels(rows, "condition")
-        return self.prior.sample(self._labels(rows), generator=_generators(rows), **options, **views)
+        generators = [torch.Generator().manual_seed(_window_seed(row)) for row in rows]
+        return self.prior.sample(self._labels(rows), generator=generators, **options, **views)
 
     def _labels(self, rows: list[dict], kind: str = "user") -> torch.Tensor:
         """The labels (B,) of a manifest's users or conditions."""
@@ -194,7 +195,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         if not {**self.sampling_options(), **sampling}["speckle"]:
             return images
         # Other noise than the prior's: a window's speckle must not depend on its latents.
-        return to_float(Speckle(**self.config.speckle).add(to_uint8(images), _generators(rows, 1)))
+        return to_float(Speckle(**self.config.speckle).add(to_uint8(images), [_window_seed(row) + 1 for row in rows]))
 
     def _log_probability(self, latents: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
         """log p(user | decoded latents) (B,) by the classifier."""
@@ -346,11 +347,6 @@ def _claim(out: Path, made_by: dict) -> None:
         return
     with whole_file(note) as temporary:
         temporary.write_text(json.dumps(made_by, indent=1) + "\n")
-
-
-def _generators(rows: list[dict], stream: int = 0) -> list[torch.Generator]:
-    """A generator for each row of a manifest, by its seed; other streams are other noise."""
-    return [torch.Generator().manual_seed(_window_seed(row) + stream) for row in rows]
 
 
 def _window_seed(row: dict) -> int:

@@ -6,6 +6,7 @@ constant where many scatterers move independently. It is smaller on the steady t
 So its distribution is measured: which intensities real windows have where the smooth image has a given one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,12 +31,13 @@ class Speckle:
     intensities: list[list[float]]
     correlation: list[list[float]]
 
-    def add(self, smooth: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-        """Smooth images, uint8 (N, 1, S, S), with speckle; one generator (CPU) an image."""
+    def add(self, smooth: torch.Tensor, seeds: Iterable[int]) -> torch.Tensor:
+        """Smooth images, uint8 (N, 1, S, S), with speckle; one seed an image."""
         kernel = torch.zeros(smooth.shape[-2:])
         kernel[: 2 * REACH + 1, : 2 * REACH + 1] = torch.tensor(self.correlation)
         power = torch.fft.fft2(kernel.roll((-REACH, -REACH), (0, 1))).real.clamp_min(0)
-        noise = torch.stack([torch.randn(smooth.shape[-2:], generator=one) for one in generators])
+        each = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(smooth.shape[-2:], generator=one) for one in each])
         noise = torch.fft.ifft2(torch.fft.fft2(noise) * (power / power.mean()).sqrt()).real
         # Where in the table, −1 to 1: quantiles from left to right, levels downwards; cells are the bins.
         place = torch.stack([2 * torch.special.ndtr(noise) - 1, smooth[:, 0].float().sqrt() * 2 / LEVELS - 1], -1)

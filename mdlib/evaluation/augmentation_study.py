@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mdlib.data.speckle import Speckle
 from mdlib.data.windows import WindowSet, to_uint8
 from mdlib.evaluation import metrics
 from mdlib.evaluation.evidence import (
@@ -139,6 +140,8 @@ def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
     more = {f"real_x{factor}": times(evidence, factor) for factor in sorted(set(protocol.multiples))}
     if evidence.codec is not None:
         copies = to_uint8(through_codec(evidence.codec, train.images, train.labels))
+        if evidence.speckle:
+            copies = Speckle(**evidence.speckle).add(copies, range(len(train)))
         more["codec_copies"] = mixed(train, replace(train, images=copies), fraction)
     return {
         "real_only": train,

@@ -75,6 +75,7 @@ class Evidence:
     generated: WindowSet
     gap: int  # windows with numbers so far apart share no step
     codec: torch.nn.Module | None = None  # the pipeline's
+    speckle: dict = field(default_factory=dict)  # the pipeline's, see `mdlib.data.speckle`
     spare: WindowSet | None = None  # real windows between training windows, for the arms real_x2 … only
     split: dict = field(default_factory=dict)  # the split file: how windows are read, and their contents
 

@@ -81,10 +81,9 @@ def validate_folders(
     Raises:
         DataError: users of the two folders differ, the split does not fit, or the generator has seen its test windows.
     """
-    codec = None
-    if pipeline:
-        codec = load_pipeline(pipeline).codec
-        size, channels = codec.config.image_size, codec.config.in_channels
+    loaded = load_pipeline(pipeline) if pipeline else None
+    if loaded:
+        size, channels = loaded.codec.config.image_size, loaded.codec.config.in_channels
     parts = read_split(split)
     about = {"real": str(real), "generated": str(generated), "split": str(split)}
     about["training windows are"] = describe_training(parts)
@@ -97,7 +96,7 @@ def validate_folders(
     reading = {"channels": channels, **parts.get("reading", {}), **given}
     parts = check_split(load_windows(real, size=max(SIDE, size), **reading), {**parts, "reading": reading})
     windows = load_windows(real, size=size, **reading)
-    evidence = gather(windows, parts, load_generated(generated, windows), codec)
+    evidence = gather(windows, parts, load_generated(generated, windows), loaded)
     report = evaluate(evidence, Protocol(**protocol), about, identifier_folder=Path(out) / "identifier")
     write_report(report, evidence, out)
     return report
@@ -140,11 +139,12 @@ def select_folder(
     return int(kept.sum()), len(windows)
 
 
-def gather(windows: WindowSet, split: dict, generated: WindowSet, codec=None) -> Evidence:
-    """What the protocol needs, from a set, its split and the generated windows."""
+def gather(windows: WindowSet, split: dict, generated: WindowSet, pipeline=None) -> Evidence:
+    """What the protocol needs, from a set, its split, the generated windows and the pipeline that made them."""
     gap = max(OVERLAP, split.get("gap", OVERLAP))  # a split may ignore the overlap; an interval may not
     parts, spare = apply_split(windows, split), spare_windows(windows, split)
-    return Evidence(**parts, generated=generated, gap=gap, codec=codec, spare=spare, split=split)
+    made_by = dict(codec=pipeline.codec, speckle=pipeline.config.speckle) if pipeline else {}
+    return Evidence(**parts, generated=generated, gap=gap, spare=spare, split=split, **made_by)
 
 
 def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:

@@ -311,6 +311,11 @@ def test_codec_copies_are_the_real_windows_after_the_codec(monkeypatch):
     assert not len(set(map(len, arms["codec_copies"].images.unbind())) - {1})
     mean = lambda name: float(arms[name].images.double().mean())
     assert mean("codec_copies") == pytest.approx(0.75 * mean("real_only"), rel=0.02)
+    white = dict(
+        intensities=[[255.0] * 2] * 2, correlation=[[0.0] * 7] * 3 + [[0.0] * 3 + [1.0] + [0.0] * 3] + [[0.0] * 7] * 3
+    )
+    with_speckle = augmentation_study._sets(replace(case, speckle=white), ONCE, 0.5)["codec_copies"].images
+    assert float(with_speckle.double().mean()) == pytest.approx((mean("real_only") + 255) / 2, rel=0.02)
 
 
 def test_brightness_alone_names_users_only_where_they_differ_in_it():
