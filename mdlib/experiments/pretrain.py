@@ -24,11 +24,11 @@ from mdlib.systems import SYSTEMS, get_preset, get_system, make_codec, make_prio
 from mdlib.training.fit import Batches, TrainConfig, fit
 from mdlib.utils import DataError, read_history, to_float, whole_file
 
-WINDOWS, RECORDINGS = 60, 4  # of each person: what is common to all recordings is the person
+WINDOWS = 60  # of each person
 CODEC_FRACTION = 0.25  # of the minutes
 STEPS = 100_000  # more than the minutes allow
 RARELY = dict(evaluate_every=1000, save_every=1000)
-IDENTIFIER = dict(steps=12_000, batch_size=64, learning_rate=2e-3, warmup_steps=150, weight_decay=1e-2)
+IDENTIFIER = dict(steps=8000, batch_size=64, learning_rate=2e-3, warmup_steps=150, weight_decay=1e-2)
 WIDTHS = (32, 64, 128)  # twice a SmallCNN's: with simulated people there is enough to learn from
 SCALE, MARGIN = 24.0, 0.15  # of cosines
 
@@ -50,7 +50,7 @@ def pretrain(
     chosen = get_preset(next(iter(SYSTEMS)) if identifies else get_system(system).name, preset)
     if minutes <= 0:
         raise DataError(f"minutes must be more than 0, got {minutes}")
-    data = simulate_dataset(out / "people", users=people, windows=WINDOWS, seed=seed, recordings=RECORDINGS)
+    data = simulate_dataset(out / "people", users=people, windows=WINDOWS, seed=seed)
     trained_on, weights = [f"{SIMULATED}{seed}"], out / "weights"
     shutil.rmtree(weights, ignore_errors=True)
     if identifies:
@@ -69,7 +69,7 @@ def pretrain(
     last = {part.name: read_history(part)[-1] for part in parts}
     command = f"pretrain --system {system} --preset {preset} --people {people} --minutes {minutes:g} --seed {seed}"
     card = dict(name=system, mdlib=__version__, command=f"python -m mdlib {command}", preset=preset, people=people)
-    card |= dict(windows=WINDOWS, recordings=RECORDINGS, seed=seed, trained_on=trained_on)
+    card |= dict(windows=WINDOWS, seed=seed, trained_on=trained_on)
     card |= {name: dict(steps=int(row["step"]), minutes=round(row["seconds"] / 60, 1)) for name, row in last.items()}
     with whole_file(weights / "weights.json") as path:  # last: with it the folder counts
         path.write_text(json.dumps(card, indent=1) + "\n")

@@ -33,7 +33,7 @@ SEED = 77
 def made(tmp_path_factory):
     """The folders that `pretrain` writes for every system and the identifier, of the same three people."""
     root = tmp_path_factory.mktemp("pretrained")
-    people = simulate_dataset(root / "people", users=3, windows=60, seed=SEED, recordings=4, progress=False)
+    people = simulate_dataset(root / "people", users=3, windows=60, seed=SEED, progress=False)
     for name in (*SYSTEMS, "identifier"):
         shutil.copytree(people, root / name / "people")
         pretrain(name, root / name, "smoke", people=3, minutes=0.04, seed=SEED)
