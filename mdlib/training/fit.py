@@ -155,7 +155,7 @@ def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, 
     state.step += 1
     if state.ema is not None:  # with a decay that rises from 0 to ema_decay
         decay = 0.0 if state.step == 1 else min(state.step / (state.step + 9), config.ema_decay)
-        state.ema -= (state.ema - state.weights()).mul_(1 - decay)
+        torch._foreach_lerp_(state.ema, state.weights, 1 - decay)
     return logs
 
 

@@ -72,7 +72,8 @@ class State:
         self.autocast = torch.autocast(self.device.type, dtype, enabled=kind != "no")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=kind == "fp16")
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.ema = self.weights() if config.ema_decay else None  # moving average of the weights
+        self.weights = [parameter.detach() for parameter in self.parameters]  # the same memory, without gradients
+        self.ema = [weight.clone() for weight in self.weights] if config.ema_decay else None  # moving averages
         self.step, self.seconds = 0, 0.0
         self.best, self.stale = math.inf, 0  # lowest held-out loss, and evaluations since then
         self.stopped = ""  # why training ends before its last step
@@ -87,18 +88,12 @@ class State:
     def budget_spent(self) -> bool:
         return 0 < 60 * self.config.max_minutes < self.seconds
 
-    def weights(self) -> torch.Tensor:
-        """A copy of the trainable parameters in one vector."""
-        return torch.cat([parameter.detach().flatten() for parameter in self.parameters])
-
     def swap_average(self) -> None:
         """Exchange the weights and their average, where there is one."""
         if self.ema is not None:
-            own = self.weights()
-            averages = self.ema.split([parameter.numel() for parameter in self.parameters])
-            for parameter, average in zip(self.parameters, averages, strict=True):
-                parameter.detach().copy_(average.view_as(parameter))
-            self.ema.copy_(own)
+            own = [weight.clone() for weight in self.weights]
+            torch._foreach_copy_(self.weights, self.ema)
+            torch._foreach_copy_(self.ema, own)
 
     def save(self) -> None:
         """Write `run_dir`/state.pt, whole or not at all."""
@@ -127,6 +122,9 @@ class State:
             self.scaler.load_state_dict(content["scaler"])
         for key in (*self.PLAIN, "ema"):
             setattr(self, key, content[key])
+        if torch.is_tensor(self.ema):  # of an earlier mdlib: all in one vector
+            averages = self.ema.split([weight.numel() for weight in self.weights])
+            self.ema = [part.view_as(weight) for part, weight in zip(averages, self.weights, strict=True)]
         if self.stopped.startswith("the budget") and not self.budget_spent:
             self.stopped = ""  # a larger budget was granted
 
