@@ -82,7 +82,7 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         attends = [attention == "window_axial" or (attention == "full" and level > 0) for level in range(halvings + 1)]
         if any(here and width % head_dim for here, width in zip(attends, block_out_channels, strict=True)):
             raise ValueError(f"block_out_channels {block_out_channels} must be multiples of head_dim {head_dim}")
-        self.unet = UNet2DModel(
+        self.unet = UNet(
             in_channels=self.latent_shape[0],
             out_channels=self.latent_shape[0],
             down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attends),
@@ -166,6 +166,12 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
     def _alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         alpha_squared = self.schedule.alphas_cumprod.to(timestep.device)[timestep.long()]
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+
+
+class UNet(UNet2DModel):
+    """diffusers' UNet without its search through all parameters for their dtype, twice a call."""
+
+    dtype = property(lambda self: self.conv_in.weight.dtype)
 
 
 class TiledAttnProcessor:

@@ -28,7 +28,8 @@ warnings.filterwarnings("ignore", "CUDA reports that you have .* fork_rng")
 class Batches:
     """A training set in memory: tensors of equal length.
 
-    transform: called as transform(*batch, generator) → the arguments of `model.loss`; conversion and augmentation.
+    transform: called as transform(*batch, generator) → the arguments of `model.loss`; conversion and augmentation. The
+        generator is on the device of the batch.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -326,12 +327,12 @@ def fit_stages(
 
 
 def _seed(state: State, number: int, stream: int) -> torch.Generator:
-    """Seed torch's random numbers by (seed, number, stream), and return a generator of stream + 1."""
+    """Seed torch's random numbers by (seed, number, stream), and return a generator of stream + 1 on the device."""
     value = _mix(state.config.seed, number, stream)
     torch.default_generator.manual_seed(value)  # torch.manual_seed formats a stack trace where CUDA is not in use
     if state.device.type == "cuda":
         torch.cuda.manual_seed(value)
-    return torch.Generator().manual_seed(_mix(state.config.seed, number, stream + 1))
+    return torch.Generator(state.device).manual_seed(_mix(state.config.seed, number, stream + 1))
 
 
 def _mix(seed: int, number: int, stream: int) -> int:
