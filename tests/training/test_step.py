@@ -8,6 +8,7 @@ from mdlib.data.augment import as_they_are, classical_augmentation, radar_augmen
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.codec import FeatureDistance
 from mdlib.models.pretrained import ClassifierFeatures
+from mdlib.models.prior import Request
 from mdlib.systems import SYSTEMS, attach_losses, get_preset, make_codec, make_prior
 from mdlib.training import fit as loop
 from mdlib.training.fit import Batches, TrainConfig, fit
@@ -88,3 +89,40 @@ def test_nor_does_one_of_a_conditional_codec_or_a_classifier(watched):
 def test_reading_a_value_back_would_be_seen(read):
     with pytest.raises(AssertionError, match="waits for the GPU"), NoWaiting():
         read(torch.ones(()) if read in (float, bool) else torch.ones(3))
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from the CPU to the device; `meta` stands for a GPU, and raises where a value is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result, name = function(*arguments, **(options or {})), function.overloadpacket.__name__
+        source = arguments[0] if name == "_to_copy" else arguments[1] if name == "copy_" else result
+        self.number += torch.is_tensor(result) and source.device.type == "cpu" and result.device.type == "meta"
+        return result
+
+
+LOOPS = [
+    ("vqvae-transformer", dict(top_p=0.9, top_k=5)),
+    *(("vae-diffusion", dict(scheduler=name)) for name in ("dpm++", "ddim", "pndm")),
+    ("vqvae-ldm", {}),
+    *(("vavae-dit", dict(scheduler=name)) for name in ("heun", "euler")),
+    *(("vq-diffusion", dict(sampler=name)) for name in ("ancestral", "mask_predict")),
+]
+
+
+@pytest.mark.parametrize("system, options", LOOPS)
+def test_the_loop_of_a_sampler_neither_waits_nor_copies(system, options):
+    *_, (_, prior, _, _) = parts(system)
+    prior, users = prior.to("meta").eval(), torch.zeros(2, dtype=torch.long, device="meta")
+    counted = []
+    for steps in (4, 4, 8):  # the first call copies tables
+        generators = [torch.Generator().manual_seed(number) for number in range(2)]
+        request = Request(users, None, generators, 1.5, users, torch.zeros(2, device="meta"), None)
+        with torch.no_grad(), Copies() as copies:
+            prior.draw(request, **options, **(dict(num_inference_steps=steps) if prior.denoises else {}))
+        counted.append(copies.number)
+    assert counted[1] == counted[2] < 5
