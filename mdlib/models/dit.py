@@ -60,7 +60,8 @@ class Transformer:
         c = F.silu(self.t_embedder(t) + users)  # (B, d)
         for block in self.blocks:
             if self.config.get("gradient_checkpointing") and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, self.rotation, use_reentrant=False)
+                # A block has no random numbers to repeat, and a CUDA graph cannot read their state.
+                x = checkpoint(block, x, c, self.rotation, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, c, self.rotation)
         return self.final_layer(x, c)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from mdlib.models.layers import all_mean, rank, world
+from mdlib.training.capture import choose, passes
 from mdlib.training.distributed import mean_gradients, on_first
 from mdlib.training.state import State, TrainConfig
 from mdlib.utils import Interrupted, bar, end_session, has_deadline, interrupts, time_is_up, write_history
@@ -134,16 +135,15 @@ def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, 
     """Update the weights by `accumulation` batches; noise and dropout come from (seed, step, rank). Appends the losses
     and returns the last batch's logs. Nothing here waits for a GPU."""
     config = state.config
-    generator = _seed(state, state.step, 2 + 8 * rank())
-    for parameter in state.parameters:  # as optimizer.zero_grad(), but leaner
-        parameter.grad = None
+    generator, batches = _seed(state, state.step, 2 + 8 * rank()), []
     for part in range(config.accumulation):
         number = state.step * config.accumulation + part
         index = batch_order(number, config.batch_size * world(), len(data), config.seed, state.device)
-        with state.autocast:
-            loss, logs = state.model.loss(*data.take(index.chunk(world())[rank()], generator))
-        state.scaler.scale(loss / config.accumulation).backward()
-        losses.append(loss.detach())
+        batches.append(data.take(index.chunk(world())[rank()], generator))
+    if state.step and not state.passes:  # not at the first step: there a codebook looks at its batch
+        state.passes = choose(state, batches)
+    found, logs = state.passes(batches) if state.passes else passes(state, batches)
+    losses.extend(found)
     mean_gradients(state.parameters)  # before fp16's scale is taken out: all see one process's overflow
     state.scaler.unscale_(state.optimizer)
     # Clip each group by itself (a discriminator's gradient must not shrink others), as clip_grad_norm_, but leaner.
