@@ -167,7 +167,7 @@ def batch_order(step: int, batch_size: int, length: int, seed: int, device="cpu"
         epoch, place = divmod(first, length)
         parts.append(_epoch_order(epoch, length, seed, device)[place : place + last - first])
         first += len(parts[-1])
-    return torch.cat(parts)
+    return torch.cat(parts) if parts[1:] else parts[0]
 
 
 @lru_cache(maxsize=2)
@@ -327,12 +327,13 @@ def fit_stages(
 
 
 def _seed(state: State, number: int, stream: int) -> torch.Generator:
-    """Seed torch's random numbers by (seed, number, stream), and return a generator of stream + 1 on the device."""
+    """Seed torch's random numbers by (seed, number, stream), and return the state's generator, seeded by
+    (seed, number, stream + 1)."""
     value = _mix(state.config.seed, number, stream)
     torch.default_generator.manual_seed(value)  # torch.manual_seed formats a stack trace where CUDA is not in use
     if state.device.type == "cuda":
         torch.cuda.manual_seed(value)
-    return torch.Generator(state.device).manual_seed(_mix(state.config.seed, number, stream + 1))
+    return state.generator.manual_seed(_mix(state.config.seed, number, stream + 1))
 
 
 def _mix(seed: int, number: int, stream: int) -> int:

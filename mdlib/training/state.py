@@ -77,6 +77,7 @@ class State:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.weights = [parameter.detach() for parameter in self.parameters]  # the same memory, without gradients
         self.ema = [weight.clone() for weight in self.weights] if config.ema_decay else None  # moving averages
+        self.generator = torch.Generator(self.device)
         self.passes = None  # forward and backward passes of a step, see `mdlib.training.capture.choose`
         self.step, self.seconds = 0, 0.0
         self.best, self.stale = math.inf, 0  # lowest held-out loss, and evaluations since then
