@@ -2,14 +2,15 @@
 
     python benchmarks/gpu.py [--systems vae-diffusion,vavae-dit] [--preset gpu-16gb]
 
-Random inputs; steps of `fit` after the first four, the systems one after the other. The fraction is that of the fastest
-matrix product in the preset's precision, measured first. The last row trains diffusers' UNet of equal size as its
-example does: AdamW, clipping, GradScaler, EMAModel. What would start after --minutes is left out. --cpu runs the same
-code on a CPU, at the smallest sizes, as a check.
+Random inputs; steps of `fit` after the first four, the systems one after the other; windows in float32 and, where the
+preset trains in half precision, in that. "Of the peak" is the fraction of the fastest matrix product in the preset's
+precision, measured first. diffusers' UNet of the size of vae-diffusion's trains as in diffusers' example: AdamW,
+clipping, GradScaler, EMAModel. What would start after --minutes is left out. --cpu checks the code at small sizes.
+--count counts the arithmetic of a preset, on any machine.
 """
 
 import argparse
-import contextlib
+import copy
 import gc
 import os
 import time
@@ -24,6 +25,7 @@ from mdlib.data.augment import as_they_are
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.codec import FeatureDistance
 from mdlib.models.pretrained import ClassifierFeatures
+from mdlib.models.prior import Request
 from mdlib.systems import SYSTEMS, attach_losses, get_preset, make_codec, make_prior
 from mdlib.training.fit import Batches, TrainConfig, fit
 from mdlib.training.state import precision
@@ -39,7 +41,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="that are timed")
     parser.add_argument("--minutes", type=float, default=7)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--count", action="store_true")
     given = parser.parse_args()
+    if given.count:
+        return counted(given.systems.split(","), given.preset)
     if given.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         given.preset, given.steps = "smoke", 3
@@ -48,14 +53,16 @@ def main() -> None:
         return
     until = time.monotonic() + 60 * given.minutes
     kind = precision(get_preset("vae-diffusion", given.preset).prior_training.mixed_precision)
-    peak = product_speed({"fp16": torch.float16, "bf16": torch.bfloat16}.get(kind, torch.float32), given.cpu)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(kind, torch.float32)
+    peak = product_speed(dtype, given.cpu)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{name}, torch {torch.__version__}, {given.preset}, {kind}, products at {peak / 1e12:.1f} TFLOP/s\n")
     print("| | parameters | batch | mode | steps/s | of the peak | peak GB | s a window |")
     print("|---|--:|--:|---|--:|--:|--:|--:|")
     for system in given.systems.split(","):
         codec, prior, parts = trainings(system, given.preset)
-        drawn = ""
+        sampling = get_preset(system, given.preset).sampling
+        drawn = []
         for part, model, data, config in parts:
             work = arithmetic(model, data) * config.batch_size * config.accumulation
             for mode in given.modes.split(","):
@@ -63,13 +70,13 @@ def main() -> None:
                     print(f"| {system} {part} | | | {mode} | left out: the time is up |")
                     continue
                 rate, memory = steps_a_second(model, data, replace(config, compile=mode), given.steps)
-                if model is prior:
-                    drawn = drawn or f"{seconds_a_window(codec, prior, get_preset(system, given.preset).sampling):.4f}"
+                if model is prior and not drawn:
+                    drawn = [f"{second:.4f}" for second in seconds_a_window(codec, prior, sampling, dtype)]
                 size, share = count(model) / 1e6, work * rate / peak
                 print(f"| {system} {part} | {size:.1f} M | {config.batch_size} | {mode} | {rate:.2f} | {share:.1%} "
-                      f"| {memory:.1f} | {drawn if model is prior else ''} |", flush=True)  # fmt: skip
+                      f"| {memory:.1f} | {', '.join(drawn) if model is prior else ''} |", flush=True)  # fmt: skip
         if system == "vae-diffusion" and time.monotonic() < until:
-            peer(prior, config, given.steps, kind)
+            peer(prior, config, given.steps, dtype)
         del codec, prior, parts, model
         gc.collect()
 
@@ -115,10 +122,29 @@ def product_speed(dtype: torch.dtype, small: bool) -> float:
 def arithmetic(model: torch.nn.Module, data: Batches) -> float:
     """FLOP of the forward and backward pass of one sample."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = data.to(device).take(torch.arange(2, device=device), torch.Generator(device))
+    batch = data.to(device).take(torch.arange(1, device=device), torch.Generator(device))
     with FlopCounterMode(display=False) as counter:
-        model.to(device).train().loss(*batch)[0].backward()
-    return counter.get_total_flops() / 2
+        counter.mod_tracker.__exit__()  # its hooks forbid the gradients that weigh VA-VAE's losses
+        model.to(device).eval().loss(*batch)[0].backward()
+    return counter.get_total_flops()
+
+
+def sampling_arithmetic(prior, sampling: dict) -> float:
+    """FLOP of one sample, without decoding, counted without computing them."""
+    users, options = torch.zeros(1, dtype=torch.long, device="meta"), dict(sampling)
+    request = Request(users, None, None, options.pop("guidance_scale", 1.0), None, users.float(), None)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(prior).to("meta").eval().draw(request, **options)
+    return counter.get_total_flops()
+
+
+def counted(systems: list[str], name: str) -> None:
+    print(f"TFLOP, {name}\n\n| | codec, a step | prior, a step | prior, a window |\n|---|--:|--:|--:|")
+    for system in systems:
+        _, prior, parts = trainings(system, name)
+        steps = [arithmetic(model, data) * how.batch_size * how.accumulation for _, model, data, how in parts]
+        figures = *steps, sampling_arithmetic(prior, get_preset(system, name).sampling)
+        print(f"| {system} | {' | '.join(f'{figure / 1e12:.3f}' for figure in figures)} |", flush=True)
 
 
 def steps_a_second(model: torch.nn.Module, data: Batches, config: TrainConfig, steps: int) -> tuple[float, float]:
@@ -140,33 +166,35 @@ def steps_a_second(model: torch.nn.Module, data: Batches, config: TrainConfig, s
     return steps / (reads[1] - reads[0]), torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
 
 
-def seconds_a_window(codec, prior, sampling: dict) -> float:
-    """Sampling and decoding of a batch of 16, after one that warms up."""
+def seconds_a_window(codec, prior, sampling: dict, dtype: torch.dtype) -> list[float]:
+    """Sampling and decoding of a batch of 16, after one that warms up: in float32 and under autocast to `dtype`."""
     users = torch.arange(16, device=prior.device) % USERS
     decode = codec.decode_tokens if prior.consumes == "tokens" else codec.decode
     codec.to(prior.device).eval()
-    for _ in range(2):
-        started = wait()
-        with torch.no_grad():
-            decode(prior.sample(users, generator=torch.Generator().manual_seed(0), **sampling))
-        took = wait() - started
-    return took / len(users)
+    took = []
+    for half in (False, True) if dtype != torch.float32 else (False,):
+        for _ in range(2):
+            started = wait()
+            with torch.no_grad(), torch.autocast(prior.device.type, dtype, enabled=half):
+                decode(prior.sample(users, generator=torch.Generator().manual_seed(0), **sampling))
+            last = (wait() - started) / len(users)
+        took.append(last)
+    return took
 
 
-def peer(prior, config: TrainConfig, steps: int, kind: str) -> None:
+def peer(prior, config: TrainConfig, steps: int, dtype: torch.dtype) -> None:
     """A row for diffusers' UNet with as many parameters, in the loop of its unconditional-image example."""
     device, shape = prior.device, prior.latent_shape
     size = max(count(prior), 1_700_000)  # it has no size as small as smoke
     model = Unet2d(shape, size, len(prior.config.block_out_channels), 20).to(device).train()
     optimizer, average = torch.optim.AdamW(model.parameters(), lr=1e-5), EMAModel(model.parameters(), decay=0.9999)
-    scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     data = torch.randn(WINDOWS, *shape, device=device)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(kind)
     for step in range(SKIPPED + steps):
         if step == SKIPPED:
             started = wait()
         batch = data[torch.randint(WINDOWS, (config.batch_size,), device=device)]
-        with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, _ = model.loss(batch, None)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

@@ -140,9 +140,9 @@ class LatentPrior(Prior):
             inside = guidance_interval[0] <= float(timestep) / self.timesteps <= guidance_interval[1]
             if inside and scale != 1:
                 both = self.output(noisy.repeat(2, 1, 1, 1), time, torch.cat([embedded, null]))
-                output = guided(*both.chunk(2), scale)
+                output = guided(*both.to(noisy.dtype).chunk(2), scale)  # under autocast it is in half precision
             else:
-                output = self.output(noisy, time, embedded)
+                output = self.output(noisy, time, embedded).to(noisy.dtype)
             estimate = self.estimate(noisy, output, timestep)
             if inside and classifier_scale:
                 # The gradient at the estimate: through the network it would be multiplied by the network's errors.
