@@ -57,12 +57,12 @@ def choose(state, batches: list[Batch]) -> Callable[[list[Batch]], Result]:
 def _graph(state, batches: list[Batch]) -> Callable[[list[Batch]], Result]:
     if world() > 1:
         raise RuntimeError("several processes exchange gradients and codes within a step")
-    inputs = [tensor.clone() for batch in batches for tensor in batch]
-    each = [len(batch) for batch in batches]
-    replay, (losses, logs) = record(lambda: passes(state, _split(inputs, each)))
+    inputs = [[tensor.clone() for tensor in batch] for batch in batches]
+    replay, (losses, logs) = record(lambda: passes(state, inputs))
 
     def replayed(batches: list[Batch]) -> Result:
-        torch._foreach_copy_(inputs, [tensor for batch in batches for tensor in batch])
+        for held, batch in zip(inputs, batches, strict=True):
+            torch._foreach_copy_(held, list(batch))
         replay()
         return [loss.clone() for loss in losses], {key: torch.as_tensor(value).clone() for key, value in logs.items()}
 
@@ -89,8 +89,3 @@ def _compiled(state, batches: list[Batch]) -> Callable[[list[Batch]], Result]:
     loss = torch.compile(state.model.loss)
     passes(state, batches, loss)  # compiles
     return lambda batches: passes(state, batches, loss)
-
-
-def _split(tensors: list[Tensor], lengths: list[int]) -> list[Batch]:
-    parts = iter(tensors)
-    return [tuple(next(parts) for _ in range(length)) for length in lengths]
