@@ -1,4 +1,4 @@
-"""The diffusion prior beside two well-known implementations, at equal shape, batch and number of parameters.
+"""The diffusion prior next to two well-known implementations, at equal shape, batch and number of parameters.
 
 ours    LatentDiffusion (conditional, v-prediction) with full attention, and with window_axial at the same widths
 ddp     denoising-diffusion-pytorch: Unet + GaussianDiffusion as its README builds them (v-prediction, flash attention)
@@ -21,7 +21,8 @@ import subprocess
 import sys
 import time
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # memory and seconds are read as a CPU run has them
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # memory and seconds are read as a CPU run has them
 os.environ["TQDM_DISABLE"] = "1"  # the sampler of denoising-diffusion-pytorch shows a bar
 
 import torch

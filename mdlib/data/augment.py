@@ -19,11 +19,10 @@ def enlarge(images: torch.Tensor, groups: torch.Tensor, variants: int, seed: int
 def classical_augmentation(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator):
     """A uint8 batch for a classifier: half the windows shifted by a whole stride (left stays left), gain ±5 %, noise of
     1 % of the range; float in [−1, 1]. Without recombination: steps of several windows show another person."""
-    images = to_float(images)
-    noise = torch.randn(images.shape, generator=generator) * 0.02
-    gain = 1 + 0.05 * (2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1)
-    shifted = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    noise, gain, shifted = (tensor.to(images.device) for tensor in (noise, gain, shifted))
+    images, options = to_float(images), dict(generator=generator, device=images.device)
+    noise = torch.randn(images.shape, **options) * 0.02
+    gain = 1 + 0.05 * (2 * torch.rand(len(images), 1, 1, 1, **options) - 1)
+    shifted = torch.rand(len(images), 1, 1, 1, **options) < 0.5
     images = torch.where(shifted, stride_shift(images, 2), images)
     return ((images + 1) * gain - 1 + noise).clamp(-1, 1), labels
 
@@ -32,16 +31,17 @@ def radar_augmentation(images: torch.Tensor, labels: torch.Tensor, generator: to
     """A uint8 batch for a classifier that is to serve other radars: half the windows shifted by a whole stride; dynamic
     range 0.75 to 1.35 times, gain 0.85 to 1.1 times, blur, noise up to 6 % of the range and a noise threshold up to
     12 %, each drawn for every window; float in [−1, 1]."""
-    between = lambda low, high: low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)
+    options = dict(generator=generator, device=images.device)
+    between = lambda low, high: low + (high - low) * torch.rand(len(images), 1, 1, 1, **options)
     shifted, dynamic, gain, sharp = between(0, 1) < 0.5, between(0.75, 1.35), between(0.85, 1.1), between(0, 1)
-    noise = torch.randn(images.shape, generator=generator) * between(0, 0.06)
-    threshold, values = between(-0.1, 0.12), images.cpu().float() / 255
+    noise = torch.randn(images.shape, **options) * between(0, 0.06)
+    threshold, values = between(-0.1, 0.12), images.float() / 255
     values = torch.where(shifted, stride_shift(values, 2), values)
     values = ((values - 1) * dynamic + 1).clamp(0, 1) * gain
     blurred = F.avg_pool2d(F.pad(values, (1, 1, 1, 1), mode="replicate"), 3, 1)
     values = sharp * values + (1 - sharp) * blurred + noise
     values = torch.where(values < threshold, 0.0, values).clamp(0, 1)
-    return (2 * values - 1).to(images.device), labels
+    return 2 * values - 1, labels
 
 
 def as_they_are(images: torch.Tensor, *labels_and_generator):

@@ -146,7 +146,7 @@ class Distance(nn.Module):
         self._network = (network.requires_grad_(False),)  # in a tuple it is no part of the module
 
     def forward(self, outputs: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        distance = self._network[0].to(images.device)(outputs, images).mean()
+        distance = moved(self._network[0], images.device)(outputs, images).mean()
         return self.weight * distance, {self.name: distance}
 
 
@@ -192,7 +192,7 @@ class Alignment(nn.Module):
         zero = latents.new_zeros(())
         if not self.alignment_weight:
             return zero, {}
-        features = self._foundation[0].to(images.device).features(images, latents.shape[2:])
+        features = moved(self._foundation[0], images.device).features(images, latents.shape[2:])
         projected = self.projection(latents)  # (B, F, h, w)
         with torch.autocast(images.device.type, enabled=False):  # half precision is too coarse for cosines near 1
             cosine = cosine_loss(projected.float(), features.float(), self.cosine_margin)
@@ -264,6 +264,12 @@ class PatchGAN(nn.Sequential):
         for layer in self:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0, 0.02)
+
+
+def moved(network: nn.Module, device: torch.device) -> nn.Module:
+    """`network` on `device`. `Module.to` goes through all its parameters, also where they are there already."""
+    first = next(network.parameters(), None)
+    return network if first is not None and first.device == device else network.to(device)
 
 
 def cosine_loss(projected: Tensor, features: Tensor, margin: float = 0.0) -> Tensor:

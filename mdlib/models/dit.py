@@ -60,7 +60,8 @@ class Transformer:
         c = F.silu(self.t_embedder(t) + users)  # (B, d)
         for block in self.blocks:
             if self.config.get("gradient_checkpointing") and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, self.rotation, use_reentrant=False)
+                # A block has no random numbers to repeat, and a CUDA graph cannot read their state.
+                x = checkpoint(block, x, c, self.rotation, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, c, self.rotation)
         return self.final_layer(x, c)
@@ -124,14 +125,7 @@ class LightningDiT(Transformer, LatentPrior, ModelMixin, ConfigMixin):
         cosine = 1 - F.cosine_similarity(output, velocity, dim=1, eps=0.1).mean()
         return mse + COSINE_WEIGHT * cosine, {"velocity_mse": mse.detach(), "cosine": cosine.detach()}
 
-    def sampler(
-        self,
-        device: torch.device,
-        *,
-        scheduler: str = "heun",
-        num_inference_steps: int = 25,
-        timestep_shift: float = 1.0,
-    ):
+    def sampler(self, *, scheduler: str = "heun", num_inference_steps: int = 25, timestep_shift: float = 1.0):
         """A diffusers flow-matching scheduler: even steps in t, then shifted. Heun's are diffusers' own: even ones from
         0 to .999, and a last one of a thousandth, without correction.
 
@@ -147,12 +141,12 @@ class LightningDiT(Transformer, LatentPrior, ModelMixin, ConfigMixin):
             # LightningDiT shifts t, diffusers σ = 1 − t: the same curve with the reciprocal shift. As an argument above
             # it would be applied twice at the end of the path.
             sampler.register_to_config(shift=1 / timestep_shift)
-            sampler.set_timesteps(num_inference_steps, device=device)
+            sampler.set_timesteps(num_inference_steps)
         else:
             sampler = FlowMatchEulerDiscreteScheduler()
             t = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)[:-1]
             t = timestep_shift * t / (1 + (timestep_shift - 1) * t)  # diffusers' own may begin a little above σ = 1
-            sampler.set_timesteps(sigmas=(1 - t).tolist(), device=device)
+            sampler.set_timesteps(sigmas=(1 - t).tolist())
         return sampler
 
     def output(self, noisy: Tensor, timestep: Tensor, users: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
             return maps
         if users is None:
             users = torch.full((len(maps),), self.config.num_users, device=maps.device)
-        self.users.check(users)
+        if not self.training:  # a training step must not wait for the GPU
+            self.users.check(users)
         return maps + getattr(self, layer)(self.users(users))[:, :, None, None]
 
 

@@ -94,11 +94,11 @@ class Prior:
 class LatentPrior(Prior):
     """p(latents | user) by denoising. Timesteps are diffusers': from T (noise) to 0.
 
-    A subclass has `timesteps` (T), `sampler(device, scheduler=…, num_inference_steps=…)`: a diffusers scheduler; and,
-    for noisy latents (B, D, h, w) at a timestep (),
-    `output(noisy, timestep, users (B, E))`: what the sampler's step takes (B, D, h, w);
-    `estimate(noisy, output, timestep)`: the estimate of x_0 (B, D, h, w) that follows from it;
-    `class_change(gradient, timestep)`: its change for a gradient of log p(label | x_0) (B, D, h, w).
+    A subclass has `timesteps` (T), `sampler(scheduler=…, num_inference_steps=…)`: a diffusers scheduler on the CPU, so
+    that its steps never wait for a GPU; and, for noisy latents (B, D, h, w) at a timestep (),
+    `output(noisy, timestep, users (B, E))`: what the sampler's step takes (B, D, h, w); timestep on the model's device;
+    `estimate(noisy, output, timestep)`: the estimate of x_0 (B, D, h, w) that follows from it; timestep on the CPU;
+    `class_change(gradient, timestep)`: its change for a gradient of log p(label | x_0) (B, D, h, w); likewise.
     """
 
     consumes = "latents"
@@ -118,7 +118,7 @@ class LatentPrior(Prior):
             sampler: options of `sampler`.
         """
         users, conditions, generator, scale, towards, share, on_step = request
-        sampler = self.sampler(users.device, **sampler)
+        sampler = self.sampler(**sampler)
         check_number("classifier_scale", classifier_scale, 0)
         if classifier_scale and classifier is None:
             raise ValueError("classifier_scale needs a classifier, and none was given")
@@ -134,13 +134,15 @@ class LatentPrior(Prior):
         options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
         shape = (len(users), *self.latent_shape)
         noisy = randn_tensor(shape, generator=generator, device=users.device, dtype=embedded.dtype)
-        for number, timestep in enumerate(sampler.timesteps):
+        for number, (timestep, time) in enumerate(
+            zip(sampler.timesteps, sampler.timesteps.to(users.device), strict=True)
+        ):
             inside = guidance_interval[0] <= float(timestep) / self.timesteps <= guidance_interval[1]
             if inside and scale != 1:
-                both = self.output(noisy.repeat(2, 1, 1, 1), timestep, torch.cat([embedded, null]))
-                output = guided(*both.chunk(2), scale)
+                both = self.output(noisy.repeat(2, 1, 1, 1), time, torch.cat([embedded, null]))
+                output = guided(*both.to(noisy.dtype).chunk(2), scale)  # under autocast it is in half precision
             else:
-                output = self.output(noisy, timestep, embedded)
+                output = self.output(noisy, time, embedded).to(noisy.dtype)
             estimate = self.estimate(noisy, output, timestep)
             if inside and classifier_scale:
                 # The gradient at the estimate: through the network it would be multiplied by the network's errors.

@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2Config, GPT2Model
+from transformers import AttentionInterface, DynamicCache, GPT2Config, GPT2Model
 from transformers.generation import logits_process
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mdlib.models.layers import UserEmbedding, check_number, inverse_cdf, uniform
 from mdlib.models.prior import Prior, Request, guided
+
+# torch's attention under another name: for "sdpa" transformers looks for packed sequences, and the host waits for it.
+AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
 
 
 class TokenPrior(Prior, ModelMixin, ConfigMixin):
@@ -51,6 +55,7 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
             attn_pdrop=dropout,
             bos_token_id=None,
             eos_token_id=None,
+            attn_implementation="causal_sdpa",
         )
         self.gpt = GPT2Model(config)
         self.head = nn.Linear(hidden_size, num_codes, bias=False)

@@ -82,7 +82,7 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         attends = [attention == "window_axial" or (attention == "full" and level > 0) for level in range(halvings + 1)]
         if any(here and width % head_dim for here, width in zip(attends, block_out_channels, strict=True)):
             raise ValueError(f"block_out_channels {block_out_channels} must be multiples of head_dim {head_dim}")
-        self.unet = UNet2DModel(
+        self.unet = UNet(
             in_channels=self.latent_shape[0],
             out_channels=self.latent_shape[0],
             down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attends),
@@ -115,6 +115,7 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
             clip_sample=False,
             timestep_spacing="trailing",
         )
+        self.alphas_cumprod = self.schedule.alphas_cumprod  # stays on the CPU; the schedule moves its own
 
     def forward(self, noisy: Tensor, timesteps: Tensor, users: Tensor) -> Tensor:
         """ε or v (B, D, h, w) at noisy latents (B, D, h, w), timesteps (B,) and user embeddings (B, E)."""
@@ -134,7 +135,7 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         weighted = snr.clamp_max(self.config.min_snr_gamma) / (snr + 1 if self.velocity else snr) * error
         return weighted.mean(), {"denoising_mse": error.mean().detach()}
 
-    def sampler(self, device: torch.device, *, scheduler: str = "dpm++", num_inference_steps: int = 20):
+    def sampler(self, *, scheduler: str = "dpm++", num_inference_steps: int = 20):
         """The diffusers scheduler "ddpm", "ddim", "pndm" or "dpm++" (DPM-Solver++, Lu et al. 2022) over the noise
         schedule of training, with its timesteps set."""
         check_choice("scheduler", scheduler, tuple(SAMPLERS))
@@ -145,7 +146,7 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
             raise ValueError(f"scheduler {scheduler} needs {wanted}")
         kind, options = SAMPLERS[scheduler]
         sampler = kind.from_config(self.schedule.config, **options)
-        sampler.set_timesteps(num_inference_steps, device=device)
+        sampler.set_timesteps(num_inference_steps)
         if sampler.timesteps[-1] < 0:
             raise ValueError(f"{scheduler} cannot take {num_inference_steps} steps: choose another number")
         return sampler
@@ -164,8 +165,14 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         return -sigma * gradient * (1 if self.velocity else alpha)
 
     def _alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_squared = self.schedule.alphas_cumprod.to(timestep.device)[timestep.long()]
+        alpha_squared = self.alphas_cumprod[timestep]
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+
+
+class UNet(UNet2DModel):
+    """diffusers' UNet without its search through all parameters for their dtype, twice a call."""
+
+    dtype = property(lambda self: self.conv_in.weight.dtype)
 
 
 class TiledAttnProcessor:

@@ -37,11 +37,13 @@ class MaskAndReplace:
         # In float64, and no buffers: K·β̄ is 1e-6, which half precision would not hold.
         self.alpha = F.pad(torch.linspace(0.99999, 0.000009, timesteps, dtype=torch.float64), (1, 0), value=1.0)
         self.gamma = F.pad(torch.linspace(0.000009, gamma_cum_end, timesteps, dtype=torch.float64), (1, 0))
+        self.copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """ᾱ and γ̄ of t = 0…T (T + 1,) on `device`, where they stay."""
-        self.alpha, self.gamma = self.alpha.to(device), self.gamma.to(device)
-        return self.alpha, self.gamma
+        """ᾱ and γ̄ of t = 0…T (T + 1,) on `device`, copied once."""
+        if device not in self.copies:
+            self.copies[device] = self.alpha.to(device), self.gamma.to(device)
+        return self.copies[device]
 
     def rates(self, s: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         """log (α, β, γ) of the way from x_s to x_t, each (B, 1, 1)."""
@@ -198,7 +200,9 @@ class VQDiffusion(Transformer, Prior, ModelMixin, ConfigMixin):
         check_number("top_p", top_p, 0, 1, above=True)
         if not len(users):
             return users.new_empty(0, *self.token_shape)
-        draw = lambda: uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, N)
+        draws = num_inference_steps + 1 if sampler == "ancestral" else 2 * num_inference_steps
+        levels = torch.stack([uniform(len(users), self.num_tokens, generator) for _ in range(draws)])
+        draw = iter(levels.to(users.device)).__next__  # (B, N); one copy, for which alone the host waits
         numbers = itertools.count()
 
         def predict(tokens: Tensor, time: int) -> Tensor:

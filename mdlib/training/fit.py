@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from mdlib.models.layers import all_mean, rank, world
+from mdlib.training.capture import choose, passes
 from mdlib.training.distributed import mean_gradients, on_first
 from mdlib.training.state import State, TrainConfig
 from mdlib.utils import Interrupted, bar, end_session, has_deadline, interrupts, time_is_up, write_history
@@ -28,7 +29,8 @@ warnings.filterwarnings("ignore", "CUDA reports that you have .* fork_rng")
 class Batches:
     """A training set in memory: tensors of equal length.
 
-    transform: called as transform(*batch, generator) → the arguments of `model.loss`; conversion and augmentation.
+    transform: called as transform(*batch, generator) → the arguments of `model.loss`; conversion and augmentation. The
+        generator is on the device of the batch.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -133,16 +135,15 @@ def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, 
     """Update the weights by `accumulation` batches; noise and dropout come from (seed, step, rank). Appends the losses
     and returns the last batch's logs. Nothing here waits for a GPU."""
     config = state.config
-    generator = _seed(state, state.step, 2 + 8 * rank())
-    for parameter in state.parameters:  # as optimizer.zero_grad(), but leaner
-        parameter.grad = None
+    generator, batches = _seed(state, state.step, 2 + 8 * rank()), []
     for part in range(config.accumulation):
         number = state.step * config.accumulation + part
         index = batch_order(number, config.batch_size * world(), len(data), config.seed, state.device)
-        with state.autocast:
-            loss, logs = state.model.loss(*data.take(index.chunk(world())[rank()], generator))
-        state.scaler.scale(loss / config.accumulation).backward()
-        losses.append(loss.detach())
+        batches.append(data.take(index.chunk(world())[rank()], generator))
+    if state.step and not state.passes:  # not at the first step: there a codebook looks at its batch
+        state.passes = choose(state, batches)
+    found, logs = state.passes(batches) if state.passes else passes(state, batches)
+    losses.extend(found)
     mean_gradients(state.parameters)  # before fp16's scale is taken out: all see one process's overflow
     state.scaler.unscale_(state.optimizer)
     # Clip each group by itself (a discriminator's gradient must not shrink others), as clip_grad_norm_, but leaner.
@@ -155,7 +156,7 @@ def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, 
     state.step += 1
     if state.ema is not None:  # with a decay that rises from 0 to ema_decay
         decay = 0.0 if state.step == 1 else min(state.step / (state.step + 9), config.ema_decay)
-        state.ema -= (state.ema - state.weights()).mul_(1 - decay)
+        torch._foreach_lerp_(state.ema, state.weights, 1 - decay)
     return logs
 
 
@@ -166,7 +167,7 @@ def batch_order(step: int, batch_size: int, length: int, seed: int, device="cpu"
         epoch, place = divmod(first, length)
         parts.append(_epoch_order(epoch, length, seed, device)[place : place + last - first])
         first += len(parts[-1])
-    return torch.cat(parts)
+    return torch.cat(parts) if parts[1:] else parts[0]
 
 
 @lru_cache(maxsize=2)
@@ -326,12 +327,13 @@ def fit_stages(
 
 
 def _seed(state: State, number: int, stream: int) -> torch.Generator:
-    """Seed torch's random numbers by (seed, number, stream), and return a generator of stream + 1."""
+    """Seed torch's random numbers by (seed, number, stream), and return the state's generator, seeded by
+    (seed, number, stream + 1)."""
     value = _mix(state.config.seed, number, stream)
     torch.default_generator.manual_seed(value)  # torch.manual_seed formats a stack trace where CUDA is not in use
     if state.device.type == "cuda":
         torch.cuda.manual_seed(value)
-    return torch.Generator().manual_seed(_mix(state.config.seed, number, stream + 1))
+    return state.generator.manual_seed(_mix(state.config.seed, number, stream + 1))
 
 
 def _mix(seed: int, number: int, stream: int) -> int:

@@ -8,7 +8,8 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
-from mdlib.models.layers import broadcast_from_first, world
+from mdlib.models.layers import broadcast_from_first, check_choice, world
+from mdlib.training.capture import MODES
 from mdlib.utils import readable, require_room, whole_file
 
 
@@ -26,6 +27,7 @@ class TrainConfig:
     clip: float = 1.0  # gradient norm
     user_rate: float = 1.0  # learning rate of a prior's user embeddings over that of all else
     ema_decay: float = 0.0  # 0: no average of the weights
+    compile: str = "auto"  # auto | graph | compile | no: a CUDA graph or torch.compile; auto is "no", see docs/gpus.md
     mixed_precision: str = "no"  # no | fp16 | bf16 | auto (fp16 where the GPU gains from it, else no)
     seed: int = 0
     evaluate_every: int = 100  # optimizer steps between held-out losses
@@ -42,12 +44,13 @@ class TrainConfig:
             raise ValueError("TrainConfig needs learning_rate > 0, user_rate > 0 and ema_decay in [0, 1)")
         if self.mixed_precision not in ("no", "fp16", "bf16", "auto"):
             raise ValueError(f"TrainConfig.mixed_precision is no, fp16, bf16 or auto, not {self.mixed_precision!r}")
+        check_choice("TrainConfig.compile", self.compile, MODES)
 
     def defining(self) -> dict:
         """The settings that define a run; the others may change on resume. batch_size is that of all processes
         together: it decides which samples a step sees."""
         settings = asdict(self) | {"batch_size": self.batch_size * world()}
-        return {key: value for key, value in settings.items() if key not in ("max_minutes", "save_every")}
+        return {key: value for key, value in settings.items() if key not in ("max_minutes", "save_every", "compile")}
 
 
 class State:
@@ -72,7 +75,10 @@ class State:
         self.autocast = torch.autocast(self.device.type, dtype, enabled=kind != "no")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=kind == "fp16")
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.ema = self.weights() if config.ema_decay else None  # moving average of the weights
+        self.weights = [parameter.detach() for parameter in self.parameters]  # the same memory, without gradients
+        self.ema = [weight.clone() for weight in self.weights] if config.ema_decay else None  # moving averages
+        self.generator = torch.Generator(self.device)
+        self.passes = None  # forward and backward passes of a step, see `mdlib.training.capture.choose`
         self.step, self.seconds = 0, 0.0
         self.best, self.stale = math.inf, 0  # lowest held-out loss, and evaluations since then
         self.stopped = ""  # why training ends before its last step
@@ -87,18 +93,12 @@ class State:
     def budget_spent(self) -> bool:
         return 0 < 60 * self.config.max_minutes < self.seconds
 
-    def weights(self) -> torch.Tensor:
-        """A copy of the trainable parameters in one vector."""
-        return torch.cat([parameter.detach().flatten() for parameter in self.parameters])
-
     def swap_average(self) -> None:
         """Exchange the weights and their average, where there is one."""
         if self.ema is not None:
-            own = self.weights()
-            averages = self.ema.split([parameter.numel() for parameter in self.parameters])
-            for parameter, average in zip(self.parameters, averages, strict=True):
-                parameter.detach().copy_(average.view_as(parameter))
-            self.ema.copy_(own)
+            own = [weight.clone() for weight in self.weights]
+            torch._foreach_copy_(self.weights, self.ema)
+            torch._foreach_copy_(self.ema, own)
 
     def save(self) -> None:
         """Write `run_dir`/state.pt, whole or not at all."""
@@ -127,6 +127,9 @@ class State:
             self.scaler.load_state_dict(content["scaler"])
         for key in (*self.PLAIN, "ema"):
             setattr(self, key, content[key])
+        if torch.is_tensor(self.ema):  # of an earlier mdlib: all in one vector
+            averages = self.ema.split([weight.numel() for weight in self.weights])
+            self.ema = [part.view_as(weight) for part, weight in zip(averages, self.weights, strict=True)]
         if self.stopped.startswith("the budget") and not self.budget_spent:
             self.stopped = ""  # a larger budget was granted
 

@@ -1,35 +1,18 @@
-"""What only a GPU can show: half precision, steps without waiting, resume. Run by `python -m pytest -m gpu`."""
+"""What only a GPU can show: half precision, no waiting, captured steps, resume. Run by `python -m pytest -m gpu`."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from test_step import parts
 
-from mdlib.data.augment import as_they_are
-from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
-from mdlib.training.fit import Batches, fit
+from mdlib.systems import SYSTEMS
+from mdlib.training.fit import fit
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
-USERS, WINDOWS = 2, 16
-
-
-def parts(system: str):
-    """Codec and prior of the smoke size, each with data and how to train it."""
-    torch.manual_seed(0)
-    preset = get_preset(system, "smoke")
-    codec = make_codec(preset, 1, USERS)
-    prior = make_prior(system, preset, codec, USERS)
-    users = torch.arange(WINDOWS) % USERS
-    images = torch.randint(0, 256, (WINDOWS, *([1] + [preset.image_size] * 2)), dtype=torch.uint8)
-    if prior.consumes == "tokens":
-        inputs = torch.randint(0, codec.num_codes, (WINDOWS, *codec.token_shape))
-    else:
-        inputs = torch.randn(WINDOWS, *codec.latent_shape)
-    yield "codec", codec, Batches((images, users), as_they_are), preset.codec_training
-    yield "prior", prior, Batches((inputs, users)), preset.prior_training
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -45,8 +28,6 @@ def test_codec_and_prior_train_in_half_precision_and_generate(system):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_step_does_not_wait_for_the_gpu(system):
     for name, model, data, _ in parts(system):
-        if (system, name) == ("vqvae-transformer", "prior"):
-            continue  # transformers' GPT-2 reads its positions back at every step
         model.cuda().train()
         batch = data.to("cuda").take(torch.arange(8, device="cuda"), torch.Generator())
         for _ in range(2):
@@ -61,15 +42,33 @@ def test_a_step_does_not_wait_for_the_gpu(system):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+@pytest.mark.parametrize("system, mode", [*((system, "graph") for system in SYSTEMS), ("vae-diffusion", "compile")])
+def test_a_captured_training_ends_like_an_eager_one(system, mode, precision, capsys):
+    if mode == "compile" and torch.cuda.get_device_capability()[0] < 7:
+        pytest.skip("Triton needs compute capability 7")
+    losses = {}
+    for choice in ("no", mode):
+        for name, model, data, config in parts(system):
+            config = replace(config, mixed_precision=precision, compile=choice)
+            history = fit(model, data, config, held_out=data, progress=False)
+            losses[choice, name] = history[-1]["held_out_loss"]
+    assert not capsys.readouterr().out, "it must not go on in eager mode"
+    close = 0.01 if mode == "graph" else 0.2  # compiled code draws other random numbers
+    for name in ("codec", "prior"):
+        assert losses[mode, name] == pytest.approx(losses["no", name], rel=close), name
+
+
+@pytest.mark.parametrize("mode", ["no", "graph"])
 @pytest.mark.parametrize("system", ["vqvae-transformer", "vae-diffusion"])
-def test_a_resumed_training_ends_bit_for_bit_like_an_uninterrupted_one(system, tmp_path, monkeypatch):
+def test_a_resumed_training_ends_bit_for_bit_like_an_uninterrupted_one(system, mode, tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         finished = {}
         for whole in (True, False):
             for name, model, data, config in parts(system):
-                config = replace(config, steps=6, evaluate_every=4, save_every=3)
+                config = replace(config, steps=6, evaluate_every=4, save_every=3, compile=mode)
                 if not whole:
                     with pytest.raises(KeyboardInterrupt):
                         fit(model, data, config, tmp_path / name, preview=_interrupt, progress=False)

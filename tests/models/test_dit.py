@@ -308,7 +308,7 @@ def test_euler_asks_once_a_step_and_heun_twice_but_for_the_last(steps):
     assert len(calls(prior, scheduler="euler", num_inference_steps=steps)[0]) == steps
     assert len(calls(prior, scheduler="heun", num_inference_steps=steps)[0]) == 2 * steps - 1
     for name in ("heun", "euler"):
-        assert prior.sampler("cpu", scheduler=name, num_inference_steps=steps).sigmas[-1] == 0
+        assert prior.sampler(scheduler=name, num_inference_steps=steps).sigmas[-1] == 0
 
 
 # Of latents (1, 1, 2) and two users: user 0 is a Gaussian, user 1 the mixture of `priors`.

@@ -50,6 +50,23 @@ def test_a_sample_does_not_depend_on_its_batch(make, options):
     assert not torch.allclose(together[0].float(), together[2].float(), atol=0.1)
 
 
+@pytest.mark.parametrize("make, options", WAYS)
+def test_under_autocast_a_sample_is_float32_and_nearly_the_same(make, options):
+    prior, users = make(), torch.tensor([2, 0, 1])
+    exact, half = (
+        _autocast(enabled, prior, users, generator=generators(5, 6, 7), guidance_scale=2.0, **options)
+        for enabled in (False, True)
+    )
+    assert half.dtype == exact.dtype
+    if prior.consumes == "latents":
+        assert 0 < (half - exact).abs().mean() < 0.1 * exact.std()
+
+
+def _autocast(enabled, prior, *arguments, **options):
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        return prior.sample(*arguments, **options)
+
+
 @all_priors
 def test_no_labels_give_no_samples(make):
     prior = make()

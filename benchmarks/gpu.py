@@ -1,0 +1,215 @@
+"""What a GPU makes of every system: training speed, eager and captured, memory, and seconds a generated window.
+
+    python benchmarks/gpu.py [--systems vae-diffusion,vavae-dit] [--preset gpu-16gb]
+
+Random inputs; steps of `fit` after the first four, the systems one after the other; windows in float32 and, where the
+preset trains in half precision, in that. "Of the peak" is the fraction of the fastest matrix product in the preset's
+precision, measured first. diffusers' UNet of the size of vae-diffusion's trains as in diffusers' example: AdamW,
+clipping, GradScaler, EMAModel. What would start after --minutes is left out. --cpu checks the code at small sizes.
+--count counts the arithmetic of a preset, on any machine.
+"""
+
+import argparse
+import copy
+import gc
+import os
+import time
+from dataclasses import replace
+
+import torch
+from diffusers.training_utils import EMAModel
+from diffusion_peers import Unet2d, count
+from torch.utils.flop_counter import FlopCounterMode
+
+from mdlib.data.augment import as_they_are
+from mdlib.models.classifier import SmallCNN
+from mdlib.models.codec import FeatureDistance
+from mdlib.models.pretrained import ClassifierFeatures
+from mdlib.models.prior import Request
+from mdlib.systems import SYSTEMS, attach_losses, get_preset, make_codec, make_prior
+from mdlib.training.fit import Batches, TrainConfig, fit
+from mdlib.training.state import precision
+
+USERS, WINDOWS, SKIPPED = 8, 256, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--preset", default="gpu-16gb")
+    parser.add_argument("--modes", default="no,graph", help="of TrainConfig.compile")
+    parser.add_argument("--steps", type=int, default=20, help="that are timed")
+    parser.add_argument("--minutes", type=float, default=7)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--count", action="store_true")
+    given = parser.parse_args()
+    if given.count:
+        return counted(given.systems.split(","), given.preset)
+    if given.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        given.preset, given.steps = "smoke", 3
+    elif not torch.cuda.is_available():
+        print("no GPU with CUDA is here: nothing was measured (--cpu checks the code on a CPU)")
+        return
+    until = time.monotonic() + 60 * given.minutes
+    kind = precision(get_preset("vae-diffusion", given.preset).prior_training.mixed_precision)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(kind, torch.float32)
+    peak = product_speed(dtype, given.cpu)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{name}, torch {torch.__version__}, {given.preset}, {kind}, products at {peak / 1e12:.1f} TFLOP/s\n")
+    print("| | parameters | batch | mode | steps/s | of the peak | peak GB | s a window |")
+    print("|---|--:|--:|---|--:|--:|--:|--:|")
+    for system in given.systems.split(","):
+        codec, prior, parts = trainings(system, given.preset)
+        sampling = get_preset(system, given.preset).sampling
+        drawn = []
+        for part, model, data, config in parts:
+            work = arithmetic(model, data) * config.batch_size * config.accumulation
+            for mode in given.modes.split(","):
+                if time.monotonic() > until:
+                    print(f"| {system} {part} | | | {mode} | left out: the time is up |")
+                    continue
+                rate, memory = steps_a_second(model, data, replace(config, compile=mode), given.steps)
+                if model is prior and not drawn:
+                    drawn = [f"{second:.4f}" for second in seconds_a_window(codec, prior, sampling, dtype)]
+                size, share = count(model) / 1e6, work * rate / peak
+                print(f"| {system} {part} | {size:.1f} M | {config.batch_size} | {mode} | {rate:.2f} | {share:.1%} "
+                      f"| {memory:.1f} | {', '.join(drawn) if model is prior else ''} |", flush=True)  # fmt: skip
+        if system == "vae-diffusion" and time.monotonic() < until:
+            peer(prior, config, given.steps, dtype)
+        del codec, prior, parts, model
+        gc.collect()
+
+
+def trainings(system: str, name: str) -> tuple:
+    """Codec, prior, and for both: name, model, data and training. Losses that need a download are left out."""
+    torch.manual_seed(0)
+    preset = get_preset(system, name)
+    codec = make_codec(preset, 1, USERS)
+    prior = make_prior(system, preset, codec, USERS)
+    users, teacher = torch.arange(WINDOWS) % USERS, SmallCNN(USERS)
+    images = torch.randint(0, 256, (WINDOWS, 1, preset.image_size, preset.image_size), dtype=torch.uint8)
+    foundation = ClassifierFeatures(teacher, images) if codec.aligned else None
+    attach_losses(codec, preset, FeatureDistance(teacher), foundation=foundation)
+    if prior.consumes == "tokens":
+        inputs = torch.randint(codec.num_codes, (WINDOWS, *codec.token_shape))
+    else:
+        inputs = torch.randn(WINDOWS, *codec.latent_shape)
+    parts = ("codec", codec, Batches((images, users), as_they_are), preset.codec_training)
+    return codec, prior, (parts, ("prior", prior, Batches((inputs, users)), preset.prior_training))
+
+
+def wait() -> float:
+    """The time once the GPU has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def product_speed(dtype: torch.dtype, small: bool) -> float:
+    """FLOP a second of the fastest of some square matrix products."""
+    device, speeds = "cpu" if small else "cuda", []
+    for size in (256,) if small else (4096, 8192):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(5):
+            started = wait()
+            for _ in range(10):
+                a @ b
+            speeds.append(10 * 2 * size**3 / (wait() - started))
+    return max(speeds)
+
+
+def arithmetic(model: torch.nn.Module, data: Batches) -> float:
+    """FLOP of the forward and backward pass of one sample."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = data.to(device).take(torch.arange(1, device=device), torch.Generator(device))
+    with FlopCounterMode(display=False) as counter:
+        counter.mod_tracker.__exit__()  # its hooks forbid the gradients that weigh VA-VAE's losses
+        model.to(device).eval().loss(*batch)[0].backward()
+    return counter.get_total_flops()
+
+
+def sampling_arithmetic(prior, sampling: dict) -> float:
+    """FLOP of one sample, without decoding, counted without computing them."""
+    users, options = torch.zeros(1, dtype=torch.long, device="meta"), dict(sampling)
+    request = Request(users, None, None, options.pop("guidance_scale", 1.0), None, users.float(), None)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(prior).to("meta").eval().draw(request, **options)
+    return counter.get_total_flops()
+
+
+def counted(systems: list[str], name: str) -> None:
+    print(f"TFLOP, {name}\n\n| | codec, a step | prior, a step | prior, a window |\n|---|--:|--:|--:|")
+    for system in systems:
+        _, prior, parts = trainings(system, name)
+        steps = [arithmetic(model, data) * how.batch_size * how.accumulation for _, model, data, how in parts]
+        figures = *steps, sampling_arithmetic(prior, get_preset(system, name).sampling)
+        print(f"| {system} | {' | '.join(f'{figure / 1e12:.3f}' for figure in figures)} |", flush=True)
+
+
+def steps_a_second(model: torch.nn.Module, data: Batches, config: TrainConfig, steps: int) -> tuple[float, float]:
+    """Optimizer steps a second in `fit`, and GB at the peak."""
+    reads, calls = [], []
+    marks = [SKIPPED * config.accumulation, (SKIPPED + steps) * config.accumulation]
+
+    def clock(*batch):
+        if len(calls) in marks:
+            reads.append(wait())
+        calls.append(None)
+        return data.transform(*batch) if data.transform else batch[:-1]
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    config = replace(config, steps=SKIPPED + steps + 1, learning_rate=1e-5, evaluate_every=10**9, save_every=10**9)
+    fit(model, replace(data, transform=clock), config, progress=False)
+    return steps / (reads[1] - reads[0]), torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+
+
+def seconds_a_window(codec, prior, sampling: dict, dtype: torch.dtype) -> list[float]:
+    """Sampling and decoding of a batch of 16, after one that warms up: in float32 and under autocast to `dtype`."""
+    users = torch.arange(16, device=prior.device) % USERS
+    decode = codec.decode_tokens if prior.consumes == "tokens" else codec.decode
+    codec.to(prior.device).eval()
+    took = []
+    for half in (False, True) if dtype != torch.float32 else (False,):
+        for _ in range(2):
+            started = wait()
+            with torch.no_grad(), torch.autocast(prior.device.type, dtype, enabled=half):
+                decode(prior.sample(users, generator=torch.Generator().manual_seed(0), **sampling))
+            last = (wait() - started) / len(users)
+        took.append(last)
+    return took
+
+
+def peer(prior, config: TrainConfig, steps: int, dtype: torch.dtype) -> None:
+    """A row for diffusers' UNet with as many parameters, in the loop of its unconditional-image example."""
+    device, shape = prior.device, prior.latent_shape
+    size = max(count(prior), 1_700_000)  # it has no size as small as smoke
+    model = Unet2d(shape, size, len(prior.config.block_out_channels), 20).to(device).train()
+    optimizer, average = torch.optim.AdamW(model.parameters(), lr=1e-5), EMAModel(model.parameters(), decay=0.9999)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    data = torch.randn(WINDOWS, *shape, device=device)
+    for step in range(SKIPPED + steps):
+        if step == SKIPPED:
+            started = wait()
+        batch = data[torch.randint(WINDOWS, (config.batch_size,), device=device)]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss, _ = model.loss(batch, None)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        average.step(model.parameters())
+        loss.item()  # the example logs it
+    rate = steps / (wait() - started)
+    print(
+        f"| diffusers' example | {count(model) / 1e6:.1f} M | {config.batch_size} | eager | {rate:.2f} | | | |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
