@@ -11,6 +11,7 @@ _HOME = {
     "RunSettings": "experiments.settings",
     "SYSTEMS": "systems",
     "TrainConfig": "training.fit",
+    "check_codec_folder": "experiments.codec_check",
     "compare": "experiments.compare",
     "contact_sheet": "reports.plots",
     "evaluate": "evaluation.protocol",

@@ -102,6 +102,7 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
             command, *options = words if module == "mdlib" and words else [""]
             if command in (
                 "",
+                "check-codec",
                 "inspect",
                 "split",
                 "generate",
