@@ -6,10 +6,10 @@ import pkgutil
 import shutil
 import zlib
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pandas as pd
 import torch
@@ -110,6 +110,12 @@ class MicroDopplerPipeline(DiffusionPipeline):
         with readable(path, "restore it, or write the pipeline again (run --from, with the prior's notebook)"):
             return super().from_pretrained(path, **options)
 
+    @wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, folder: str | Path, *arguments, **options) -> None:
+        super().save_pretrained(folder, *arguments, **options)
+        with whole_file(Path(folder) / "pipeline.py") as path:  # diffusers loads it for custom_pipeline="pipeline"
+            path.write_text("from mdlib.pipeline import MicroDopplerPipeline  # noqa: F401\n")
+
     @classmethod
     def load_config(cls, path: str | Path, **options) -> dict:
         """model_index.json, with modules and classes of earlier versions replaced by today's (MOVED)."""
@@ -128,15 +134,19 @@ class MicroDopplerPipeline(DiffusionPipeline):
         batch_size: int = 64,
         output_type: str = "pil",
         conditions: list[str] | None = None,
+        generator: torch.Generator | None = None,
         **sampling,
     ) -> Windows:
         """Generate `images_per_user` windows of each user id (the k of ID_k) in each of `conditions` (None: all).
 
         Args:
+            generator: draws the seed, as with other pipelines of diffusers: its next call gives other windows.
             output_type: "pil" (coloured, `output_size`) or "pt" (tensor (N, C, H, W) in [−1, 1], the codec's size).
             sampling: options of `prior.sample` (guidance_scale, temperature, num_inference_steps, …); speckle=False
                 leaves out the speckle.
         """
+        if generator is not None:
+            seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         manifest = self.plan(users, images_per_user, seed, conditions)
         if output_type not in ("pil", "pt"):
             raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
@@ -300,8 +310,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         return {"weights": "".join(map(fingerprint, models)), **source, **options}
 
 
-# DiffusionPipeline.from_pretrained looks for a pipeline's class in diffusers and for its parts in imported modules.
-diffusers.MicroDopplerPipeline = MicroDopplerPipeline
+# DiffusionPipeline.from_pretrained looks for the parts of a pipeline in imported modules.
 for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
     import_module(module.name)
 

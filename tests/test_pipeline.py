@@ -2,12 +2,16 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from helpers import ROOT
 from PIL import Image
 
 from mdlib.data.speckle import fit_speckle
@@ -88,7 +92,32 @@ def test_saved_and_loaded_it_makes_the_same_windows(pipeline, tmp_path):
         "TokenPrior",
     ]
     written = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert written == {".json", ".safetensors"}, "nothing that must be unpickled"
+    assert written == {".json", ".safetensors", ".py"}, "nothing that must be unpickled"
+
+
+@pytest.mark.parametrize(
+    "lines, options",
+    [
+        ("import mdlib; importlib.util.find_spec('diffusers'); from diffusers import DiffusionPipeline", ""),
+        ("from diffusers import DiffusionPipeline; import mdlib", ""),
+        ("from diffusers import DiffusionPipeline", ", custom_pipeline='pipeline', trust_remote_code=True"),
+    ],
+)
+def test_diffusers_loads_it_in_a_process_of_its_own(lines, options, pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    lines = f"import importlib.util; {lines}; pipeline = DiffusionPipeline.from_pretrained('pipeline'{options})"
+    lines += "; print(type(pipeline).__module__, len(pipeline([3]).images))"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", lines]
+    answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert answer.stdout.split() == ["mdlib.pipeline", "1"], answer.stderr
+
+
+def test_a_generator_gives_the_seed_and_moves_on(pipeline):
+    draw = lambda generator: pipeline([3], images_per_user=2, output_type="pt", generator=generator).images
+    ours = torch.Generator().manual_seed(5)
+    first, second = draw(ours), draw(ours)
+    assert not torch.equal(first, second) and torch.equal(first, draw(torch.Generator().manual_seed(5)))
 
 
 @pytest.fixture
@@ -131,8 +160,8 @@ def test_windows_with_and_without_speckle_are_not_mixed_in_one_folder(speckled, 
 
 
 def test_options_of_other_pipelines_are_refused_in_one_line(pipeline):
-    with pytest.raises(DataError, match="no sampling option generator; there are guidance_scale, speckle, temperature"):
-        pipeline([7], generator=torch.Generator())
+    with pytest.raises(DataError, match="no sampling option scheduler; there are guidance_scale, speckle, temperature"):
+        pipeline([7], scheduler="ddim")
 
 
 def test_no_pipeline_is_one_line(tmp_path):
@@ -251,7 +280,7 @@ def test_a_diffusion_pipeline_is_saved_and_loaded_whole(diffusion, tmp_path):
         "mdlib.models.classifier",
         "SmallCNN",
     ]
-    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".py", ".safetensors"}
 
 
 def test_a_denoised_window_does_not_depend_on_its_batch(diffusion):
