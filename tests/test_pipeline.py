@@ -63,7 +63,7 @@ def test_users_are_named_as_on_disk(pipeline):
     assert made.users == [12, 12, 3, 3]
     assert [image.size for image in made.images] == [(64, 64)] * 4 and made.images[0].mode == "RGB"
     path = "ID_12/ID12_generated_seed1_2.png"
-    assert made.manifest[1] == {"path": path, "user": 12, "condition": "", "number": 2, "seed": 1}
+    assert made.manifest[1] == {"path": path, "user": 12, "condition": "", "number": 2, "seed": 1, "place": 1.0}
 
 
 def test_a_window_depends_on_seed_user_and_number_alone(pipeline):
@@ -164,6 +164,30 @@ def test_options_of_other_pipelines_are_refused_in_one_line(pipeline):
         pipeline([7], scheduler="ddim")
 
 
+def test_temperature_rises_over_a_users_windows(discrete):
+    rises(discrete)
+
+
+def rises(pipeline):
+    """A series of windows is as they are at its temperatures one by one."""
+    draw = lambda temperature: pipeline([3, 7], images_per_user=3, output_type="pt", temperature=temperature).images
+    series, low, middle, high = map(draw, ([0.5, 2.5], 0.5, 1.5, 2.5))
+    for place, one in enumerate((low, middle, high)):
+        torch.testing.assert_close(series[place::3], one[place::3])
+    assert not torch.equal(series, low) and not torch.equal(series, high)
+
+
+def test_a_folder_holds_one_series_of_temperatures(pipeline, tmp_path):
+    rises(pipeline)
+    pipeline.generate_folder(tmp_path, [3], per_user=2, temperature=[0.5, 2.5])
+    with pytest.raises(DataError, match=r"other settings \(per_user\)"):
+        pipeline.generate_folder(tmp_path, [3], per_user=3, temperature=[0.5, 2.5])
+    for wrong in ([1.0], [0.0, 1.0], ["low", "high"]):
+        with pytest.raises(ValueError, match="temperature must be"):
+            pipeline.generate_folder(tmp_path / "wrong", [3], temperature=wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_no_pipeline_is_one_line(tmp_path):
     with pytest.raises(DataError, match="holds no pipeline"):
         load_pipeline(tmp_path)
@@ -171,7 +195,8 @@ def test_no_pipeline_is_one_line(tmp_path):
 
 def test_what_comes_out_reads_back_as_it_was(pipeline, tmp_path):
     rows = pipeline.generate_folder(tmp_path, per_user=2, seed=0)
-    assert len(rows) == 6 and rows == list(csv_rows(tmp_path / "manifest.csv"))
+    assert [row.pop("place") for row in rows] == [0, 1] * 3, "not in manifest.csv"
+    assert rows == list(csv_rows(tmp_path / "manifest.csv"))
     windows = load_windows(tmp_path, size=16, colormap="jet")
     assert windows.users == (3, 7, 12)
     expected = pipeline(users=[3, 7, 12], images_per_user=2, seed=0, output_type="pt").images

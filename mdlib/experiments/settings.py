@@ -16,7 +16,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 SAMPLING = {
     "guidance_scale": "above 1 more typical of the user; 1: none",
     "guidance_interval": "guidance only at these times of the denoising: 1 is pure noise, 0 the window",
-    "temperature": "above 1 more varied, below 1 more typical",
+    "temperature": "above 1 more varied, below 1 more typical; [0.8, 1.2]: rises over a user's windows",
     "top_k": "sample among this many of the likeliest tokens; 0: all",
     "top_p": "sample among the likeliest tokens of this total probability",
     "scheduler": "of diffusion: dpm++, ddim, pndm, ddpm; of vavae-dit: euler, heun",
