@@ -1,6 +1,8 @@
 """Generative models for micro-Doppler spectrograms of walking people, user by user."""
 
+import sys
 from importlib import import_module
+from importlib.machinery import PathFinder
 
 __version__ = "0.1.0"
 
@@ -11,6 +13,7 @@ _HOME = {
     "RunSettings": "experiments.settings",
     "SYSTEMS": "systems",
     "TrainConfig": "training.fit",
+    "check_codec_folder": "experiments.codec_check",
     "compare": "experiments.compare",
     "contact_sheet": "reports.plots",
     "evaluate": "evaluation.protocol",
@@ -46,3 +49,26 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
+
+
+def _announce(diffusers) -> None:
+    """`DiffusionPipeline.from_pretrained` looks for a pipeline's class in diffusers: it is imported when looked for."""
+    found = {"MicroDopplerPipeline": property(lambda _: __getattr__("MicroDopplerPipeline"))}
+    diffusers.__class__ = type("Diffusers", (type(diffusers),), found)
+
+
+class _Announcer:
+    """In `sys.meta_path` it waits for the import of diffusers: `import mdlib` itself stays quick."""
+
+    def find_spec(self, name: str, *arguments):
+        spec = PathFinder.find_spec(name, *arguments) if name == "diffusers" else None
+        if spec:
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (execute(module), _announce(sys.modules[name]))
+        return spec
+
+
+if "diffusers" in sys.modules:
+    _announce(sys.modules["diffusers"])
+else:
+    sys.meta_path.insert(0, _Announcer())

@@ -236,6 +236,25 @@ def validate(
 
 
 @app.command()
+def check_codec(
+    codec: Annotated[Path, typer.Option(help="RUN/codec, or RUN/pipeline/codec after joint training")],
+    data: Data,
+    split: Annotated[Path | None, typer.Option(help="RUN/split.json: check its validation windows, not all")] = None,
+    out: Annotated[Path | None, typer.Option(help="picture to write: reconstructions and difference maps")] = None,
+    colormap: Colormap = "",
+    crop: Crop = "",
+):
+    """Check a codec on real windows: PSNR, SSIM, LPIPS, the statistics of its latents, and a verdict."""
+    _exist(codec, *([split] if split else []))
+    found = mdlib.check_codec_folder(codec, data, out, split, colormap=colormap, crop=crop)
+    latents, verdict = found.pop("latents"), found.pop("verdict")
+    values = [
+        f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}" for name, value in found.items()
+    ]
+    print("\n".join(values + [f"latents, {name}: {value}" for name, value in latents.items()] + [verdict]))
+
+
+@app.command()
 def identify(
     identifier: Annotated[Path, typer.Option(help="RUN/identifier")],
     data: Annotated[Path, typer.Option(help="folder of ID_k/ folders, of folders of recordings, or of windows")],

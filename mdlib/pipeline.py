@@ -6,10 +6,10 @@ import pkgutil
 import shutil
 import zlib
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pandas as pd
 import torch
@@ -52,8 +52,8 @@ class Windows(BaseOutput):
 class MicroDopplerPipeline(DiffusionPipeline):
     """Generate windows of given users.
 
-    A manifest has a row (dict) a window: user, condition, number, seed, and its path in a folder. A window depends on
-    its row alone, not on the batch it is in.
+    A manifest has a row (dict) a window: user, condition, number, seed, its path in a folder, and its place (0 to 1)
+    among the user's windows, which manifest.csv leaves out. A window depends on its row alone, not on its batch.
 
     Args:
         codec, prior: a codec and a prior over its tokens or latents.
@@ -110,6 +110,12 @@ class MicroDopplerPipeline(DiffusionPipeline):
         with readable(path, "restore it, or write the pipeline again (run --from, with the prior's notebook)"):
             return super().from_pretrained(path, **options)
 
+    @wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, folder: str | Path, *arguments, **options) -> None:
+        super().save_pretrained(folder, *arguments, **options)
+        with whole_file(Path(folder) / "pipeline.py") as path:  # diffusers loads it for custom_pipeline="pipeline"
+            path.write_text("from mdlib.pipeline import MicroDopplerPipeline  # noqa: F401\n")
+
     @classmethod
     def load_config(cls, path: str | Path, **options) -> dict:
         """model_index.json, with modules and classes of earlier versions replaced by today's (MOVED)."""
@@ -128,15 +134,19 @@ class MicroDopplerPipeline(DiffusionPipeline):
         batch_size: int = 64,
         output_type: str = "pil",
         conditions: list[str] | None = None,
+        generator: torch.Generator | None = None,
         **sampling,
     ) -> Windows:
         """Generate `images_per_user` windows of each user id (the k of ID_k) in each of `conditions` (None: all).
 
         Args:
+            generator: draws the seed, as with other pipelines of diffusers: its next call gives other windows.
             output_type: "pil" (coloured, `output_size`) or "pt" (tensor (N, C, H, W) in [−1, 1], the codec's size).
             sampling: options of `prior.sample` (guidance_scale, temperature, num_inference_steps, …); speckle=False
-                leaves out the speckle.
+                leaves out the speckle; temperature=[0.8, 1.2] rises evenly from a user's first window to the last.
         """
+        if generator is not None:
+            seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         manifest = self.plan(users, images_per_user, seed, conditions)
         if output_type not in ("pil", "pt"):
             raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
@@ -158,7 +168,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         manifest = []
         for where, user, number in itertools.product(conditions, users, range(1, images_per_user + 1)):
             path = Path(where, f"ID_{user}", f"ID{user}_generated_seed{seed}_{number}.png").as_posix()
-            manifest.append(dict(path=path, user=user, condition=where, number=number, seed=seed))
+            row = dict(path=path, user=user, condition=where, number=number, seed=seed)
+            manifest.append(row | {"place": (number - 1) / max(1, images_per_user - 1)})
         return manifest
 
     def stream(self, manifest: list[dict], batch_size: int = 64, **sampling):
@@ -181,6 +192,10 @@ class MicroDopplerPipeline(DiffusionPipeline):
             raise DataError("this pipeline has no speckle to add: its training fitted none")
         if len(self.config.conditions) > 1:
             options["conditions"] = self._labels(rows, "condition")
+        if isinstance(ends := options.get("temperature"), list | tuple):
+            if len(ends) != 2:
+                raise ValueError(f"temperature must be a number, or [first, last] of a series, got {ends}")
+            options["temperature"] = [ends[0] + row["place"] * (ends[1] - ends[0]) for row in rows] or list(ends)
         generators = [torch.Generator().manual_seed(_window_seed(row)) for row in rows]
         return self.prior.sample(self._labels(rows), generator=generators, **options, **views)
 
@@ -267,7 +282,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
         records weights, options and what they were trained on; DataError if `out` holds windows of other ones.
         """
         out, manifest = Path(out), self.plan(self.config.users if users is None else users, per_user, seed, conditions)
-        _claim(out, {"seed": seed, **self._made_by(sampling)})
+        series = {"per_user": per_user} if isinstance(sampling.get("temperature"), list | tuple) else {}
+        _claim(out, {"seed": seed, **series, **self._made_by(sampling)})
         missing = [row for row in manifest if not (out / row["path"]).exists()]
         with bar(len(manifest), "generate", initial=len(manifest) - len(missing), unit="window") as progress:
             for rows, images in self.stream(missing, batch_size, **sampling):
@@ -300,8 +316,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         return {"weights": "".join(map(fingerprint, models)), **source, **options}
 
 
-# DiffusionPipeline.from_pretrained looks for a pipeline's class in diffusers and for its parts in imported modules.
-diffusers.MicroDopplerPipeline = MicroDopplerPipeline
+# DiffusionPipeline.from_pretrained looks for the parts of a pipeline in imported modules.
 for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
     import_module(module.name)
 

@@ -1,14 +1,19 @@
 """The commands of all pages: the README's run, made small; the others are parsed and their settings accepted."""
 
+import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from helpers import ROOT, readme_blocks, told_commands, write_set
 from typer.testing import CliRunner
 
-from mdlib.cli import app
+from mdlib.cli import app, pair
+from mdlib.experiments.execute import _check_values
 from mdlib.experiments.run import open_run
+from mdlib.experiments.settings import check_request
 from mdlib.simulation.walker import CONDITIONS
 from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
 
@@ -97,6 +102,7 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
             command, *options = words if module == "mdlib" and words else [""]
             if command in (
                 "",
+                "check-codec",
                 "inspect",
                 "split",
                 "generate",
@@ -114,6 +120,40 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
             assert not word.startswith("--") or f'"{word}"' in source or word[2:].replace("-", "_") in source, (
                 f"{page}: {first} takes no {word}"
             )
+
+
+def replacements():
+    """(system, words after `python -m mdlib`) of every short command in the tables of docs/coming-from.md."""
+    intro, *sections = (ROOT / "docs/coming-from.md").read_text(encoding="utf-8").split("\n## ")
+    complete = {words[0]: words for words in (line.split()[3:] for line in intro.splitlines() if "-m mdlib" in line)}
+    for section in sections:
+        system = re.search(r"`--system ([\w-]+)`", section)[1]
+        for row in re.findall(r"^\|.*", section, re.MULTILINE):
+            for short in re.findall(r"`([^`]*)`", row.split(" | ", 1)[-1]):
+                name, *options = shlex.split(short)
+                if name in complete:
+                    yield system, complete[name] + options
+
+
+CHANGES = inspect.signature(get_preset).parameters.keys() - {"system", "name", "init"}
+REPLACEMENTS = list(replacements())
+
+
+@pytest.mark.parametrize("system, words", REPLACEMENTS, ids=[" ".join(words) for _, words in REPLACEMENTS])
+def test_what_replaces_a_command_of_an_earlier_project_is_accepted(system, words, tmp_path, monkeypatch):
+    command = typer.main.get_command(app).commands[words[0]]
+    options = command.make_context(words[0], words[1:]).params  # names and types
+    if words[0] == "run":
+        parameters = dict(map(pair, options["parameter"]))
+        given = dict(data=str(write_set(tmp_path / "people")), system=system, preset=options["preset"])
+        wanted, _ = check_request(tmp_path / "run", parameters, options["first"], options["last"], **given)
+        changes = wanted.to_dict()
+        preset = get_preset(system, wanted.preset, **{key: changes[key] for key in changes.keys() & CHANGES})
+        _check_values(tmp_path / "run", system, parameters)
+        codec = make_codec(preset, wanted.channels, 2)
+        make_prior(system, preset, codec, 2)
+    for text in options.get("option") or []:
+        assert pair(text)[0] in SYSTEMS[system].sampling_options()
 
 
 def _pretrained(folder, system="vae-diffusion", preset="demo"):

@@ -1,13 +1,15 @@
-"""`mdlib inspect` from the command line."""
+"""`mdlib inspect` and `mdlib check-codec` from the command line."""
 
 import json
 import shutil
 import sys
 
 import pytest
+from helpers import write_set
 from PIL import Image
 
 from mdlib.cli import main
+from mdlib.models.kl import KLVAE
 from mdlib.simulation.dataset import simulate_dataset
 
 
@@ -53,3 +55,20 @@ def test_a_split_keeps_how_the_windows_are_read(call, tmp_path):
         "select", "--real", data, "--generated", data, "--split", tmp_path / "split.json", "--out", "best"
     )
     assert code == 1 and "no record of how its windows were generated" in said.err  # real windows were read
+
+
+def test_check_codec_gives_figures_a_verdict_and_difference_maps(call, tmp_path):
+    data, sizes = write_set(tmp_path / "people", numbers=range(40)), dict(block_out_channels=(8,), norm_num_groups=4)
+    KLVAE(image_size=32, **sizes).save_pretrained(tmp_path / "codec")
+    code, said = call("check-codec", "--codec", "codec", "--data", data, "--out", "maps.png")
+    lines = said.out.splitlines()
+    assert code == 0 and "n: 80" in lines and lines[0].startswith("psnr_db: ") and "Reconstruction is" in lines[-1]
+    assert Image.open(tmp_path / "maps.png").height > 300  # windows, reconstructions, differences
+    assert call("split", "--data", data, "--out", "split.json", "--val", "0.2")[0] == 0
+    held_out = len(json.loads((tmp_path / "split.json").read_text())["val"])
+    code, said = call("check-codec", "--codec", "codec", "--data", data, "--split", "split.json")
+    assert code == 0 and f"n: {held_out}" in said.out.splitlines()
+    KLVAE(image_size=32, num_users=3, **sizes).save_pretrained(tmp_path / "conditioned")
+    code, said = call("check-codec", "--codec", "conditioned", "--data", data)
+    assert code == 1 and "is conditioned on 3 users" in said.err and said.err.count("\n") == 1
+    assert "holds no codec" in call("check-codec", "--codec", data, "--data", data)[1].err

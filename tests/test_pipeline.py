@@ -2,12 +2,16 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from helpers import ROOT
 from PIL import Image
 
 from mdlib.data.speckle import fit_speckle
@@ -59,7 +63,7 @@ def test_users_are_named_as_on_disk(pipeline):
     assert made.users == [12, 12, 3, 3]
     assert [image.size for image in made.images] == [(64, 64)] * 4 and made.images[0].mode == "RGB"
     path = "ID_12/ID12_generated_seed1_2.png"
-    assert made.manifest[1] == {"path": path, "user": 12, "condition": "", "number": 2, "seed": 1}
+    assert made.manifest[1] == {"path": path, "user": 12, "condition": "", "number": 2, "seed": 1, "place": 1.0}
 
 
 def test_a_window_depends_on_seed_user_and_number_alone(pipeline):
@@ -88,7 +92,32 @@ def test_saved_and_loaded_it_makes_the_same_windows(pipeline, tmp_path):
         "TokenPrior",
     ]
     written = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert written == {".json", ".safetensors"}, "nothing that must be unpickled"
+    assert written == {".json", ".safetensors", ".py"}, "nothing that must be unpickled"
+
+
+@pytest.mark.parametrize(
+    "lines, options",
+    [
+        ("import mdlib; importlib.util.find_spec('diffusers'); from diffusers import DiffusionPipeline", ""),
+        ("from diffusers import DiffusionPipeline; import mdlib", ""),
+        ("from diffusers import DiffusionPipeline", ", custom_pipeline='pipeline', trust_remote_code=True"),
+    ],
+)
+def test_diffusers_loads_it_in_a_process_of_its_own(lines, options, pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    lines = f"import importlib.util; {lines}; pipeline = DiffusionPipeline.from_pretrained('pipeline'{options})"
+    lines += "; print(type(pipeline).__module__, len(pipeline([3]).images))"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", lines]
+    answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert answer.stdout.split() == ["mdlib.pipeline", "1"], answer.stderr
+
+
+def test_a_generator_gives_the_seed_and_moves_on(pipeline):
+    draw = lambda generator: pipeline([3], images_per_user=2, output_type="pt", generator=generator).images
+    ours = torch.Generator().manual_seed(5)
+    first, second = draw(ours), draw(ours)
+    assert not torch.equal(first, second) and torch.equal(first, draw(torch.Generator().manual_seed(5)))
 
 
 @pytest.fixture
@@ -131,8 +160,32 @@ def test_windows_with_and_without_speckle_are_not_mixed_in_one_folder(speckled, 
 
 
 def test_options_of_other_pipelines_are_refused_in_one_line(pipeline):
-    with pytest.raises(DataError, match="no sampling option generator; there are guidance_scale, speckle, temperature"):
-        pipeline([7], generator=torch.Generator())
+    with pytest.raises(DataError, match="no sampling option scheduler; there are guidance_scale, speckle, temperature"):
+        pipeline([7], scheduler="ddim")
+
+
+def test_temperature_rises_over_a_users_windows(discrete):
+    rises(discrete)
+
+
+def rises(pipeline):
+    """A series of windows is as they are at its temperatures one by one."""
+    draw = lambda temperature: pipeline([3, 7], images_per_user=3, output_type="pt", temperature=temperature).images
+    series, low, middle, high = map(draw, ([0.5, 2.5], 0.5, 1.5, 2.5))
+    for place, one in enumerate((low, middle, high)):
+        torch.testing.assert_close(series[place::3], one[place::3])
+    assert not torch.equal(series, low) and not torch.equal(series, high)
+
+
+def test_a_folder_holds_one_series_of_temperatures(pipeline, tmp_path):
+    rises(pipeline)
+    pipeline.generate_folder(tmp_path, [3], per_user=2, temperature=[0.5, 2.5])
+    with pytest.raises(DataError, match=r"other settings \(per_user\)"):
+        pipeline.generate_folder(tmp_path, [3], per_user=3, temperature=[0.5, 2.5])
+    for wrong in ([1.0], [0.0, 1.0], ["low", "high"]):
+        with pytest.raises(ValueError, match="temperature must be"):
+            pipeline.generate_folder(tmp_path / "wrong", [3], temperature=wrong)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_no_pipeline_is_one_line(tmp_path):
@@ -142,7 +195,8 @@ def test_no_pipeline_is_one_line(tmp_path):
 
 def test_what_comes_out_reads_back_as_it_was(pipeline, tmp_path):
     rows = pipeline.generate_folder(tmp_path, per_user=2, seed=0)
-    assert len(rows) == 6 and rows == list(csv_rows(tmp_path / "manifest.csv"))
+    assert [row.pop("place") for row in rows] == [0, 1] * 3, "not in manifest.csv"
+    assert rows == list(csv_rows(tmp_path / "manifest.csv"))
     windows = load_windows(tmp_path, size=16, colormap="jet")
     assert windows.users == (3, 7, 12)
     expected = pipeline(users=[3, 7, 12], images_per_user=2, seed=0, output_type="pt").images
@@ -251,7 +305,7 @@ def test_a_diffusion_pipeline_is_saved_and_loaded_whole(diffusion, tmp_path):
         "mdlib.models.classifier",
         "SmallCNN",
     ]
-    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".py", ".safetensors"}
 
 
 def test_a_denoised_window_does_not_depend_on_its_batch(diffusion):

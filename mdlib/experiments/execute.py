@@ -33,9 +33,6 @@ from mdlib.systems import System, get_system
 from mdlib.training.distributed import python_path
 from mdlib.utils import DataError, Interrupted, interrupts, read_history, remove_unfinished
 
-# Parameters of notebook 05 that are no options of `prior.sample`.
-NO_SAMPLING = {"out", "users", "images_per_user", "conditions", "generation_seed", "batch_size", "speckle"}
-
 
 def execute(
     out: str | Path, parameters: dict, first: str = "", last: str = "", extend: bool = False, **given: str
@@ -123,9 +120,7 @@ def _check_values(out: Path, system: str, parameters: dict) -> None:
             raise DataError(f"{key} must not be negative, got {parameters[key]}")
     protocol = ("seeds", "counts", "keep", "reference", "backbone")
     Protocol(**{key: parameters[key] for key in protocol if parameters.get(key)})
-    own = notebook_parameters("05_generate").keys() - NO_SAMPLING
-    options = {key: value for key, value in parameters.items() if key in own and value}
-    known = get_system(system).sampling_options()
+    options, known = parameters.get("sampling", {}), {**get_system(system).sampling_options(), "speckle": True}
     if unknown := ", ".join(sorted(options.keys() - known)):
         raise DataError(f"this prior has no sampling option {unknown}; there are {', '.join(sorted(known))}")
     users, conditions = parameters.get("users"), parameters.get("conditions")

@@ -6,10 +6,27 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from mdlib.data.files import find_windows
-from mdlib.systems import System, get_system
+from mdlib.systems import SYSTEMS, System, get_system
 from mdlib.utils import DataError, read_json, whole_file
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+
+
+# The options of sampling; which of them a system has, and their defaults, are its own.
+SAMPLING = {
+    "guidance_scale": "above 1 more typical of the user; 1: none",
+    "guidance_interval": "guidance only at these times of the denoising: 1 is pure noise, 0 the window",
+    "temperature": "above 1 more varied, below 1 more typical; [0.8, 1.2]: rises over a user's windows",
+    "top_k": "sample among this many of the likeliest tokens; 0: all",
+    "top_p": "sample among the likeliest tokens of this total probability",
+    "scheduler": "of diffusion: dpm++, ddim, pndm, ddpm; of vavae-dit: euler, heun",
+    "sampler": "ancestral or mask_predict",
+    "num_inference_steps": "steps from noise to the window",
+    "timestep_shift": "below 1: more steps at high noise",
+    "classifier_scale": "strength of classifier guidance, of a run with classifier_steps",
+    "use_cache": "store the keys and values of earlier tokens; false: slower, the same windows",
+    "speckle": "add the speckle of training windows, which codecs remove; false: smooth windows",
+}
 
 
 def check_type(name: str, value, kind: type) -> None:
@@ -103,6 +120,8 @@ def check_names(system: str, preset: str, parameters) -> System:
         known |= {key: ast.literal_eval(default) for key, (default, _) in notebook_parameters(notebook).items()}
     for key, value in parameters.items():
         if key not in known or key in ("system", "preset", "data", "out"):
+            if key in SAMPLING:
+                raise DataError(f'{key} is an option of sampling: give it as sampling={{"{key}": …}}')
             names = ", ".join(sorted(known.keys() - {"system", "preset", "data", "out"}))
             raise DataError(f"no notebook has a parameter {key!r}; there are {names}")
         check_type(key, value, type(known[key]))
@@ -166,4 +185,12 @@ def options_page() -> str:
         page += f"\n## Notebook {path.stem}\n\n| parameter | default | meaning |\n|---|---|---|\n"
         for name, (default, help) in notebook_parameters(path.stem).items():
             page += f"| `{name}` | `{default}` | {help.replace('|', 'or')} |\n"
+    page += (
+        "\n## Sampling\n\nKeys of `sampling`, and NAME=VALUE of `generate -o`. A preset changes some of the defaults; "
+    )
+    page += "those of a pipeline are in its `model_index.json`.\n\n| option | meaning | defaults |\n|---|---|---|\n"
+    every = {name: {**system.sampling_options(), "speckle": True} for name, system in SYSTEMS.items()}
+    for option, help in SAMPLING.items():
+        values = [f"{name} `{json.dumps(has[option])}`" for name, has in every.items() if option in has]
+        page += f"| `{option}` | {help} | {', '.join(values)} |\n"
     return page

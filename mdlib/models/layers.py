@@ -98,6 +98,14 @@ def check_number(name: str, value: float, low: float, high: float = math.inf, ab
         raise ValueError(f"{name} must be {limits}, got {value}")
 
 
+def check_each(name: str, value, count: int, device: torch.device) -> Tensor:
+    """A positive number, or a list of `count` of them, as a tensor (count,); ValueError for anything else."""
+    values = value if isinstance(value, list) else [value] * max(1, count)
+    for one in values:
+        check_number(name, one, 0, above=True)
+    return torch.tensor(values[:count], dtype=torch.float32, device=device)
+
+
 def check_steps(steps: int, most: int) -> None:
     """Raise ValueError unless `steps` is a whole number in 1…most."""
     if not isinstance(steps, int) or not 1 <= steps <= most:

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, DynamicCache, GPT2Config, GPT2Model
 from transformers.generation import logits_process
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mdlib.models.layers import UserEmbedding, check_number, inverse_cdf, uniform
+from mdlib.models.layers import UserEmbedding, check_each, check_number, inverse_cdf, uniform
 from mdlib.models.prior import Prior, Request, guided
 
 # torch's attention under another name: for "sdpa" transformers looks for packed sequences, and the host waits for it.
@@ -87,15 +87,15 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
         """Tokens (B, h, w); guidance acts on the logits.
 
         Args:
-            temperature, top_k, top_p: transformers' logits warpers; 1, 0 and 1 leave the distribution as it is.
+            temperature: of the logits, one number or one per sample (B,); 1 leaves the distribution as it is.
+            top_k, top_p: transformers' logits warpers; 0 and 1 leave the distribution as it is.
             use_cache: store keys and values of earlier positions instead of computing them again.
         """
         users, conditions, generator, guidance_scale, *_ = request
-        check_number("temperature", temperature, 0, above=True)
+        temperature = check_each("temperature", temperature, len(users), users.device)
         check_number("top_k", top_k, 0)
         check_number("top_p", top_p, 0, 1, above=True)
-        warpers = [logits_process.TemperatureLogitsWarper(float(temperature))]
-        warpers += [logits_process.TopKLogitsWarper(top_k)] if top_k else []
+        warpers = [logits_process.TopKLogitsWarper(top_k)] if top_k else []
         warpers += [logits_process.TopPLogitsWarper(float(top_p))] if top_p < 1 else []
         if not len(users):
             return users.new_empty(0, *self.token_shape)
@@ -111,6 +111,7 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
             logits = self.head(hidden[:, -1]).float()  # (B, K), or (2B, K) with guidance
             if guidance_scale != 1:
                 logits = guided(*logits.chunk(2), guidance_scale)
+            logits = logits / temperature.unsqueeze(1)
             for warper in warpers:
                 logits = warper(sequence, logits)
             chosen = inverse_cdf(logits, levels[:, position])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from mdlib.models.dit import Transformer
-from mdlib.models.layers import all_sum, check_choice, check_number, check_steps, inverse_cdf, uniform
+from mdlib.models.layers import all_sum, check_choice, check_each, check_number, check_steps, inverse_cdf, uniform
 from mdlib.models.prior import Prior, Request, evenly_spread, guided
 
 TINY = 1e-30  # stands for a probability of zero: its logarithm can still be multiplied by one
@@ -191,12 +191,13 @@ class VQDiffusion(Transformer, Prior, ModelMixin, ConfigMixin):
             sampler: "ancestral" (x_T to x_0 by the posterior) or "mask_predict" (all masks at first; every step fixes
                 the most certain tokens, few at first, by a cosine).
             num_inference_steps: at most T (ancestral) or N (mask_predict).
-            temperature, top_p: of p(x_0); the authors' truncation rate is a top_p of 0.86.
+            temperature: of p(x_0), one number or one per sample (B,).
+            top_p: of p(x_0); the authors' truncation rate is a top_p of 0.86.
         """
         users, conditions, generator, guidance_scale, towards, share, on_step = request
         check_choice("sampler", sampler, ("ancestral", "mask_predict"))
         check_steps(num_inference_steps, self.num_tokens if sampler == "mask_predict" else self.noise.timesteps)
-        check_number("temperature", temperature, 0, above=True)
+        temperature = check_each("temperature", temperature, len(users), users.device)
         check_number("top_p", top_p, 0, 1, above=True)
         if not len(users):
             return users.new_empty(0, *self.token_shape)
@@ -208,7 +209,7 @@ class VQDiffusion(Transformer, Prior, ModelMixin, ConfigMixin):
         def predict(tokens: Tensor, time: int) -> Tensor:
             """log p(x_0) (B, N, K) of tokens (B, N)."""
             log_x0 = self._predict(tokens, time, users, conditions, towards, share, guidance_scale)
-            log_x0 = (log_x0 / temperature).log_softmax(-1)
+            log_x0 = (log_x0 / temperature.view(-1, 1, 1)).log_softmax(-1)
             if on_step:
                 on_step(next(numbers), log_x0.argmax(-1).unflatten(1, self.token_shape))
             if top_p < 1:

@@ -162,7 +162,8 @@ class UserBrowser:
         self.seed = ipywidgets.BoundedIntText(value=seed, max=2**31 - 1, description="seed")
         self.sampling = sampling
         self.options = {**self.pipeline.sampling_options(), **sampling} if self.pipeline else {}
-        self.sliders = {name: _slider(name, self.options[name]) for name in SLIDERS if name in self.options}
+        numbers = [name for name in SLIDERS if isinstance(self.options.get(name), int | float)]  # no series
+        self.sliders = {name: _slider(name, self.options[name]) for name in numbers}
         self.selected = [ipywidgets.ToggleButton(description=f"select {k + 1}") for k in range(self.each)]
         self.folder = ipywidgets.Text(value=str(folder), description="folder", layout=ipywidgets.Layout(width="450px"))
         self.button, self.line = ipywidgets.Button(description="save selected"), ipywidgets.HTML()

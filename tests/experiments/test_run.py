@@ -311,7 +311,9 @@ def test_a_second_call_skips_what_is_done_and_from_runs_it_again(finished, tmp_p
     assert again.stdout.count("done already") == 5
     stamp = (out / "generated" / "manifest.csv").stat().st_mtime_ns
     codec = (out / "codec" / "state.pt").stat().st_mtime_ns
-    other = mdlib("run", "--out", out, "--from", "05", "--to", "05", "-p", "images_per_user=2", "-p", "temperature=0.8")
+    other = mdlib(
+        "run", "--out", out, "--from", "05", "--to", "05", "-p", "images_per_user=2", "-p", 'sampling={"top_k": 4}'
+    )
     assert other.returncode == 0, other.stderr
     assert (out / "generated" / "manifest.csv").stat().st_mtime_ns > stamp
     assert len(list((out / "generated").glob("ID_*/*.png"))) == 6
@@ -476,10 +478,17 @@ def snapshot(folder):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--from", "05", "-p", "scheduler=ddim"], "this prior has no sampling option scheduler; there are "),
-        (["--from", "05", "-p", "top_p=7"], "top_p"),
+        (
+            ["--from", "05", "-p", 'sampling={"scheduler": "ddim"}'],
+            "this prior has no sampling option scheduler; there are ",
+        ),
+        (["--from", "05", "-p", 'sampling={"top_p": 7}'], "top_p"),
+        (["--from", "05", "-p", "top_p=0.9"], 'top_p is an option of sampling: give it as sampling={"top_p": '),
         (["--from", "05", "-p", "users=[9]"], "it was not trained on 9"),
-        (["-p", "temperature=0.9"], "05_generate is done and would ignore temperature: add --from 05 to run it again"),
+        (
+            ["-p", 'sampling={"top_k": 4}'],
+            "05_generate is done and would ignore sampling: add --from 05 to run it again",
+        ),
         (["--from", "07"], "this system has no notebook '07'"),
         (["-p", "prior_steps=9"], "prior_steps: 0 is not 9): to train it further, python -m mdlib run --out "),
         (["-p", "prior_steps=6", "--extend"], "prior_steps=6: the prior has 6 steps already, give more"),

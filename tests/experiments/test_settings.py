@@ -12,6 +12,7 @@ from helpers import ROOT, message
 from mdlib.data.files import find_windows
 from mdlib.experiments.settings import (
     NOTEBOOKS,
+    SAMPLING,
     RunSettings,
     check_type,
     defaults,
@@ -19,7 +20,7 @@ from mdlib.experiments.settings import (
     options_page,
     read_record,
 )
-from mdlib.systems import get_preset
+from mdlib.systems import SYSTEMS, get_preset
 from mdlib.utils import DataError
 
 
@@ -55,6 +56,7 @@ def test_notebook_02_takes_the_settings_and_the_others_none_of_them():
 def test_options_page_is_current():
     page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     assert page == options_page(), "python -m mdlib options > docs/options.md"
+    assert SAMPLING.keys() - {"speckle"} == set().union(*(system.sampling_options() for system in SYSTEMS.values()))
 
 
 def test_changes_of_a_preset_are_settings():
