@@ -27,6 +27,17 @@ def classical_augmentation(images: torch.Tensor, labels: torch.Tensor, generator
     return ((images + 1) * gain - 1 + noise).clamp(-1, 1), labels
 
 
+def cutmix(images: torch.Tensor, labels: torch.Tensor, num_users: int, generator: torch.Generator):
+    """CutMix (Yun et al. 2019) along time: a stretch of random place and length of each window (B, C, H, W) is another
+    window's, and labels (B,) become the users' fractions of the time (B, num_users)."""
+    count, width, options = len(images), images.shape[-1], dict(generator=generator, device=images.device)
+    start, length = (width * torch.rand(count, 1, **options) for _ in range(2))
+    pasted = (torch.arange(width, device=images.device) - start) % width < length  # it may run over the end
+    other, users = torch.randperm(count, **options), torch.eye(num_users, device=labels.device)[labels]
+    images = torch.where(pasted[:, None, None], images[other], images)
+    return images, torch.lerp(users, users[other], pasted.float().mean(1, keepdim=True))
+
+
 def radar_augmentation(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator):
     """A uint8 batch for a classifier that is to serve other radars: half the windows shifted by a whole stride; dynamic
     range 0.75 to 1.35 times, gain 0.85 to 1.1 times, blur, noise up to 6 % of the range and a noise threshold up to

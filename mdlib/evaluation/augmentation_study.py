@@ -1,8 +1,8 @@
 """The augmentation study: do generated windows train a better classifier?
 
 An arm is a set of training windows. The classifiers of all arms are trained with the same classical augmentation and
-compared on the same test windows. They start from scratch and take equal optimizer steps; those of pretrained_… arms
-start from a backbone trained to tell simulated people apart, and take half of the steps.
+compared on the same test windows, after equal optimizer steps. They start from scratch; those of pretrained_… arms
+start from a backbone trained to tell simulated people apart.
 """
 
 from collections.abc import Sequence
@@ -123,8 +123,7 @@ def _jobs(
     windows: WindowSet, protocol: Protocol, folder=None, backbone: str = "", kind: type = SmallCNN, seeds=None
 ) -> list[tuple]:
     """For `train_each`: classifiers of some windows, by default one for each of the protocol's seeds."""
-    steps = protocol.steps(backbone)
-    what = (kind, folder, windows.images, windows.labels, windows.num_users, steps)
+    what = (kind, folder, windows.images, windows.labels, windows.num_users, protocol.evaluation_steps)
     return [(*what, seed, backbone) for seed in seeds or range(protocol.seeds)]
 
 

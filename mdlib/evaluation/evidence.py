@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mdlib.data.augment import classical_augmentation
+from mdlib.data.augment import classical_augmentation, cutmix
 from mdlib.data.checks import seen_people
 from mdlib.data.windows import WindowSet
 from mdlib.models.classifier import Embedder, ResNet18, SmallCNN
@@ -59,10 +59,6 @@ class Protocol:
             raise DataError(f"multiples must be whole numbers of 2 or more, got {list(self.multiples)}")
         if self.reference not in REFERENCES:
             raise DataError(f"reference must be one of {', '.join(REFERENCES)}, got {self.reference!r}")
-
-    def steps(self, backbone: str) -> int:
-        """Optimizer steps of a classifier; half from a backbone, with which more gained nothing."""
-        return -(-self.evaluation_steps // 2) if backbone else self.evaluation_steps
 
 
 @dataclass(frozen=True)
@@ -193,7 +189,7 @@ def train_classifier(
     kind: type[Network] = SmallCNN,
 ) -> Network:
     """A network of that kind trained on uint8 images (N, C, S, S) and labels (N,) with the classical augmentation of
-    `mdlib.data.augment`; the same for the same seed.
+    `mdlib.data.augment`, a classifier with CutMix as well; the same for the same seed.
 
     Args:
         outputs: number of users, or size of an `Embedder`.
@@ -205,7 +201,12 @@ def train_classifier(
         network.to(memory_format=torch.channels_last)
     how = dict(batch_size=32, learning_rate=2e-3, warmup_steps=steps // 10, weight_decay=1e-2)
     config = TrainConfig(steps=steps, seed=seed, evaluate_every=steps, **how)
-    fit(network, Batches((images, labels), classical_augmentation), config, progress=False)
+
+    def augmented(*batch_and_generator):
+        batch, generator = classical_augmentation(*batch_and_generator), batch_and_generator[-1]
+        return batch if kind is Embedder else cutmix(*batch, outputs, generator)
+
+    fit(network, Batches((images, labels), augmented), config, progress=False)
     return network
 
 

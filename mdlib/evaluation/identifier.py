@@ -161,7 +161,7 @@ def find_threshold(
     for held in groups if train.num_users >= 3 else ():
         others = train.select(~torch.isin(train.labels, torch.from_numpy(held)))
         users, labels = others.labels.unique(return_inverse=True)
-        jobs.append((SmallCNN, folder, others.images, labels, len(users), protocol.steps(backbone), 0, backbone))
+        jobs.append((SmallCNN, folder, others.images, labels, len(users), protocol.evaluation_steps, 0, backbone))
         known.append(users)
     trained, scores, genuine = train_each(jobs, "classifiers without some users"), [], []
     for users, network in zip(known, trained, strict=True):

@@ -20,8 +20,9 @@ class Classifier(ModelMixin, ConfigMixin):
     """Base class: forward maps windows (B, C, S, S) in [−1, 1] to logits (B, num_users)."""
 
     def loss(self, images: Tensor, users: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy; users: labels (B,), or probabilities (B, num_users)."""
         logits = self(images)
-        accuracy = (logits.argmax(1) == users).float().mean()
+        accuracy = (logits.argmax(1) == (users if users.ndim == 1 else users.argmax(1))).float().mean()
         return F.cross_entropy(logits, users), {"accuracy": accuracy}
 
     def probabilities(self, images: Tensor, batch_size: int = 256) -> Tensor:

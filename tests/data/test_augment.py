@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mdlib.data.augment import enlarge, stride_recombine, stride_shift
+from mdlib.data.augment import cutmix, enlarge, stride_recombine, stride_shift
 
 
 def test_shift_by_a_stride_moves_two_steps():
@@ -51,3 +51,15 @@ def test_a_training_set_holds_windows_strides_and_recombinations():
     assert many.shape == (30, 1, 4, 8) and torch.equal(labels[rows], labels.repeat(5))
     assert torch.equal(many[:6], images) and torch.equal(many[6:12], stride_shift(images, 2))
     assert len(enlarge(images, labels, 0, seed=0)[0]) == 12
+
+
+def test_cutmix_labels_a_window_by_the_time_of_each_user():
+    labels = torch.tensor([0, 1, 2, 3]).repeat(64)
+    images = labels.view(-1, 1, 1, 1).expand(-1, 1, 4, 32).float()  # each pixel holds its user
+    mixed, users = cutmix(images, labels, 4, torch.Generator().manual_seed(0))
+    counted = torch.stack([(mixed[:, 0, 0] == user).float().mean(1) for user in range(4)], dim=1)
+    assert torch.allclose(users, counted) and torch.equal(mixed[:, :, :1].expand_as(mixed), mixed)
+    own = users[range(256), labels]
+    assert 0.5 < own.mean() < 0.75, "half a window on the average, and a quarter of that is of the same user"
+    assert own.std() > 0.2, "stretches of all lengths"
+    assert torch.equal(cutmix(images, labels, 4, torch.Generator().manual_seed(0))[1], users)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mdlib.data.augment import as_they_are, classical_augmentation, radar_augmentation
+from mdlib.data.augment import as_they_are, classical_augmentation, cutmix, radar_augmentation
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.codec import FeatureDistance
 from mdlib.models.pretrained import ClassifierFeatures
@@ -80,9 +80,10 @@ def test_a_step_of_codec_and_prior_does_not_wait(system, watched):
 def test_nor_does_one_of_a_conditional_codec_or_a_classifier(watched):
     _, codec, data, config = next(parts("vavae-dit", user_codec=True))
     fit(codec, data, config, progress=False)
-    for augmentation in (classical_augmentation, radar_augmentation):
+    mixed = lambda images, users, generator: cutmix(*as_they_are(images, users, generator), USERS, generator)
+    for augmentation in (classical_augmentation, radar_augmentation, mixed):
         fit(SmallCNN(USERS), Batches(data.tensors, augmentation), TrainConfig(steps=3, batch_size=8), progress=False)
-    assert len(watched) == 5 + 2 * 2
+    assert len(watched) == 5 + 3 * 2
 
 
 @pytest.mark.parametrize("read", [float, torch.nonzero, lambda tensor: tensor[tensor > 0], bool])
