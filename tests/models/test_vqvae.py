@@ -226,8 +226,11 @@ def saved_vqmodel(folder, **changes) -> VQModel:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*meta parameter")
 def test_a_codec_that_starts_from_a_vqmodel_computes_what_that_does(tmp_path):
     model, codec = saved_vqmodel(tmp_path), VQVAE(code_dim=5, **SIZES).eval()
+    with torch.device("meta"):  # as a run checks its settings
+        start(VQVAE(code_dim=5, **SIZES), tmp_path)
     start(codec, tmp_path)
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     _, _, (_, _, indices) = model.quantize(model.encode(images).latents)
