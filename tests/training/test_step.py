@@ -80,8 +80,9 @@ def test_a_step_of_codec_and_prior_does_not_wait(system, watched):
 ENCODED = dict(prior_options=dict(conditioning="cross", user_layers=1))
 
 
-def test_nor_does_one_of_a_prior_with_a_user_encoder(watched):
-    *_, (_, prior, data, config) = parts("vqvae-transformer", **ENCODED)
+@pytest.mark.parametrize("changes", [ENCODED, dict(prior_options=dict(user_layers=1, user_dim=8))])
+def test_nor_does_one_of_a_prior_with_a_user_encoder(changes, watched):
+    *_, (_, prior, data, config) = parts("vqvae-transformer", **changes)
     fit(prior, data, config, held_out=data, progress=False)
     assert len(watched) == 5
 
