@@ -60,7 +60,7 @@ class RunSettings:
     prior_options: dict = _setting({}, 'arguments of the prior or its training: {"ema_decay": 0.999}')
     foundation: str = _setting("", "what a VA-VAE is aligned with: none | classifier | a transformers vision model")
     user_codec: bool = _setting(False, "condition a VA-VAE on the user")
-    codec_start: str = _setting("", "initial weights: a codec/ folder, or a published VA-VAE file")
+    codec_start: str = _setting("", "initial weights: a codec/ folder, a diffusers VQModel, or a published VA-VAE file")
     prior_start: str = _setting("", "initial weights: a pipeline's prior/, or a published LightningDiT file")
     init: str = _setting(
         "auto", "pretrained weights of both: auto (attached or shipped ones that fit), none, or a pipeline/ folder"

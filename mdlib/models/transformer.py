@@ -1,7 +1,9 @@
 """Token prior: transformers' GPT-2 (Radford et al. 2019) over a codec's token grid, without pretrained weights. The
-user's embedding is added at every position. Tokens run column by column (time first, as they were measured), each
-column from the fastest Doppler row down. Legend: B batch, h w token grid, T = h·w tokens, K codes.
+user is added at every position, or attended to. Tokens run column by column (time first, as they were measured), each
+column from the fastest Doppler row down. Legend: B batch, h w token grid, T = h·w tokens, K codes, U user tokens.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +14,24 @@ from transformers import AttentionInterface, DynamicCache, GPT2Config, GPT2Model
 from transformers.generation import logits_process
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mdlib.models.layers import UserEmbedding, check_each, check_number, inverse_cdf, uniform
+from mdlib.models.layers import UserEmbedding, check_choice, check_each, check_number, inverse_cdf, uniform
 from mdlib.models.prior import Prior, Request, guided
 
 # torch's attention under another name: for "sdpa" transformers looks for packed sequences, and the host waits for it.
 AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
+USER_TOKENS = 4  # U
 
 
 class TokenPrior(Prior, ModelMixin, ConfigMixin):
-    """p(tokens | user) as a product over positions. num_layers and dropout are GPT-2's, the other arguments are in
-    `Prior`."""
+    """p(tokens | user) as a product over positions.
+
+    Args (the others are in `Prior`):
+        num_layers, dropout: of GPT-2.
+        conditioning: "add" the user's vector at every position, or "cross": attend to the user's tokens in every block.
+        user_layers: layers of the encoder between the embedding of user and condition and what the blocks get. With
+            "add" and 0 there is none.
+        user_dim: width of embedding and encoder; 0 is hidden_size.
+    """
 
     consumes, denoises = "tokens", False
 
@@ -37,13 +47,24 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
         dropout: float = 0.1,
         label_dropout: float = 0.1,
         num_conditions: int = 1,
+        conditioning: str = "add",
+        user_layers: int = 0,
+        user_dim: int = 0,
     ):
         super().__init__()
+        check_choice("conditioning", conditioning, ("add", "cross"))
+        check_number("user_layers", user_layers, 0)
+        check_number("user_dim", user_dim, 0)
+        cross, encoded, width = conditioning == "cross", conditioning == "cross" or user_layers, user_dim or hidden_size
+        if user_dim and not encoded:
+            raise ValueError(f"user_dim {user_dim} is the width of a user encoder: add user_layers, or leave it at 0")
+        if user_layers and width % num_heads:
+            raise ValueError(f"user_dim must be a multiple of num_heads {num_heads}, got {width}")
         self.token_shape, self.null_label = tuple(token_shape), num_users
         self.num_tokens = self.token_shape[0] * self.token_shape[1]
         self.start = num_codes  # the input at position 0: no token yet
         self.tokens = nn.Embedding(num_codes + 1, hidden_size)
-        self.users = UserEmbedding(num_users, num_conditions, hidden_size)
+        self.users = UserEmbedding(num_users, num_conditions, width)
         config = GPT2Config(
             vocab_size=1,  # unused: `tokens` also holds the start symbol
             n_positions=self.num_tokens,
@@ -56,11 +77,23 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
             bos_token_id=None,
             eos_token_id=None,
             attn_implementation="causal_sdpa",
+            add_cross_attention=cross,
         )
         self.gpt = GPT2Model(config)
         self.head = nn.Linear(hidden_size, num_codes, bias=False)
         for table in (self.tokens, self.users, self.head):
             nn.init.normal_(table.weight, std=0.02)
+        if encoded:
+            sizes = dict(dim_feedforward=4 * width, dropout=dropout, activation="gelu")
+            layer = partial(nn.TransformerEncoderLayer, width, num_heads, batch_first=True, norm_first=True, **sizes)
+            self.user_encoder = nn.Sequential(
+                # A linear map for each token: with a common one all of a user's keys would differ by the same vector.
+                nn.Linear(width, USER_TOKENS * width),
+                nn.Unflatten(1, (USER_TOKENS, width)),
+                *(layer() for _ in range(user_layers)),
+                nn.LayerNorm(width),
+                nn.Linear(width, hidden_size),
+            )
 
     def loss(self, tokens, users, conditions=None):
         """Mean cross-entropy in nats per token, see `Prior`."""
@@ -72,13 +105,28 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
     def forward(self, sequence: Tensor, users: Tensor, conditions: Tensor | None = None) -> Tensor:
         """Logits (B, T, K) of every token of sequence (B, T) given the tokens before it, users and conditions (B,)."""
         start = sequence.new_full((len(sequence), 1), self.start)
-        hidden, _ = self._step(torch.cat([start, sequence[:, :-1]], 1), self.users(users, conditions))
+        hidden, _ = self._step(torch.cat([start, sequence[:, :-1]], 1), self.encoded_users(users, conditions))
         return self.head(hidden)
 
+    def encoded_users(self, users: Tensor, conditions: Tensor | None = None) -> Tensor:
+        """What the blocks get of users and conditions (B,): (B, 1, hidden) to add, or (B, U, hidden) to attend to."""
+        vectors = self.users(users, conditions)
+        if not hasattr(self, "user_encoder"):
+            return vectors.unsqueeze(1)
+        encoded = self.user_encoder(vectors)
+        return encoded if self.config.conditioning == "cross" else encoded.mean(1, keepdim=True)
+
     def _step(self, inputs: Tensor, users: Tensor, cache: DynamicCache | None = None):
-        """Hidden states (B, t, hidden) of tokens (B, t) and embeddings of users (B, hidden), and the cache."""
-        embeddings = self.tokens(inputs) + users.unsqueeze(1)
-        output = self.gpt(inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None)
+        """Hidden states (B, t, hidden) of tokens (B, t) and of `encoded_users`, and the cache."""
+        embeddings, attended = self.tokens(inputs), users
+        if self.config.conditioning == "add":
+            embeddings, attended = embeddings + users, None
+        output = self.gpt(
+            inputs_embeds=embeddings,
+            encoder_hidden_states=attended,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
         return output.last_hidden_state, output.past_key_values
 
     def draw(
@@ -100,9 +148,9 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
         if not len(users):
             return users.new_empty(0, *self.token_shape)
         levels = uniform(len(users), self.num_tokens, generator).to(users.device)  # (B, T)
-        embedded = self.users(users, conditions)
+        embedded = self.encoded_users(users, conditions)
         if guidance_scale != 1:
-            embedded = torch.cat([embedded, self.users(self.users.null(users), conditions)])
+            embedded = torch.cat([embedded, self.encoded_users(self.users.null(users), conditions)])
         cache = DynamicCache() if use_cache else None
         sequence = users.new_full((len(users), 1), self.start)
         for position in range(self.num_tokens):

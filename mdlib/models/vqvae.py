@@ -5,15 +5,18 @@ average with Laplace smoothing, and replaces unused codes.
 Legend: B batch, C image channels, H W pixels, h w latent grid, D code width, K codes.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from diffusers import ModelMixin, VQModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 from mdlib.models.codec import Codec
 from mdlib.models.layers import all_sum, broadcast_from_first, gather
+from mdlib.models.pretrained import load_completely
 
 EPSILON = 1e-5  # Laplace smoothing of the counts
 
@@ -173,3 +176,32 @@ class VQVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
 
     def _pixels(self, codes: Tensor) -> Tensor:
         return self._unfold(self.decoder(codes))
+
+
+@torch.no_grad()
+def load_vqmodel(codec: Codec, folder: str | Path) -> None:
+    """Load the weights of a diffusers `VQModel` of the same sizes, with patches of one pixel, into a `VQVAE`; else
+    ValueError, and the codec is unchanged. Call `codec.calibrate` afterwards.
+
+    Its two 1×1 convolutions become part of the 3×3 ones next to them, and the codes move by a vector that takes over
+    the bias of the second: before a zero-padded convolution a bias is no constant. The codec then computes what the
+    VQModel does; exactly, if the second convolution can be inverted.
+    """
+    model = VQModel.from_pretrained(folder, use_safetensors=True)
+    if not isinstance(codec, VQVAE) or model.config.act_fn != "silu":
+        raise ValueError(
+            f"a VQModel with act_fn silu fits a VQVAE only; this is act_fn {model.config.act_fn} and a "
+            f"{type(codec).__name__}"
+        )
+    found = model.state_dict()
+    before, after = (found.pop(f"{name}.weight").flatten(1) for name in ("quant_conv", "post_quant_conv"))
+    bias, last, first = found.pop("post_quant_conv.bias"), "encoder.conv_out", "decoder.conv_in"
+    shift = torch.linalg.pinv(after, rtol=1e-3) @ bias  # (D,); with a larger inverse codes would lose precision
+    found[f"{last}.bias"] = before @ found[f"{last}.bias"] + found.pop("quant_conv.bias") + shift
+    found[f"{last}.weight"] = torch.einsum("dl,lcij->dcij", before, found[f"{last}.weight"])
+    found[f"{first}.bias"] += found[f"{first}.weight"].sum((2, 3)) @ (bias - after @ shift)
+    found[f"{first}.weight"] = torch.einsum("clij,ld->cdij", found[f"{first}.weight"], after)
+    codes = found.pop("quantize.embedding.weight") + shift
+    own = dict(codebook=codes, sums=codes, counts=codes.new_ones(len(codes)), initialised=torch.tensor(True))
+    found |= {f"quantizer.{name}": tensor for name, tensor in own.items()}
+    load_completely(codec, found, folder, (*codec.optional, "stats."))

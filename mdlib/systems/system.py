@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
 
-from mdlib.utils import DataError, readable
+from mdlib.utils import DataError, read_json, readable
 
 # Columns of history.csv worth plotting, of any codec and prior.
 CURVES = "mse psnr_db perplexity kl align_cosine align_distance nats_per_token denoising_mse velocity_mse cosine vb aux"
@@ -330,8 +330,8 @@ def load_codec(path: str | Path):
 
 
 def start(model, source: str | Path, other_users: bool = False) -> None:
-    """Initialise a new codec or prior from the folder of another (codec/, pipeline/prior/ of a run), or from a
-    published VA-VAE or LightningDiT file; DataError where the weights do not fit.
+    """Initialise a new codec or prior from the folder of another (codec/, pipeline/prior/ of a run), a diffusers
+    VQModel's, or from a published VA-VAE or LightningDiT file; DataError where the weights do not fit.
 
     other_users: the folder's model was trained on other people. Each user starts as the mean of its users; all other
     weights are taken as they are, the null label among them. Conditions are taken where their number fits, else they
@@ -340,10 +340,15 @@ def start(model, source: str | Path, other_users: bool = False) -> None:
     import torch
 
     from mdlib.models.pretrained import load_completely, load_ldm
+    from mdlib.models.vqvae import load_vqmodel
 
     is_codec, users = hasattr(model, "encode"), getattr(model, "users", None)
+    config = Path(source) / "config.json"
     try:
-        if Path(source).is_dir():
+        if config.exists() and read_json(config, "copy the folder again").get("_class_name") == "VQModel":
+            with readable(source, "copy the folder again"):
+                load_vqmodel(model, source)
+        elif Path(source).is_dir():
             with readable(source, "copy the folder again"):
                 found = (load_codec if is_codec else type(model).from_pretrained)(source).state_dict()
             if other_users and users is not None and "users.weight" in found:

@@ -1,5 +1,7 @@
 """What the priors share: labels, conditions, guidance, sampling on one's own, saving, and bad options."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import generators
@@ -14,13 +16,14 @@ from mdlib.systems import SYSTEMS
 SAMPLERS = [(small_unet, name) for name in ("ddpm", "ddim", "pndm", "dpm++")]
 SAMPLERS += [(small_dit, name) for name in ("euler", "heun")]
 WAYS = [(make, dict(scheduler=name, num_inference_steps=5)) for make, name in SAMPLERS]
-WAYS += [(small_transformer, {}), (small_transformer, dict(temperature=0.9, top_k=5, top_p=0.95))]
+small_cross = partial(small_transformer, conditioning="cross", user_layers=1)
+WAYS += [(small_transformer, {}), (small_transformer, dict(temperature=0.9, top_k=5, top_p=0.95)), (small_cross, {})]
 WAYS += [
     (small_vqdiffusion, dict(num_inference_steps=30)),
     (small_vqdiffusion, dict(num_inference_steps=7, top_p=0.86, temperature=0.9)),
     (small_vqdiffusion, dict(num_inference_steps=4, sampler="mask_predict")),
 ]
-all_priors = pytest.mark.parametrize("make", [small_transformer, small_unet, small_dit, small_vqdiffusion])
+all_priors = pytest.mark.parametrize("make", [small_transformer, small_cross, small_unet, small_dit, small_vqdiffusion])
 both_priors = pytest.mark.parametrize("make", [small_unet, small_dit])
 all_samplers = pytest.mark.parametrize("make, name", SAMPLERS)
 all_ways = pytest.mark.parametrize("make, options", WAYS)
@@ -366,7 +369,7 @@ def test_bad_sampling_options_are_refused(make, options, message):
     ],
 )
 def test_bad_requests_are_refused(make, options, message):
-    if "towards" in options and make is small_transformer:
+    if "towards" in options and make in (small_transformer, small_cross):
         return  # it does not interpolate
     with pytest.raises(ValueError, match=message) as error:
         make().sample(**dict(users=torch.tensor([0, 1])) | options)

@@ -1,4 +1,7 @@
-"""The token prior: the right next token, the cache, guidance, and samples that stand on their own."""
+"""The token prior: the right next token, the user in each way of conditioning, the cache, guidance, and samples that
+stand on their own."""
+
+import json
 
 import pytest
 import torch
@@ -27,8 +30,13 @@ def test_loss_is_the_cross_entropy_of_each_token_given_those_before_it():
     torch.testing.assert_close(loss, torch.stack(by_hand).mean())
 
 
-def test_a_token_does_not_see_itself_nor_what_follows():
-    prior = small_prior()
+WAYS = [{}, dict(user_layers=2, user_dim=8), dict(conditioning="cross"), dict(conditioning="cross", user_layers=1)]
+all_ways = pytest.mark.parametrize("way", WAYS)
+
+
+@all_ways
+def test_a_token_does_not_see_itself_nor_what_follows(way):
+    prior = small_prior(**way)
     sequence = torch.randint(11, (1, 12))
     changed = sequence.clone()
     changed[0, 7] = (changed[0, 7] + 1) % 11
@@ -37,16 +45,57 @@ def test_a_token_does_not_see_itself_nor_what_follows():
     assert not torch.allclose(first[0, 8:], second[0, 8:])
 
 
-def test_the_user_reaches_every_position():
-    prior = small_prior()
-    sequence = torch.randint(11, (1, 12))
-    difference = (prior(sequence, torch.tensor([1])) - prior(sequence, torch.tensor([2]))).abs().amax(-1)[0]
-    assert (difference > 1e-5).all()
+@all_ways
+def test_user_and_condition_reach_every_position(way):
+    prior = small_prior(num_conditions=2, **way)
+    torch.nn.init.normal_(prior.users.conditions)
+    sequence, one = torch.randint(11, (1, 12)), torch.ones(1, dtype=torch.long)
+    plain, other, carrying = (
+        prior(sequence, user, condition) for user, condition in ((one, None), (one + 1, None), (one, one))
+    )
+    for changed in (other, carrying):
+        assert ((plain - changed).abs().amax(-1)[0] > 1e-6).all()
 
 
+def test_attention_prefers_other_tokens_for_another_user():
+    """Else the user would only add a vector to every position."""
+    prior = small_prior(conditioning="cross")
+    torch.nn.init.normal_(prior.users.weight)
+    keys = prior.gpt.h[0].crossattention.c_attn(prior.encoded_users(torch.tensor([1, 2])))[..., :16]  # (2, U, hidden)
+    first, second = (user - user.mean(0) for user in keys)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_a_prior_saved_before_users_had_an_encoder_is_the_same(tmp_path):
+    prior, labels = small_prior(), torch.tensor([0, 3])
+    prior.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("conditioning", "user_layers", "user_dim"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not any("encoder" in name or "cross" in name for name in prior.state_dict())
+    drawn = [each.sample(labels, generator=generators(1, 2)) for each in (prior, TokenPrior.from_pretrained(tmp_path))]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(conditioning="film"), "conditioning must be one of add, cross, got 'film'"),
+        (dict(user_dim=8), "user_dim 8 is the width of a user encoder: add user_layers, or leave it at 0"),
+        (dict(user_dim=9, user_layers=1), "user_dim must be a multiple of num_heads 2, got 9"),
+        (dict(user_layers=-1), "user_layers must be 0 or more, got -1"),
+    ],
+)
+def test_bad_options_of_the_user_encoder_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_prior(**options)
+
+
+@all_ways
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-def test_the_cache_changes_nothing(guidance_scale):
-    prior, labels = small_prior(), torch.tensor([0, 3, 1])
+def test_the_cache_changes_nothing(guidance_scale, way):
+    prior, labels = small_prior(**way), torch.tensor([0, 3, 1])
     options = dict(guidance_scale=guidance_scale, temperature=0.9, top_k=7, top_p=0.95)
     cached = prior.sample(labels, generator=generators(1, 2, 3), **options)
     plain = prior.sample(labels, generator=generators(1, 2, 3), use_cache=False, **options)

@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import VQModel
 
+from mdlib.models.kl import KLVAE
 from mdlib.models.vqvae import VQVAE, VectorQuantizer
+from mdlib.systems import start
+from mdlib.utils import DataError
 
 SMALL = dict(image_size=16, block_out_channels=(8, 16), norm_num_groups=4, num_codes=8, code_dim=4)
 
@@ -199,3 +203,69 @@ def test_an_untrained_state_starts_from_data_again():
     quantizer.load_state_dict(fresh.state_dict())
     quantizer(z)
     assert quantizer.initialised and (quantizer.codebook[:, None] - fresh.codebook).abs().sum(-1).min() > 1e-3
+
+
+# diffusers' VQModel -----------------------------------------------------------------------------------------------
+
+BLOCKS = dict(block_out_channels=(8, 16), norm_num_groups=4)
+SIZES = dict(image_size=16, in_channels=3, num_codes=8, **BLOCKS)
+
+
+def saved_vqmodel(folder, **changes) -> VQModel:
+    """A VQModel with biases, and codes that are encodings."""
+    torch.manual_seed(1)
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    model = VQModel(**dict(latent_channels=5, num_vq_embeddings=8) | BLOCKS | kinds | changes).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    encodings = model.encode(torch.rand(4, 3, 16, 16)).latents.movedim(1, -1).flatten(0, 2)
+    model.quantize.embedding.weight.data.copy_(encodings[torch.randperm(len(encodings))[:8]])
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*meta parameter")
+def test_a_codec_that_starts_from_a_vqmodel_computes_what_that_does(tmp_path):
+    model, codec = saved_vqmodel(tmp_path), VQVAE(code_dim=5, **SIZES).eval()
+    with torch.device("meta"):  # as a run checks its settings
+        start(VQVAE(code_dim=5, **SIZES), tmp_path)
+    start(codec, tmp_path)
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    _, _, (_, _, indices) = model.quantize(model.encode(images).latents)
+    tokens = codec.encode_tokens(images)
+    assert torch.equal(tokens.flatten(), indices) and len(indices.unique()) > 2
+    torch.testing.assert_close(codec.decode_tokens(tokens), model(images).sample.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+    codec.train()
+    before = codec.quantizer.codebook.clone()
+    codec.loss(images)
+    assert (codec.quantizer.codebook - before).norm() < before.norm(), "the codebook does not start from data again"
+
+
+@torch.no_grad()
+def test_codes_narrower_than_the_latents_are_loaded_too(tmp_path):
+    model, codec = saved_vqmodel(tmp_path, vq_embed_dim=3), VQVAE(code_dim=3, **SIZES).eval()
+    start(codec, tmp_path)
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    _, _, (_, _, indices) = model.quantize(model.encode(images).latents)
+    assert torch.equal(codec.encode_tokens(images).flatten(), indices)
+
+
+def test_a_vqmodel_that_does_not_fit_is_refused_by_name(tmp_path):
+    saved_vqmodel(tmp_path)
+    for changes, problem in (
+        (dict(num_codes=16), "of another shape are quantizer.codebook, quantizer.counts, quantizer.sums"),
+        (dict(in_channels=1), "of another shape are decoder.conv_out.bias, decoder.conv_out.weight, encoder.conv_in"),
+        (dict(layers_per_block=2), "it misses decoder.up_blocks.0.resnets.2"),
+    ):
+        codec = VQVAE(**dict(code_dim=5) | SIZES | changes)
+        unchanged = codec.encoder.conv_out.weight.clone()
+        with pytest.raises(DataError, match=f"cannot start from .* does not fit this VQVAE: .*{problem}"):
+            start(codec, tmp_path)
+        assert torch.equal(codec.encoder.conv_out.weight, unchanged)
+    with pytest.raises(DataError, match="cannot start from .*: a VQModel .* fits a VQVAE only; .* a KLVAE"):
+        start(KLVAE(image_size=16, **BLOCKS), tmp_path)
+    saved_vqmodel(tmp_path / "relu", act_fn="relu")
+    with pytest.raises(DataError, match="cannot start from .*: a VQModel with act_fn silu .* this is act_fn relu"):
+        start(VQVAE(code_dim=5, **SIZES), tmp_path / "relu")

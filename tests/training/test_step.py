@@ -77,6 +77,16 @@ def test_a_step_of_codec_and_prior_does_not_wait(system, watched):
     assert len(watched) == 10
 
 
+ENCODED = dict(prior_options=dict(conditioning="cross", user_layers=1))
+
+
+@pytest.mark.parametrize("changes", [ENCODED, dict(prior_options=dict(user_layers=1, user_dim=8))])
+def test_nor_does_one_of_a_prior_with_a_user_encoder(changes, watched):
+    *_, (_, prior, data, config) = parts("vqvae-transformer", **changes)
+    fit(prior, data, config, held_out=data, progress=False)
+    assert len(watched) == 5
+
+
 def test_nor_does_one_of_a_conditional_codec_or_a_classifier(watched):
     _, codec, data, config = next(parts("vavae-dit", user_codec=True))
     fit(codec, data, config, progress=False)
@@ -107,17 +117,18 @@ class Copies(TorchDispatchMode):
 
 
 LOOPS = [
-    ("vqvae-transformer", dict(top_p=0.9, top_k=5)),
-    *(("vae-diffusion", dict(scheduler=name)) for name in ("dpm++", "ddim", "pndm")),
-    ("vqvae-ldm", {}),
-    *(("vavae-dit", dict(scheduler=name)) for name in ("heun", "euler")),
-    *(("vq-diffusion", dict(sampler=name)) for name in ("ancestral", "mask_predict")),
+    ("vqvae-transformer", dict(top_p=0.9, top_k=5), {}),
+    ("vqvae-transformer", dict(top_p=0.9, top_k=5), ENCODED),
+    *(("vae-diffusion", dict(scheduler=name), {}) for name in ("dpm++", "ddim", "pndm")),
+    ("vqvae-ldm", {}, {}),
+    *(("vavae-dit", dict(scheduler=name), {}) for name in ("heun", "euler")),
+    *(("vq-diffusion", dict(sampler=name), {}) for name in ("ancestral", "mask_predict")),
 ]
 
 
-@pytest.mark.parametrize("system, options", LOOPS)
-def test_the_loop_of_a_sampler_neither_waits_nor_copies(system, options):
-    *_, (_, prior, _, _) = parts(system)
+@pytest.mark.parametrize("system, options, changes", LOOPS)
+def test_the_loop_of_a_sampler_neither_waits_nor_copies(system, options, changes):
+    *_, (_, prior, _, _) = parts(system, **changes)
     prior, users = prior.to("meta").eval(), torch.zeros(2, dtype=torch.long, device="meta")
     counted = []
     for steps in (4, 4, 8):  # the first call copies tables
