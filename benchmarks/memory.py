@@ -2,10 +2,10 @@
 
 What torch has allocated at the peak of two steps of `fit`: weights, gradients, optimizer, averages, activations, a
 batch. On a GPU in the preset's precision; on a CPU in float32, by torch's profiler. Beyond the weights it grows
-linearly with the batch, so large batches are told from 16 and 32 (--whole takes them as they are). Half precision
-keeps most activations in half as many bytes. CUDA's context, LPIPS and DINOv2 come on top.
+linearly with the batch, so large batches are extrapolated from 16 and 32 (--line; --whole counts them as they are).
+Half precision stores most activations in half as many bytes. CUDA's context, LPIPS and DINOv2 come on top.
 
-python benchmarks/memory.py [--systems vae-diffusion,vq-diffusion] [--presets gpu-16gb] [--whole]
+python benchmarks/memory.py [--systems vae-diffusion,vq-diffusion] [--presets gpu-16gb] [--line 4,8 | --whole]
 """
 
 import argparse
@@ -25,7 +25,6 @@ from mdlib.systems import SYSTEMS, attach_losses, get_preset, make_codec, make_p
 from mdlib.training.fit import Batches, fit
 
 USERS = 8
-LINE = (16, 32)
 PRESETS = ("gpu-6gb", "gpu-8gb", "gpu-16gb", "p100")
 COUNTED: dict[tuple[str, int], int] = {}
 
@@ -65,11 +64,11 @@ def count(system: str, preset_name: str, part: str, batch: int) -> int:
     return peak(prior, (inputs, labels), preset.prior_training, batch)
 
 
-def told(system: str, preset_name: str, part: str, whole: bool) -> tuple[int, float]:
-    """(batch size, GB of training at it)."""
+def extrapolated(system: str, preset_name: str, part: str, line: tuple[int, ...]) -> tuple[int, float]:
+    """(batch size, GB of training at it), from the batches of `line` where it is larger; () counts it as it is."""
     preset = get_preset(system, preset_name, foundation="none")
     batch = getattr(preset, f"{part}_training").batch_size
-    sizes = (batch,) if whole or batch <= LINE[1] else LINE
+    sizes = line if line and batch > max(line) else (batch,)
     # Presets that differ by the batch share their networks.
     network = repr((SYSTEMS[system].prior if part == "prior" else preset.codec_class, getattr(preset, part)))
     for size in sizes:
@@ -93,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--presets", default=",".join(PRESETS))
+    parser.add_argument("--line", default="16,32", help="batches from which larger ones are extrapolated")
     parser.add_argument("--whole", action="store_true", help="count at the preset's own batch: more memory, more time")
     parser.add_argument("--count", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -100,11 +100,12 @@ def main() -> None:
         logging.disable(logging.WARNING)
         print(count(*json.loads(options.count)))
         return
+    line = () if options.whole else tuple(map(int, options.line.split(",")))
     print(f"{'system':<20} {'preset':<18} {'part':<6} {'batch':>5} {'GB':>6}")
     for system in options.systems.split(","):
         for preset in options.presets.split(","):
             for part in ("codec", "prior") if preset in SYSTEMS[system].presets else ():
-                batch, gigabytes = told(system, preset, part, options.whole)
+                batch, gigabytes = extrapolated(system, preset, part, line)
                 print(f"{system:<20} {preset:<18} {part:<6} {batch:>5} {gigabytes:>6.2f}", flush=True)
 
 
