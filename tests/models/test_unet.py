@@ -134,7 +134,7 @@ def test_few_steps_draw_what_a_thousand_draw(ancestral, prediction, scheduler, s
     [
         (dict(attention="linear"), "attention must be one of full, window_axial, none, got 'linear'"),
         (dict(prediction="x0"), "prediction must be one of epsilon, v_prediction, got 'x0'"),
-        (dict(schedule="cosine"), "schedule must be one of squaredcos_cap_v2, linear, scaled_linear, got 'cosine'"),
+        (dict(schedule="sigmoid"), "schedule must be one of squaredcos_cap_v2, linear, scaled_linear, got 'sigmoid'"),
         (dict(latent_shape=(3, 8, 6), block_out_channels=(8, 8, 8)), r"latents of \(8, 6\) cannot be halved 2 times"),
     ],
 )
