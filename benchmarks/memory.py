@@ -11,6 +11,7 @@ python benchmarks/memory.py [--systems vae-diffusion,vq-diffusion] [--presets gp
 import argparse
 import logging
 import os
+import subprocess
 import sys
 import warnings
 import weakref
@@ -103,22 +104,33 @@ def counted(*which: str) -> int:
         return allocated.peak
 
 
+def table(systems: list[str], presets: list[str]) -> None:
+    """Print a row for each training, counted in a process of its own."""
+    print(f"{'system':<20} {'preset':<18} {'part':<6} {'batch':>5} {'GB':>6}")
+    for system in systems:
+        for preset in presets:
+            for part in ("codec", "prior") if preset in SYSTEMS[system].presets else ():
+                words = [sys.executable, __file__, "--count", system, preset, part]
+                done = subprocess.run(words, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(done.stderr)
+                gigabytes = int(done.stdout.splitlines()[-1]) / 1e9
+                batch = getattr(get_preset(system, preset), f"{part}_training").batch_size
+                print(f"{system:<20} {preset:<18} {part:<6} {batch:>5} {gigabytes:>6.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--presets", default=",".join(PRESETS))
+    parser.add_argument("--count", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not options.count:
+        return table(options.systems.split(","), options.presets.split(","))
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    print(f"{'system':<20} {'preset':<18} {'part':<6} {'batch':>5} {'GB':>6}")
-    for system in options.systems.split(","):
-        for preset in options.presets.split(","):
-            for part in ("codec", "prior") if preset in SYSTEMS[system].presets else ():
-                gigabytes = (measured if torch.cuda.is_available() else counted)(system, preset, part) / 1e9
-                batch = getattr(get_preset(system, preset), f"{part}_training").batch_size
-                print(f"{system:<20} {preset:<18} {part:<6} {batch:>5} {gigabytes:>6.2f}", flush=True)
-    sys.stdout.flush()
-    os._exit(0)  # fake tensors may crash the interpreter when it takes itself apart
+    print((measured if torch.cuda.is_available() else counted)(*options.count), flush=True)
+    os._exit(0)  # fake tensors may crash an interpreter when it ends, and in a later count
 
 
 if __name__ == "__main__":
