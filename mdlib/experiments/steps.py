@@ -152,7 +152,8 @@ def train_stage(stage: Stage, show: Callable[[Path], None] | None = None) -> lis
 
 def _tiles(rows: list, colormap: str) -> np.ndarray:
     """Rows of windows (C, H, W) as one picture, uint8 (H, W, 3)."""
-    return np.vstack([np.hstack([plots.picture(window, colormap) for window in row]) for row in rows])
+    show = lambda window: plots.picture(window if window.dtype == torch.uint8 else window.float(), colormap)
+    return np.vstack([np.hstack([show(window) for window in row]) for row in rows])
 
 
 def _generator(run: Run) -> dict:

@@ -81,8 +81,8 @@ def fit(
             with the same folder and batch_size × processes, `fit` resumes; a finished run returns at once.
         held_out: its mean loss decides which weights are best and when to stop early.
         evaluate: returns further figures of the model (in eval mode, averaged weights) for the history.
-        preview: called as preview(model, step) at evaluations; the picture that it returns, uint8 (H, W, 3), or None,
-            goes to TensorBoard.
+        preview: called as preview(model, step) at evaluations, in the precision of training; the picture that it
+            returns, uint8 (H, W, 3) or None, goes to TensorBoard.
         preview_every: optimizer steps between previews: they come with the first evaluation at or after each multiple,
             and with the last evaluation.
         launch: trains in other processes that call `fit` with this `run_dir` and global batch. Called if anything is
@@ -230,7 +230,8 @@ def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str,
             if evaluate:
                 row.update(evaluate(state.model))
             if preview:
-                picture = preview(state.model, state.step)
+                with state.autocast:
+                    picture = preview(state.model, state.step)
         state.history.append(row)
         state.swap_average()
         if state.run_dir:

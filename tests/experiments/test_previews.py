@@ -7,6 +7,7 @@ from helpers import write_set
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mdlib.experiments import steps
 from mdlib.experiments.run import PRODUCTS, open_run
 from mdlib.experiments.steps import codec_stage, prior_stage, save_codec, train_stage
 from mdlib.reports import widgets
@@ -55,6 +56,25 @@ def test_previews_are_in_tensorboard_too(people, tmp_path):
     for part in ("codec", "prior"):
         logged = EventAccumulator(str(out / part / "tensorboard"), size_guidance={"images": 0}).Reload()
         assert [image.step for image in logged.Images("preview")] == [6], "at the end, whatever preview_every"
+
+
+def test_with_several_gpus_the_newest_picture_of_the_other_processes_is_shown(people, tmp_path, monkeypatch):
+    run, shown = open_run(tmp_path / "run", data=str(people), preset="smoke"), []
+    stage = codec_stage(run)
+
+    def launched(*_, on_line):
+        on_line()  # before the first picture
+        (run.path / "samples").mkdir()
+        for step in (3, 6):
+            (run.path / "samples" / f"codec-{step:06}.png").touch()
+            on_line()
+        raise RuntimeError("no training here")
+
+    monkeypatch.setattr(steps, "processes", lambda: 2)
+    monkeypatch.setattr(steps, "launch", launched)
+    with pytest.raises(RuntimeError, match="no training here"):
+        train_stage(stage, lambda file: shown.append(file.name))
+    assert shown == ["codec-000003.png", "codec-000006.png"]
 
 
 def test_a_notebook_that_runs_again_removes_its_pictures(people, tmp_path):
