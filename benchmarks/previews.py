@@ -1,6 +1,6 @@
 """What pictures while training cost: seconds of one, of a step, and the fraction at the default of `preview_every`.
 
-    python benchmarks/previews.py --data FOLDER [--systems vae-diffusion,vqvae-transformer] [--steps 200]
+    python benchmarks/previews.py --data FOLDER [--systems vae-diffusion] [--parts prior] [--steps 200]
 
 Trains codec and prior of a run on real windows by `train_stage`, with a picture at the end. CPU time of the process, so
 that other programs hardly change it; wall time where there is a GPU.
@@ -16,6 +16,7 @@ import torch
 from mdlib.experiments import steps
 from mdlib.experiments.run import open_run
 from mdlib.experiments.settings import defaults
+from mdlib.systems import make_codec
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--systems", default="vae-diffusion,vqvae-transformer")
     parser.add_argument("--preset", default="demo")
+    parser.add_argument("--parts", default="codec,prior", help="prior alone: over a codec that is not trained")
     parser.add_argument("--steps", type=int, default=200, help="of each training")
     given = parser.parse_args()
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -43,8 +45,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             settings = dict(codec_steps=given.steps, prior_steps=given.steps, init="none", preset=given.preset)
             run = open_run(Path(folder) / system, data=given.data, system=system, **settings)
-            for make in (steps.codec_stage, steps.prior_stage):
-                stage = make(run)
+            if given.parts == "prior":
+                make_codec(run.preset, 1).save_pretrained(run.path / "codec")
+            for part in given.parts.split(","):
+                stage = {"codec": steps.codec_stage, "prior": steps.prior_stage}[part](run)
                 spent.clear()
                 started = clock()
                 steps.train_stage(stage)
