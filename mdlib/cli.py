@@ -178,6 +178,7 @@ def generate(
     option: Annotated[
         list[str], typer.Option("--option", "-o", help="NAME=VALUE of the prior's sampling, or speckle=false")
     ] = [],  # noqa: B006
+    weights: Annotated[str, typer.Option(help="of the prior: best or last; the run's when left out")] = "",
     grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, a row for each user")] = False,
 ):
     """Generate windows of given users into ID_k/ folders with a manifest."""
@@ -185,7 +186,8 @@ def generate(
     if not (pipeline / "model_index.json").exists():
         raise ValueError(f"{pipeline} holds no pipeline (no model_index.json): give the pipeline/ folder of a run")
     chosen, carried = mdlib.parse_users(users) if users else None, conditions.split(",") if conditions else None
-    rows = mdlib.load_pipeline(pipeline).generate_folder(out, chosen, per_user, seed, batch_size, carried, **options)
+    found = mdlib.load_pipeline(pipeline, weights)
+    rows = found.generate_folder(out, chosen, per_user, seed, batch_size, carried, **options)
     if grid:
         mdlib.contact_sheet(out, rows).savefig(out / "grid.png")
     print(f"{out}: {count(len(rows), 'window')} of {count(len({row['user'] for row in rows}), 'user')}")

@@ -22,9 +22,11 @@ from mdlib import models
 from mdlib.data.colormaps import colorize
 from mdlib.data.speckle import Speckle
 from mdlib.data.windows import to_uint8
-from mdlib.models.layers import fingerprint
+from mdlib.models.layers import check_choice, fingerprint
 from mdlib.utils import DataError, bar, best_device, end_session, read_json, readable, time_is_up, to_float, whole_file
 
+LAST = "last"  # variant, as diffusers calls it, of a prior's weights: of the last step, where the others are the best
+WEIGHTS = ("", "best", LAST)  # "": those that the run uses
 # Where a module or class named in an older pipeline is now.
 MOVED = {
     "mdlib.vqvae": "mdlib.models.vqvae",
@@ -63,6 +65,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         colormap: of the images that go out, a name of `colormap_table`, or none for RGB.
         output_size: side of the images that go out, in pixels, or [height, width].
         sampling: defaults for keyword arguments of `prior.sample`.
+        weights: "best" or "last" of the prior's training; "" in pipelines of earlier versions.
         speckle: fields of the `mdlib.data.speckle.Speckle` that is added to decoded windows; None or empty: none is.
         trained_on: contents (`mdlib.data.checks.hashes`) of the windows that codec and prior were trained on.
     """
@@ -81,6 +84,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         conditions: list[str] | None = None,
         trained_on: list[str] | None = None,
         speckle: dict | None = None,
+        weights: str = "",
     ):
         super().__init__()
         shape = "token_shape" if prior.consumes == "tokens" else "latent_shape"
@@ -100,6 +104,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
             conditions=list(conditions or [""]),
             trained_on=list(trained_on or []),
             speckle=dict(speckle or {}),
+            weights=weights,
         )
 
     @classmethod
@@ -321,10 +326,20 @@ for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
     import_module(module.name)
 
 
-def load_pipeline(path: str | Path) -> MicroDopplerPipeline:
-    """The pipeline of a folder, on the GPU if there is one."""
+def load_pipeline(path: str | Path, weights: str = "") -> MicroDopplerPipeline:
+    """The pipeline of a folder, on the GPU if there is one. weights: "best" or "last" of the prior's training, "" for
+    those that the run uses; DataError where the folder does not hold them."""
+    check_choice("weights", weights, WEIGHTS)
     disable_progress_bar()  # of two components
-    pipeline = MicroDopplerPipeline.from_pretrained(path).to(best_device())
+    both = weights == LAST and any(Path(path, "prior").glob(f"*.{LAST}.safetensors"))
+    pipeline = MicroDopplerPipeline.from_pretrained(path, variant=LAST if both else None).to(best_device())
+    if both:
+        pipeline.register_to_config(weights=LAST)
+    if weights not in ("", pipeline.config.weights):
+        raise DataError(
+            f"{path} does not hold the {weights} weights of its prior: leave weights out, or train the prior with "
+            'prior_options={"keep_best": true}, which retains the best and the last ones'
+        )
     for part in (pipeline.codec, pipeline.classifier):
         if part is not None:
             part.requires_grad_(False)  # classifier guidance needs gradients of latents, not of weights

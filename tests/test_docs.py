@@ -149,7 +149,7 @@ def test_what_replaces_a_command_of_an_earlier_project_is_accepted(system, words
         wanted, _ = check_request(tmp_path / "run", parameters, options["first"], options["last"], **given)
         changes = wanted.to_dict()
         preset = get_preset(system, wanted.preset, **{key: changes[key] for key in changes.keys() & CHANGES})
-        _check_values(tmp_path / "run", system, parameters)
+        _check_values(tmp_path / "run", wanted, parameters)
         codec = make_codec(preset, wanted.channels, 2)
         make_prior(system, preset, codec, 2)
     for text in options.get("option") or []:

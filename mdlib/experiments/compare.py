@@ -130,7 +130,8 @@ def _measure(run: Run, parameters: dict) -> dict:
     }
     training = {}
     for part in ("codec", "prior"):
-        last = read_history(run.path / part)[-1]
+        untrained = part == "codec" and run.finished_codec
+        last = dict(seconds=0.0, step=0) if untrained else read_history(run.path / part)[-1]
         training |= {f"{part}_minutes": last["seconds"] / 60, f"{part}_steps": int(last["step"])}
     report = read_report(run.path)
     sections = {section: report[section] for section in SECTIONS}

@@ -28,7 +28,8 @@ from mdlib.experiments.settings import (
     read_record,
     write_record,
 )
-from mdlib.pipeline import load_pipeline
+from mdlib.models.layers import check_choice
+from mdlib.pipeline import WEIGHTS, load_pipeline
 from mdlib.systems import System, get_system
 from mdlib.training.distributed import python_path
 from mdlib.utils import DataError, Interrupted, interrupts, read_history, remove_unfinished
@@ -55,7 +56,7 @@ def execute(
     out = Path(out).absolute()
     wanted, names = check_request(out, parameters, first, last, **given)
     with locked(out):
-        _check_values(out, wanted.system, parameters)
+        _check_values(out, wanted, parameters)
         _check_done(out, get_system(wanted.system), names, parameters, first)
         if extend:
             extended(out, wanted)
@@ -113,19 +114,23 @@ def _execute_all(run: Run, names: tuple[str, ...], parameters: dict, first: str)
                 passed.touch()
 
 
-def _check_values(out: Path, system: str, parameters: dict) -> None:
+def _check_values(out: Path, wanted: RunSettings, parameters: dict) -> None:
     """DataError where notebook 05 or 06 cannot use its parameters: the prior does not take an option, …"""
     for key in ("images_per_user", "batch_size", "evaluation_steps", "seeds", "max_minutes"):
         if parameters.get(key, 1) < 0:
             raise DataError(f"{key} must not be negative, got {parameters[key]}")
     protocol = ("seeds", "counts", "keep", "reference", "backbone")
     Protocol(**{key: parameters[key] for key in protocol if parameters.get(key)})
-    options, known = parameters.get("sampling", {}), {**get_system(system).sampling_options(), "speckle": True}
+    options, known = parameters.get("sampling", {}), {**get_system(wanted.system).sampling_options(), "speckle": True}
     if unknown := ", ".join(sorted(options.keys() - known)):
         raise DataError(f"this prior has no sampling option {unknown}; there are {', '.join(sorted(known))}")
-    users, conditions = parameters.get("users"), parameters.get("conditions")
-    if (options or users or conditions) and (out / "pipeline" / "model_index.json").exists():
-        pipeline = load_pipeline(out / "pipeline")
+    users, conditions, weights = (parameters.get(key) for key in ("users", "conditions", "weights"))
+    check_choice("weights", weights or "", WEIGHTS)
+    if weights == "best" and not Run(out, wanted.to_dict()).ends_with_best:
+        advice = 'leave weights out, or start a run with prior_options={"keep_best": true}'
+        raise DataError(f'weights="best": this run keeps the last weights of its prior only: {advice}')
+    if (options or users or conditions or weights) and (out / "pipeline" / "model_index.json").exists():
+        pipeline = load_pipeline(out / "pipeline", weights or "")
         pipeline.check_options(options)
         pipeline.plan(users or [], 1, 0, conditions or None)
 
@@ -167,6 +172,8 @@ def extended(out: Path, wanted: RunSettings) -> None:
     if run.settings["joint_steps"]:
         raise DataError(f"{out} ends with joint_steps, after which codec and prior cannot train alone: start a new run")
     part = "codec" if "codec_steps" in changed else "prior"
+    if part == "codec" and run.finished_codec:
+        raise DataError(f"{out} uses the codec in {run.finished_codec} as it is: start a new run to train it further")
     weights = out / "codec" if part == "codec" else out / "pipeline" / "prior"
     if not (weights / "config.json").exists():
         raise DataError(f"{out} has no trained {part} yet: give the command without {part}_steps and --extend first")
@@ -266,5 +273,5 @@ def _forget(run: Run, first: str) -> None:
     record, names = read_record(run.path), [name for name in run.system.notebooks if name[:2] >= first]
     steps = {name: step for name, step in record["steps"].items() if name not in names}
     write_record(run.path, {**record, "steps": steps})
-    for path in (run.path / product for name in names for product in PRODUCTS[name[:2]]):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in [path for name in names for product in PRODUCTS[name[:2]] for path in run.path.glob(product)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

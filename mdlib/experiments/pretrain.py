@@ -22,7 +22,7 @@ from mdlib.models.classifier import SmallCNN
 from mdlib.pipeline import MicroDopplerPipeline
 from mdlib.systems import SYSTEMS, get_preset, get_system, make_codec, make_prior, seeded, start
 from mdlib.training.fit import Batches, TrainConfig, fit
-from mdlib.utils import DataError, read_history, to_float, whole_file
+from mdlib.utils import DataError, read_history, whole_file
 
 WINDOWS = 60  # of each person
 CODEC_FRACTION = 0.25  # of the minutes
@@ -108,8 +108,7 @@ def _train(run: Run, minutes: float) -> None:
     if first not in done:
         started, stage = time.monotonic(), codec_stage(run, CODEC_FRACTION * minutes)
         train_stage(stage)
-        stage.model.calibrate(to_float(run.parts["train"].images), run.parts["train"].labels)
-        save_codec(run, stage.model)
+        save_codec(stage)
         run.done(first, started)
     if second not in done:
         started, stage = time.monotonic(), prior_stage(run, (1 - CODEC_FRACTION) * minutes)

@@ -32,18 +32,18 @@ from mdlib.data.windows import WindowSet, load_windows
 from mdlib.experiments.settings import RunSettings, defaults, order_of, read_record, write_record
 from mdlib.models.pretrained import fits, load_foundation, load_lpips, pretrained_weights
 from mdlib.systems import Preset, System, attach_losses, get_preset, get_system, make_codec, make_prior, start
-from mdlib.systems.system import gpus, preset_for
+from mdlib.systems.system import check_same, gpus, preset_for
 from mdlib.training.distributed import check_batch, processes
 from mdlib.training.latents import JointFineTuning
 from mdlib.training.state import precision
 from mdlib.utils import DataError, read_json, readable
 
-# What a notebook writes; it is removed before the notebook runs again.
+# What a notebook writes, as patterns; it is removed before the notebook runs again.
 PRODUCTS = {
     "01": (),
-    "02": ("codec", "split.json"),
-    "03": ("prior", "pipeline"),
-    "04": ("prior", "pipeline", "samples/denoising.png"),
+    "02": ("codec", "split.json", "samples/codec-*.png"),
+    "03": ("prior", "pipeline", "samples/prior-*.png"),
+    "04": ("prior", "pipeline", "samples/prior-*.png", "samples/denoising.png"),
     "05": ("generated", "samples/contact_sheet.png", "measured.json"),
     "06": ("report.json", "report.html", "identifier"),
 }
@@ -81,6 +81,16 @@ class Run:
         if not (folder := pretrained_weights(self.settings["system"]).get(name)):
             raise DataError(f"{self.path} starts from weights that are no longer {name}: attach or restore them")
         return folder
+
+    @property
+    def finished_codec(self) -> Path | None:
+        """The folder of another run's codec that this run uses as it is; None: the run trains its own."""
+        return Path(self.settings["codec_start"]) if self.settings["codec_steps"] == -1 else None
+
+    @property
+    def ends_with_best(self) -> bool:
+        """Whether the prior ends with its best weights on held-out windows, not with those of its last step."""
+        return self.preset.prior_training.keep_best and not self.settings["joint_steps"]
 
     @property
     def reading(self) -> dict:
@@ -148,6 +158,7 @@ class Run:
         """What a report says of its run."""
         record, starts = read_record(self.path), [self.settings[key] for key in STARTS]
         card, named = record.get("pretrained"), ", ".join(start for start in starts if start not in ("", "none"))
+        named += ", used as it is" if self.finished_codec else ""
         origin = f"pretrained on {card['people']} simulated people ({named})" if card else f"from {named or 'scratch'}"
         return {
             **{key: self.settings[key] for key in ("system", "preset", "seed")},
@@ -214,7 +225,7 @@ def open_run(out: str | Path, **given) -> Run:
         changed = [key for key in relevant if stored[key] != wanted[key]]
         if not changed:
             return Run(out, stored, record.get("earlier", {}))
-        if any((out / product).exists() for products in PRODUCTS.values() for product in products):
+        if any(any(out.glob(product)) for products in PRODUCTS.values() for product in products):
             differences = ", ".join(f"{key}: {stored[key]!r} is not {wanted[key]!r}" for key in changed)
             advice = "choose another --out or those settings"
             if set(changed) <= {"codec_steps", "prior_steps"}:
@@ -302,10 +313,19 @@ def _check(run: Run) -> dict[str, str]:
             codec = make_codec(preset, settings["channels"], sizes[0])
             attach_losses(codec, preset)
             prior = make_prior(settings["system"], preset, codec, *sizes)
-            run.start("codec", codec)
+            if not run.finished_codec:
+                run.start("codec", codec)
             run.start("prior", prior)
     except TypeError as error:
         raise DataError(f"codec_options or prior_options: {error}") from error
+    if run.finished_codec:
+        if ignored := ", ".join(settings["codec_options"].keys() - codec.config.keys()):
+            raise DataError(f"codec_steps=-1 trains no codec and would ignore {ignored} of codec_options: leave it out")
+        known = seen(run.finished_codec) if codec.conditional else set(contents.values())
+        if unknown := {file.user for file in files} - {file.user for file in files if contents[file.path] in known}:
+            users = ", ".join(f"ID_{user}" for user in sorted(unknown))
+            raise DataError(f"codec_start: {run.finished_codec} is conditioned on users and was not trained on {users}")
+        check_same(codec, run.finished_codec)
     if settings["joint_steps"]:
         JointFineTuning(codec, prior)
     if settings["classifier_steps"] and prior.consumes == "tokens":
@@ -317,7 +337,8 @@ def _check(run: Run) -> dict[str, str]:
         except ValueError as error:
             message = f"preset {settings['preset']!r}: {error}; demo and demo-long train in float32"
             raise DataError(message) from error
-    published_networks(preset)
+    if not run.finished_codec:
+        published_networks(preset)
     if unrecorded and split:
         raise DataError("unrecorded cannot be combined with a split file: leave one of them out")
     if not all(isinstance(users, list) for users in unrecorded.values()):

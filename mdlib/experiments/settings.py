@@ -54,7 +54,9 @@ class RunSettings:
     variants: int = _setting(-1, "stride-recombined copies of each training window; -1: the preset's")
     unrecorded: dict = _setting({}, 'condition → users whose windows in it all go to the test: {"backpack": [1, 2]}')
     codec: str = _setting("", "vq | kl | va; empty: the system's own")
-    codec_steps: int = _setting(0, "optimizer steps of the codec; 0: the preset's")
+    codec_steps: int = _setting(
+        0, "optimizer steps of the codec; 0: the preset's, -1: none, codec_start is used as it is"
+    )
     prior_steps: int = _setting(0, "optimizer steps of the prior; 0: the preset's")
     codec_options: dict = _setting({}, 'arguments of the codec or its training: {"batch_size": 16}')
     prior_options: dict = _setting({}, 'arguments of the prior or its training: {"ema_decay": 0.999}')
@@ -77,10 +79,18 @@ class RunSettings:
         {}, 'of figures with axes: {"crop": "auto"}; of names without window numbers: {"order": "name"}'
     )
     seed: int = _setting(0, "random seed of weights, data order and noise")
+    preview_every: int = _setting(500, "optimizer steps between pictures in samples/ while a model trains; 0: none")
 
     def __post_init__(self):
         for one in fields(self):
             check_type(one.name, getattr(self, one.name), one.type)
+        if self.preview_every < 0:
+            raise DataError(f"preview_every must be 0 or more optimizer steps, got {self.preview_every}")
+        if self.codec_steps == -1:
+            if not self.codec_start:
+                raise DataError("codec_steps=-1 trains no codec: give the folder of a trained one as codec_start")
+            if trained := ", ".join(name for name in ("joint_steps", "foundation") if getattr(self, name)):
+                raise DataError(f"codec_steps=-1 uses the codec of codec_start as it is: leave out {trained}")
         for key, value in self.reading.items():
             if key not in ("crop", "order"):
                 raise DataError(f"reading has no {key!r}; there are crop and order")

@@ -6,14 +6,17 @@ teacher and the prior's inputs once and saves them in the run folder.
 """
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mdlib.data.augment import as_they_are, enlarge
@@ -27,12 +30,16 @@ from mdlib.models.classifier import SmallCNN
 from mdlib.models.codec import FeatureDistance
 from mdlib.models.layers import world
 from mdlib.models.pretrained import ClassifierFeatures
+from mdlib.pipeline import LAST, MicroDopplerPipeline
+from mdlib.reports import plots
 from mdlib.systems import attach_losses, load_codec, make_codec, make_prior, seeded
 from mdlib.training.distributed import ERROR, check_batch, launch, processes
 from mdlib.training.fit import Batches, TrainConfig, fit_stages
 from mdlib.training.latents import encode_all
-from mdlib.utils import best_device, readable, whole_file
+from mdlib.training.state import State
+from mdlib.utils import best_device, readable, to_float, whole_file
 
+SHOWN = 8  # windows in a preview: few, because a prior samples them while training waits
 SPECKLED = 500  # training windows, at most, on which speckle is fitted
 TRAIN_AGAIN = "restore it, or train the codec again with --from 02"
 
@@ -49,26 +56,34 @@ class Stage:
     data: Batches  # images, latents or tokens, and the labels (N,) that the model is conditioned on
     held_out: Batches
     config: TrainConfig
+    draw: Callable[[], np.ndarray]  # a preview, uint8 (H, W, 3): reconstructions by the codec, samples of the prior
     options: dict = field(default_factory=dict)  # further arguments of `fit_stages`
 
 
 def codec_stage(run: Run, max_minutes: float = 0.0) -> Stage:
-    """The run's codec with its initial weights and the losses it is trained with."""
+    """The run's codec with its initial weights and the losses it is trained with; or the finished codec of another run,
+    which is not trained."""
     config = _config(run.preset.codec_training, max_minutes)
     train, val = run.parts["train"], run.parts["val"]
-    images, (labels, *_) = _enlarged(run, run.settings["seed"])
-    networks = _frozen_networks(run, images, labels)
+    if run.finished_codec:
+        images, labels = train.images, train.labels
+        codec = load_codec(run.finished_codec).float().to(best_device())  # pretrained weights are stored as halves
+    else:
+        images, (labels, *_) = _enlarged(run, run.settings["seed"])
+        networks = _frozen_networks(run, images, labels)
 
-    def make():
-        codec = make_codec(run.preset, train.images.shape[1], train.num_users)
-        attach_losses(codec, run.preset, **networks)
-        return codec
+        def make():
+            codec = make_codec(run.preset, train.images.shape[1], train.num_users)
+            attach_losses(codec, run.preset, **networks)
+            return codec
 
-    codec = seeded(run.settings["seed"], make)
-    run.start("codec", codec)
+        codec = seeded(run.settings["seed"], make)
+        run.start("codec", codec)
+    some = val.select(torch.linspace(0, len(val) - 1, min(SHOWN, len(val))).long())
+    draw = lambda: _tiles([some.images, through_codec(codec, some.images, some.labels)], val.colormap)
     batches = Batches((images, labels), as_they_are), Batches((val.images, val.labels), as_they_are)
     options = {"stages": run.preset.stages, "evaluate": partial(_held_out_codes, val)}
-    return Stage(run, "codec", codec, codec, images, *batches, config, options)
+    return Stage(run, "codec", codec, codec, images, *batches, config, draw, options)
 
 
 def prior_stage(run: Run, max_minutes: float = 0.0) -> Stage:
@@ -84,26 +99,66 @@ def prior_stage(run: Run, max_minutes: float = 0.0) -> Stage:
     inputs = encode_all(codec, images, prior.consumes, run.path / "codec", labels=labels[0])
     held_out = encode_all(codec, val.images, prior.consumes, run.path / "codec", labels=val.labels)
     batches = Batches((inputs, *labels)), Batches((held_out, *run.labels(val)))
-    return Stage(run, "prior", prior, codec, images, *batches, config)
+
+    def draw() -> np.ndarray:
+        users = list(train.users[: SHOWN // 2])
+        pipeline = MicroDopplerPipeline(codec, prior, **_generator(run))
+        made = pipeline(users, 2, run.settings["seed"], output_type="pt", conditions=run.conditions[:1]).images
+        return _tiles([[train.of_user(user).images[0] for user in users], made[::2], made[1::2]], train.colormap)
+
+    return Stage(run, "prior", prior, codec, images, *batches, config, draw)
 
 
-def train_stage(stage: Stage) -> list[dict]:
-    """Train a stage's model on all GPUs, or continue; returns the history, see `mdlib.training.fit.fit_stages`.
+def train_stage(stage: Stage, show: Callable[[Path], None] | None = None) -> list[dict]:
+    """Train a stage's model on all GPUs, or continue; returns the history, see `mdlib.training.fit.fit_stages`. It is
+    empty for the finished codec of another run.
 
     With several GPUs a process for each trains on its part of every batch; the caller waits and then has the trained
     weights in its model. RuntimeError: one of the processes failed; SystemExit: the session's time is up.
+
+    show: called with the newest preview, a PNG file in samples/ of the run folder.
     """
-    number, words = processes(), (stage.run.path.resolve(), stage.name, stage.config.max_minutes)
+    run, number = stage.run, processes()
+    if stage.name == "codec" and run.finished_codec:
+        return []
+    words = (run.path.resolve(), stage.name, stage.config.max_minutes)
+    samples, every = run.path / "samples", run.settings["preview_every"]
+
+    def preview(_, step: int) -> np.ndarray:
+        picture, number = stage.draw(), sum(run.earlier.get(stage.name, [])) + step
+        with whole_file(file := samples / f"{stage.name}-{number:06}.png") as path:
+            Image.fromarray(picture).save(path, format="PNG")
+        if show:
+            show(file)
+        return picture
+
+    def show_newest() -> None:
+        if show and (files := sorted(samples.glob(f"{stage.name}-*.png"))):
+            show(files[-1])
+
     return fit_stages(
         stage.model,
         stage.data,
         stage.config,
-        stage.run.path / stage.name,
+        run.path / stage.name,
         held_out=stage.held_out,
         name=stage.name,
-        launch=(lambda: launch(number, "mdlib.experiments.steps", *words)) if number > 1 else None,
+        launch=(lambda: launch(number, "mdlib.experiments.steps", *words, on_line=show_newest)) if number > 1 else None,
+        preview=preview if every else None,
+        preview_every=every,
         **stage.options,
     )
+
+
+def _tiles(rows: list, colormap: str) -> np.ndarray:
+    """Rows of windows (C, H, W) as one picture, uint8 (H, W, 3)."""
+    show = lambda window: plots.picture(window if window.dtype == torch.uint8 else window.float(), colormap)
+    return np.vstack([np.hstack([show(window) for window in row]) for row in rows])
+
+
+def _generator(run: Run) -> dict:
+    """What a pipeline knows of its run."""
+    return dict(users=run.parts["train"].users, conditions=run.conditions, sampling=run.preset.sampling)
 
 
 def _enlarged(run: Run, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -128,11 +183,39 @@ def _frozen_networks(run: Run, images: torch.Tensor, labels: torch.Tensor) -> di
     return networks
 
 
-def save_codec(run: Run, codec) -> None:
-    """Write the trained codec to the run folder, and next to it the weights of its losses."""
+def save_codec(stage: Stage) -> None:
+    """Calibrate the trained codec on the training windows and write it to the run folder, next to the weights of its
+    losses. The finished codec of another run is written as it is."""
+    run, codec, train = stage.run, stage.codec, stage.run.parts["train"]
+    if not run.finished_codec:
+        codec.calibrate(to_float(train.images), train.labels)
     codec.save_pretrained(run.path / "codec")
     with whole_file(run.path / "codec" / "losses.safetensors") as path:
         save_file({key: value.contiguous() for key, value in codec.losses.state_dict().items()}, path)
+
+
+def save_pipeline(stage: Stage, classifier: torch.nn.Module | None = None) -> MicroDopplerPipeline:
+    """Write the run's generator, of a trained prior stage, to pipeline/, and return it. Where the prior ends with its
+    best weights, the last ones are written as well, as the variant `LAST` of diffusers."""
+    run, prior, train = stage.run, stage.model, stage.run.parts["train"]
+    pipeline = MicroDopplerPipeline(
+        stage.codec.to(prior.device),
+        prior,
+        classifier,
+        **_generator(run),
+        colormap=train.colormap,
+        output_size=run.output_size,
+        trained_on=run.trained_on,
+        speckle=fitted_speckle(stage.codec, train),
+        weights="best" if run.ends_with_best else LAST,
+    )
+    pipeline.save_pretrained(run.path / "pipeline")
+    if run.ends_with_best:
+        state = State(prior, stage.config, run.path / "prior")  # as the last step left it
+        state.swap_average()
+        prior.save_pretrained(run.path / "pipeline" / "prior", variant=LAST)
+        state.load_final_weights()
+    return pipeline
 
 
 def attach_trained_losses(run: Run, codec) -> None:

@@ -41,7 +41,8 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         window: w in latent positions.
         head_dim: channels of an attention head.
         prediction: what the network predicts, "epsilon" or "v_prediction".
-        schedule: of the noise, "squaredcos_cap_v2", "linear" or "scaled_linear".
+        schedule: of the noise, "squaredcos_cap_v2" (also called "cosine", Nichol and Dhariwal 2021), "linear" or
+            "scaled_linear".
         num_train_timesteps: T.
         min_snr_gamma: γ of the Min-SNR weights (Hang et al. 2023).
     """
@@ -69,6 +70,9 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         super().__init__()
         check_choice("attention", attention, ("full", "window_axial", "none"))
         check_choice("prediction", prediction, ("epsilon", "v_prediction"))
+        if schedule == "cosine":
+            schedule = "squaredcos_cap_v2"
+            self.register_to_config(schedule=schedule)  # earlier versions load it too
         check_choice("schedule", schedule, tuple(SCHEDULES))
         if prediction == "epsilon" and schedule == "squaredcos_cap_v2":
             # At the end of this schedule α is 5e-5: the estimate of x_0 would be the network's error times 20,000.

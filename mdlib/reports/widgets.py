@@ -80,6 +80,16 @@ def _display(figures: list, view: Callable[[], ipywidgets.VBox]) -> None:
     display(shown | {"image/png": b64encode(plots.to_png(*figures)).decode()}, raw=True)
 
 
+def live_picture() -> Callable[[Path], None] | None:
+    """Show a picture that changes in place; returns the function that takes its next file. None in a batch run, whose
+    page would grow, and without ipywidgets."""
+    if batch_run() or ipywidgets is None:
+        return None
+    image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
+    display(image)
+    return lambda file: setattr(image, "value", file.read_bytes())
+
+
 def _attempt(line: ipywidgets.HTML, action: Callable[[], str | None]) -> bool:
     """Run an action and write what it returns, or its error, on the line; whether it succeeded."""
     try:

@@ -202,6 +202,7 @@ def get_preset(
 
     Args:
         name: a size (smoke, demo, base, ...), a machine (size base on it), size@machine, or auto.
+        codec_steps: -1 for a codec that is not trained, see `mdlib.experiments.settings.RunSettings`.
         init: a pipeline trained on other people from which both models start (fewer and smaller steps), or "none".
         the others: see `mdlib.experiments.settings.RunSettings`. DataError where one cannot be used.
     """
@@ -233,7 +234,7 @@ def get_preset(
     if variants >= 0:
         table["variants"] = variants
     for part, model, steps, options in (
-        ("codec", kind, codec_steps, codec_options),
+        ("codec", kind, 0 if codec_steps == -1 else codec_steps, codec_options),
         ("prior", known.prior, prior_steps, prior_options),
     ):
         training = table[f"{part}_training"]
@@ -327,6 +328,20 @@ def load_codec(path: str | Path):
     if name not in kinds:
         raise DataError(f"{path} holds no codec: give the codec/ folder of a run")
     return resolve_name(kinds[name]).from_pretrained(path)
+
+
+def check_same(codec, folder: str | Path) -> None:
+    """DataError unless the codec of `folder` has the class and the configuration of `codec`."""
+    found = load_codec(folder)
+    if type(found) is not type(codec):
+        raise DataError(f"{folder} holds a {type(found).__name__}, this run's codec is a {type(codec).__name__}")
+    pairs = {key: json.loads(json.dumps([found.config.get(key), own])) for key, own in codec.config.items()}
+    differ = [
+        f"{key} {one} (here {own})" for key, (one, own) in pairs.items() if one != own and not key.startswith("_")
+    ]
+    if differ:
+        advice = "give preset, channels and codec_options of the run that trained it"
+        raise DataError(f"the codec in {folder} differs from this run's in {', '.join(differ)}: {advice}")
 
 
 def start(model, source: str | Path, other_users: bool = False) -> None:

@@ -6,10 +6,14 @@ SMALL = dict(
     block_out_channels=(48, 96), norm_num_groups=8, head_dim=16, label_dropout=0.15, attention="window_axial", window=4
 )
 
+CODEC = dict(patch_size=(2, 2), block_out_channels=(64, 128, 256), num_codes=256, code_dim=8)
+UNET = dict(layers_per_block=2, norm_num_groups=32, head_dim=64, dropout=0.1, attention="window_axial", window=4)
+SAMPLING = dict(guidance_scale=1.5, num_inference_steps=20)
+
 DEMO = dict(
     codec=dict(patch_size=(4, 4), block_out_channels=(64, 128), num_codes=256, code_dim=8),
     prior=SMALL,
-    sampling=dict(guidance_scale=1.5, num_inference_steps=20),
+    sampling=SAMPLING,
     images_per_user=30,
 )
 
@@ -25,11 +29,14 @@ SYSTEM = System(
         ),
         "demo": DEMO | dict(prior_training=dict(steps=1500, ema_decay=0.99)),
         "demo-long": DEMO | dict(prior_training=dict(steps=6000, ema_decay=0.998)),
-        "base": dict(
-            codec=dict(patch_size=(2, 2), block_out_channels=(64, 128, 256), num_codes=256, code_dim=8),
-            prior=dict(block_out_channels=(128, 256, 384), layers_per_block=2, norm_num_groups=32, head_dim=64)
-            | dict(dropout=0.1, attention="window_axial", window=4),
-            sampling=dict(guidance_scale=1.5, num_inference_steps=20),
+        "base": dict(codec=CODEC, prior=UNET | dict(block_out_channels=(128, 256, 384)), sampling=SAMPLING),
+        # 16 heads at the widest level, by head_dim. The batch is that of one step: accumulated batches of four.
+        "large": dict(
+            codec=CODEC | dict(image_size=256),
+            codec_training=dict(batch_size=16),
+            prior=UNET | dict(block_out_channels=(256, 512, 768, 1024), gradient_checkpointing=True),
+            prior_training=dict(batch_size=4, accumulation=8, learning_rate=1e-4),
+            sampling=SAMPLING,
         ),
     },
     base_on={"gpu-6gb": dict(codec=dict(num_codes=128))},

@@ -35,10 +35,11 @@ def check_batch(size: int) -> None:
         )
 
 
-def launch(number: int, module: str, *arguments) -> None:
+def launch(number: int, module: str, *arguments, on_line: Callable[[], None] | None = None) -> None:
     """Run `python -m module arguments` in `number` processes that train together, by Accelerate's launcher, and print
-    their lines as they come. The processes end with this call, however it ends. RuntimeError if one fails, with the
-    exit code and why: the first line that starts with ERROR, or else the last one."""
+    their lines as they come, `on_line` called after each. The processes end with this call, however it ends.
+    RuntimeError if one fails, with the exit code and why: the first line that starts with ERROR, or else the last one.
+    """
     torch.cuda.empty_cache()  # memory cached here would be missing in the process that trains on this GPU
     # What the launcher would otherwise read from a configuration file or warn of; TrainConfig's precision counts.
     options = dict(gpu_ids="all", num_processes=number, num_machines=1, machine_rank=0, mixed_precision="no")
@@ -62,6 +63,8 @@ def launch(number: int, module: str, *arguments) -> None:
             for line in map(str.rstrip, started.stdout):
                 if line:
                     print(line, flush=True)
+                if on_line:
+                    on_line()
                 if line.startswith(ERROR):
                     why = why or line.removeprefix(ERROR)
                 if any(map(str.isalpha, line)):  # the launcher ends with a rule

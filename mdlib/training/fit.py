@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mdlib.models.layers import all_mean, rank, world
@@ -60,7 +61,8 @@ def fit(
     *,
     held_out: Batches | None = None,
     evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
-    preview: Callable[[torch.nn.Module, int], None] | None = None,
+    preview: Callable[[torch.nn.Module, int], np.ndarray | None] | None = None,
+    preview_every: int = 1,
     name: str = "model",
     progress: bool = True,
     launch: Callable[[], None] | None = None,
@@ -79,7 +81,10 @@ def fit(
             with the same folder and batch_size × processes, `fit` resumes; a finished run returns at once.
         held_out: its mean loss decides which weights are best and when to stop early.
         evaluate: returns further figures of the model (in eval mode, averaged weights) for the history.
-        preview: called as preview(model, step) at each evaluation.
+        preview: called as preview(model, step) at evaluations, in the precision of training; the picture that it
+            returns, uint8 (H, W, 3) or None, goes to TensorBoard.
+        preview_every: optimizer steps between previews: they come with the first evaluation at or after each multiple,
+            and with the last evaluation.
         launch: trains in other processes that call `fit` with this `run_dir` and global batch. Called if anything is
             left to train; this process then loads their checkpoint.
 
@@ -119,7 +124,10 @@ def fit(
                     if evaluates or saves or len(losses) >= 20:
                         _require_finite(losses, state, name)
                     if evaluates:
-                        shown.set_postfix(_evaluate(state, logs, held_out, evaluate, preview, log), refresh=False)
+                        # Without memory of earlier ones: a resumed training shows the same previews.
+                        due = preview and (not state.unfinished or state.step % preview_every < config.evaluate_every)
+                        row = _evaluate(state, logs, held_out, evaluate, preview if due else None, log)
+                        shown.set_postfix(row, refresh=False)
                         model.train()
                     if state.run_dir and (saves or state.stopped):
                         on_first(state.save)
@@ -212,6 +220,7 @@ def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str,
     row |= zip(logs, all_mean(torch.stack(values)).tolist(), strict=True) if logs else {}
 
     def measure() -> tuple:
+        picture = None
         state.model.eval()
         state.swap_average()
         with torch.no_grad():
@@ -221,12 +230,13 @@ def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str,
             if evaluate:
                 row.update(evaluate(state.model))
             if preview:
-                preview(state.model, state.step)
+                with state.autocast:
+                    picture = preview(state.model, state.step)
         state.history.append(row)
         state.swap_average()
         if state.run_dir:
             write_history(state.history, state.run_dir / "history.csv")
-        log(row)
+        log(row, picture)
         return state.history, state.best, state.stale, state.stopped
 
     state.history, state.best, state.stale, state.stopped = on_first(measure)
@@ -249,8 +259,8 @@ def _held_out_logs(state: State, held_out: Batches) -> dict[str, float]:
 
 @contextmanager
 def _tensorboard(run_dir: Path | None):
-    """`with` a function that writes a row of the history to TensorBoard. Where that is missing or broken, or the
-    TensorFlow that it imports, training goes on without."""
+    """`with` a function that writes a row of the history, and a picture or None, to TensorBoard. Where that is missing
+    or broken, or the TensorFlow that it imports, training goes on without."""
     with ExitStack() as opened:
 
         @cache  # called for the first row: without one there is no folder
@@ -260,9 +270,13 @@ def _tensorboard(run_dir: Path | None):
 
                 return opened.enter_context(SummaryWriter(run_dir / "tensorboard"))
 
-        def log(row: dict) -> None:
-            for key in row.keys() - {"step"} if run_dir and writer() else ():
+        def log(row: dict, picture: np.ndarray | None) -> None:
+            if not run_dir or not writer():
+                return
+            for key in row.keys() - {"step"}:
                 writer().add_scalar(key, row[key], row["step"])
+            if picture is not None:
+                writer().add_image("preview", picture, row["step"], dataformats="HWC")
 
         yield log
 
@@ -297,6 +311,7 @@ def fit_stages(
     config: TrainConfig,
     run_dir: str | Path,
     stages: tuple[tuple[float, dict], ...] = (),
+    preview: Callable[[torch.nn.Module, int], np.ndarray | None] | None = None,
     **options,
 ) -> list[dict]:
     """`fit`, stage after stage; without stages one `fit` in `run_dir`. Returns the joined history.
@@ -306,7 +321,7 @@ def fit_stages(
     fraction and what earlier ones left; once they are spent no further stage starts.
     """
     if not stages:
-        return fit(model, data, config, run_dir, **options)
+        return fit(model, data, config, run_dir, preview=preview, **options)
     run_dir, history, before = Path(run_dir), [], {"step": 0, "seconds": 0.0}
     for number, (fraction, changes) in enumerate(stages, 1):
         until = sum(part for part, _ in stages[:number]) / sum(part for part, _ in stages)
@@ -319,7 +334,8 @@ def fit_stages(
         steps = max(1, round(fraction * config.steps))
         warmup = min(config.warmup_steps, max(1, steps // 10))
         part = replace(config, steps=steps, warmup_steps=warmup, max_minutes=left)
-        rows = fit(model, data, part, run_dir / f"stage-{number}", **options)
+        shown = preview and (lambda model, step, first=before["step"]: preview(model, first + step))
+        rows = fit(model, data, part, run_dir / f"stage-{number}", preview=shown, **options)
         history += [row | {key: row[key] + before[key] for key in before} for row in rows]
         before = {key: history[-1][key] for key in before}
     on_first(lambda: write_history(history, run_dir / "history.csv"))

@@ -13,7 +13,7 @@ from mdlib.experiments.run import open_run
 from mdlib.experiments.steps import attach_trained_losses, codec_stage, prior_stage, save_codec, train_stage
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.systems import load_codec
-from mdlib.utils import read_history, readable, to_float
+from mdlib.utils import read_history, readable
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,7 @@ def trained(tmp_path_factory):
     run = open_run(folder / "run", data=str(people), preset="smoke", system="vae-diffusion")
     stage = codec_stage(run)
     train_stage(stage)
-    stage.codec.calibrate(to_float(run.parts["train"].images), run.parts["train"].labels)
-    save_codec(run, stage.codec)
+    save_codec(stage)
     stage = prior_stage(run)
     train_stage(stage)
     MicroDopplerPipeline(stage.codec, stage.model, users=[1, 2]).save_pretrained(run.path / "pipeline")

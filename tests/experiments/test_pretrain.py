@@ -70,7 +70,7 @@ def test_a_run_starts_from_the_weights_that_come_along(system, shipped, windows,
     assert all(torch.equal(own[name], tensor) for name, tensor in known.items())
     assert all(parameter.dtype == torch.float32 for parameter in stage.model.parameters())
     train_stage(stage)
-    save_codec(run, stage.model)
+    save_codec(stage)
     stage, table = prior_stage(run), load_pipeline(shipped / system).prior.float().users.weight
     torch.testing.assert_close(stage.model.users.weight, torch.stack([table[0], table[0], table[1]]))
     assert train_stage(stage)[-1]["step"] == run.preset.prior_training.steps

@@ -212,10 +212,10 @@ def test_a_process_for_each_gpu_and_none_within_a_launched_one(gpus, launched_al
         monkeypatch.setenv("WORLD_SIZE", "2")
     assert distributed.processes() == number
     started = []
-    monkeypatch.setattr(steps, "launch", lambda *words: started.append(words))
+    monkeypatch.setattr(steps, "launch", lambda *words, on_line: started.append(words))
     monkeypatch.setattr(steps, "fit_stages", lambda *arguments, launch, **options: launch and launch())
     stage = SimpleNamespace(
-        run=SimpleNamespace(path=tmp_path),
+        run=SimpleNamespace(path=tmp_path, settings={"preview_every": 0}),
         name="prior",
         model=None,
         data=None,

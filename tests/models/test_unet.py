@@ -42,6 +42,15 @@ def test_the_loss_is_the_weighted_error(schedule, prediction):
     torch.testing.assert_close(logs["denoising_mse"].double(), (error**2).mean().double(), rtol=1e-3, atol=0)
 
 
+def test_cosine_is_another_name_of_a_schedule(tmp_path):
+    small_unet(schedule="cosine").save_pretrained(tmp_path)
+    loaded = LatentDiffusion.from_pretrained(tmp_path)
+    assert loaded.config.schedule == "squaredcos_cap_v2", "as earlier versions know it"
+    assert torch.equal(loaded.alphas_cumprod, small_unet(schedule="squaredcos_cap_v2").alphas_cumprod)
+    with pytest.raises(ValueError, match="prediction epsilon fails at the end of squaredcos_cap_v2"):
+        small_unet(schedule="cosine", prediction="epsilon")
+
+
 def reference(name: str, prediction: str, schedule: str):
     options = dict(
         num_train_timesteps=1000,
@@ -125,7 +134,7 @@ def test_few_steps_draw_what_a_thousand_draw(ancestral, prediction, scheduler, s
     [
         (dict(attention="linear"), "attention must be one of full, window_axial, none, got 'linear'"),
         (dict(prediction="x0"), "prediction must be one of epsilon, v_prediction, got 'x0'"),
-        (dict(schedule="cosine"), "schedule must be one of squaredcos_cap_v2, linear, scaled_linear, got 'cosine'"),
+        (dict(schedule="sigmoid"), "schedule must be one of squaredcos_cap_v2, linear, scaled_linear, got 'sigmoid'"),
         (dict(latent_shape=(3, 8, 6), block_out_channels=(8, 8, 8)), r"latents of \(8, 6\) cannot be halved 2 times"),
     ],
 )

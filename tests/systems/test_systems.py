@@ -57,6 +57,11 @@ def test_the_latent_diffusion_system_keeps_its_promises():
             codec = make_codec(chosen)
         assert codec.config.num_codes <= 256 and preset.prior["attention"] == "window_axial"
         assert codec.token_shape == (preset.image_size // 8, preset.image_size // 8), "three halvings"
+    large = get_preset("vqvae-ldm", "large")
+    with torch.device("meta"):
+        unet = make_prior("vqvae-ldm", large, make_codec(large), num_users=31).unet
+    assert large.image_size == 256 and unet.config.block_out_channels == (256, 512, 768, 1024)
+    assert unet.mid_block.attentions[0].time.heads == 16
 
 
 def test_a_system_takes_the_other_kind_of_codec_at_the_same_grid():

@@ -386,7 +386,7 @@ def test_stages_follow_one_another_and_are_resumed_where_they_stopped(tmp_path):
         pass
 
     def stop(model, step):
-        if model.factor == 2 and step == 3:
+        if model.factor == 2 and step == 11:
             raise Stop
 
     whole, history = train("whole")

@@ -1,0 +1,65 @@
+"""What pictures while training cost: seconds of one, of a step, and the fraction at the default of `preview_every`.
+
+    python benchmarks/previews.py --data FOLDER [--systems vae-diffusion] [--parts prior] [--steps 200]
+
+Trains codec and prior of a run on real windows by `train_stage`, with a picture at the end. CPU time of the process, so
+that other programs hardly change it; wall time where there is a GPU.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from mdlib.experiments import steps
+from mdlib.experiments.run import open_run
+from mdlib.experiments.settings import defaults
+from mdlib.systems import make_codec
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--systems", default="vae-diffusion,vqvae-transformer")
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--parts", default="codec,prior", help="prior alone: over a codec that is not trained")
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    given = parser.parse_args()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    train, spent, every = steps.fit_stages, [], defaults()["preview_every"]
+
+    def timed(*arguments, preview, **options):
+        def measured(*words):
+            started = clock()
+            picture = preview(*words)
+            spent.append(clock() - started)
+            return picture
+
+        return train(*arguments, preview=measured, **options)
+
+    steps.fit_stages = timed
+    print(f"| system | training | ms a step | ms a picture | one picture in {every} steps |\n|---|---|--:|--:|--:|")
+    for system in given.systems.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            settings = dict(codec_steps=given.steps, prior_steps=given.steps, init="none", preset=given.preset)
+            run = open_run(Path(folder) / system, data=given.data, system=system, **settings)
+            if given.parts == "prior":
+                make_codec(run.preset, 1).save_pretrained(run.path / "codec")
+            for part in given.parts.split(","):
+                stage = {"codec": steps.codec_stage, "prior": steps.prior_stage}[part](run)
+                spent.clear()
+                started = clock()
+                steps.train_stage(stage)
+                step = (clock() - started - sum(spent)) / given.steps
+                picture = sum(spent) / len(spent)
+                fraction = picture / (picture + every * step)
+                row = f"{1e3 * step:.0f} | {1e3 * picture:.0f} | {fraction:.2%} of the time"
+                print(f"| {system} | {stage.name} | {row} |", flush=True)
+                if stage.name == "codec":
+                    steps.save_codec(stage)
+
+
+if __name__ == "__main__":
+    main()
