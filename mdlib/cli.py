@@ -139,6 +139,14 @@ def pretrain(
 
 
 @app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="vavae, lightningdit, dinov2, inception, lpips; others: docs/kaggle.md")],
+):
+    """Download published weights to where mdlib reads them, and verify them."""
+    mdlib.fetch_weights(name)
+
+
+@app.command()
 def compare(
     data: Data,
     out: Annotated[Path, typer.Option(help="folder of the comparison, with a run for each system")],
