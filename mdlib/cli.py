@@ -202,7 +202,7 @@ def generate(
     option: Annotated[
         list[str], typer.Option("--option", "-o", help="NAME=VALUE of the prior's sampling, or speckle=false")
     ] = [],  # noqa: B006
-    grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, a row for each user")] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, ten windows in a row")] = False,
 ):
     """Generate windows of given users into ID_k/ folders with a manifest."""
     options = dict(map(pair, option))

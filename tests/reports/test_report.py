@@ -210,9 +210,17 @@ def test_generated_users_without_real_windows_are_refused(tmp_path):
         load_generated(tmp_path, windows(2, 0))
 
 
-def test_a_contact_sheet_says_how_many_windows_it_leaves_out(tmp_path):
+def test_a_contact_sheet_shows_all_windows_or_says_how_many(tmp_path, monkeypatch):
     from PIL import Image
 
-    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
-    sheet = plots.contact_sheet(tmp_path, [{"path": "x.png", "user": user} for user in (3, 3, *[7] * 12)])
-    assert [axis.get_ylabel() for axis in sheet.axes if axis.get_ylabel()] == ["ID_3", "ID_7, 10 of 12"]
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "x.png")
+    rows = [{"path": "x.png", "user": user} for user in (3, 3, *[7] * 12)]
+
+    def sheet():
+        (axis,) = plots.contact_sheet(tmp_path, rows).axes
+        blue = (axis.images[0].get_array() == (0, 0, 255)).all(-1)
+        return [label.get_text() for label in axis.get_yticklabels()], blue.sum() / 155**2
+
+    assert sheet() == (["ID_3", "ID_7"], 14)
+    monkeypatch.setattr(plots, "SHEET_ROWS", 2)
+    assert sheet() == (["ID_3", "ID_7, 10 of 12"], 12)
