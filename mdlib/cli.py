@@ -83,12 +83,13 @@ def split(
     test: float = 0.25,
     gap: Annotated[int, typer.Option(help="windows between the parts")] = 4,
     windows_per_user: Annotated[int, typer.Option(help="training windows of each user; 0 takes all")] = 0,
+    folders: Annotated[str, typer.Option(help="new folder for copies of the windows, in train/ val/ test/")] = "",
     colormap: Colormap = "auto",
     crop: Crop = "none",
     order: Order = "number",
 ):
     """Split by recording and time, so that no windows of different parts overlap."""
-    options = dict(val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
+    options = dict(val=val, test=test, gap=gap, windows_per_user=windows_per_user or None, folders=folders)
     parts = mdlib.split_folder(data, out, dict(colormap=colormap, crop=crop, order=order), **options)
     print(f"{out}: {count(len(parts['users']), 'user')}, {mdlib.split_summary(parts)}")
 
@@ -250,13 +251,16 @@ def validate(
     ] = "auto",
     counts: Annotated[str, typer.Option(help="generated windows of each user: the gain with 5,10,25 too")] = "",
     keep: Annotated[str, typer.Option(help="fractions of them: the gain with 0.5,0.25 by each filter")] = "",
+    user: Annotated[int | None, typer.Option(help="also write the page of this user, report-user-3.html for 3")] = None,
 ):
     """Evaluate generated windows against real ones the generator was not trained on."""
     _exist(real, generated, split, *([pipeline] if pipeline else []))
     protocol = dict(evaluation_steps=evaluation_steps, seeds=seeds, reference=reference, backbone=backbone)
     protocol |= dict(keep=_numbers("keep", keep, float), counts=_numbers("counts", counts, int) or None)
-    report = mdlib.validate_folders(real, generated, split, out, size, pipeline, channels, colormap, crop, **protocol)
-    print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
+    how = dict(size=size, pipeline=pipeline, channels=channels, colormap=colormap, crop=crop, user=user)
+    report = mdlib.validate_folders(real, generated, split, out, **how, **protocol)
+    pages = [out / "report.html", *([] if user is None else [out / f"report-user-{user}.html"])]
+    print("\n".join([*map(str, pages), report["verdict"]["sentence"]]))
 
 
 @app.command()
