@@ -22,8 +22,8 @@ def write_user(report: dict, evidence: Evidence, user: int, out: str | Path) -> 
     shown = {f"windows {k}": figure for k, figure in enumerate(_windows(evidence, user))}
     row = report["users"].index(user)
     names = tuple(name for name in GAIT if name in found["physics"])
-    own = {key: f"{key}_spread" for key in ("unseen", "generated")}
-    spreads = {name: {**physics[name], **{key: [physics[name][key][row]] for key in own.values()}} for name in names}
+    keys = ("unseen_spread", "generated_spread")
+    spreads = {name: {**physics[name], **{key: [physics[name][key][row]] for key in keys}} for name in names}
     if names:
         shown["spreads"] = charts.user_spreads(spreads, [user], names)
     write_page(found, out, f"report-user-{user}", shown, template="user")
@@ -39,9 +39,9 @@ def of_user(report: dict, user: int) -> dict:
     gait = {}
     for name, one in report["physics"].items():
         if "generated_means" in one and one["per_user"][row] is not None:
-            values = dict(real=one["unseen_means"][row], generated=one["generated_means"][row])
-            gait[name] = {**describe("physics", name), **values, "distance": one["per_user"][row]}
-            gait[name] |= {"unit": one["unit"], "all": one["value"]}
+            means = dict(real=one["unseen_means"][row], generated=one["generated_means"][row])
+            label, unit = describe("physics", name)["label"], one["unit"]
+            gait[name] = dict(label=label, unit=unit, **means, distance=one["per_user"][row], all=one["value"])
     of = lambda section, name: report[section][name]["value"]
     return {
         **{key: report[key] for key in ("mdlib", "created")},
