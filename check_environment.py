@@ -267,8 +267,7 @@ def check_files(online: bool):
         detail, remedy = f"{', '.join(damaged)}: incomplete", "delete the file"
     elif not there:
         detail = "none on disk"
-        remedy = f"put {LPIPS_BACKBONES[0]} (5 MB) into {folder}, on Kaggle attach it"
-        remedy = "LPIPS downloads them at first use" if online else remedy
+        remedy = "LPIPS downloads them at first use" if online else f"put {LPIPS_BACKBONES[0]} (5 MB) into {folder}"
     yield row("lpips weights", detail, remedy, "download")
     choose = "choose by the notebooks' parameter data; for conditions give the folder above"
     inputs = (("data", "ID_[0-9]*/", choose), ("wheelhouse", setup.WHEELHOUSE_MARKER, "choose one with --wheelhouse"))
