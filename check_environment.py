@@ -28,8 +28,8 @@ LEAST_DISK, LEAST_MEMORY, LEAST_CORES, LEAST_SHARED = 5 * GIB, 6 * GIB, 2, GIB /
 WORKING = Path("/kaggle/working")
 KAGGLE_OUTPUT, KAGGLE_HOURS = 20 * GIB, 12
 # The machines of the presets: GPU name, at least this number of GPUs, each with at least this memory in MiB.
-EXPECTED = {"cpu": ("", 0, 0), "gpu": ("", 1, 0), "t4x2": ("T4", 2, 0), "p100": ("P100", 1, 0)}
-EXPECTED.update({"gpu-6gb": ("", 1, 5500), "gpu-8gb": ("", 1, 7500), "gpu-16gb": ("", 1, 14500)})
+EXPECTED = {"cpu": ("", 0, 0), "gpu": ("", 1, 0), "p100": ("P100", 1, 0), "t4": ("T4", 1, 0)}
+EXPECTED.update({"t4x2": ("T4", 2, 0), "gpu-6gb": ("", 1, 5500), "gpu-8gb": ("", 1, 7500), "gpu-16gb": ("", 1, 14500)})
 CAUSES = {
     "kernels": "a build of torch has kernels for some GPUs only: on the others the first sum fails",
     "replaced": "a later pip install replaced torch, or added parts of a second CUDA",

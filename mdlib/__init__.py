@@ -18,6 +18,7 @@ _HOME = {
     "contact_sheet": "reports.plots",
     "evaluate": "evaluation.protocol",
     "execute": "experiments.execute",
+    "fetch_weights": "models.fetch",
     "find_windows": "data.files",
     "fit": "training.fit",
     "get_preset": "systems",

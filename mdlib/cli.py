@@ -11,8 +11,8 @@ import typer
 from typer.core import TyperGroup
 
 import mdlib
-from mdlib.experiments.settings import check_names, check_request, options_page, order_of
-from mdlib.utils import count, failed_import, read_json
+from mdlib.experiments.settings import check_names, check_request, check_type, options_page, order_of, read_record
+from mdlib.utils import count, failed_import, read_json, use_gpus
 
 
 class Commands(TyperGroup):
@@ -41,6 +41,8 @@ Colormap = Annotated[str, typer.Option(help="of the real images: auto or a name 
 Crop = Annotated[str, typer.Option(help="of the real images: none, auto or left,top,right,bottom in pixels")]
 Order = Annotated[str, typer.Option(help="of windows in time: number (in the names), name or time")]
 PresetName = Annotated[str, typer.Option(help="auto (by the GPU), a size, a machine or size@machine")]
+Devices = Annotated[int, typer.Option(min=0, help="how many GPUs train, the first of the visible ones; 0: all")]
+Precision = Annotated[str, typer.Option(help="of codec and prior: fp16, bf16, no or auto; the preset's when left out")]
 Parameters = Annotated[list[str], typer.Option("--parameter", "-p", help="NAME=VALUE, see docs/options.md")]
 
 
@@ -81,12 +83,13 @@ def split(
     test: float = 0.25,
     gap: Annotated[int, typer.Option(help="windows between the parts")] = 4,
     windows_per_user: Annotated[int, typer.Option(help="training windows of each user; 0 takes all")] = 0,
+    folders: Annotated[str, typer.Option(help="new folder for copies of the windows, in train/ val/ test/")] = "",
     colormap: Colormap = "auto",
     crop: Crop = "none",
     order: Order = "number",
 ):
     """Split by recording and time, so that no windows of different parts overlap."""
-    options = dict(val=val, test=test, gap=gap, windows_per_user=windows_per_user or None)
+    options = dict(val=val, test=test, gap=gap, windows_per_user=windows_per_user or None, folders=folders)
     parts = mdlib.split_folder(data, out, dict(colormap=colormap, crop=crop, order=order), **options)
     print(f"{out}: {count(len(parts['users']), 'user')}, {mdlib.split_summary(parts)}")
 
@@ -103,10 +106,14 @@ def run(
     first: Annotated[str, typer.Option("--from", help="first notebook (03); runs again from there")] = "",
     last: Annotated[str, typer.Option("--to", help="last notebook (06)")] = "",
     extend: Annotated[bool, typer.Option("--extend", help="train on to more codec_steps or prior_steps")] = False,
+    devices: Devices = 0,
+    precision: Precision = "",
 ):
     """Run the notebooks of a system on a data folder, up to report.html; a second call continues."""
-    given, parameters = dict(data=str(data or ""), system=system, preset=preset), dict(map(pair, parameter))
+    given = dict(data=str(data or ""), system=system, preset=preset)
+    parameters = _parameters(parameter, precision, read_record(out)["settings"])
     check_request(out, parameters, first, last, **given)
+    use_gpus(devices)
     mdlib.execute(out, parameters, first, last, extend, **given)
     report = out / "report.json"
     if report.exists():
@@ -124,10 +131,20 @@ def pretrain(
     seed: Annotated[
         int, typer.Option(min=0, help="of the people: another one than that of your own simulations")
     ] = 22000,
+    devices: Devices = 0,
 ):
     """Pretrain the weights from which runs start (init) on simulated people; a second call continues."""
+    use_gpus(devices)
     weights = mdlib.pretrain(system, out, preset, people, minutes, seed)
     print(f"{weights}: give it as init, attach it on Kaggle, or copy it to mdlib/weights/{system}")
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="vavae, lightningdit, dinov2, inception, lpips; others: docs/kaggle.md")],
+):
+    """Download published weights to where mdlib reads them, and verify them."""
+    mdlib.fetch_weights(name)
 
 
 @app.command()
@@ -139,9 +156,13 @@ def compare(
     budget_minutes: Annotated[float, typer.Option(help="training time of each system; 0: the preset's steps")] = 0.0,
     images_per_user: Annotated[int, typer.Option(help="windows each generates; 0: the most of any preset")] = 0,
     parameter: Parameters = [],  # noqa: B006
+    devices: Devices = 0,
+    precision: Precision = "",
 ):
     """Train and evaluate systems on one split with one budget, up to comparison.html; a second call continues."""
-    chosen = _checked(data, systems if systems != "all" else ",".join(mdlib.SYSTEMS), preset, parameter)
+    chosen = _parameters(parameter, precision)
+    _check(data, systems if systems != "all" else ",".join(mdlib.SYSTEMS), preset, chosen)
+    use_gpus(devices)
     result = mdlib.compare(data, out, systems, preset, budget_minutes, images_per_user, chosen)
     sentences = [answer["sentence"] for answer in result["conclusions"].values() if isinstance(answer, dict)]
     print("\n".join([str(out / "comparison.html"), *sentences]))
@@ -159,9 +180,13 @@ def study(
     windows: Annotated[str, typer.Option(help="training windows of each user, separated by commas")] = "5,10,20,50",
     folds: Annotated[int, typer.Option(help="how many of the 4 folds of cross-validation")] = 1,
     parameter: Parameters = [],  # noqa: B006
+    devices: Devices = 0,
+    precision: Precision = "",
 ):
     """Train and evaluate a system on few and more windows of each user, up to study.html; a second call continues."""
-    numbers, given = _numbers("windows", windows, int), _checked(data, system, preset, parameter)
+    numbers, given = _numbers("windows", windows, int), _parameters(parameter, precision)
+    _check(data, system, preset, given)
+    use_gpus(devices)
     result = mdlib.study(data, out, system, preset, numbers, folds, given)
     print("\n".join([str(out / "study.html"), *(row["verdict"]["sentence"] for row in result["rows"])]))
 
@@ -179,7 +204,7 @@ def generate(
         list[str], typer.Option("--option", "-o", help="NAME=VALUE of the prior's sampling, or speckle=false")
     ] = [],  # noqa: B006
     weights: Annotated[str, typer.Option(help="of the prior: best or last; the run's when left out")] = "",
-    grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, a row for each user")] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, ten windows in a row")] = False,
 ):
     """Generate windows of given users into ID_k/ folders with a manifest."""
     options = dict(map(pair, option))
@@ -228,13 +253,16 @@ def validate(
     ] = "auto",
     counts: Annotated[str, typer.Option(help="generated windows of each user: the gain with 5,10,25 too")] = "",
     keep: Annotated[str, typer.Option(help="fractions of them: the gain with 0.5,0.25 by each filter")] = "",
+    user: Annotated[int | None, typer.Option(help="also write the page of this user, report-user-3.html for 3")] = None,
 ):
     """Evaluate generated windows against real ones the generator was not trained on."""
     _exist(real, generated, split, *([pipeline] if pipeline else []))
     protocol = dict(evaluation_steps=evaluation_steps, seeds=seeds, reference=reference, backbone=backbone)
     protocol |= dict(keep=_numbers("keep", keep, float), counts=_numbers("counts", counts, int) or None)
-    report = mdlib.validate_folders(real, generated, split, out, size, pipeline, channels, colormap, crop, **protocol)
-    print(f"{out / 'report.html'}\n{report['verdict']['sentence']}")
+    how = dict(size=size, pipeline=pipeline, channels=channels, colormap=colormap, crop=crop, user=user)
+    report = mdlib.validate_folders(real, generated, split, out, **how, **protocol)
+    pages = [out / "report.html", *([] if user is None else [out / f"report-user-{user}.html"])]
+    print("\n".join([*map(str, pages), report["verdict"]["sentence"]]))
 
 
 @app.command()
@@ -291,13 +319,24 @@ def pair(text: str) -> tuple[str, object]:
         return key, value
 
 
-def _checked(data: Path, systems: str, preset: str, parameters: list[str]) -> dict:
-    """The parameters of a comparison or study, after its names and folder were checked without torch."""
-    given = dict(map(pair, parameters))
-    mdlib.find_windows(data, order=order_of(given.get("reading", {})))
-    for name in filter(None, map(str.strip, systems.split(","))):
-        check_names(name, preset, given)
+def _parameters(texts: list[str], precision: str, stored: dict | None = None) -> dict:
+    """The parameters of `texts`; a precision joins the options of codec and prior, given ones or else the `stored`."""
+    given = dict(map(pair, texts))
+    if precision not in ("", "fp16", "bf16", "no", "auto"):
+        raise ValueError(f"precision is fp16, bf16, no (float32) or auto, got {precision!r}")
+    for name in ("codec_options", "prior_options") if precision else ():
+        check_type(name, given.get(name, {}), dict)
+        if given.get(name, {}).get("mixed_precision", precision) != precision:
+            raise ValueError(f"precision {precision} contradicts mixed_precision in {name}: give one of the two")
+        given[name] = {**(given.get(name) or (stored or {}).get(name, {})), "mixed_precision": precision}
     return given
+
+
+def _check(data: Path, systems: str, preset: str, parameters: dict) -> None:
+    """Check names and folder of a comparison or study without torch."""
+    mdlib.find_windows(data, order=order_of(parameters.get("reading", {})))
+    for name in filter(None, map(str.strip, systems.split(","))):
+        check_names(name, preset, parameters)
 
 
 def _exist(*paths: Path) -> None:

@@ -201,6 +201,19 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def use_gpus(number: int) -> None:
+    """Hide all GPUs but the first `number` of the visible ones from this process and those that it starts; 0 leaves all
+    visible, and 1 fits a machine without any. DataError where there are fewer. Called before CUDA is used."""
+    import torch  # slow to import
+
+    there = torch.cuda.device_count()
+    if number > max(1, there):
+        raise DataError(f"devices={number}, but torch sees {count(there, 'GPU')}: give at most {max(1, there)}")
+    if number and there:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(there)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:number])
+
+
 def has_deadline() -> bool:
     """Whether the session has a time limit."""
     return bool(os.environ.get(DEADLINE))

@@ -14,6 +14,7 @@ from mdlib.cli import app, pair
 from mdlib.experiments.execute import _check_values
 from mdlib.experiments.run import open_run
 from mdlib.experiments.settings import check_request
+from mdlib.models.fetch import PUBLISHED
 from mdlib.simulation.walker import CONDITIONS
 from mdlib.systems import SYSTEMS, get_preset, make_codec, make_prior
 
@@ -82,6 +83,9 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
     def pretrained(system, out, preset, *rest):
         _pretrained(out / "weights", system, preset)
 
+    def fetched(name):
+        assert name in (*PUBLISHED, "NAME")
+
     def studied(data, out, system, preset, *rest, **options):
         get_preset(system, "demo" if preset == "auto" else preset)
         return {"rows": []}
@@ -92,6 +96,7 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
     monkeypatch.setattr("mdlib.experiments.compare.compare", compared)
     monkeypatch.setattr("mdlib.experiments.study.study", studied)
     monkeypatch.setattr("mdlib.experiments.pretrain.pretrain", pretrained)
+    monkeypatch.setattr("mdlib.models.fetch.fetch_weights", fetched)
     for folder in ("people", "REAL_WINDOWS"):
         write_set(tmp_path / folder, numbers=range(12))
     for needed in re.findall(r"init=(runs/[\w-]+)/pipeline", (ROOT / page).read_text(encoding="utf-8")):

@@ -10,7 +10,7 @@ from pathlib import Path
 from mdlib.data.files import Scan, WindowFile, scan
 from mdlib.data.nearness import SIDE, Neighbours, nearness, neighbours
 from mdlib.data.reading import hashes
-from mdlib.data.splits import NO_PATH, PARTS, STARTS, apply_split, make_split, read_split, write_split
+from mdlib.data.splits import NO_PATH, PARTS, STARTS, apply_split, make_split, read_split, write_folders, write_split
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.utils import DataError, read_json
 
@@ -64,13 +64,21 @@ def check_split(windows: WindowSet, split: dict, found: dict[str, str] | None = 
     return {**split, "hashes": {path: content for path, content in found.items() if path in listed}}
 
 
-def split_folder(root: str | Path, out: str | Path, reading: dict, **options) -> dict:
+def split_folder(root: str | Path, out: str | Path, reading: dict, folders: str | Path = "", **options) -> dict:
     """Split a data folder, check the split and write it to the file `out`; returns the split.
 
-    reading: options of `load_windows`; options: of `make_split`. DataError: see `make_split` and `check_split`.
+    Args:
+        reading: options of `load_windows`.
+        folders: where to write the windows as well, see `write_folders`; "": nowhere.
+        options: of `make_split`.
+
+    Raises:
+        DataError: see `make_split`, `check_split` and `write_folders`.
     """
     windows = load_windows(root, size=SIDE, **reading)
     split = {**check_split(windows, make_split(windows, **options)), "reading": reading}
+    if folders:
+        write_folders(windows, split, folders, reading.get("order", "number"))
     write_split(split, out)
     return split
 

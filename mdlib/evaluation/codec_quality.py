@@ -7,7 +7,7 @@ import torch
 from mdlib.data.windows import WindowSet
 from mdlib.evaluation.metrics import code_counts, psnr, ssim
 from mdlib.models.layers import parts
-from mdlib.models.pretrained import load_lpips, lpips_weights
+from mdlib.models.pretrained import LPIPS_BACKBONES, checkpoint, load_lpips
 from mdlib.training.latents import decode_all, encode_all
 from mdlib.utils import DataError, to_float
 
@@ -77,9 +77,9 @@ def choose_codec(vq: dict, kl: dict) -> dict:
 
 def find_lpips(device: torch.device | str) -> torch.nn.Module:
     """LPIPS; FileNotFoundError where its weights are not on this machine: they are not downloaded for a figure."""
-    weights = lpips_weights("squeeze")
+    weights = checkpoint(LPIPS_BACKBONES["squeeze"])
     if not weights.exists():
-        raise FileNotFoundError(f"{weights.name} is not on this machine")
+        raise FileNotFoundError(f"{weights.name} is not on this machine: python -m mdlib fetch lpips")
     return load_lpips("squeeze").to(device)
 
 

@@ -253,10 +253,12 @@ def memorisation(evidence: Evidence) -> dict:
     test, _ = metrics.nearest_train(evidence.test, evidence.train)
     copies = (generated < torch.quantile(test, COPY_QUANTILE)).double().numpy()
     typical, made, train = test.median().clamp_min(1e-9), evidence.generated.paths, evidence.train.paths
+    per_user = [(user, copies[evidence.generated.labels == k]) for k, user in enumerate(evidence.generated.users)]
     return {
         "nearest_train_ratio": figure(float(generated.median() / typical), len(generated)),
         "copies": bootstrapped(copies, np.arange(len(generated))),
         "copies_expected": COPY_QUANTILE,
+        "per_user": [{"user": user, "n": len(own), "copies": float(own.mean())} for user, own in per_user if len(own)],
         "nearest": [
             {"generated": made[row], "train": train[rows[row]], "ratio": float(generated[row] / typical)}
             for row in generated.argsort()[:PAIRS_SHOWN].tolist()

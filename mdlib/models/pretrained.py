@@ -7,6 +7,7 @@ Legend: B batch, N windows, C image channels, H W pixels, h w grid, D latent cha
 import inspect
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mdlib.models.classifier import SmallCNN
-from mdlib.utils import read_json, readable, to_float
+from mdlib.utils import read_json, readable, to_float, whole_file
 
 INSIDE = ("ema", "model", "state_dict")  # entries of a training's checkpoint that hold weights, best first
 PROJECTION = "losses.alignment.projection.weight"
@@ -47,13 +48,17 @@ INPUTS = Path("/kaggle/input")
 def pretrained_weights(name: str) -> dict[str, Path]:
     """Folders that `mdlib pretrain` wrote for a system, or for "identifier": "attached" to this Kaggle notebook, and
     "shipped" with mdlib, in this order and where they are."""
-    # Depths one by one: "**" would list every image of the attached data.
-    attached = [card for depth in range(6) for card in sorted(INPUTS.glob("*/" * depth + "weights.json"))]
     found = {}
-    for place, cards in dict(attached=attached, shipped=[WEIGHTS / name / "weights.json"]).items():
+    for place, cards in dict(attached=attached("weights.json"), shipped=[WEIGHTS / name / "weights.json"]).items():
         own = [card.parent for card in cards if card.is_file() and read_json(card, "copy it again").get("name") == name]
         found |= {place: own[0]} if own else {}
     return found
+
+
+def attached(file: str) -> list[Path]:
+    """The files of that name in the inputs of this Kaggle notebook."""
+    # Depths one by one: "**" would list every image of the attached data.
+    return [path for depth in range(6) for path in sorted(INPUTS.glob("*/" * depth + file))]
 
 
 def pretrained_backbone(channels: int = 1) -> Path | None:
@@ -242,9 +247,14 @@ LPIPS_BACKBONES = {
 INCEPTION = "inception_v3_google-0cc3c7bd.pth"
 
 
-def lpips_weights(net: str) -> Path:
-    """Path of the weights of an LPIPS backbone, whether they are there or not."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONES[net]
+def checkpoint(file: str) -> Path:
+    """Path of a file of torchvision's weights in torch's cache, whether it is there or not. One that is attached to
+    this Kaggle notebook is copied there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not path.exists() and (found := attached(file)):
+        with whole_file(path) as temporary:
+            shutil.copyfile(found[0], temporary)
+    return path
 
 
 def load_lpips(net: str = "squeeze") -> nn.Module:
@@ -252,7 +262,7 @@ def load_lpips(net: str = "squeeze") -> nn.Module:
     FileNotFoundError if the package is missing, or the backbone is not on disk and cannot be downloaded."""
     if net not in LPIPS_BACKBONES:
         raise ValueError(f"unknown LPIPS net {net!r}: choose one of {', '.join(LPIPS_BACKBONES)}")
-    weights = lpips_weights(net)
+    weights = checkpoint(LPIPS_BACKBONES[net])
     try:
         import lpips
 
@@ -267,7 +277,7 @@ def load_lpips(net: str = "squeeze") -> nn.Module:
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"LPIPS needs {weights.name}, which is not in {weights.parent} and could not be downloaded ({error}): "
-            "put the file there (on Kaggle: attach it and copy it) or set perceptual_weight=0 (codec_options)"
+            "put the file there (on Kaggle: attach it as a data set) or set perceptual_weight=0 (codec_options)"
         ) from error
     return model.eval().requires_grad_(False)
 
@@ -278,9 +288,9 @@ def load_inception() -> nn.Module:
     FileNotFoundError if its weights are not on this machine; they are not downloaded."""
     from torchvision.models import inception_v3
 
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+    weights = checkpoint(INCEPTION)
     if not weights.exists():
-        raise FileNotFoundError(f"{weights.name} is not on this machine")
+        raise FileNotFoundError(f"{weights.name} is not on this machine: python -m mdlib fetch inception")
     network = inception_v3(weights=None, init_weights=False, transform_input=False)
     try:
         network.load_state_dict(load_weights(weights))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
 from pandas import DataFrame
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mdlib.data.colormaps import colorize
 from mdlib.data.windows import WindowSet, to_uint8
@@ -23,6 +23,7 @@ from mdlib.data.windows import WindowSet, to_uint8
 INK, ACCENT, SECOND, THIRD = "#1f2933", "#2463a4", "#c4572e", "#5f8f4e"
 DOTTED = {"color": INK, "linewidth": 0.7, "linestyle": ":"}
 DPI = 120
+SHEET_ROWS = 100  # of a contact sheet, each of ten windows
 
 
 class Picture(Figure):
@@ -137,13 +138,23 @@ def windows(images, titles=None, colormap: str = "jet", columns: int = 8, side: 
 
 
 def contact_sheet(folder: str | Path, rows: list[dict]) -> Figure:
-    """The first ten windows on disk of each user, a row a user. rows: of the manifest in `folder`."""
-    lines = []
-    for user, every in Counter(row["user"] for row in rows).items():
-        paths = [Path(folder) / row["path"] for row in rows if row["user"] == user][:10]
-        name = f"ID_{user}" + (f", 10 of {every}" if every > 10 else "")
-        lines.append((name, [(np.array(Image.open(path).convert("RGB")), "") for path in paths]))
-    return _pictures(lines)
+    """The windows on disk of each user, ten in a row; of very many a user's first ones, as its name says. rows: of the
+    manifest in `folder`."""
+    users, strips, names = Counter(row["user"] for row in rows), [], {}
+    most = 10 * max(1, SHEET_ROWS // len(users))
+    for user, every in users.items():
+        names[len(strips)] = f"ID_{user}" + (f", {most} of {every}" if every > most else "")
+        paths = [Path(folder) / row["path"] for row in rows if row["user"] == user][:most]
+        for start in range(0, len(paths), 10):
+            strip = Image.new("RGB", (1600, 165), "white")
+            for place, path in enumerate(paths[start : start + 10]):
+                strip.paste(ImageOps.contain(Image.open(path).convert("RGB"), (155, 155)), (160 * place, 0))
+            strips.append(np.array(strip))
+    figure, (axis,) = new_figure(14, 1.4 * len(strips) + 0.1)
+    _show(axis, np.vstack(strips))
+    axis.set_yticks([165 * row + 78 for row in names], names.values(), fontsize=8, color=INK)
+    axis.tick_params(length=0)
+    return figure
 
 
 def real_and_generated(real: WindowSet, generated: WindowSet, users: list[int] | None = None, each: int = 4) -> Figure:

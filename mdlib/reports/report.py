@@ -1,13 +1,6 @@
-"""Report, comparison and study as JSON and HTML, and the folders of images that a report is made from.
+"""Report, comparison and study as JSON and HTML, and the folders of images that a report is made from."""
 
-Pages are made by the jinja2 templates in `templates/`. They open offline: style and charts are part of the file.
-"""
-
-import base64
-import json
 from pathlib import Path
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mdlib.data.checks import check_split, seen_beyond, seen_of_test
 from mdlib.data.nearness import SIDE
@@ -20,19 +13,13 @@ from mdlib.evaluation.metrics import absent
 from mdlib.evaluation.protocol import evaluate
 from mdlib.pipeline import copy_windows, load_pipeline
 from mdlib.reports import charts, plots
-from mdlib.reports.charts import SECTIONS, describe
-from mdlib.utils import DataError, read_history, to_float, whole_file
+from mdlib.reports.charts import describe
+from mdlib.reports.pages import not_measured, write_page, written
+from mdlib.reports.user_page import GAIT, write_user
+from mdlib.utils import DataError, read_history, to_float
 
-GAIT = ("torso_speed", "cadence", "step_length", "foot_speed")  # whose spread within a user is pictured
 FILTER_STEPS = 400  # optimizer steps of the classifier of `select_folder`
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
-COLUMNS = {  # what stands next to a figure, and the column's heading
-    "real": "Real windows",
-    "train": "Training windows",
-    "ratio": "Ratio to real",
-    "correlation": "Correlation over users (real)",
-    "n": "n",
-}
 BEST = {  # the figures by which systems are compared: section, name, which value is best, how the answer begins
     "gain": ("augmentation", "gain", max, "Largest gain"),
     "fidelity": ("fidelity", "fd_ratio", min, "Nearest to real windows by Fréchet distance"),
@@ -54,7 +41,7 @@ def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str,
         measured["training"]["curves"] = absent("no training logs in this folder")
     if not report["augmentation"]["gain_by_selection"]:
         measured["augmentation"]["filters"] = absent("none asked for: set keep, the fractions to retain")
-    _write(report, out, "report", shown, measured=measured, missing=not_measured(measured))
+    write_page(report, out, "report", shown, measured=measured, missing=not_measured(measured))
     return shown
 
 
@@ -68,6 +55,7 @@ def validate_folders(
     channels: int = 1,
     colormap: str = "",
     crop: str = "",
+    user: int | None = None,
     **protocol,
 ) -> dict:
     """The protocol over folders of images: load, evaluate, write the report into `out`; returns the report.
@@ -76,6 +64,7 @@ def validate_folders(
         pipeline: where given, its codec adds the reconstruction and codebook figures, at its own size and channels.
         channels, colormap, crop: how the real images are read, see `mdlib.data.windows.load_windows`; "": as when the
             split was made.
+        user: k of the ID_k whose own page, report-user-k.html, is written as well; None: of no user.
         protocol: fields of `evidence.Protocol`.
 
     Raises:
@@ -97,8 +86,12 @@ def validate_folders(
     parts = check_split(load_windows(real, size=max(SIDE, size), **reading), {**parts, "reading": reading})
     windows = load_windows(real, size=size, **reading)
     evidence = gather(windows, parts, load_generated(generated, windows), loaded)
+    if user is not None and windows.of_user(user) and not evidence.generated.of_user(user):
+        raise DataError(f"{generated} holds no window of ID_{user}: generate some, or choose another user")
     report = evaluate(evidence, Protocol(**protocol), about, identifier_folder=Path(out) / "identifier")
     write_report(report, evidence, out)
+    if user is not None:
+        write_user(report, evidence, user, out)
     return report
 
 
@@ -202,7 +195,7 @@ def write_study(result: dict, out: str | Path) -> None:
     """Write study.json and study.html into `out`. result: settings, and rows (windows_per_user, folds and sections of a
     report, verdict among them), with mdlib and created."""
     counts = {row["windows_per_user"]: row for row in result["rows"]}
-    _write(result, out, "study", {"study": charts.study(result["rows"])}, counts=counts)
+    write_page(result, out, "study", {"study": charts.study(result["rows"])}, counts=counts)
 
 
 def write_comparison(result: dict, windows: dict[str, WindowSet], out: str | Path) -> None:
@@ -212,7 +205,7 @@ def write_comparison(result: dict, windows: dict[str, WindowSet], out: str | Pat
     shown = {"gains": charts.gains(measured)} if measured else {}
     if windows:
         shown["windows"] = plots.side_by_side(windows)
-    _write(result, out, "comparison", shown, systems=measured)
+    write_page(result, out, "comparison", shown, systems=measured)
 
 
 def conclusions(systems: dict[str, dict]) -> dict:
@@ -251,98 +244,3 @@ def _best_codec(systems: dict[str, dict]) -> dict:
     choice, systems = choose_codec(vq, kl), {"vq": vq["system"], "kl": kl["system"]}
     sentence = f"{choice['sentence']} (VQ: {systems['vq']}, KL: {systems['kl']}.)"
     return {"value": choice["choice"], **choice, "systems": systems, "sentence": sentence}
-
-
-# ---- figures on a page
-
-
-def number(value: float | str | list | None, unit: str = "") -> str:
-    """A value without its unit: fractions as percent or signed points, parameters as millions."""
-    if value is None or isinstance(value, str):
-        return value or "–"
-    if isinstance(value, list):
-        return ", ".join(number(one, unit) for one in value)
-    if unit in ("percent", "points"):
-        return f"{100 * value:{'+' if unit == 'points' else ''}.1f}"
-    if unit == "million":
-        return f"{value / 1e6:.3g}"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def written(figure: dict | float | str | list | None, unit: str = "", reference: bool = False) -> str:
-    """A figure of report.json, or a bare value, with unit and 95 % interval: `+4.4 points [+1.0, +7.8]`; with
-    `reference` followed by that of real windows, or by the ratio to it."""
-    figure = figure if isinstance(figure, dict) else {"value": figure}
-    if figure["value"] is None:
-        return "–"
-    unit = figure.get("unit", unit)
-    text = f"{number(figure['value'], unit)} {'%' if unit == 'percent' else unit} {interval(figure, unit)}"
-    if reference and figure.get("ratio") is not None:
-        text += f" ({number(figure['ratio'])}× real)"
-    elif reference and "real" in figure:
-        text += f" (real {number(figure['real'], unit)})"
-    return " ".join(text.split())
-
-
-def interval(figure: dict, unit: str) -> str:
-    return f"[{number(figure['ci95'], unit)}]" if figure.get("ci95") else ""
-
-
-def table(section: str, figures: dict) -> list[dict]:
-    """A row for each measured figure of a report's section, in the page's order: `describe`, value and COLUMNS."""
-    rows = []
-    for name, figure in figures.items():
-        entry = figure if isinstance(figure, dict) else {"value": figure}
-        if isinstance(figure, list) or entry["value"] is None:
-            continue
-        about = describe(section, name)
-        unit = entry.get("unit", about["unit"])
-        real = {"value": entry.get("real", entry.get("real_vs_real")), "ci95": entry.get("real_ci95")}
-        row = {"value": written(figure, unit), "real": written(real, unit), "train": written(entry.get("train"), unit)}
-        row |= {"ratio": written(entry.get("ratio")), "n": written(entry.get("n"))}
-        own, of_real = (number(entry.get(f"user_correlation{suffix}")) for suffix in ("", "_real"))
-        row["correlation"] = "–" if own == "–" else f"{own} ({of_real})"
-        if between := entry.get("between"):
-            about["help"] += f" Measured from {number(between[0])} to {number(between[1])}."
-        rows.append(about | row)
-    return sorted(rows, key=lambda row: row["place"])
-
-
-def not_measured(report: dict) -> list[tuple[str, str, str]]:
-    """Section, label and reason of every figure of a report that is null, in the page's order."""
-    found = []
-    for key, section in SECTIONS.items():
-        for name, figure in report.get(key, {}).items():
-            if figure is None:
-                figure = {"value": None, "reason": "cannot be computed from these windows"}
-            if isinstance(figure, dict) and figure["value"] is None:
-                found.append((section["title"], describe(key, name)["label"], figure["reason"]))
-    return found
-
-
-def compared(section: str, names: list[str], reports: list[dict]) -> list[dict]:
-    """A row for each of some figures of a section: `describe`, and cells with the figure in each report."""
-    rows = []
-    for name in names:
-        about = describe(section, name)
-        cells = [written(report[section].get(name), about["unit"], reference=True) for report in reports]
-        if set(cells) != {"–"}:
-            rows.append(about | {"cells": cells})
-    return rows
-
-
-def _write(result: dict, out: str | Path, name: str, shown: dict, **content) -> None:
-    """Write NAME.json, which holds `result`, and NAME.html by the template of that name, which shows `result`, the
-    charts `shown` by key and `content`, into `out`."""
-    out = Path(out)
-    with whole_file(out / f"{name}.json") as path:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    options = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    templates = Environment(loader=PackageLoader("mdlib.reports"), **options)
-    templates.globals |= dict(describe=describe, written=written, interval=interval, table=table, compared=compared)
-    pictures = {key: base64.b64encode(figure._repr_png_()).decode() for key, figure in shown.items()}
-    page = templates.get_template(f"{name}.html").render(
-        result=result, charts=pictures, name=name, columns=COLUMNS, sections=SECTIONS, **content
-    )
-    with whole_file(out / f"{name}.html") as path:
-        path.write_text(page.replace(" %", "&nbsp;%"), encoding="utf-8")

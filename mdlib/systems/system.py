@@ -66,6 +66,7 @@ EFFORTS = {
 MACHINES = {
     "cpu": dict(batch_size=64, mixed_precision="no"),
     "p100": dict(batch_size=64, mixed_precision="no"),  # Pascal has no tensor cores: half precision gains nothing
+    "t4": dict(batch_size=64, mixed_precision="fp16"),  # a card of 16 GB: as gpu-16gb
     "t4x2": dict(batch_size=64, mixed_precision="fp16"),
     "gpu-6gb": dict(batch_size=16, mixed_precision="fp16"),
     "gpu-8gb": dict(batch_size=32, mixed_precision="fp16"),

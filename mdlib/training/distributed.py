@@ -31,7 +31,7 @@ def check_batch(size: int) -> None:
     if size % (number := processes()):
         raise ValueError(
             f"{number} GPUs cannot share a batch of {size}: give a batch_size that {number} divides, in codec_options "
-            "or prior_options, or fewer GPUs by CUDA_VISIBLE_DEVICES"
+            "or prior_options, or fewer GPUs by --devices (CUDA_VISIBLE_DEVICES)"
         )
 
 

@@ -7,14 +7,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import listed, message, random_split, write_image, write_set
+from helpers import listed, message, picture, random_split, write_image, write_set
 from PIL import Image
 
-from mdlib.data.checks import check_identical, check_split, data_fingerprint, inspect, seen_beyond, seen_of_test
+from mdlib.data.checks import (
+    check_identical,
+    check_split,
+    data_fingerprint,
+    inspect,
+    seen_beyond,
+    seen_of_test,
+    split_folder,
+)
 from mdlib.data.files import WindowFile, find_windows
 from mdlib.data.nearness import likeness, neighbours, overlap, residuals
 from mdlib.data.reading import hashes
-from mdlib.data.splits import apply_split, make_split, write_split
+from mdlib.data.splits import PARTS, apply_split, make_split, write_split
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.simulation.dataset import simulate_dataset, simulate_recording
 
@@ -188,3 +196,26 @@ def test_inspect_goes_on_after_a_problem(tmp_path):
     (tmp_path / "ID_1" / "ID1_case1_1_Doppler3.png").write_bytes(b"no image")
     problems = inspect(tmp_path).problems
     assert "identical files of two users" in problems[0] and "cannot be read" in problems[1]
+
+
+@pytest.mark.parametrize("order", ["number", "name"])
+def test_a_split_written_as_folders_is_read_as_that_split(order, tmp_path):
+    data, out = tmp_path / "people", tmp_path / "split"
+    for seed, path in enumerate(
+        f"{place}/day2_walk" for place in ("normal/ID_1/a", "normal/ID_1/b", "bag/ID_2", "bag/ID_1")
+    ):
+        for n in range(40):
+            write_image(data / f"{path}{n:02d}.png", picture(seed, n))
+    options = dict(windows_per_user=12, val=0.2)
+    split = split_folder(data, tmp_path / "split.json", {"order": order}, out, **options)
+    read = make_split(find_windows(out))
+    of = lambda root, paths: sorted((root / path).read_bytes() for path in paths)
+    for part in PARTS:
+        assert of(out, read[part]) == of(data, split[part]), part
+        assert {path.split("/")[0] for path in read[part]} == {part}
+    assert split["spare"] and split["dropped"] and not read["dropped"]
+    info = (out / "split_info.txt").read_text()
+    assert f"train: {len(split['train'])} windows" in info and " dropped (in the gaps between parts)" in info
+    for taken in (out, data / "split"):
+        assert "give a new folder outside of it" in message(split_folder, data, tmp_path / "x.json", {}, taken)
+    assert not (tmp_path / "x.json").exists()

@@ -46,7 +46,7 @@ def images(n: int = 20) -> torch.Tensor:
 def weights(tmp_path, monkeypatch):
     """Where LPIPS's weights would lie; nothing is there."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    return codec_quality.lpips_weights("squeeze")
+    return codec_quality.checkpoint(codec_quality.LPIPS_BACKBONES["squeeze"])
 
 
 @pytest.mark.parametrize("psnr_db, grade", [(28.5, "excellent"), (25.5, "good"), (24.5, "fair"), (19.5, "poor")])

@@ -7,8 +7,11 @@ from dataclasses import MISSING, fields
 
 import nbformat
 import pytest
-from helpers import ROOT, message
+from helpers import ROOT, message, write_set
+from typer.testing import CliRunner
 
+import mdlib
+from mdlib.cli import app
 from mdlib.data.files import find_windows
 from mdlib.experiments.settings import (
     NOTEBOOKS,
@@ -19,9 +22,10 @@ from mdlib.experiments.settings import (
     notebook_parameters,
     options_page,
     read_record,
+    write_record,
 )
 from mdlib.systems import SYSTEMS, get_preset
-from mdlib.utils import DataError
+from mdlib.utils import DataError, use_gpus
 
 
 def parameters(notebook: str) -> str:
@@ -108,6 +112,12 @@ def test_a_folder_without_images_of_users_is_refused_at_once(tmp_path):
         (["run", "--out", "{out}", "--data", "{out}", "--preset", "huge"], 1, "unknown preset 'huge' of system vqvae"),
         (["run", "--out", "{out}", "--data", "{out}", "-p", "codec_step=3"], 1, "no notebook has a parameter"),
         (["run", "--out", "{out}", "--data", "{out}", "-p", "codec_steps=x"], 1, "codec_steps must be of type int"),
+        (["run", "--out", "{out}", "--precision", "16"], 1, "precision is fp16, bf16, no (float32) or auto, got '16'"),
+        (
+            ["run", "--out", "{out}", "--precision", "fp16", "-p", 'prior_options={{"mixed_precision": "no"}}'],
+            1,
+            "precision fp16 contradicts mixed_precision in prior_options",
+        ),
         (["validate", "--real", "{out}/none", "--generated", "{out}", "--split", "s", "--out", "o"], 1, "no such file"),
         (["generate", "--pipeline", "{out}", "--out", "{out}/made"], 1, "holds no pipeline"),
     ],
@@ -136,3 +146,41 @@ def test_missing_packages_name_the_environment(tmp_path):
     )
     assert answer.returncode == 1 and answer.stderr.startswith("mdlib: typer is not installed for ")
     assert ".venv/bin/activate" in answer.stderr and answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "visible, number, left", [("3,5,GPU-ab", 2, "3,5"), (None, 1, "0"), ("3,5,GPU-ab", 0, "3,5,GPU-ab")]
+)
+def test_devices_hides_the_other_gpus_from_every_process_that_trains(visible, number, left, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES") if visible is None else monkeypatch.setenv(
+        "CUDA_VISIBLE_DEVICES", visible
+    )
+    use_gpus(number)
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == left
+    assert "devices=4, but torch sees 3 GPUs: give at most 3" in message(use_gpus, 4)
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "study"])
+def test_devices_and_precision_reach_the_trainings(command, tmp_path, monkeypatch):
+    """On a machine without a GPU one device is its CPU. A run that continues keeps its other options."""
+    data, out, seen = write_set(tmp_path / "people", numbers=range(12)), tmp_path / "out", {}
+    words = [command, "--data", str(data), "--out", str(out), "--preset", "smoke"]
+
+    def trained(*arguments, **given):
+        seen.update(next(one for one in arguments if isinstance(one, dict)))
+        raise DataError("far enough")
+
+    monkeypatch.setattr(mdlib, "execute" if command == "run" else command, trained, raising=False)
+    answer = CliRunner().invoke(
+        app, [*words, "--devices", "1", "--precision", "auto", "-p", 'codec_options={"num_codes": 8}']
+    )
+    assert str(answer.exception) == "far enough"
+    assert seen["prior_options"] == {"mixed_precision": "auto"}
+    assert seen["codec_options"] == {"num_codes": 8, "mixed_precision": "auto"}
+    assert "torch sees 0 GPUs: give at most 1" in str(CliRunner().invoke(app, [*words, "--devices", "2"]).exception)
+    if command == "run":
+        write_record(out, {"settings": {"data": str(data), "codec_options": {"num_codes": 4}}, "steps": {}})
+        CliRunner().invoke(app, ["run", "--out", str(out), "--precision", "no"])
+        assert seen["codec_options"] == {"num_codes": 4, "mixed_precision": "no"}

@@ -4,15 +4,16 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from helpers import ROOT
-from toys import evidence, windows
+from helpers import ROOT, message, write_set
+from toys import USERS, evidence, windows
 
+from mdlib.data.checks import split_folder
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.protocol import evaluate, verdict
 from mdlib.models.vqvae import VQVAE
-from mdlib.reports import plots
-from mdlib.reports import report as pages
-from mdlib.reports.report import load_generated, write_report
+from mdlib.reports import pages, plots
+from mdlib.reports.report import load_generated, validate_folders, write_report
+from mdlib.reports.user_page import write_user
 from mdlib.utils import DataError, read_history, write_history
 
 
@@ -210,9 +211,48 @@ def test_generated_users_without_real_windows_are_refused(tmp_path):
         load_generated(tmp_path, windows(2, 0))
 
 
-def test_a_contact_sheet_says_how_many_windows_it_leaves_out(tmp_path):
+def test_the_page_of_a_user_shows_that_user_alone(case, report, tmp_path):
+    write_user(report, case, 5, tmp_path)
+    html = (tmp_path / "report-user-5.html").read_text()
+    page, row = Page(html), USERS.index(5)
+    own = {section: report[section]["per_user"][row] for section in ("identity", "augmentation", "memorisation")}
+    assert all(one["user"] == 5 for one in own.values())
+    for value in (
+        own["identity"]["accuracy"],
+        own["augmentation"]["real_plus_generated"],
+        own["memorisation"]["copies"],
+    ):
+        assert f"{100 * value:.1f} %" in page.text
+    speed = report["physics"]["torso_speed"]
+    values = (speed["unseen_means"][row], speed["generated_means"][row], speed["per_user"][row], speed["value"])
+    assert ["trunk speed", *(pages.written(value, "m/s") for value in values)] in page.rows
+    named = next(cells for cells in page.rows if cells[0] == "The generated windows are named")[1]
+    assert named.count("ID_") == sum(fraction > 0 for fraction in report["identity"]["confusion"][row])
+    assert len(page.images) == 2 and "://" not in html
+    found = json.loads((tmp_path / "report-user-5.json").read_text())
+    assert sum(found["identity"]["named"].values()) == pytest.approx(1) and found["user"] == 5
+
+
+def test_an_unknown_user_is_refused_before_anything_is_evaluated(tmp_path):
+    data, out = write_set(tmp_path / "people", numbers=range(24)), tmp_path / "out"
+    split_folder(data, tmp_path / "split.json", {})
+    made = write_set(tmp_path / "made", users=[1], name="made{n}.png")
+    for user, line in ((3, "no user ID_3; there are 1, 2"), (2, "made holds no window of ID_2: generate some")):
+        assert line in message(validate_folders, data, made, tmp_path / "split.json", out, user=user)
+    assert not out.exists()
+
+
+def test_a_contact_sheet_shows_all_windows_or_says_how_many(tmp_path, monkeypatch):
     from PIL import Image
 
-    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
-    sheet = plots.contact_sheet(tmp_path, [{"path": "x.png", "user": user} for user in (3, 3, *[7] * 12)])
-    assert [axis.get_ylabel() for axis in sheet.axes if axis.get_ylabel()] == ["ID_3", "ID_7, 10 of 12"]
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "x.png")
+    rows = [{"path": "x.png", "user": user} for user in (3, 3, *[7] * 12)]
+
+    def sheet():
+        (axis,) = plots.contact_sheet(tmp_path, rows).axes
+        blue = (axis.images[0].get_array() == (0, 0, 255)).all(-1)
+        return [label.get_text() for label in axis.get_yticklabels()], blue.sum() / 155**2
+
+    assert sheet() == (["ID_3", "ID_7"], 14)
+    monkeypatch.setattr(plots, "SHEET_ROWS", 2)
+    assert sheet() == (["ID_3", "ID_7, 10 of 12"], 12)

@@ -44,7 +44,7 @@ def test_every_preset_builds_a_codec_and_a_prior_that_fits(system, preset):
 
 def test_every_system_has_the_same_presets_for_the_same_machines():
     common = set.intersection(*(set(system.presets) for system in SYSTEMS.values()))
-    assert {"smoke", "demo", "demo-long", "gpu-6gb", "gpu-8gb", "gpu-16gb", "p100", "t4x2"} <= common
+    assert {"smoke", "demo", "demo-long", "gpu-6gb", "gpu-8gb", "gpu-16gb", "p100", "t4", "t4x2"} <= common
     demos = [get_preset(system, "demo") for system in SYSTEMS]
     for effort in ("codec_training", "windows_per_user", "variants", "validation"):
         assert all(getattr(demo, effort) == getattr(demos[0], effort) for demo in demos), "equal terms"
@@ -231,6 +231,7 @@ def test_unknown_names_are_one_line():
 
 def test_a_preset_is_a_size_on_a_machine():
     assert get_preset("vavae-dit", "p100") == get_preset("vavae-dit", "base@p100")
+    assert all(get_preset(system, "t4") == get_preset(system, "gpu-16gb") for system in SYSTEMS)
     small = get_preset("vae-diffusion", "demo@t4x2")
     assert small.prior == get_preset("vae-diffusion", "demo").prior and small.prior_training.mixed_precision == "fp16"
     assert (small.codec_training.batch_size, small.prior_training.batch_size) == (8, 32), "smaller batches stay"
