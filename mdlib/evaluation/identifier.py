@@ -21,7 +21,8 @@ from mdlib.evaluation.metrics import absent, bootstrapped, figure
 from mdlib.models.classifier import SmallCNN
 from mdlib.utils import DataError, best_device, count, read_json, readable, whole_file
 
-FALSE_REJECTION = 0.05  # of windows of known users that are named rightly
+FALSE_REJECTION = 0.05  # of windows and of recordings of known users that are named rightly
+NO_THRESHOLD = "it takes three users or more, each with validation windows that classifiers name rightly"
 REMEDY = "restore it, or write the identifier again (run --from 06)"
 
 
@@ -37,8 +38,8 @@ class Identifier(ModelMixin, ConfigMixin):
         arm: the set of training windows, see docs/evaluation.md.
         validation_accuracy: on the windows that chose the arm.
         threshold: P(user) below which a window is "unknown"; 0 names every window.
-        recording_threshold: a recording is "unknown" if most of its windows are below it.
-        false_acceptance, false_rejection, equal_error_rate: see `find_threshold`.
+        recording_threshold: P(user) below which a recording is "unknown".
+        false_acceptance, false_rejection, equal_error_rate: see `stranger_rates`.
         trained_on: contents (`mdlib.data.reading.hashes`) of the windows that it was trained on or chosen by, or that
             overlap those: accuracies leave them out.
     """
@@ -126,36 +127,42 @@ def best_identifier(
     ).to(networks[0].device)
     for own, given in zip(identifier.networks, networks, strict=True):
         own.load_state_dict(given.state_dict())
-    of_val, of_test, of_recordings = (
-        (table["user"] == table["true_user"]).to_numpy(float)
-        for table in (tables(identifier, val)[0], *tables(identifier, test))
-    )
+    table, recordings = tables(identifier, val)
+    of_test, of_recordings = (_right(one).to_numpy(float) for one in tables(identifier, test))
     windows = mixed(train, evidence.generated, arms.fraction) if arm.endswith("generated") else train
     folder, backbone = None if arm.endswith("generated") else folder, arms.backbone * arm.startswith("pretrained")
-    limit = find_threshold(windows, val, protocol, folder, backbone)
+    limit = stranger_rates(windows, val, protocol, folder, backbone)
+    for name, every in (("threshold", table), ("recording_threshold", recordings)):
+        sure = every["probability"][_right(every)]
+        limit[name] = absent(NO_THRESHOLD) | {"value": 0.0}
+        if len(sure) and limit["equal_error_rate"]["value"] is not None:
+            limit[name] = figure(float(sure.quantile(FALSE_REJECTION, interpolation="lower")), len(sure))
     rates = {name: found["value"] for name, found in limit.items()}
     identifier.threshold, identifier.recording_threshold = rates["threshold"], rates["recording_threshold"]
-    identifier.register_to_config(validation_accuracy=float(of_val.mean()), **rates)
+    accuracy = float(_right(table).mean())
+    identifier.register_to_config(validation_accuracy=accuracy, **rates)
     return identifier, {
         "arm": arm,
-        "validation_accuracy": figure(float(of_val.mean()), len(of_val)),
+        "validation_accuracy": figure(accuracy, len(table)),
         "accuracy": bootstrapped(of_test, evidence.blocks),
         "recording_accuracy": figure(float(of_recordings.mean()), len(of_recordings)),
         **limit,
     }
 
 
-def find_threshold(
+def _right(table: pd.DataFrame) -> pd.Series:
+    return table["user"] == table["true_user"]
+
+
+def stranger_rates(
     train: WindowSet, val: WindowSet, protocol: Protocol, folder: str | Path | None = None, backbone: str = ""
 ) -> dict:
-    """threshold with its false_acceptance and false_rejection, and recording_threshold with its equal_error_rate, as
-    figures, by people whom classifiers do not know.
+    """false_acceptance, false_rejection and equal_error_rate, as figures, by people whom classifiers do not know.
 
     Each user is held out in one of three folds. A classifier of the other users' training windows gives each validation
     window its largest P(user): those of held-out users are impostors, those of the others that are named rightly
-    genuine. A window is named if all but the least sure 5 % of the genuine ones would be: few windows are too weak an
-    evidence to reject more. Of a recording most windows have to reach the threshold of equal error rate. The identifier
-    knows more users than the folds, among whom probabilities are lower: it accepts fewer impostors and rejects more.
+    genuine. A window is accepted if all but the least sure 5 % of the genuine ones are: few windows are too weak an
+    evidence to reject more.
     """
     groups, jobs, known = np.array_split(np.random.default_rng(0).permutation(train.num_users), FOLDS), [], []
     for held in groups if train.num_users >= 3 else ():
@@ -170,24 +177,13 @@ def find_threshold(
         scores += sure[unknown | right].tolist()
         genuine += right[unknown | right].tolist()
     if len(set(genuine)) < 2:
-        why = absent("it takes three users or more, each with validation windows that classifiers name rightly")
-        none = why | {"value": 0.0}
-        rates = dict.fromkeys(("false_acceptance", "false_rejection", "equal_error_rate"), why)
-        return {"threshold": none, "recording_threshold": none, **rates}
-    scores, genuine = np.array(scores), np.array(genuine)
-    false, true, thresholds = roc_curve(genuine, scores, drop_intermediate=False)
-    equal = np.abs(false - (1 - true)).argmin()
-    of_windows, of_recordings = (
-        float(min(1.0, thresholds[place]))  # the first one is infinite
-        for place in ((true >= 1 - FALSE_REJECTION).argmax(), equal)
-    )
-    accepted = scores >= of_windows
+        return dict.fromkeys(("false_acceptance", "false_rejection", "equal_error_rate"), absent(NO_THRESHOLD))
+    false, true, _ = roc_curve(genuine, scores, drop_intermediate=False)
+    place, equal, of_genuine = (true >= 1 - FALSE_REJECTION).argmax(), np.abs(false - (1 - true)).argmin(), sum(genuine)
     return {
-        "threshold": figure(of_windows, len(scores)),
-        "recording_threshold": figure(of_recordings, len(scores)),
         "equal_error_rate": figure(float(false[equal]), len(scores)),
-        "false_acceptance": figure(float(accepted[~genuine].mean()), int((~genuine).sum())),
-        "false_rejection": figure(float((~accepted[genuine]).mean()), int(genuine.sum())),
+        "false_acceptance": figure(float(false[place]), len(scores) - of_genuine),
+        "false_rejection": figure(float(1 - true[place]), of_genuine),
     }
 
 
@@ -195,25 +191,24 @@ def tables(identifier: Identifier, windows: WindowSet) -> tuple[pd.DataFrame, pd
     """A table of windows and one of recordings. Columns: path (or number of windows), recording, true_user ("" in plain
     folders), user (the answer), probability (the largest), and P of each user, ID_k.
 
-    Probabilities of a recording are the means of its windows'; it is unknown where most of its windows are below the
-    recording threshold, which is one for windows: a mean over good and bad windows of a known user often lies below it.
+    Probabilities of a recording are the means of its windows'.
     """
     every = pd.DataFrame(identifier(windows.images), columns=[f"ID_{user}" for user in identifier.users])
     users = ["" if file.user == UNKNOWN else f"ID_{file.user}" for file in windows.files]
     above = [(file.condition, user, file.recording) for file, user in zip(windows.files, users, strict=True)]
     names = ["/".join(filter(None, folders)) or "." for folders in above]
     facts = pd.DataFrame({"path": windows.paths, "recording": names, "true_user": users})
-    known, counted = (every.max(axis=1) >= limit for limit in (identifier.threshold, identifier.recording_threshold))
     groups = facts.groupby("recording", sort=False)
     of_recordings = groups.agg(windows=("path", "size"), true_user=("true_user", "first")).reset_index()
-    means, most = (
-        some.groupby(facts["recording"], sort=False).mean().reset_index(drop=True) for some in (every, counted)
+    means = every.groupby(facts["recording"], sort=False).mean().reset_index(drop=True)
+    return _answered(facts, every, identifier.threshold), _answered(
+        of_recordings, means, identifier.recording_threshold
     )
-    return _answered(facts, every, known), _answered(of_recordings, means, most >= 0.5)
 
 
-def _answered(facts: pd.DataFrame, every: pd.DataFrame, known: pd.Series) -> pd.DataFrame:
-    return facts.assign(user=every.idxmax(axis=1).where(known, "unknown"), probability=every.max(axis=1)).join(every)
+def _answered(facts: pd.DataFrame, every: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    sure = every.max(axis=1)
+    return facts.assign(user=every.idxmax(axis=1).where(sure >= threshold, "unknown"), probability=sure).join(every)
 
 
 def identify_folder(
@@ -228,8 +223,7 @@ def identify_folder(
     Args:
         identifier: RUN/identifier.
         data: folders of users, or a plain folder (see `mdlib.data.files.scan`).
-        threshold: P(user) below which a window is "unknown", and a recording if most of its windows are; None: the
-            identifier's two thresholds.
+        threshold: P(user) below which a window or a recording is "unknown"; None: the identifier's two thresholds.
         reading: colormap, crop, order (see `load_windows`); "": as the identifier's own windows were read.
 
     Raises:

@@ -15,7 +15,7 @@ from mdlib.cli import main
 from mdlib.data.colormaps import colorize
 from mdlib.data.reading import hashes
 from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers
-from mdlib.evaluation.identifier import Identifier, best_identifier, find_threshold, tables
+from mdlib.evaluation.identifier import Identifier, best_identifier, stranger_rates, tables
 from mdlib.models.classifier import SmallCNN
 
 
@@ -65,9 +65,8 @@ def test_validation_windows_choose_and_test_windows_do_not(case, chosen, monkeyp
     assert section["arm"] == identifier.config.arm == "real_plus_generated"
     assert section["accuracy"]["value"] > 0.8 and section["validation_accuracy"]["value"] > 0.8
     assert section["recording_accuracy"] == {"value": 1.0, "n": 4}
-    rates = ("threshold", "recording_threshold", "false_acceptance", "false_rejection", "equal_error_rate")
-    limit = dict.fromkeys(rates, {"value": 0.5})
-    monkeypatch.setattr("mdlib.evaluation.identifier.find_threshold", lambda *_: limit)
+    rates = ("false_acceptance", "false_rejection", "equal_error_rate")
+    monkeypatch.setattr("mdlib.evaluation.identifier.stranger_rates", lambda *_: dict.fromkeys(rates, {"value": 0.5}))
     good, bad = real_only_classifiers(case, ONCE), [SmallCNN(len(USERS))]
     swapped = replace(case, test=replace(case.test, labels=(case.test.labels + 1) % 4))
     assert best_identifier(swapped, Arms({"b": bad, "a": good}, {}, 0.5), ONCE)[1]["arm"] == "a"
@@ -116,7 +115,7 @@ class Sure:
         return found
 
 
-def test_few_right_windows_are_unknown_and_recordings_are_by_the_equal_error_rate(monkeypatch):
+def test_strangers_are_windows_of_people_that_a_classifier_was_not_given(monkeypatch):
     monkeypatch.setattr("mdlib.evaluation.identifier.train_each", lambda jobs, about: (Sure(*job) for job in jobs))
 
     def grey(label, n, seed):
@@ -124,28 +123,26 @@ def test_few_right_windows_are_unknown_and_recordings_are_by_the_equal_error_rat
         images[::10, :, 0, 1] = 0 if label else 9
         return images
 
-    found = find_threshold(windows(3, 1, of=grey), windows(20, 2, of=grey), ONCE)
+    found = stranger_rates(windows(3, 1, of=grey), windows(20, 2, of=grey), ONCE)
     value = {name: one["value"] for name, one in found.items()}
-    assert value["recording_threshold"] == pytest.approx(0.9) and value["equal_error_rate"] == pytest.approx(0.1)
-    assert value["threshold"] == pytest.approx(0.55), "0.6 would reject one right window in ten"
+    assert value["equal_error_rate"] == pytest.approx(0.1)
+    # 0.6 would reject one right window in ten, so 0.55 decides, which every stranger reaches.
     assert (value["false_acceptance"], value["false_rejection"]) == (1, 0) and found["false_acceptance"]["n"] == 80
 
 
-def test_a_recording_is_unknown_where_most_of_its_windows_are(case, folder):
-    identifier = Identifier.from_pretrained(folder)
-    windows_of, _ = tables(identifier, case.test)
-    for threshold in windows_of["probability"].quantile([0.2, 0.5, 0.8]):
-        identifier.threshold = identifier.recording_threshold = threshold
-        every, recordings = tables(identifier, case.test)
-        most = every.assign(unknown=every["user"] == "unknown").groupby("recording", sort=False)["unknown"].mean() > 0.5
-        assert ((recordings["user"] == "unknown").to_numpy() == most.to_numpy()).all()
+def test_thresholds_reject_the_least_sure_of_right_windows_and_recordings(case, chosen):
+    identifier, section = chosen
+    for every, name in zip(tables(identifier, case.val), ("threshold", "recording_threshold"), strict=True):
+        named = every.filter(like="ID_").idxmax(axis=1) == every["true_user"]
+        rejected = every["probability"][named] < section[name]["value"]
+        assert rejected.mean() <= 0.05 < (every["probability"][named] <= section[name]["value"]).mean()
+        assert ((every["user"] == "unknown") == (every["probability"] < section[name]["value"])).all()
 
 
 def test_no_threshold_without_three_users(case):
     two = [part.select(part.labels < 2) for part in (case.train, case.val)]
-    found = find_threshold(*(replace(part, users=USERS[:2]) for part in two), ONCE)
-    assert found["threshold"]["value"] == 0 and "three users" in found["threshold"]["reason"]
-    assert found["false_acceptance"]["value"] is None
+    found = stranger_rates(*(replace(part, users=USERS[:2]) for part in two), ONCE)
+    assert found["false_acceptance"]["value"] is None and "three users" in found["false_acceptance"]["reason"]
 
 
 def test_folders_that_hold_no_identifier_are_one_line(folder, tmp_path):
