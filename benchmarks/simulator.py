@@ -137,7 +137,7 @@ def continuity(recordings):
 
 
 def recovery(users, windows):
-    data = [dataset.simulate_recording(u, r, n_windows=windows) for u in users for r in (1, 2)]
+    data = [dataset.simulate_recording(u, r, n_windows=windows, clock=True) for u in users for r in (1, 2)]
     truth = {k: np.concatenate([d[1][k][::4] for d in data]) for k in data[0][1]}
     user = np.repeat(np.repeat(list(users), 2), [len(d[0][::4]) for d in data])
     images = np.concatenate([d[0][::4] for d in data]) / 255

@@ -20,20 +20,22 @@ from mdlib.simulation.radar import CHEST, FEET, RADAR_HEIGHT, SNR, echoes, recei
 from mdlib.simulation.walker import CONDITIONS
 from mdlib.utils import bar
 
-HOP, COLUMNS = 13.76, 56  # columns from one window to the next, which is one step, and columns of a window
+STEP_CUT = 13.76, 56  # columns from one window to the next, which is one step, and columns of a window
+CLOCK_CUT, CLOCK_S = (15, 60), 3.0 / 60  # the same of windows 3 s long; seconds a column
 DYNAMIC, THRESHOLD = 38, 0.17  # dB shown; intensities below are set to 0
 HALF_STEP = 0.006  # s, half the base of the range derivatives
 MARGIN = 4  # columns before and after the windows of a run
 CUT_SD, STRETCH_SD = 0.5, 0.015  # windows cut at the steps: error of the cut in columns, relative error of the length
 
 
-def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="normal"):
+def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="normal", clock=False):
     """Simulate the windows of one recording of one user, who walks to and fro for about two minutes, without the turns.
 
     Args:
         user, recording, seed: numbers from 1, the seed from 0; user k of a seed is the same person in every call.
         n_windows: number of windows; the first ones do not depend on it.
         condition: one of `CONDITIONS`.
+        clock: windows of 3 s, which show the cadence, instead of four steps each.
 
     Returns:
         images: uint8 (n_windows, rows, columns); 0 … 255 span the displayed dynamic range, the top row is the highest
@@ -54,8 +56,8 @@ def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="norm
     while sum(map(len, numbers)) < n_windows:
         rng = np.random.default_rng([seed, 2, *key, run])
         windows = int(rng.integers(14, 26))
-        power, truth = _simulate_run(rng, walker, height, condition, windows, away)
-        pictures, truth = _cut(rng, power, truth, windows)
+        power, truth = _simulate_run(rng, walker, height, condition, windows, away, clock)
+        pictures, truth = _cut(rng, power, truth, windows, clock)
         same = {"run": run + 1, "away": int(away), "height": height}
         truths.append(truth | {name: np.full(windows, value) for name, value in same.items()})
         images.append(pictures)
@@ -145,21 +147,26 @@ def _write(root, folder, user, recording, condition, size, images, truth, number
 # ---- one walk
 
 
-def _simulate_run(rng, walker, height, condition, windows, away):
+def _simulate_run(rng, walker, height, condition, windows, away, clock):
     """Simulate one straight walk: power (columns, rows), lowest velocity first, and truth {name: (columns,)}. The gait
     drifts between knots a hop apart."""
-    n = int(np.ceil((windows - 1) * HOP)) + COLUMNS + 2 * MARGIN
-    position = (np.arange(n) + 0.5) / HOP
+    hop, columns = CLOCK_CUT if clock else STEP_CUT
+    n = int(np.ceil((windows - 1) * hop)) + columns + 2 * MARGIN
+    position = (np.arange(n) + 0.5) / hop
     knots = np.arange(int(position[-1]) + 2)
     values = gait.combine(walker, gait.draw_window(rng, len(knots)))
-    values["speed"] = values["speed"] * np.interp(knots, position, _slow_down(rng, n))
+    values["speed"] = values["speed"] * np.interp(knots, position, _slow_down(rng, n, hop))
     g = {name: gait.between(a, position) for name, a in gait.make_gait(values, height, condition).items()}
     now = {k: np.interp(position, knots, v) for k, v in values.items() if v.ndim == 1}
     rcs = np.stack([np.interp(position, knots, v) for v in values["rcs"].T], 1)
     rcs[:, gait.SEGMENTS.index("torso")] += 1.5 if condition == "backpack" else 0.0
 
-    dt = g["stride_time"] / (2 * HOP)  # columns follow the steps
-    phase = (position - MARGIN / HOP) / 2 + now["phase"] + 0.5 * rng.integers(2)
+    if clock:
+        dt = np.full(n, CLOCK_S)
+        phase = rng.random() + np.cumsum(dt / g["stride_time"]) + now["phase"]
+    else:  # columns follow the steps
+        dt = g["stride_time"] / (2 * hop)
+        phase = (position - MARGIN / hop) / 2 + now["phase"] + 0.5 * rng.integers(2)
     rate = np.gradient(phase) / dt
 
     heading = np.radians(now["aspect"]) + (0 if away else np.pi)
@@ -185,11 +192,11 @@ def _simulate_run(rng, walker, height, condition, windows, away):
     )  # fmt: skip
 
 
-def _slow_down(rng, columns):
+def _slow_down(rng, columns, hop):
     """Speed factor over a run: the walker gets under way and slows down for the turn, partly inside the windows."""
-    c = np.arange(columns) / HOP
+    c = np.arange(columns) / hop
     factor = np.ones(columns)
-    for end, outwards in ((0, -1), (columns / HOP, 1)):
+    for end, outwards in ((0, -1), (columns / hop, 1)):
         turn = end + outwards * rng.uniform(-0.5, 2.0)
         factor *= 1 - rng.uniform(0.4, 0.9) * np.exp(-0.5 * ((c - turn) / 0.5) ** 2)
     return factor
@@ -211,12 +218,14 @@ def _seen_from_radar(rng, joints, speed, dt, heading, moments, away):
         joints[name] = np.concatenate([horizontal, z - RADAR_HEIGHT], -1)
 
 
-def _cut(rng, power, truth, windows):
+def _cut(rng, power, truth, windows, clock):
     """Cut a run into windows: uint8 images (N, rows, columns), top row = highest velocity, and their truth (N,)."""
-    # Every window is cut at the detected steps and scaled to the same length on its own.
-    starts = MARGIN + HOP * np.arange(windows) + np.clip(CUT_SD * rng.standard_normal(windows), -1, 1)
-    stretch = 1 + np.clip(STRETCH_SD * rng.standard_normal(windows), -0.03, 0.03)
-    index = np.round(starts[:, None] + stretch[:, None] * np.arange(COLUMNS)).astype(int)
+    hop, columns = CLOCK_CUT if clock else STEP_CUT
+    starts, stretch = MARGIN + hop * np.arange(windows), np.ones(windows)
+    if not clock:  # every window is cut at the detected steps and scaled to the same length on its own
+        starts = starts + np.clip(CUT_SD * rng.standard_normal(windows), -1, 1)
+        stretch += np.clip(STRETCH_SD * rng.standard_normal(windows), -0.03, 0.03)
+    index = np.round(starts[:, None] + stretch[:, None] * np.arange(columns)).astype(int)
     t = {name: values[index] for name, values in truth.items()}
     t["dt"] = t["dt"] * stretch[:, None]
     db = 10 * np.log10(power + 1e-20)[index]
@@ -227,7 +236,7 @@ def _cut(rng, power, truth, windows):
 
     phase, torso = t.pop("phase"), t.pop("v_torso")
     right, left = t.pop("v_right").mean(1), t.pop("v_left").mean(1)
-    hann = np.hanning(COLUMNS)  # v_osc: of the trunk's speed without its linear trend
+    hann = np.hanning(columns)  # v_osc: of the trunk's speed without its linear trend
     v_osc = 2 * np.abs((detrend(torso) * hann * np.exp(-4j * np.pi * phase)).sum(1)) / hann.sum()
     rows = dict(
         v_torso=torso.mean(1), v_osc=v_osc, v_foot=(right + left) / 2, v_foot_right=right, v_foot_left=left,

@@ -212,9 +212,10 @@ def test_looks_like_published_windows(recordings):
     assert np.abs(np.exp(2j * np.pi * start).mean()) > 0.8
 
 
-def test_the_trunk_is_bright_at_its_speed():
-    images, truth, _ = simulate_recording(4, n_windows=8)
-    assert images.shape == (8, 122, 56)
+def test_windows_of_three_seconds_show_the_cadence():
+    images, truth, _ = simulate_recording(4, n_windows=8, clock=True)
+    assert images.shape == (8, 122, 60)
+    assert truth["span"] == pytest.approx(3.0) and np.ptp(truth["start_phase"]) > 0.2
     velocity = radar.velocity_axis()
     bright = velocity[images.mean((0, 2)).argmax()]
     assert bright == pytest.approx(truth["v_torso"].mean(), abs=0.25)
