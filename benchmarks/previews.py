@@ -15,8 +15,7 @@ import torch
 
 from mdlib.experiments import steps
 from mdlib.experiments.run import open_run
-from mdlib.experiments.settings import defaults
-from mdlib.systems import make_codec
+from mdlib.systems import get_preset, make_codec
 
 
 def main() -> None:
@@ -28,7 +27,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of each training")
     given = parser.parse_args()
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    train, spent, every = steps.fit_stages, [], defaults()["preview_every"]
+    train, spent, systems = steps.fit_stages, [], given.systems.split(",")
+    every = get_preset(systems[0], given.preset).codec_training.preview_every
 
     def timed(*arguments, preview, **options):
         def measured(*words):
@@ -41,7 +41,7 @@ def main() -> None:
 
     steps.fit_stages = timed
     print(f"| system | training | ms a step | ms a picture | one picture in {every} steps |\n|---|---|--:|--:|--:|")
-    for system in given.systems.split(","):
+    for system in systems:
         with tempfile.TemporaryDirectory() as folder:
             settings = dict(codec_steps=given.steps, prior_steps=given.steps, init="none", preset=given.preset)
             run = open_run(Path(folder) / system, data=given.data, system=system, **settings)

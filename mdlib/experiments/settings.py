@@ -79,13 +79,10 @@ class RunSettings:
         {}, 'of figures with axes: {"crop": "auto"}; of names without window numbers: {"order": "name"}'
     )
     seed: int = _setting(0, "random seed of weights, data order and noise")
-    preview_every: int = _setting(500, "optimizer steps between pictures in samples/ while a model trains; 0: none")
 
     def __post_init__(self):
         for one in fields(self):
             check_type(one.name, getattr(self, one.name), one.type)
-        if self.preview_every < 0:
-            raise DataError(f"preview_every must be 0 or more optimizer steps, got {self.preview_every}")
         if self.codec_steps == -1:
             if not self.codec_start:
                 raise DataError("codec_steps=-1 trains no codec: give the folder of a trained one as codec_start")

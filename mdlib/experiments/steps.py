@@ -122,7 +122,7 @@ def train_stage(stage: Stage, show: Callable[[Path], None] | None = None) -> lis
     if stage.name == "codec" and run.finished_codec:
         return []
     words = (run.path.resolve(), stage.name, stage.config.max_minutes)
-    samples, every = run.path / "samples", run.settings["preview_every"]
+    samples = run.path / "samples"
 
     def preview(_, step: int) -> np.ndarray:
         picture, number = stage.draw(), sum(run.earlier.get(stage.name, [])) + step
@@ -144,8 +144,7 @@ def train_stage(stage: Stage, show: Callable[[Path], None] | None = None) -> lis
         held_out=stage.held_out,
         name=stage.name,
         launch=(lambda: launch(number, "mdlib.experiments.steps", *words, on_line=show_newest)) if number > 1 else None,
-        preview=preview if every else None,
-        preview_every=every,
+        preview=preview,
         **stage.options,
     )
 

@@ -239,7 +239,7 @@ def get_preset(
         ("prior", known.prior, prior_steps, prior_options),
     ):
         training = table[f"{part}_training"]
-        training |= dict(seed=seed, steps=steps or training["steps"])
+        training |= dict(seed=seed, steps=steps or training["steps"], preview_every=500)
         # Where each option belongs; users, conditions and channels follow from the data.
         places = dict.fromkeys(_options(model) - {"in_channels", "num_users", "num_conditions"}, table[part])
         places |= dict.fromkeys(_options(TrainConfig) - {"steps", "seed"}, training)

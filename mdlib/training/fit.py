@@ -62,7 +62,6 @@ def fit(
     held_out: Batches | None = None,
     evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     preview: Callable[[torch.nn.Module, int], np.ndarray | None] | None = None,
-    preview_every: int = 1,
     name: str = "model",
     progress: bool = True,
     launch: Callable[[], None] | None = None,
@@ -81,10 +80,9 @@ def fit(
             with the same folder and batch_size × processes, `fit` resumes; a finished run returns at once.
         held_out: its mean loss decides which weights are best and when to stop early.
         evaluate: returns further figures of the model (in eval mode, averaged weights) for the history.
-        preview: called as preview(model, step) at evaluations, in the precision of training; the picture that it
-            returns, uint8 (H, W, 3) or None, goes to TensorBoard.
-        preview_every: optimizer steps between previews: they come with the first evaluation at or after each multiple,
-            and with the last evaluation.
+        preview: called as preview(model, step), in the precision of training, at the first evaluation at or after each
+            multiple of preview_every steps, and at the last one; the picture that it returns, uint8 (H, W, 3) or None,
+            goes to TensorBoard.
         launch: trains in other processes that call `fit` with this `run_dir` and global batch. Called if anything is
             left to train; this process then loads their checkpoint.
 
@@ -125,7 +123,8 @@ def fit(
                         _require_finite(losses, state, name)
                     if evaluates:
                         # Without memory of earlier ones: a resumed training shows the same previews.
-                        due = preview and (not state.unfinished or state.step % preview_every < config.evaluate_every)
+                        every = config.preview_every
+                        due = every and (not state.unfinished or state.step % every < config.evaluate_every)
                         row = _evaluate(state, logs, held_out, evaluate, preview if due else None, log)
                         shown.set_postfix(row, refresh=False)
                         model.train()

@@ -32,6 +32,7 @@ class TrainConfig:
     seed: int = 0
     evaluate_every: int = 100  # optimizer steps between held-out losses
     save_every: int = 200  # optimizer steps between checkpoints
+    preview_every: int = 1  # optimizer steps between pictures, 500 in presets; 0: none
     patience: int = 0  # held-out evaluations without a better loss before stopping; 0 never stops early
     keep_best: bool = True  # end with the weights of the lowest held-out loss
     max_minutes: float = 0.0  # wall-clock budget over all resumes, the learning rate falls within it; 0 is none
@@ -40,6 +41,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulation", "evaluate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.preview_every < 0:
+            raise ValueError(f"TrainConfig.preview_every must be 0 (none) or more, got {self.preview_every}")
         if self.learning_rate <= 0 or self.user_rate <= 0 or not 0 <= self.ema_decay < 1:
             raise ValueError("TrainConfig needs learning_rate > 0, user_rate > 0 and ema_decay in [0, 1)")
         if self.mixed_precision not in ("no", "fp16", "bf16", "auto"):
@@ -50,7 +53,8 @@ class TrainConfig:
         """The settings that define a run; the others may change on resume. batch_size is that of all processes
         together: it decides which samples a step sees."""
         settings = asdict(self) | {"batch_size": self.batch_size * world()}
-        return {key: value for key, value in settings.items() if key not in ("max_minutes", "save_every", "compile")}
+        free = ("max_minutes", "save_every", "preview_every", "compile")
+        return {key: value for key, value in settings.items() if key not in free}
 
 
 class State:

@@ -11,7 +11,6 @@ from mdlib.experiments import steps
 from mdlib.experiments.run import PRODUCTS, open_run
 from mdlib.experiments.steps import codec_stage, prior_stage, save_codec, train_stage
 from mdlib.reports import widgets
-from mdlib.utils import DataError
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,8 @@ def people(tmp_path_factory):
 
 def trained(people, out, system, every, show=None):
     """A run's folder and the weights of its codec and prior."""
-    run = open_run(out, data=str(people), preset="smoke", system=system, preview_every=every)
+    options = dict.fromkeys(("codec_options", "prior_options"), {"preview_every": every})
+    run = open_run(out, data=str(people), preset="smoke", system=system, **options)
     weights = []
     for make in (codec_stage, prior_stage):
         stage = make(run)
@@ -82,8 +82,8 @@ def test_a_notebook_that_runs_again_removes_its_pictures(people, tmp_path):
     for name in ("codec-000003.png", "prior-000006.png"):
         (tmp_path / name).touch()
         assert any((tmp_path / name).match(pattern.removeprefix("samples/")) for pattern in patterns)
-    with pytest.raises(DataError, match="preview_every must be 0 or more optimizer steps, got -1"):
-        open_run(tmp_path / "run", data=str(people), preset="smoke", preview_every=-1)
+    with pytest.raises(ValueError, match=r"preview_every must be 0 \(none\) or more, got -1"):
+        open_run(tmp_path / "run", data=str(people), preset="smoke", prior_options={"preview_every": -1})
 
 
 def test_one_picture_changes_in_place_and_a_batch_run_shows_none(tmp_path, monkeypatch):

@@ -215,7 +215,7 @@ def test_a_process_for_each_gpu_and_none_within_a_launched_one(gpus, launched_al
     monkeypatch.setattr(steps, "launch", lambda *words, on_line: started.append(words))
     monkeypatch.setattr(steps, "fit_stages", lambda *arguments, launch, **options: launch and launch())
     stage = SimpleNamespace(
-        run=SimpleNamespace(path=tmp_path, settings={"preview_every": 0}),
+        run=SimpleNamespace(path=tmp_path),
         name="prior",
         model=None,
         data=None,
