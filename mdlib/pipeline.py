@@ -157,7 +157,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
         parts = [images for _, images in self.stream(manifest, batch_size, **sampling)]
         images = torch.cat(parts) if parts else torch.empty(0)
-        images = images if output_type == "pt" else self.to_pil(images)
+        images = images if output_type == "pt" else self.to_pil(images) if parts else []
         return Windows(images=images, users=[row["user"] for row in manifest], manifest=manifest)
 
     def plan(self, users: list[int], images_per_user: int, seed: int, conditions: list[str] | None = None):

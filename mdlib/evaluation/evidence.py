@@ -18,10 +18,10 @@ from mdlib.data.augment import classical_augmentation, cutmix
 from mdlib.data.checks import seen_people
 from mdlib.data.windows import WindowSet
 from mdlib.models.classifier import Embedder, ResNet18, SmallCNN
-from mdlib.models.layers import parts
 from mdlib.models.pretrained import fits_windows, pretrained_backbone
 from mdlib.training.fit import Batches, TrainConfig, fit
-from mdlib.utils import DataError, bar, best_device, to_float
+from mdlib.training.latents import decode_all, encode_all
+from mdlib.utils import DataError, bar, best_device
 
 Network = SmallCNN | ResNet18 | Embedder
 # Sets that are compared: generated windows with unseen real ones; the halves of the unseen ones with each other; the
@@ -154,13 +154,9 @@ def alike(sets: dict[str, WindowSet], seed: int) -> dict[str, torch.Tensor]:
     return rows
 
 
-@torch.no_grad()
 def through_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
     """Reconstructions in [−1, 1] of uint8 images (N, C, H, W); labels (N,) for a conditional codec."""
-    tokens = hasattr(codec, "encode_tokens")
-    encode, decode = (codec.encode_tokens, codec.decode_tokens) if tokens else (codec.encode, codec.decode)
-    batches = parts(codec.device, 64, images, labels)
-    return torch.cat([decode(encode(to_float(part), *users), *users).cpu() for part, *users in batches])
+    return decode_all(codec, encode_all(codec, images, "latents", labels=labels), labels=labels)
 
 
 def find_backbone(choice: str, windows: WindowSet) -> str:

@@ -37,7 +37,6 @@ class Codec(ModelMixin, ConfigMixin):
         patch_size: rows and columns folded into channels before the first convolution (space to depth).
         block_out_channels: widths of the levels; n levels down-sample n − 1 times.
         layers_per_block, norm_num_groups: residual blocks a level, and groups of their norms.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
     """
 
     conditional = False
@@ -103,8 +102,10 @@ class Codec(ModelMixin, ConfigMixin):
     def save_pretrained(self, *arguments, **options) -> None:
         attached = self.losses
         self.detach_losses()
-        super().save_pretrained(*arguments, **options)
-        self.losses = attached
+        try:
+            super().save_pretrained(*arguments, **options)
+        finally:
+            self.losses = attached
 
     def _total(self, regularisation, images, outputs, latents, logs) -> tuple[Tensor, dict]:
         """Sum of reconstruction (mean square; or absolute), regularisation and attached losses, each (), and all logs.

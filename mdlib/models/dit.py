@@ -105,7 +105,8 @@ class LightningDiT(Transformer, LatentPrior, ModelMixin, ConfigMixin):
 
     def forward(self, noisy: Tensor, t: Tensor, users: Tensor) -> Tensor:
         """Velocity (B, D, h, w) towards the data at latents (B, D, h, w), t () or (B,) in [0, 1], and users (B, d)."""
-        x = self.x_embedder(noisy).flatten(2).transpose(1, 2) + self.positions  # (B, N, d)
+        x = self.x_embedder(noisy).flatten(2).transpose(1, 2)  # (B, N, d)
+        x = x + self.positions.to(x.dtype)
         side = self.config.patch_size
         outputs = self.run(x, t.expand(len(noisy)), users)
         patches = outputs.unflatten(2, (side, side, -1)).unflatten(1, self.grid)

@@ -21,6 +21,7 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
         latent_channels: D.
         kl_weight: weight of the KL divergence from N(0, 1), per latent value.
         reconstruction: "mse" or "l1".
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         level_attention: self-attention after every residual block of the coarsest level as well.
         num_users: users that encoder and decoder are conditioned on; 0 for none. The null label is `num_users`.
         label_dropout: fraction of training windows whose user is replaced by the null label.

@@ -76,7 +76,7 @@ def fingerprint(model: nn.Module, *tensors: Tensor | None) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     for tensor in filter(torch.is_tensor, tensors):
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -101,6 +101,8 @@ def check_number(name: str, value: float, low: float, high: float = math.inf, ab
 def check_each(name: str, value, count: int, device: torch.device) -> Tensor:
     """A positive number, or a list of `count` of them, as a tensor (count,); ValueError for anything else."""
     values = value if isinstance(value, list) else [value] * max(1, count)
+    if count and len(values) != count:
+        raise ValueError(f"{name} must be one number or {count}, one per sample, got {len(values)}")
     for one in values:
         check_number(name, one, 0, above=True)
     return torch.tensor(values[:count], dtype=torch.float32, device=device)
@@ -136,15 +138,6 @@ def all_sum(tensor: Tensor) -> Tensor:
 def all_mean(tensor: Tensor) -> Tensor:
     """The mean of `tensor` over all processes, the same bits in each."""
     return all_sum(tensor) / world()
-
-
-def gather(rows: Tensor) -> Tensor:
-    """`rows` (N, …) of all processes in the order of their ranks: (N·world, …)."""
-    if world() == 1:
-        return rows
-    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
 
 
 def broadcast_from_first(tensors: Iterable[Tensor]) -> None:

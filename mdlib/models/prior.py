@@ -83,6 +83,8 @@ class Prior:
         share = torch.as_tensor(share, dtype=torch.float32, device=users.device)
         if share.shape not in ((), (len(users),)) or not ((share >= 0) & (share <= 1)).all():
             raise ValueError(f"share must lie in [0, 1], one number or one per sample, got {share.tolist()}")
+        if towards is None and share.any():
+            raise ValueError("share lies between two users: give towards as well")
         share = share.expand(len(users))
         return self.draw(Request(users, conditions, generator, guidance_scale, towards, share, on_step), **options)
 

@@ -53,6 +53,7 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         check_choice("conditioning", conditioning, ("add", "cross"))
+        check_number("label_dropout", label_dropout, 0, 1)
         check_number("user_layers", user_layers, 0)
         check_number("user_dim", user_dim, 0)
         cross, encoded, width = conditioning == "cross", conditioning == "cross" or user_layers, user_dim or hidden_size

@@ -83,6 +83,9 @@ class LatentDiffusion(LatentPrior, ModelMixin, ConfigMixin):
         halvings = len(block_out_channels) - 1
         if any(side % 2**halvings for side in self.latent_shape[1:]):
             raise ValueError(f"latents of {self.latent_shape[1:]} cannot be halved {halvings} times: use fewer levels")
+        sides = [side >> level for level in range((halvings + 2) // 2) for side in self.latent_shape[1:]]
+        if attention == "window_axial" and window > 0 and any(side % min(window, side) for side in sides):
+            raise ValueError(f"window {window} must divide the sides of the latents at its levels, {sides}")
         attends = [attention == "window_axial" or (attention == "full" and level > 0) for level in range(halvings + 1)]
         if any(here and width % head_dim for here, width in zip(attends, block_out_channels, strict=True)):
             raise ValueError(f"block_out_channels {block_out_channels} must be multiples of head_dim {head_dim}")
@@ -190,8 +193,6 @@ class TiledAttnProcessor:
         """(B, C, h, w) → (B, C, h, w)."""
         height, width = hidden_states.shape[2:]
         rows, columns = min(self.rows or height, height), min(self.columns or width, width)
-        if height % rows or width % columns:
-            raise ValueError(f"attention window {rows} × {columns} must divide the latent grid {height} × {width}")
         normed = attn.group_norm(hidden_states).permute(0, 2, 3, 1)
         tiles = normed.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)  # (B, h/r, w/c, r, c, C)
         # Tiles stand in the batch: with more than four dimensions torch has no fused attention.

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather
 from diffusers import ModelMixin, VQModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 from mdlib.models.codec import Codec
-from mdlib.models.layers import all_sum, broadcast_from_first, gather
+from mdlib.models.layers import all_sum, broadcast_from_first
 from mdlib.models.pretrained import load_completely
 
 EPSILON = 1e-5  # Laplace smoothing of the counts
@@ -65,7 +66,8 @@ class VectorQuantizer(nn.Module):
         """Indices (B, h, w) of the codes nearest to z (B, D, h, w): argmin |z−e|² = argmin |e|² − 2·z·e."""
         flat = z.movedim(1, -1).flatten(0, 2)
         with torch.autocast(z.device.type, enabled=False):  # half precision would confuse close codes
-            distance = self.codebook.square().sum(1) - 2 * flat.float() @ self.codebook.T  # (B·h·w, K)
+            codebook = self.codebook.float()
+            distance = codebook.square().sum(1) - 2 * flat.float() @ codebook.T  # (B·h·w, K)
         return distance.argmin(1).view(z.shape[0], *z.shape[2:])
 
     def lookup(self, indices: Tensor) -> Tensor:

@@ -360,8 +360,11 @@ def start(model, source: str | Path, other_users: bool = False) -> None:
 
     is_codec, users = hasattr(model, "encode"), getattr(model, "users", None)
     config = Path(source) / "config.json"
+    kind = read_json(config, "copy the folder again").get("_class_name") if config.exists() else ""
+    if kind and not is_codec and kind != type(model).__name__:  # the weights' names and shapes may fit all the same
+        raise DataError(f"{source} holds a {kind}, this system's prior is a {type(model).__name__}: take its own run")
     try:
-        if config.exists() and read_json(config, "copy the folder again").get("_class_name") == "VQModel":
+        if kind == "VQModel":
             with readable(source, "copy the folder again"):
                 load_vqmodel(model, source)
         elif Path(source).is_dir():

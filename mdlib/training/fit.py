@@ -8,9 +8,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -104,18 +103,20 @@ def fit(
             steps = bar(config.steps, name, initial=state.step, show=progress and rank() == 0)
             # A first Ctrl-C ends training between two steps, where it can be resumed; a second one at once.
             calmly = interrupts(catch=bool(state.run_dir) and world() == 1)
-            with steps as shown, _tensorboard(state.run_dir) as log, calmly as stops:
+            with steps as shown, calmly as stops:
                 while state.unfinished and not late:
                     _set_learning_rate(state)
                     logs = _step(state, data, losses)
                     shown.update()
-                    state.seconds = time.monotonic() - clock
-                    if config.max_minutes:
-                        state.seconds = on_first(lambda: state.seconds)  # clocks differ, and all processes must agree
-                    if state.budget_spent:
-                        state.stopped = f"the budget of {config.max_minutes:g} minutes is spent"
-                    late = bool(state.run_dir and has_deadline() and on_first(time_is_up) or stops)
-                    late = late and state.unfinished
+                    # Clocks differ, and to agree processes wait for their GPUs.
+                    if world() == 1 or state.step % 10 == 0 or not state.unfinished:
+                        state.seconds = time.monotonic() - clock
+                        if config.max_minutes:
+                            state.seconds = on_first(lambda: state.seconds)
+                        if state.budget_spent:
+                            state.stopped = f"the budget of {config.max_minutes:g} minutes is spent"
+                        late = bool(state.run_dir and has_deadline() and on_first(time_is_up) or stops)
+                        late = late and state.unfinished
 
                     evaluates = not state.unfinished or state.step % config.evaluate_every == 0
                     saves = not state.unfinished or late or state.step % config.save_every == 0
@@ -125,7 +126,7 @@ def fit(
                         # Without memory of earlier ones: a resumed training shows the same previews.
                         every = config.preview_every
                         due = every and (not state.unfinished or state.step % every < config.evaluate_every)
-                        row = _evaluate(state, logs, held_out, evaluate, preview if due else None, log)
+                        row = _evaluate(state, logs, held_out, evaluate, preview if due else None)
                         shown.set_postfix(row, refresh=False)
                         model.train()
                     if state.run_dir and (saves or state.stopped):
@@ -209,7 +210,7 @@ def _require_finite(losses: list[torch.Tensor], state: State, name: str) -> None
     losses.clear()
 
 
-def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str, str]:
+def _evaluate(state: State, logs, held_out, evaluate, preview) -> dict[str, str]:
     """Append a row to the history and return what the bar shows of it. The first process measures; what it decides
     holds in all."""
     _set_learning_rate(state)
@@ -235,7 +236,8 @@ def _evaluate(state: State, logs, held_out, evaluate, preview, log) -> dict[str,
         state.swap_average()
         if state.run_dir:
             write_history(state.history, state.run_dir / "history.csv")
-        log(row, picture)
+        if state.tensorboard:
+            _log(row, picture, state.tensorboard)
         return state.history, state.best, state.stale, state.stopped
 
     state.history, state.best, state.stale, state.stopped = on_first(measure)
@@ -256,28 +258,13 @@ def _held_out_logs(state: State, held_out: Batches) -> dict[str, float]:
     return {f"held_out_{key}": value / len(held_out) for key, value in sums.items()}
 
 
-@contextmanager
-def _tensorboard(run_dir: Path | None):
-    """`with` a function that writes a row of the history, and a picture or None, to TensorBoard. Where that is missing
-    or broken, or the TensorFlow that it imports, training goes on without."""
-    with ExitStack() as opened:
-
-        @cache  # called for the first row: without one there is no folder
-        def writer():
-            with suppress(Exception):
-                from torch.utils.tensorboard import SummaryWriter
-
-                return opened.enter_context(SummaryWriter(run_dir / "tensorboard"))
-
-        def log(row: dict, picture: np.ndarray | None) -> None:
-            if not run_dir or not writer():
-                return
-            for key in row.keys() - {"step"}:
-                writer().add_scalar(key, row[key], row["step"])
-            if picture is not None:
-                writer().add_image("preview", picture, row["step"], dataformats="HWC")
-
-        yield log
+def _log(row: dict, picture: np.ndarray | None, writer) -> None:
+    """Write a row of the history, and a picture where there is one, to TensorBoard."""
+    for key in row.keys() - {"step"}:
+        writer.add_scalar(key, row[key], row["step"])
+    if picture is not None:
+        writer.add_image("preview", picture, row["step"], dataformats="HWC")
+    writer.flush()
 
 
 def _train_elsewhere(launch: Callable[[], None], state: State, name: str) -> None:
@@ -322,15 +309,16 @@ def fit_stages(
     if not stages:
         return fit(model, data, config, run_dir, preview=preview, **options)
     run_dir, history, before = Path(run_dir), [], {"step": 0, "seconds": 0.0}
+    total = sum(part for part, _ in stages)  # less than 1 where a codec trains on in its last stage only
     for number, (fraction, changes) in enumerate(stages, 1):
-        until = sum(part for part, _ in stages[:number]) / sum(part for part, _ in stages)
+        until = sum(part for part, _ in stages[:number]) / total
         left = config.max_minutes and config.max_minutes * until - before["seconds"] / 60
         if history and config.max_minutes and left < 0.01 / 60:  # seconds are rounded to a hundredth
             break
-        if config.max_minutes and (run_dir / f"stage-{number + 1}" / "state.pt").exists():
-            left = 1e-9  # the next stage has started from its weights: a larger budget comes too late for it
+        if (run_dir / f"stage-{number + 1}" / "state.pt").exists():
+            left = 1e-9  # the next stage has started from its weights: a larger budget, or none, comes too late for it
         model.configure(**changes)
-        steps = max(1, round(fraction * config.steps))
+        steps = max(1, round(fraction / total * config.steps))
         warmup = min(config.warmup_steps, max(1, steps // 10))
         part = replace(config, steps=steps, warmup_steps=warmup, max_minutes=left)
         shown = preview and (lambda model, step, first=before["step"]: preview(model, first + step))

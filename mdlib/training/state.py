@@ -1,14 +1,16 @@
 """How to train (`TrainConfig`), what training changes (`State`), and its checkpoints."""
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
-from mdlib.models.layers import broadcast_from_first, check_choice, world
+from mdlib.models.layers import broadcast_from_first, check_choice, check_number, world
 from mdlib.training.capture import MODES
 from mdlib.utils import readable, require_room, whole_file
 
@@ -24,7 +26,7 @@ class TrainConfig:
     warmup_steps: int = 50  # optimizer steps, linear
     weight_decay: float = 1e-4
     beta2: float = 0.99  # AdamW's second moment; 0.99 suits runs of a few thousand steps
-    clip: float = 1.0  # gradient norm
+    clip: float = 1.0  # largest gradient norm
     user_rate: float = 1.0  # learning rate of a prior's user embeddings over that of all else
     ema_decay: float = 0.0  # 0: no average of the weights
     compile: str = "auto"  # auto | graph | compile | no: a CUDA graph or torch.compile; auto is "no", see docs/gpus.md
@@ -39,14 +41,13 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "evaluate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if self.preview_every < 0:
-            raise ValueError(f"TrainConfig.preview_every must be 0 (none) or more, got {self.preview_every}")
-        if self.learning_rate <= 0 or self.user_rate <= 0 or not 0 <= self.ema_decay < 1:
-            raise ValueError("TrainConfig needs learning_rate > 0, user_rate > 0 and ema_decay in [0, 1)")
-        if self.mixed_precision not in ("no", "fp16", "bf16", "auto"):
-            raise ValueError(f"TrainConfig.mixed_precision is no, fp16, bf16 or auto, not {self.mixed_precision!r}")
+            check_number(f"TrainConfig.{name}", getattr(self, name), 1)
+        for name in ("learning_rate", "user_rate", "clip"):
+            check_number(f"TrainConfig.{name}", getattr(self, name), 0, above=True)
+        check_number("TrainConfig.preview_every", self.preview_every, 0)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"TrainConfig.ema_decay must be in [0, 1), got {self.ema_decay}")
+        check_choice("TrainConfig.mixed_precision", self.mixed_precision, ("no", "fp16", "bf16", "auto"))
         check_choice("TrainConfig.compile", self.compile, MODES)
 
     def defining(self) -> dict:
@@ -89,6 +90,14 @@ class State:
         self.history: list[dict] = []
         self.resume()
 
+    @cached_property  # created for the first row: without one there is no folder
+    def tensorboard(self):
+        """A SummaryWriter; None without `run_dir`, or where TensorBoard or the TensorFlow that it imports is broken."""
+        with suppress(Exception):
+            from torch.utils.tensorboard import SummaryWriter
+
+            return SummaryWriter(self.run_dir / "tensorboard")
+
     @property
     def unfinished(self) -> bool:
         return self.step < self.config.steps and not self.stopped
@@ -117,8 +126,6 @@ class State:
             return
         with readable(file, "delete it: training starts from the beginning of this stage"):
             content = torch.load(file, map_location=self.device, weights_only=True)
-        if "ema" not in content:
-            raise ValueError(f"{file} is of an earlier mdlib: delete it, or choose another folder")
         wanted = self.config.defining()
         if changed := [key for key in wanted if content["config"].get(key) != wanted[key]]:
             raise ValueError(
@@ -131,9 +138,6 @@ class State:
             self.scaler.load_state_dict(content["scaler"])
         for key in (*self.PLAIN, "ema"):
             setattr(self, key, content[key])
-        if torch.is_tensor(self.ema):  # of an earlier mdlib: all in one vector
-            averages = self.ema.split([weight.numel() for weight in self.weights])
-            self.ema = [part.view_as(weight) for part, weight in zip(averages, self.weights, strict=True)]
         if self.stopped.startswith("the budget") and not self.budget_spent:
             self.stopped = ""  # a larger budget was granted
 

@@ -344,7 +344,7 @@ def test_a_first_attempt_that_failed_may_be_corrected(people, tmp_path):
     "settings, message",
     [
         (dict(codec_steps="many"), "codec_steps must be of type int, got 'many'"),
-        (dict(codec_steps=-3), "steps must be at least 1"),
+        (dict(codec_steps=-3), "steps must be 1 or more"),
         (dict(split="none.json"), "none.json"),
         (dict(preset="t4x2"), "'t4x2': training in fp16 needs a GPU; demo"),
         (dict(codec="kl"), "reads tokens, which a kl codec does not make"),

@@ -262,11 +262,9 @@ def test_every_tile_is_attention_of_its_own(size, tile):
     torch.testing.assert_close(module(inputs), by_hand(module, inputs, *tile))
 
 
-def test_a_tile_that_does_not_divide_the_grid_is_refused():
-    module = attention()
-    module.set_processor(TiledAttnProcessor(2, 3))
-    with pytest.raises(ValueError, match="attention window 2 × 3 must divide the latent grid 5 × 9"):
-        module(grid(5, 9))
+def test_a_window_that_does_not_divide_the_latents_is_refused():
+    with pytest.raises(ValueError, match=r"window 4 must divide the sides of the latents at its levels, \[20, 20, 10"):
+        LatentDiffusion((8, 20, 20), 3, (16, 16, 16), attention="window_axial")
 
 
 @pytest.mark.parametrize("rows, columns", [(5, 2), (1, 0), (0, 1), (1, 3)])

@@ -295,9 +295,10 @@ def test_the_callers_random_numbers_are_left_alone():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(steps=0), "steps must be at least 1"),
-        (dict(mixed_precision="int8"), "no, fp16, bf16 or auto"),
+        (dict(steps=0), "steps must be 1 or more, got 0"),
+        (dict(mixed_precision="int8"), "mixed_precision must be one of no, fp16, bf16, auto, got"),
         (dict(ema_decay=1.0), "ema_decay"),
+        (dict(clip=0), "clip must be above 0, got 0"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
@@ -453,7 +454,18 @@ def test_stages_share_the_time_and_what_is_left_of_it(tmp_path):
     assert history[-1]["factor"] == 2
 
 
-def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path):
-    torch.save({"average": [], "config": {}}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="state.pt is of an earlier mdlib: delete it"):
-        fit(line(), points(), CONFIG, tmp_path, progress=False)
+def test_a_stage_that_has_ended_does_not_train_on_without_a_budget(tmp_path):
+    torch.manual_seed(3)
+    long, slow = replace(CONFIG, steps=3000, evaluate_every=50), lambda *_: time.sleep(0.1)
+    short = replace(long, max_minutes=0.3 / 60)
+    fit_stages(Staged(), points(), short, tmp_path, STAGES, preview=slow, progress=False)
+    before = read_history(tmp_path / "stage-1")[-1]["step"]
+    fit_stages(Staged(), points(), long, tmp_path, STAGES, progress=False)
+    assert read_history(tmp_path / "stage-1")[-1]["step"] == before < 2000
+    assert read_history(tmp_path / "stage-2")[-1]["step"] == 1000
+
+
+def test_the_last_stage_alone_takes_all_steps(tmp_path):
+    """As when a codec trains on."""
+    history = fit_stages(Staged(), points(), CONFIG, tmp_path, STAGES[-1:], progress=False)
+    assert history[-1]["step"] == CONFIG.steps
