@@ -7,7 +7,8 @@ import torch
 
 from mdlib.data.files import WindowFile
 from mdlib.data.windows import WindowSet
-from mdlib.evaluation.evidence import Evidence, Protocol
+from mdlib.evaluation.augmentation_study import _jobs
+from mdlib.evaluation.evidence import Evidence, Protocol, train_each
 
 USERS = (2, 5, 9, 11)
 QUICK = Protocol(evaluation_steps=60, seeds=2, counts=(), reference="none", backbone="")
@@ -37,3 +38,8 @@ def evidence(generated: WindowSet, **changes) -> Evidence:
     parts = dict(train=windows(3, 1), val=windows(12, 2, 40), test=windows(25, 3, 80), generated=generated, gap=4)
     parts["spare"] = windows(9, 5, 20)
     return Evidence(**{**parts, **changes})
+
+
+def real_only_classifiers(case: Evidence, protocol: Protocol, folder=None) -> list:
+    """The classifiers of the arm real_only."""
+    return list(train_each(_jobs(case.train, protocol, folder), "classifiers"))

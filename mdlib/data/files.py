@@ -72,8 +72,8 @@ def find_windows(root: str | Path, *, min_users: int = 2, order: str = "number")
         raise DataError(f"{root}: no user folders in it{seen}; give the folder that holds ID_1, ID_2, ...")
     if len(users) < min_users:
         raise DataError(f"{root}: {count(len(users), 'user')} only (ID_{users[0]}){seen}; give {min_users} or more")
-    alone = [some for some in _by(found.files, "user", "condition") if len(some) == 1]
-    recordings = _by(found.files, *_RECORDING)
+    alone = [some for some in by(found.files, "user", "condition") if len(some) == 1]
+    recordings = by(found.files, *_RECORDING)
     lone = [some[0].path for some in recordings if len(some) == 1 and some not in alone]
     if min_users and order == "number" and 2 * len(lone) > len(recordings) - len(alone):
         raise DataError(
@@ -202,7 +202,7 @@ def _unnumbered(parts: Sequence[str], user_at: int) -> WindowFile:
     return WindowFile("/".join(parts), int(_USER.fullmatch(parts[user_at])[2]), condition, stem, 0, part)
 
 
-def _by(files: Iterable[WindowFile], *fields: str) -> list[list[WindowFile]]:
+def by(files: Iterable[WindowFile], *fields: str) -> list[list[WindowFile]]:
     """Lists of the files that have the same values of the fields."""
     key = attrgetter(*fields)
     return [list(some) for _, some in groupby(sorted(files, key=key), key)]
@@ -211,10 +211,10 @@ def _by(files: Iterable[WindowFile], *fields: str) -> list[list[WindowFile]]:
 def _numbered(files: Sequence[WindowFile]) -> list[WindowFile]:
     """The files with recordings and window numbers by their names."""
     numbered: list[WindowFile] = []
-    for some in _by(files, "user", "condition"):
+    for some in by(files, "user", "condition"):
         parsed = parse_names([f.recording for f in some])
         numbered += [replace(f, recording=r, number=n) for f, (r, n) in zip(some, parsed, strict=True)]
-    return [file for some in _by(numbered, *_RECORDING) for file in _parts_apart(some)]
+    return [file for some in by(numbered, *_RECORDING) for file in _parts_apart(some)]
 
 
 def _parts_apart(files: list[WindowFile]) -> list[WindowFile]:
@@ -235,4 +235,4 @@ def _ranked(root: Path, files: Sequence[WindowFile], order: str) -> list[WindowF
     names = {f.path: re.sub(r"\d+", lambda digits: digits[0].zfill(20), f.recording) for f in files}
     files = sorted(files, key=lambda f: (times[f.path], names[f.path], f.path))
     folders = [replace(f, recording=f.recording.rpartition("/")[0]) for f in files]
-    return [replace(f, number=n) for some in _by(folders, *_RECORDING) for n, f in enumerate(some)]
+    return [replace(f, number=n) for some in by(folders, *_RECORDING) for n, f in enumerate(some)]

@@ -180,8 +180,7 @@ def neighbours(windows: WindowSet) -> Neighbours:
         same = torch.maximum(score, likeness(whole[mine], whole[mine])[0]).fill_diagonal_(-1.0) > COPY
         copies += [(files[i].path, files[j].path) for i, j in same.triu().nonzero().tolist()]
         score[same] = -1.0
-        order = sorted(range(len(files)), key=lambda i: (files[i].condition, files[i].recording, files[i].number))
-        for i, j in pairwise(order):
+        for i, j in pairwise(range(len(files))):  # a set is ordered by condition, recording and number
             a, b = files[i], files[j]
             if (a.condition, a.recording) == (b.condition, b.recording) and b.number > a.number:
                 following.append((float(score[j, i]), abs(int(shift[j, i])), b.number - a.number))

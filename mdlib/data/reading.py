@@ -32,18 +32,23 @@ class Reading:
     shape: tuple[int, int]  # height and width in pixels of what was read: the files, or the plots cropped from them
     bits: int  # of a channel on disk: 1, 8, 16 or 32
     crop: tuple[int, int, int, int] | None  # the box read: left, top, right, bottom in pixels; None: all of it
+    scale: tuple[float, float] | None  # what became 0 and 255, of grey of more than 8 bits
     notes: tuple[str, ...]  # what a user should know, one line each; () for an ordinary set
 
 
 def read_images(
-    root: Path, files: Sequence[WindowFile], size: int, colormap: str, crop: str = "none"
+    root: Path, files: Sequence[WindowFile], size: int, colormap: str, crop: str = "none", scale: tuple | None = None
 ) -> tuple[torch.Tensor, Reading]:
     """uint8 images (N, C, size, size) and how they were read, from the cache where these files were read before."""
-    cache = _cache_file(root, files, {"version": _CACHE_VERSION, "size": size, "colormap": colormap, "crop": crop})
+    options = {"version": _CACHE_VERSION, "size": size, "colormap": colormap, "crop": crop}
+    options |= {"scale": scale} if scale else {}
+    contents = [options, list(hashes(root, (file.path for file in files)).items())]
+    key = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    cache = Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib") / f"{key}.npz"
     # Missing or damaged (a zip file holds checksums): there are many ways, and one remedy.
     with suppress(Exception), np.load(cache) as file:
         return torch.from_numpy(file["images"]), Reading(**ast.literal_eval(str(file["about"])))
-    images, about = _read_files(root, files, size, colormap, crop)
+    images, about = _read_files(root, files, Reader(size, colormap, scale), crop)
     try:
         with whole_file(cache) as temporary, open(temporary, "wb") as file:
             np.savez(file, images=images.numpy(), about=repr(asdict(about)))
@@ -53,13 +58,13 @@ def read_images(
     return images, about
 
 
-def _read_files(root: Path, files: Sequence[WindowFile], size: int, colormap: str, crop: str):
+def _read_files(root: Path, files: Sequence[WindowFile], reader: Reader, crop: str):
     """uint8 images (N, C, size, size) and how they were read. What the files share is decided on a sample of them."""
     paths = [root / file.path for file in files]
     head = _common_head(root, files)
     width, height = head.size
     sample = _spread(paths, min(32, max(4, 16_000_000 // (width * height))))  # they are in memory at once
-    reader = Reader(size, colormap)
+    colormap, reader = reader.colormap, replace(reader, scale=reader.scale if head.bits > 8 else None)
     box = _choose_box(root, files, sample, _with_scale(reader, sample, head.bits), head, crop)
     reader = _with_scale(replace(reader, box=box), paths, head.bits)
     reversible = not (root / "generation.json").exists()  # windows that this suite generated are not reversed
@@ -78,7 +83,7 @@ def _read_files(root: Path, files: Sequence[WindowFile], size: int, colormap: st
     left, top, right, bottom = reader.box or (0, 0, width, height)
     shape = (bottom - top, right - left)
     fit, sizes = round(float(distances.mean()), 1), (f"{width}x{height}",)
-    about = Reading(reader.colormap, fit, sizes, shape, head.bits, reader.box, tuple(notes))
+    about = Reading(reader.colormap, fit, sizes, shape, head.bits, reader.box, reader.scale, tuple(notes))
     return torch.from_numpy(images), about
 
 
@@ -117,7 +122,7 @@ def _check_modes(paths: Sequence[Path], modes: Sequence[str]) -> None:
 
 def _with_scale(reader: Reader, paths: Sequence[Path], bits: int) -> Reader:
     """The reader with the scale of grey files of more than 8 bits: the least value (or 0) and the largest of them."""
-    if bits <= 8:
+    if bits <= 8 or reader.scale:
         return reader
     ends = for_each(lambda path: np.percentile(reader.pixels(path)[0], (0, 100)), paths)
     low, high = float(np.min(ends)), float(np.max(ends))
@@ -194,7 +199,7 @@ def _notes_on_pixels(reader: Reader, head: Head, images: np.ndarray, mode: str) 
         notes.append(f"cropped to columns {columns} and rows {rows} of {width}x{height} pixels")
     if reader.scale:
         values = "{:g} to {:g}".format(*reader.scale)
-        notes.append(f"grey of {head.bits} bits: {values}, the range of the whole set, are read as 0 to 255")
+        notes.append(f"grey of {head.bits} bits: {values} are read as 0 to 255, in all images")
     if mode == "A":
         notes.append("the pictures are in the files' transparency: it is read as intensity")
     low, high = np.percentile(_spread(images, 32), (0.1, 99.9))
@@ -225,10 +230,3 @@ def hashes(root: str | Path, paths: Iterable[str]) -> dict[str, str]:
 def _digest(path: Path) -> str:
     with decodable(path):
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _cache_file(root: Path, files: Sequence[WindowFile], options: dict) -> Path:
-    """The file that caches these files read with these options, named by the contents."""
-    contents = [options, list(hashes(root, (file.path for file in files)).items())]
-    key = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-    return Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib") / f"{key}.npz"

@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
-from operator import attrgetter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mdlib.data.files import WindowFile
+from mdlib.data.files import WindowFile, by
 from mdlib.data.windows import WindowSet
 from mdlib.utils import DataError, count, whole_file
 
@@ -71,7 +69,7 @@ def make_split(
     if given and (fold or excluded):
         raise DataError("folds and unrecorded need windows that are not yet split into folders train, val and test")
     parts: dict[str, list[WindowFile]] = {part: [] for part in (*PARTS, "dropped", "spare")}
-    users = _by(every, "user")
+    users = {some[0].user: some for some in by(every, "user")}
     for user, files in users.items():
         usable = [f for f in files if (user, f.condition) not in excluded]
         mine = _parts_of_folders(files, gap) if given else _split_user(usable, val, test, gap, fold)
@@ -114,12 +112,6 @@ def folds(test: float = 0.25) -> int:
     return int(1 / test + 1e-9)
 
 
-def _by(files: Iterable[WindowFile], key: str) -> dict[int | str, list[WindowFile]]:
-    """Files by an attribute, in its order."""
-    value = attrgetter(key)
-    return {name: list(some) for name, some in groupby(sorted(files, key=value), value)}
-
-
 def _split_user(files: list[WindowFile], val: float, test: float, gap: int, fold: int) -> dict[str, list[WindowFile]]:
     """Train, val, test and dropped of one user's files. For a fold the first test blocks of a timeline follow its end,
     `gap` away; what would share steps over the new start is dropped. A timeline too short to cut is all train."""
@@ -156,10 +148,10 @@ def _parts_of_folders(files: list[WindowFile], gap: int) -> dict[str, list[Windo
 
 def _timelines(files: Sequence[WindowFile], gap: int) -> Iterator[tuple[list[WindowFile], np.ndarray]]:
     """Windows in time order with their numbers: long recordings; a condition's short ones, end to end."""
-    for of_condition in _by(files, "condition").values():
+    for of_condition in by(files, "condition"):
         joined: list[WindowFile] = []
         numbers: list[int] = []
-        for recording in _by(of_condition, "recording").values():
+        for recording in by(of_condition, "recording"):
             recording = sorted(recording, key=lambda f: f.number)
             if len(recording) >= _SHORTEST_IN_GAPS * gap:
                 yield recording, np.array([f.number for f in recording])
@@ -271,13 +263,9 @@ def apply_split(windows: WindowSet, split: dict) -> dict[str, WindowSet]:
     """The parts "train", "val" and "test" of a set, in the order of the set.
 
     Raises:
-        DataError: the split lists a window that the set lacks, or one twice, or no training window of a user.
+        DataError: the split lists a window that the set lacks, or no training window of a user.
     """
     parts = {part: _part(windows, split, part) for part in PARTS}
-    paths = sorted(path for part in parts.values() for path in part.paths)
-    for path, following in pairwise(paths):
-        if path == following:
-            raise DataError(f"the split lists {path} twice; list every window once")
     for label in sorted(set(windows.labels.tolist()) - set(parts["train"].labels.tolist())):
         raise DataError(f"the split has no training window of user ID_{windows.users[label]}; every user needs some")
     return parts

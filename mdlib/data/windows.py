@@ -68,6 +68,12 @@ class WindowSet:
             raise DataError(f"{self.root}: no user ID_{user}; there are {', '.join(map(str, self.users))}")
         return self.select(self.labels == self.users.index(user))
 
+    def few(self, user: int, condition: str, most: int) -> "WindowSet":
+        """At most `most` windows of a user in a condition, evenly spaced."""
+        rows = [row for row, file in enumerate(self.files) if (file.user, file.condition) == (user, condition)]
+        places = torch.linspace(0, len(rows) - 1, min(most, len(rows))).round().long().tolist()
+        return self.select([rows[place] for place in places])
+
 
 def load_windows(
     root: str | Path,
@@ -79,6 +85,7 @@ def load_windows(
     users: Sequence[int] | None = None,
     order: str = "number",
     plain: bool = False,
+    scale: tuple[float, float] | None = None,
 ) -> WindowSet:
     """Read a data folder (layout: see `mdlib.data.files.scan`) into one uint8 tensor.
 
@@ -95,6 +102,7 @@ def load_windows(
             its box in pixels, "none" reads it all and raises where there is a border.
         users: label map to use, e.g. the real set's for generated images; default: the users found.
         order: what numbers the windows, see `mdlib.data.files.scan`.
+        scale: grey values of more than 8 bits that become 0 and 255; None: the range of the set.
         plain: take one user, and folders without users too; the only user is then `mdlib.data.files.UNKNOWN`.
 
     Raises:
@@ -114,7 +122,7 @@ def load_windows(
         raise DataError(f"{root}: ID_{min(unknown)} is not among the users {', '.join(map(str, users))}")
     colormap = colormap if channels == 1 else "none"
 
-    images, about = read_images(root, files, size, colormap, crop)
+    images, about = read_images(root, files, size, colormap, crop, scale)
     for note in about.notes:
         warnings.warn(f"{root}: {note}", stacklevel=2)
     labels = torch.tensor([users.index(f.user) for f in files])

@@ -50,20 +50,11 @@ class Arms:
     by_selection: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)
     backbone: str = ""  # folder that the pretrained arms started from; "": there are none
 
-    @property
-    def real_only(self) -> list[SmallCNN]:
-        return self.networks["real_only"]
-
 
 def unseen_classifiers(evidence: Evidence, protocol: Protocol, folder=None) -> list[SmallCNN]:
     """Classifiers of validation and test windows. The generator's training windows, which generated ones imitate, are
     new to them; `folder` saves them for other runs on the same split."""
     return list(train_each(_jobs(evidence.unseen, protocol, folder), "classifiers of unseen windows"))
-
-
-def real_only_classifiers(evidence: Evidence, protocol: Protocol, folder=None) -> list[SmallCNN]:
-    """The classifiers of the arm real_only."""
-    return list(train_each(_jobs(evidence.train, protocol, folder), "classifiers of training windows"))
 
 
 def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
@@ -134,6 +125,8 @@ def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
     if counts is None:
         counts = [round(len(train) / train.num_users * factor) for factor in TIMES]
     fewest = int(torch.bincount(generated.labels, minlength=train.num_users).min())
+    if protocol.counts and max(counts) > fewest:
+        raise DataError(f"counts: {max(counts)} generated windows of each user, but one has {fewest}: generate more")
     some = {count: first_of_each(generated, count) for count in counts if 0 < count < fewest}
     some |= _filtered(evidence, protocol)
     more = {f"real_x{factor}": times(evidence, factor) for factor in sorted(set(protocol.multiples))}
@@ -154,6 +147,8 @@ def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
 def _best_fraction(evidence: Evidence, protocol: Protocol) -> float:
     """The fraction of generated windows whose classifier does best on validation windows."""
     val, jobs = evidence.val, []
+    if len(protocol.fractions) == 1:
+        return protocol.fractions[0]
     for fraction in protocol.fractions:
         jobs += _jobs(mixed(evidence.train, evidence.generated, fraction), protocol, seeds=[protocol.seeds])
     classifiers = train_each(jobs, "classifiers that choose the fraction")
@@ -189,15 +184,8 @@ def times(evidence: Evidence, factor: int) -> WindowSet | None:
         rows, wanted = torch.nonzero(spare.labels == label).flatten().tolist(), (factor - 1) * count
         if len(rows) < wanted:
             return None
-        chosen += evenly_spaced(spare, rows, wanted)
+        chosen += [rows[place] for place in np.linspace(0, len(rows) - 1, wanted).round().astype(int)]
     return concatenate(train, spare.select(chosen))
-
-
-def evenly_spaced(windows: WindowSet, rows: list[int], count: int) -> list[int]:
-    """`count` of some rows, evenly spaced in time, conditions and recordings one after the other."""
-    files = windows.files
-    ordered = sorted(rows, key=lambda row: (files[row].condition, files[row].recording, files[row].number))
-    return [ordered[place] for place in np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
 def mixed(real: WindowSet, generated: WindowSet, fraction: float) -> WindowSet:
@@ -260,64 +248,47 @@ def joined(folds: Sequence[Outcomes]) -> Outcomes:
 
 
 def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
-    """Every arm's accuracy, and real + generated compared to real alone and to more real windows. per_user: those in
-    real_only; no_more: why there is no arm with more of them, where there is none."""
-    correct, blocks = outcomes.correct, outcomes.blocks
+    """Every arm's accuracy, and gains of one arm over another. per_user: windows in real_only; no_more: why there is no
+    arm with more of them, where there is none."""
+    correct, blocks, each = outcomes.correct, outcomes.blocks, []
+    more = any(name.startswith("real_x") for name in correct)
+    no_x2 = "not requested: add 2 to multiples" if more else no_more
+    no_backbone = "no pretrained arms: backbone is none, or no attached or shipped weights fit these windows"
+    chosen = "chosen" if "pretrained_real_only" in correct else ""
+
+    def gain(arm: str, other: str, reason: str) -> dict:
+        known = arm in correct and other in correct
+        return paired_gain(correct[other], correct[arm], blocks) if known else absent(reason)
+
+    def worth(arm: str, reason: str) -> dict:
+        return _equivalent(correct[arm], correct, blocks, per_user) if more and arm else absent(reason)
+
     real, both = correct["real_only"], correct["real_plus_generated"]
-    reference = absent("ResNet-18 is trained on a GPU or with reference=resnet18")
-    if "resnet18_real_only" in correct:
-        reference = paired_gain(correct["resnet18_real_only"], correct["resnet18_real_plus_generated"], blocks)
-    gain, each = paired_gain(real, both, blocks), []
-    of_copies = absent("no codec was given")
-    if "codec_copies" in correct:
-        of_copies = paired_gain(correct["codec_copies"], both, blocks)
     for user in np.unique(outcomes.users).tolist():
         own = outcomes.users == user
         accuracy = {"real_only": float(real[:, own].mean()), "real_plus_generated": float(both[:, own].mean())}
         each.append({"user": user, "n": int(own.sum()), **accuracy})
     of_users = np.array([row["real_plus_generated"] - row["real_only"] for row in each])
+    first = gain("real_plus_generated", "real_only", "")
+    no_resnet = "ResNet-18 is trained on a GPU or with reference=resnet18"
     return {
+        "real_x2": absent(no_x2),
         **{name: {**scored(rows, blocks), "per_seed": rows.mean(1).tolist()} for name, rows in correct.items()},
-        "gain": gain,
-        "gain_ci95": gain["ci95"],
+        "gain": first,
+        "gain_ci95": first["ci95"],
         "p_value": metrics.p_value(real, both, blocks),
-        "resnet18_gain": reference,
-        "gain_over_copies": of_copies,
+        "resnet18_gain": gain("resnet18_real_plus_generated", "resnet18_real_only", no_resnet),
+        "gain_over_copies": gain("real_plus_generated", "codec_copies", "no codec was given"),
         "gain_other_users": metrics.over_users(of_users),
-        **_against_more_real(correct, blocks, per_user, no_more),
-        **_pretrained(correct, blocks, per_user, no_more),
+        "gain_over_x2": gain("real_plus_generated", "real_x2", no_x2),
+        "equivalent_real_windows": worth("real_plus_generated", no_more),
+        "pretraining_gain": gain("pretrained_real_only", "real_only", no_backbone),
+        "pretrained_gain": gain("pretrained_real_plus_generated", "pretrained_real_only", no_backbone),
+        "total_gain": gain(chosen, "real_only", no_backbone),
+        "total_real_windows": worth(chosen, no_more if chosen else no_backbone),
         "real_windows_per_user": per_user,
         "seeds": len(real),
         "per_user": each,
-    }
-
-
-def _against_more_real(correct: dict[str, np.ndarray], blocks: np.ndarray, per_user: float, no_more: str) -> dict:
-    if not any(name.startswith("real_x") for name in correct):
-        return missing("real_x2", "gain_over_x2", "equivalent_real_windows", reason=no_more)
-    both = correct["real_plus_generated"]
-    if "real_x2" in correct:
-        found = {"gain_over_x2": paired_gain(correct["real_x2"], both, blocks)}
-    else:
-        found = missing("real_x2", "gain_over_x2", reason="not requested: add 2 to multiples")
-    return {**found, "equivalent_real_windows": _equivalent(both, correct, blocks, per_user)}
-
-
-def _pretrained(correct: dict[str, np.ndarray], blocks: np.ndarray, per_user: float, no_more: str) -> dict:
-    """What a backbone pretrained on simulated people adds, what generated windows add to it, and what the arm that
-    validation windows chose adds in all."""
-    if "pretrained_real_only" not in correct:
-        reason = "no pretrained arms: backbone is none, or no attached or shipped weights fit these windows"
-        return missing("pretraining_gain", "pretrained_gain", "total_gain", "total_real_windows", reason=reason)
-    real, before, both = (
-        correct[name] for name in ("real_only", "pretrained_real_only", "pretrained_real_plus_generated")
-    )
-    chosen, enough = correct.get("chosen", both), any(name.startswith("real_x") for name in correct)
-    return {
-        "pretraining_gain": paired_gain(real, before, blocks),
-        "pretrained_gain": paired_gain(before, both, blocks),
-        "total_gain": paired_gain(real, chosen, blocks),
-        "total_real_windows": _equivalent(chosen, correct, blocks, per_user) if enough else absent(no_more),
     }
 
 
@@ -359,7 +330,8 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
 
 
 def conditions(evidence: Evidence, arms: Arms) -> dict:
-    """The section `conditions` of the report; …_unrecorded: of users without training windows in that condition."""
+    """The section `conditions` of the report; …_unrecorded: of users without training windows in that condition;
+    pretrained_…: of the classifiers that start from a backbone."""
     test, found = evidence.test, {}
     if len(test.conditions) < 2:
         return missing("cross_condition", reason="the test windows have one condition")
@@ -368,10 +340,12 @@ def conditions(evidence: Evidence, arms: Arms) -> dict:
     known = np.array([(file.user, file.condition) in recorded for file in test.files])
     blocks = evidence.blocks
     for condition in test.conditions:
-        for name, some in ((condition, known), (f"{condition}_unrecorded", ~known)):
+        title = condition or "none"  # of windows in no folder of a condition
+        for name, some in ((title, known), (f"{title}_unrecorded", ~known)):
             rows = (where == condition) & some
-            if rows.any():
-                real, both = (arms.correct[arm][:, rows] for arm in ("real_only", "real_plus_generated"))
-                found[name] = {**scored(both, blocks[rows]), "real": float(real.mean())}
-                found[f"{name}_gain"] = paired_gain(real, both, blocks[rows])
+            for start in ("", "pretrained_") if rows.any() else ():
+                if f"{start}real_only" in arms.correct:
+                    real, both = (arms.correct[f"{start}{arm}"][:, rows] for arm in DEPLOYED)
+                    found[start + name] = {**scored(both, blocks[rows]), "real": float(real.mean())}
+                    found[f"{start}{name}_gain"] = paired_gain(real, both, blocks[rows])
     return found

@@ -121,10 +121,6 @@ class Codebook:
         known = self.rates[~self.rates.isnan().any(1)]
         return int((known.amax(0) - known.mean(0)).argmax())
 
-    def places(self, code: int) -> torch.Tensor:
-        """Fraction of the windows with `code` in each cell (h, w)."""
-        return (self.tokens == code).double().mean(0)
-
     def windows_with(self, code: int) -> list[int]:
         """Rows of at most six windows that hold `code` most often, one a user: neighbouring windows look alike."""
         times = (self.tokens == code).sum((1, 2))

@@ -39,9 +39,7 @@ class Protocol:
     evaluation_steps: int = 400  # optimizer steps of each classifier
     seeds: int = 3  # classifiers an arm
     fractions: tuple[float, ...] = (0.125, 0.25, 0.5)  # of generated windows in a batch; validation windows choose
-    counts: tuple[int, ...] | None = (
-        None  # generated windows per user for gain_by_windows; None: 1, 2, 5, 10 a real one
-    )
+    counts: tuple[int, ...] | None = None  # generated windows per user for gain_by_windows; None: TIMES real ones
     keep: tuple[float, ...] = ()  # fractions of the generated windows, best first, to measure each filter's gain with
     multiples: tuple[int, ...] = (2,)  # of the real windows, for the arms real_x2 …, where there are spare ones
     reference: str = "auto"  # ResNet-18 on a GPU; resnet18: always; none: never
@@ -229,7 +227,10 @@ def trained_once(
 @cache
 def source_code(kind: type) -> list[str]:
     """The code that decides how a network is trained: networks of another version are trained again."""
-    return [inspect.getsource(inspect.getmodule(part)) for part in (kind, SmallCNN, classical_augmentation, fit)]
+    return [
+        inspect.getsource(inspect.getmodule(part))
+        for part in (kind, SmallCNN, classical_augmentation, fit, train_classifier)
+    ]
 
 
 def train_each(jobs: list[tuple], about: str) -> Iterator[Network]:

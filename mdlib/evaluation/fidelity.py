@@ -1,4 +1,4 @@
-"""Are generated windows spread like real ones: in the features of classifiers that saw neither (`fidelity`), and as
+"""Are generated windows spread like real ones: in the features of the real windows' classifiers (`fidelity`), and as
 plain images (`statistics`)? See docs/evaluation.md. Distances are measured three times, see `evidence.COMPARED`."""
 
 from collections.abc import Callable
@@ -40,24 +40,18 @@ STATISTICS = ("ks", "mahalanobis", "typical", "silhouette")
 
 def fidelity(evidence: Evidence, arms: Arms) -> dict:
     """The section `fidelity` of the report."""
-    sets, each = _features(evidence, arms)
+    sets = compared_sets(evidence)
+    each = [{name: features(one, part.images) for name, part in sets.items()} for one in arms.networks["real_only"]]
     of = lambda found, one, other: float((found[one] - found[other]).norm(dim=1).mean())
     apart = lambda name, one, other: np.mean([of(found[name], one, other) for found in each])
     return {
         **_distances(sets, each),
         "fd_inception": _fd_inception(sets),
         "diversity": _diversity(sets, evidence.gap, PAIRS, apart),
-        "inception_score": _inception_score(arms.real_only, sets),
+        "inception_score": _inception_score(arms.networks["real_only"], sets),
         "lpips_diversity": _lpips_diversity(sets, evidence.gap),
         "map": neighbourhood_map(each[0], sets),
     }
-
-
-def _features(evidence: Evidence, arms: Arms) -> tuple[dict[str, WindowSet], list[dict[str, torch.Tensor]]]:
-    """The compared sets, and each real-only classifier's features (N, D) of them."""
-    sets = compared_sets(evidence)
-    of = lambda classifier: {name: features(classifier, part.images) for name, part in sets.items()}
-    return sets, [of(classifier) for classifier in arms.real_only]
 
 
 def _distances(sets: dict[str, WindowSet], each: list[dict[str, torch.Tensor]]) -> dict:
@@ -239,11 +233,7 @@ def _kolmogorov(sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
         for key, (one, other) in COMPARED.items()
     }  # (users, features)
     means = {key: float(values.mean()) for key, values in each.items() if key != "value"}
-    by_feature = [
-        {"feature": name, "value": float(each["value"][:, k].mean()), "real": float(each["real_vs_real"][:, k].mean())}
-        for k, name in enumerate(FEATURES)
-    ]
-    return {"ks": over_users(each["value"].mean(1)) | means, "ks_by_feature": by_feature}
+    return {"ks": over_users(each["value"].mean(1)) | means}
 
 
 def _mahalanobis(sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:

@@ -17,7 +17,7 @@ from mdlib.data.reading import hashes
 from mdlib.data.windows import WindowSet, load_windows, to_uint8
 from mdlib.evaluation.augmentation_study import Arms, chosen_arm, mixed
 from mdlib.evaluation.evidence import FOLDS, Evidence, Protocol, train_each
-from mdlib.evaluation.metrics import absent, bootstrapped, figure
+from mdlib.evaluation.metrics import absent, bootstrapped, equal_error_rate, figure
 from mdlib.models.classifier import SmallCNN
 from mdlib.utils import DataError, best_device, count, read_json, readable, whole_file
 
@@ -34,7 +34,7 @@ class Identifier(ModelMixin, ConfigMixin):
         ensemble: number of classifiers, `SmallCNN(len(users), channels, **network)`.
         image_size: side in pixels to which windows are reduced.
         colormap: of the pictures that it was trained on; "none" with 3 channels.
-        reading: colormap, crop and order for new folders, options of `load_windows`.
+        reading: colormap, crop, order and scale for new folders, options of `load_windows`.
         arm: the set of training windows, see docs/evaluation.md.
         validation_accuracy: on the windows that chose the arm.
         threshold: P(user) below which a window is "unknown"; 0 names every window.
@@ -93,6 +93,8 @@ class Identifier(ModelMixin, ConfigMixin):
             images = (to_uint8(images) if images.is_floating_point() else images).cpu().numpy()
             pixels, colormap = (images[:, 0], "grey") if channels == 1 else (np.moveaxis(images, 1, 3), "none")
         else:
+            if deep := {one.mode for one in images} & {"I;16", "I;16B", "I", "F"}:
+                raise DataError(f"pictures of mode {min(deep)} have no range of their own: identify their folder")
             pixels = [np.asarray(one.convert("L" if one.mode in ("1", "L") else "RGB")) for one in images]
         reader = Reader(self.config.image_size, colormap)
         windows = [torch.tensor(reader.reduced(one)) for one in pixels]
@@ -114,6 +116,7 @@ def best_identifier(
     train, val, test, split = evidence.train, evidence.val, evidence.test, evidence.split
     arm = chosen_arm(arms.networks, val)
     networks, reading = arms.networks[arm], split.get("reading", {})
+    scale = {"scale": train.about.scale} if train.about and train.about.scale else {}
     identifier = Identifier(
         list(train.users),
         len(networks),
@@ -121,7 +124,7 @@ def best_identifier(
         channels=networks[0].config.channels,
         network={name: networks[0].config[name] for name in ("widths", "image_size")},
         colormap=train.colormap,
-        reading={key: value for key, value in reading.items() if key != "channels"},
+        reading={key: value for key, value in reading.items() if key != "channels"} | scale,
         arm=arm,
         trained_on=sorted(content for path, content in split.get("hashes", {}).items() if path not in set(test.paths)),
     ).to(networks[0].device)
@@ -179,9 +182,9 @@ def stranger_rates(
     if len(set(genuine)) < 2:
         return dict.fromkeys(("false_acceptance", "false_rejection", "equal_error_rate"), absent(NO_THRESHOLD))
     false, true, _ = roc_curve(genuine, scores, drop_intermediate=False)
-    place, equal, of_genuine = (true >= 1 - FALSE_REJECTION).argmax(), np.abs(false - (1 - true)).argmin(), sum(genuine)
+    place, of_genuine = (true >= 1 - FALSE_REJECTION).argmax(), sum(genuine)
     return {
-        "equal_error_rate": figure(float(false[equal]), len(scores)),
+        "equal_error_rate": figure(equal_error_rate(false, true), len(scores)),
         "false_acceptance": figure(float(false[place]), len(scores) - of_genuine),
         "false_rejection": figure(float(1 - true[place]), of_genuine),
     }
@@ -201,14 +204,11 @@ def tables(identifier: Identifier, windows: WindowSet) -> tuple[pd.DataFrame, pd
     groups = facts.groupby("recording", sort=False)
     of_recordings = groups.agg(windows=("path", "size"), true_user=("true_user", "first")).reset_index()
     means = every.groupby(facts["recording"], sort=False).mean().reset_index(drop=True)
-    return _answered(facts, every, identifier.threshold), _answered(
-        of_recordings, means, identifier.recording_threshold
+    found = ((facts, every, identifier.threshold), (of_recordings, means, identifier.recording_threshold))
+    answer = lambda rows, limit: rows.idxmax(axis=1).where(rows.max(axis=1) >= limit, "unknown")
+    return tuple(
+        about.assign(user=answer(rows, limit), probability=rows.max(axis=1)).join(rows) for about, rows, limit in found
     )
-
-
-def _answered(facts: pd.DataFrame, every: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    sure = every.max(axis=1)
-    return facts.assign(user=every.idxmax(axis=1).where(sure >= threshold, "unknown"), probability=sure).join(every)
 
 
 def identify_folder(

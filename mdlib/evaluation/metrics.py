@@ -27,13 +27,13 @@ def missing(*names: str, reason: str) -> dict:
 
 def bootstrapped(values: np.ndarray, blocks: np.ndarray) -> dict:
     """Mean of values (N,), one a window; the interval resamples blocks (N,) of windows."""
-    return figure(float(values.mean()), len(values), interval(block_bootstrap(values, blocks)))
+    return scored(values[None], blocks)
 
 
 def over_users(values: np.ndarray) -> dict:
     """Mean of values (users,), one a user; the interval resamples users and needs three or more."""
-    means = block_bootstrap(values, np.arange(len(values)))
-    return figure(float(values.mean()), len(values), interval(means) if len(values) > 2 else None)
+    found = bootstrapped(values, np.arange(len(values)))
+    return found if len(values) > 2 else figure(found["value"], len(values))
 
 
 def scored(correct: np.ndarray, blocks: np.ndarray) -> dict:
@@ -55,23 +55,12 @@ def p_value(first: np.ndarray, second: np.ndarray, blocks: np.ndarray) -> float:
 
 def interval(draws: np.ndarray) -> list[float]:
     """95 % percentile interval of bootstrap draws."""
-    tail = 100 * (1 - 0.95) / 2
-    return np.percentile(draws, [tail, 100 - tail]).tolist()
-
-
-def block_bootstrap(values: np.ndarray, blocks: np.ndarray, draws: int = 2000) -> np.ndarray:
-    """Bootstrap means (draws,) of values (N,). Whole blocks are resampled (Künsch 1989), because neighbouring windows
-    overlap and count almost as one."""
-    names, index = np.unique(blocks, return_inverse=True)
-    sums = np.bincount(index, values, len(names))
-    sizes = np.bincount(index, minlength=len(names))
-    chosen = np.random.default_rng(0).integers(len(names), size=(draws, len(names)))
-    return sums[chosen].sum(1) / sizes[chosen].sum(1)
+    return np.percentile(draws, [2.5, 97.5]).tolist()
 
 
 def paired_bootstrap(correct: np.ndarray, blocks: np.ndarray, draws: int = 4000) -> np.ndarray:
-    """Bootstrap means (draws, arms) of arms' correctness (arms, seeds, N) on the same windows. Seeds and blocks of
-    windows are resampled, the same ones for every arm."""
+    """Bootstrap means (draws, arms) of arms' correctness (arms, seeds, N) on the same windows. Seeds and whole
+    blocks of windows (Künsch 1989: neighbours overlap) are resampled, the same ones for every arm."""
     rng = np.random.default_rng(0)
     names, index = np.unique(blocks, return_inverse=True)
     sums = np.stack([[np.bincount(index, row, len(names)) for row in arm] for arm in correct])  # (arms, seeds, blocks)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_curve
+from sklearn.metrics import confusion_matrix, roc_curve
 
 from mdlib import __version__
 from mdlib.data.checks import LEAK
@@ -97,7 +97,7 @@ def reconstruction(evidence: Evidence, arms: study.Arms) -> dict:
     if codec is None:
         return missing(*names, *OTHER_LABEL, reason="no codec was given")
     outputs = through_codec(codec, test.images, test.labels)
-    after = study.correctness(arms.real_only, to_uint8(outputs), test.labels)
+    after = study.correctness(arms.networks["real_only"], to_uint8(outputs), test.labels)
     return {
         "psnr_db": bootstrapped(metrics.psnr(outputs, test.float()).numpy(), blocks),
         "ssim": bootstrapped(metrics.ssim(outputs, test.float()).numpy(), blocks),
@@ -115,7 +115,7 @@ def other_label(evidence: Evidence, arms: study.Arms) -> dict:
         return missing(*OTHER_LABEL, reason="this codec is not conditioned on users")
     other = (test.labels + 1) % test.num_users
     outputs = through_codec(codec, test.images, other)
-    taken = study.correctness(arms.real_only, to_uint8(outputs), other).mean(0)
+    taken = study.correctness(arms.networks["real_only"], to_uint8(outputs), other).mean(0)
     found = (metrics.psnr(outputs, test.float()).numpy(), taken)
     return {name: bootstrapped(values, evidence.blocks) for name, values in zip(OTHER_LABEL, found, strict=True)}
 
@@ -137,20 +137,19 @@ def identity(evidence: Evidence, classifiers: list[SmallCNN]) -> dict:
     generated, train, users = evidence.generated, evidence.train, evidence.generated.num_users
     probabilities = torch.stack([one.probabilities(generated.images) for one in classifiers])  # (classifiers, N, n)
     named = probabilities.argmax(2)
-    correct = (named == generated.labels).double().mean(0).numpy()  # (N,)
+    correct = (named == generated.labels).numpy()
     own = study.correctness(classifiers, train.images, train.labels)
-    cells = (generated.labels * users + named).flatten()  # row the user, column the one that was named
-    confusion = torch.bincount(cells, minlength=users**2).view(users, users)
+    every = (generated.labels.repeat(len(named)), named.flatten())
     per_user = []
     for label, user in enumerate(generated.users):
         mine = (generated.labels == label).numpy()
         if mine.any():
-            per_user.append({"user": user, "n": int(mine.sum()), "accuracy": float(correct[mine].mean())})
+            per_user.append({"user": user, "n": int(mine.sum()), "accuracy": float(correct[:, mine].mean())})
     return {
-        "accuracy": bootstrapped(correct, np.arange(len(generated))),
+        "accuracy": scored(correct, np.arange(len(generated))),
         "classifier_accuracy": scored(own, chance_blocks(train, evidence.gap)),
         "control_ratio": figure(metrics.control_ratio(probabilities.mean(0), generated.labels), len(generated)),
-        "confusion": (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).tolist(),
+        "confusion": confusion_matrix(*every, labels=range(users), normalize="true").tolist(),
         "per_user": per_user,
     }
 
@@ -234,15 +233,15 @@ def resampled(of_folds: list[Trials]) -> np.ndarray:
     were drawn (Owen 2007, the pigeonhole bootstrap), a fold by its users drawn, and not at all with fewer than two
     different ones."""
     rng, found = np.random.default_rng(0), []
-    users = np.unique(np.concatenate([one.users for one in of_folds]))
+    users = np.unique(np.concatenate([one.named for one in of_folds]))
     while len(found) < DRAWS:
         times, counts, read = rng.multinomial(len(users), np.full(len(users), 1 / len(users))), [], []
         for one in of_folds:
-            present = np.isin(users, one.users) & (times > 0)
-            if present.sum() > 1:
-                shown, named = (times[np.searchsorted(users, labels)] for labels in (one.users, one.named))
-                counts.append(int(times[present].sum()))
-                read.append(rates_of(one, np.where(one.genuine, shown, shown * named)))
+            shown, named = (times[np.searchsorted(users, labels)] for labels in (one.users, one.named))
+            weights = np.where(one.genuine, shown, shown * named)
+            if weights[one.genuine].any() and weights[~one.genuine].any():
+                counts.append(int(times[np.isin(users, one.named)].sum()))
+                read.append(rates_of(one, weights))
         if counts:
             found.append(np.array(counts) / sum(counts) @ np.stack(read))
     return np.stack(found)
@@ -288,7 +287,11 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     )
     if pretrained:
         worth, total = augmentation["total_real_windows"], augmentation["total_gain"]
-        equal = f", as with {_count(worth)} real windows per user" if worth["value"] is not None else ""
+        equal = ""
+        if worth["value"] is not None:  # measured up to the most real windows of any arm
+            most = worth["between"][1]
+            number = f"{most:.3g} or more" if worth["value"] > 0.995 * most else f"{worth['value']:.3g}"
+            equal = f", as with {number} real windows per user"
         sentence = (
             f"{goes[0].upper()}{goes[1:]} with the classifiers that validation windows chose{equal} (total gain "
             f"{_points(total)}, 95 % interval, {measured}). Pretraining on simulated people gains "
@@ -327,12 +330,6 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     if copied > COPIED:
         sentence += f" {100 * copied:.2g} % of the generated windows are copies of training windows."
     return {"word": word, "sentence": sentence}
-
-
-def _count(windows: dict) -> str:
-    """A number of equivalent real windows, which is measured up to the most real windows of any arm."""
-    most = windows["between"][1]
-    return f"{most:.3g} or more" if windows["value"] > 0.995 * most else f"{windows['value']:.3g}"
 
 
 def _points(gain: dict) -> str:

@@ -29,7 +29,7 @@ def check_codec_folder(
     codec = load_codec(folder).to(best_device()).eval()
     sizes = dict(size=codec.config.image_size, channels=codec.config.in_channels)
     parts = read_split(split) if split else {}
-    windows = load_windows(data, **sizes, **{**parts.get("reading", {}), **{k: v for k, v in reading.items() if v}})
+    windows = load_windows(data, **{**parts.get("reading", {}), **{k: v for k, v in reading.items() if v}, **sizes})
     if (users := getattr(codec.config, "num_users", 0)) not in (0, windows.num_users):
         raise DataError(f"{folder} is conditioned on {users} users, {data} has {windows.num_users}: give its own data")
     windows = apply_split(windows, parts)["val"] if split else windows

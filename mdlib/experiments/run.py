@@ -123,7 +123,7 @@ class Run:
             size = max(SIDE, self.preset.image_size)
             large = load_windows(self.settings["data"], size=size, **self.reading)
             split = check_split(large, split)  # a split that does not fit or leaks raises
-            write_split({**split, "reading": {k: v for k, v in self.reading.items() if k != "channels"}}, path)
+            write_split({**split, "reading": self.reading}, path)
         with readable(path, "delete it: it is written again from the same windows"):
             return read_split(path)
 

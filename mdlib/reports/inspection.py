@@ -3,8 +3,6 @@
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from mdlib.data.checks import Inspection, inspect
 from mdlib.data.splits import split_summary
 from mdlib.data.windows import WindowSet
@@ -79,10 +77,4 @@ def _overlap(found: Inspection) -> list[str]:
 
 def sheet(windows: WindowSet) -> plots.Figure:
     """Contact sheet: a row a user, up to four windows of each, evenly spaced."""
-    images, titles = [], []
-    for user in windows.users:
-        mine = windows.of_user(user)
-        for place, row in enumerate(np.linspace(0, len(mine) - 1, min(SHOWN, len(mine))).round().astype(int)):
-            images.append(mine.images[row])
-            titles.append(f"ID_{user}" if not place else "")
-    return plots.windows(images, titles, windows.colormap, columns=SHOWN)
+    return plots.pictures([("", plots.strip(windows, user, SHOWN, f"ID_{user}")) for user in windows.users])

@@ -89,7 +89,7 @@ def _show(axis, image: np.ndarray | None, title: str = "", **options) -> None:
         axis.set_title(title, fontsize=8, color=INK)
 
 
-def _pictures(lines: list[tuple[str, list]], side: float = 1.3) -> Figure:
+def pictures(lines: list[tuple[str, list]], side: float = 1.3) -> Figure:
     """Rows of images: a row's name, and the (image, title) in it; the image may be None."""
     columns, rows = max(len(images) for _, images in lines), len(lines)
     figure, axes = new_figure(side + 0.3 / columns, side + 0.15 + 0.1 / rows, rows * columns, columns)
@@ -101,7 +101,7 @@ def _pictures(lines: list[tuple[str, list]], side: float = 1.3) -> Figure:
     return figure
 
 
-def _some(windows: WindowSet, user: int, each: int, title: str) -> list[tuple]:
+def strip(windows: WindowSet, user: int, each: int, title: str) -> list[tuple]:
     """`each` (image, title) of a user's windows, evenly spaced, the first one titled; None where there are fewer."""
     mine = windows.of_user(user)
     rows = np.linspace(0, len(mine) - 1, min(each, len(mine))).round().astype(int)
@@ -134,7 +134,7 @@ def windows(images, titles=None, colormap: str = "jet", columns: int = 8, side: 
     """A grid of windows (N, C, H, W) or a list of them, each `side` inches wide: Doppler up, time to the right."""
     titles = titles or [""] * len(images)
     every = [(picture(image, colormap), title) for image, title in zip(images, titles, strict=True)]
-    return _pictures([("", every[start : start + columns]) for start in range(0, len(every), columns)], side)
+    return pictures([("", every[start : start + columns]) for start in range(0, len(every), columns)], side)
 
 
 def contact_sheet(folder: str | Path, rows: list[dict]) -> Figure:
@@ -159,21 +159,21 @@ def contact_sheet(folder: str | Path, rows: list[dict]) -> Figure:
 
 def real_and_generated(real: WindowSet, generated: WindowSet, users: list[int] | None = None, each: int = 4) -> Figure:
     """Contact sheet: a row a user, real windows on the left, generated ones on the right."""
-    some = lambda user: _some(real, user, each, "real") + _some(generated, user, each, "generated")
-    return _pictures([(f"ID_{user}", some(user)) for user in users or real.users[:8]], 1.2)
+    some = lambda user: strip(real, user, each, "real") + strip(generated, user, each, "generated")
+    return pictures([(f"ID_{user}", some(user)) for user in users or real.users[:8]], 1.2)
 
 
 def side_by_side(sets: dict[str, WindowSet], users: int = 2, each: int = 4) -> Figure:
     """A row a set, `each` windows of the first `users` users in it."""
-    some = lambda part: [_some(part, user, each, f"ID_{user}") for user in part.users[:users]]
-    return _pictures([(name, sum(some(part), [])) for name, part in sets.items()], 1.2)
+    some = lambda part: [strip(part, user, each, f"ID_{user}") for user in part.users[:users]]
+    return pictures([(name, sum(some(part), [])) for name, part in sets.items()], 1.2)
 
 
 def reconstructions(real: torch.Tensor, decoded: torch.Tensor, colormap: str = "jet") -> Figure:
     """Windows (N, C, H, W) above their codec round trips, and the absolute difference below."""
     lines = {name: [picture(one, colormap) for one in some] for name, some in (("real", real), ("round trip", decoded))}
     lines["|difference|"] = colormaps["magma"]((decoded - real).abs().mean(1).clamp(0, 1).numpy())[..., :3]
-    return _pictures([(name, [(image, "") for image in images]) for name, images in lines.items()])
+    return pictures([(name, [(image, "") for image in images]) for name, images in lines.items()])
 
 
 def user_view(
@@ -191,7 +191,7 @@ def user_view(
     lines.append(("generated", some(generated, [str(place + 1) for place in range(len(generated))])))
     if nearest is not None:
         lines.append(("nearest training", some(nearest, [f"distance {ratio:.2f}" for ratio in ratios])))
-    figure = _pictures(lines, 1.5)
+    figure = pictures(lines, 1.5)
     user, condition = generated.files[0].user, generated.files[0].condition
     title = f"ID_{user} {condition if fonts(condition) else stand_in}".strip()
     figure.suptitle(title, fontsize=9, color=INK, fontfamily=fonts(condition))
@@ -289,7 +289,7 @@ def code_card(book, code: int) -> Figure:
     panels = [("decodes to", book.decoded[code])] + ([("stands for, on average", book.real[code])] if times else [])
     for column, (title, patch) in enumerate(panels):
         _show(figure.add_subplot(grid[0, column]), picture(patch, windows.colormap), title)
-    places = book.places(code).numpy()
+    places = (book.tokens == code).double().mean(0).numpy()
     _show(figure.add_subplot(grid[0, 2]), places, "occurs in these cells", cmap="magma", aspect="auto", vmin=0)
     axis, rates = figure.add_subplot(grid[0, 3:]), book.rates[:, code].numpy()
     axis.bar(np.arange(len(users)), np.nan_to_num(rates), color=ACCENT)

@@ -18,7 +18,6 @@ from mdlib.reports.pages import not_measured, write_page, written
 from mdlib.reports.user_page import GAIT, write_user
 from mdlib.utils import DataError, read_history, to_float
 
-FILTER_STEPS = 400  # optimizer steps of the classifier of `select_folder`
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
 BEST = {  # the figures by which systems are compared: section, name, which value is best, how the answer begins
     "gain": ("augmentation", "gain", max, "Largest gain"),
@@ -37,7 +36,7 @@ def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str,
             pairs = [(name, f"held_out_{name}") for name in history[-1] if f"held_out_{name}" in history[-1]]
             shown[part] = plots.history(history, pairs[:4])
     measured = {**report, "training": {}, "augmentation": dict(report["augmentation"])}
-    if "codec" not in shown:
+    if not {"codec", "prior"} & shown.keys():
         measured["training"]["curves"] = absent("no training logs in this folder")
     if not report["augmentation"]["gain_by_selection"]:
         measured["augmentation"]["filters"] = absent("none asked for: set keep, the fractions to retain")
@@ -124,7 +123,7 @@ def select_folder(
     if by == "kinematics":
         kept = keep_plausible(windows, train)
     else:
-        classifier = train_classifier(train.images, train.labels, train.num_users, FILTER_STEPS)
+        classifier = train_classifier(train.images, train.labels, train.num_users, Protocol().evaluation_steps)
         kept = keep_best(windows, scores(windows, classifier)[by], fraction)
     if not kept.any():
         raise DataError(f"{by} keeps none of the {len(windows)} windows of {generated}: choose another filter")

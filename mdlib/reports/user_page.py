@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
-from mdlib.data.windows import WindowSet
 from mdlib.evaluation.evidence import Evidence
 from mdlib.evaluation.metrics import nearest_train
 from mdlib.reports import charts, plots
@@ -57,14 +54,8 @@ def _windows(evidence: Evidence, user: int) -> list[plots.Figure]:
     """For each condition some real and generated windows, and the training windows nearest to these."""
     found, usual = [], nearest_train(evidence.test, evidence.train)[0].median().clamp_min(1e-9)
     for condition in evidence.generated.of_user(user).conditions:
-        real, generated = (_some(part.of_user(user), condition) for part in (evidence.unseen, evidence.generated))
+        real, generated = (part.few(user, condition, SHOWN) for part in (evidence.unseen, evidence.generated))
         distance, rows = nearest_train(generated, evidence.train)
         nearest = (evidence.train.select(rows), (distance / usual).tolist()) if distance.isfinite().all() else ()
         found.append(plots.user_view(real, generated, *nearest))
     return found
-
-
-def _some(windows: WindowSet, condition: str) -> WindowSet:
-    rows = [row for row, file in enumerate(windows.files) if file.condition == condition]
-    places = torch.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).round().long()
-    return windows.select([rows[place] for place in places.tolist()])

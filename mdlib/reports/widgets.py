@@ -65,7 +65,7 @@ def browse_users(
         seed, sampling: the first settings of live windows.
     """
     browser = UserBrowser(real, generated, train, pipeline, each)
-    first = browser.few(generated, generated.files[0].user, generated.files[0].condition)
+    first = generated.few(generated.files[0].user, generated.files[0].condition, each)
     _display([browser.picture(first)], lambda: browser.controls(folder, seed, sampling))
 
 
@@ -147,12 +147,6 @@ class UserBrowser:
         distance, _ = nearest_train(real, train)
         self.usual = float(distance[distance.isfinite()].median().clamp_min(1e-9))
 
-    def few(self, windows: WindowSet, user: int, condition: str) -> WindowSet:
-        """A few windows of a user, spread over all of them."""
-        rows = [row for row, file in enumerate(windows.files) if (file.user, file.condition) == (user, condition)]
-        places = torch.linspace(0, len(rows) - 1, min(self.each, len(rows))).round().long().tolist()
-        return windows.select([rows[place] for place in places])
-
     def picture(self, generated: WindowSet) -> plots.Figure:
         """Real windows, the generated ones, and the training windows nearest to those."""
         user, condition = generated.files[0].user, generated.files[0].condition
@@ -160,7 +154,7 @@ class UserBrowser:
         nearest = (self.train.select(rows), (distance / self.usual).tolist())
         nearest = nearest if distance.isfinite().all() else (None, ())  # no training window shows this user
         stand_in = f"condition {list(self.conditions).index(condition) + 1}"
-        return plots.user_view(self.few(self.real, user, condition), generated, *nearest, stand_in)
+        return plots.user_view(self.real.few(user, condition, self.each), generated, *nearest, stand_in)
 
     def controls(self, folder: str | Path, seed: int, sampling: dict) -> ipywidgets.VBox:
         """The controls around their picture."""
@@ -197,7 +191,7 @@ class UserBrowser:
             self.line.value = f"generating {count(self.each, 'window')}"
             self.shown, self.copy = self.generate(user, condition, self.seed.value, {**self.sampling, **moved})
         else:
-            self.shown = shown = self.few(self.generated, user, condition)
+            self.shown = shown = self.generated.few(user, condition, self.each)
             if not len(shown):
                 name = f"ID_{user}" + (f" with {condition}" if condition else "")
                 raise DataError(f"{shown.root} holds no window of {name}: generate some, or switch to {LIVE}")

@@ -262,7 +262,7 @@ def test_grey_of_more_than_8_bits_has_one_scale(tmp_path, bits):
             values = (image / 255 * (2**bits - 1)).astype(np.uint16)
         Image.fromarray(values).save(path, format="TIFF" if bits in ("float", 32) else "PNG")
 
-    with pytest.warns(UserWarning, match="the range of the whole set, are read as 0 to 255"):
+    with pytest.warns(UserWarning, match="are read as 0 to 255, in all images"):
         windows = load_windows(write(tmp_path / "set", save), size=32)
     assert windows.colormap == "grey" and right(windows) > 0.999
     assert windows.images.max() > 100 and windows.about.bits in (16, 32)

@@ -171,8 +171,6 @@ def test_splits_that_do_not_fit_the_data(tmp_path):
     assert "no ID_4/walk9.png, listed in the split's test" in message(apply_split, windows, unknown)
     untrained = read_split(hand_written(tmp_path / "s.json", train=["ID_4/walk0.png"]))
     assert "no training window of user ID_7" in message(apply_split, windows, untrained)
-    twice = {"train": ["ID_4/walk0.png", "ID_7/walk0.png"], "val": ["ID_4/walk0.png"], "test": []}
-    assert "ID_4/walk0.png twice" in message(apply_split, windows, twice)
 
 
 def test_a_random_split_leaks_and_blocks_do_not():

@@ -172,7 +172,6 @@ def test_use_is_counted_by_user_cell_and_window(surveyed):
         assert book.times[code] == sum(times)
         assert book.rates[0, code] == pytest.approx(sum(times[:3]) / 3)
         assert book.rates[1, code] == pytest.approx(sum(times[3:]) / 3)
-        assert book.places(code)[1, 2] == pytest.approx(sum(grid[1, 2] == code for grid in tokens) / 6)
         most = sorted((max(times[:3]), max(times[3:])), reverse=True)
         assert [times[row] for row in book.windows_with(code)] == [count for count in most if count]
         assert len({int(windows.labels[row]) for row in book.windows_with(code)}) == len(book.windows_with(code))

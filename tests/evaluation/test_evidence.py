@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toys import USERS, evidence, windows
+from toys import USERS, evidence, real_only_classifiers, windows
 
 from mdlib.evaluation import evidence as evidence_file
-from mdlib.evaluation.augmentation_study import real_only_classifiers
 from mdlib.evaluation.evidence import Protocol, alike, concatenate, first_of_each, halves, trained_once
 from mdlib.models.classifier import ResNet18, SmallCNN, features
 from mdlib.utils import DataError

@@ -120,7 +120,6 @@ def test_real_windows_are_alike_others_are_not():
         honest["mahalanobis"]["real"], rel=0.3
     )
     assert typical[0] > 0.7 > typical[1] > typical[2] == 0
-    assert [row["feature"] for row in honest["ks_by_feature"]] == list(FEATURES)
 
 
 def test_statistics_need_windows_in_every_set():

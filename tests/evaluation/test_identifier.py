@@ -9,12 +9,13 @@ import pytest
 import torch
 from helpers import message, write_image
 from PIL import Image
-from toys import ONCE, QUICK, USERS, evidence, gait, windows
+from toys import ONCE, QUICK, USERS, evidence, gait, real_only_classifiers, windows
 
 from mdlib.cli import main
 from mdlib.data.colormaps import colorize
 from mdlib.data.reading import hashes
-from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers
+from mdlib.data.windows import load_windows
+from mdlib.evaluation.augmentation_study import Arms
 from mdlib.evaluation.identifier import Identifier, best_identifier, stranger_rates, tables
 from mdlib.models.classifier import SmallCNN
 
@@ -95,6 +96,27 @@ def test_windows_of_any_size_and_kind_are_read_as_those_on_disk(case, folder):
     assert identifier.named(torch.tensor([[0.1, 0.6, 0.2, 0.1], [0.4, 0.2, 0.2, 0.2]])) == ["ID_5", "unknown"]
     assert identifier([]).shape == (0, 4)
     assert "(N, 1, H, W), got (2, 3, 8, 8)" in message(identifier, torch.zeros(2, 3, 8, 8))
+    deep = Image.fromarray(np.full((8, 8), 60_000, np.uint16))
+    assert "pictures of mode I;16 have no range of their own" in message(identifier, [deep])
+
+
+def test_grey_of_16_bits_is_read_on_the_scale_of_the_training_windows(case, tmp_path, recwarn):
+    """A folder of dark windows alone must stay dark."""
+    for n, image in enumerate(case.train.images[:8], 1):
+        for user in (1, 2):
+            path = tmp_path / "people" / f"ID_{user}" / f"w_{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy().astype(np.uint16) * 200 + user).save(path)
+    people = load_windows(tmp_path / "people", size=16)
+    again = people.about.scale
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    Image.fromarray(case.train.images[0, 0].numpy().astype(np.uint16) * 50).save(dark / "w_1.png")
+    alone, known = (load_windows(dark, size=16, plain=True, scale=scale) for scale in (None, again))
+    assert known.images.max() < 0.3 * alone.images.max()
+    arms = Arms({"real_only": [SmallCNN(len(USERS))]}, {}, 0.5)
+    identifier, _ = best_identifier(replace(case, train=replace(case.train, about=people.about)), arms, QUICK)
+    assert identifier.config.reading["scale"] == again
 
 
 class Sure:

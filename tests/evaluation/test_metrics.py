@@ -185,14 +185,14 @@ def test_a_copy_is_found_also_when_it_is_shifted_but_never_among_another_users()
 
 def test_bootstrap_interval_of_independent_values_is_the_normal_one():
     values = np.random.default_rng(0).normal(size=400)
-    low, high = metrics.interval(metrics.block_bootstrap(values, np.arange(400)))
+    low, high = metrics.bootstrapped(values, np.arange(400))["ci95"]
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.15 * half)
 
 
 def test_overlapping_windows_widen_the_interval():
     values = np.random.default_rng(0).normal(size=100).repeat(4)  # blocks of four alike
-    width = lambda blocks: np.ptp(metrics.interval(metrics.block_bootstrap(values, blocks)))
+    width = lambda blocks: np.ptp(metrics.bootstrapped(values, blocks)["ci95"])
     assert width(np.arange(400) // 4) == pytest.approx(2 * width(np.arange(400)), rel=0.2)
 
 

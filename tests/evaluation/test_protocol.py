@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toys import ONCE, QUICK, USERS, evidence, gait, windows
+from toys import ONCE, QUICK, USERS, evidence, gait, real_only_classifiers, windows
 
 from mdlib.evaluation import evidence as evidence_file
 from mdlib.evaluation import protocol as protocol_file
-from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers
+from mdlib.evaluation.augmentation_study import Arms
 from mdlib.evaluation.evidence import Protocol
 from mdlib.evaluation.fidelity import fidelity
 from mdlib.evaluation.protocol import (
@@ -197,6 +197,16 @@ def test_embedders_do_not_meet_the_users_they_verify(monkeypatch):
         low, true, high = (np.array(curve[name]) for name in ("low", "true", "high"))
         assert all(np.all(np.diff(rates) >= 0) for rates in (low, true, high)), "acceptance grows with the threshold"
         assert np.all(low <= true) and np.all(true <= high)
+
+
+@pytest.mark.parametrize("probed", [[0], [0, 3], [3]])
+def test_users_without_generated_windows_do_not_stop_verification(probed, monkeypatch):
+    """As after generating some users only: in each fold one user or none has probes."""
+    monkeypatch.setattr(protocol_file, "DRAWS", 5)
+    named = np.tile([0, 3], 10 * len(probed))
+    shown = np.repeat(probed, 20)
+    draws = resampled([Trials(np.random.default_rng(0).normal(size=len(named)), shown, named)])
+    assert draws.shape == (5, 102) and np.isfinite(draws).all()
 
 
 def test_the_curve_holds_the_equal_error_rate():
