@@ -54,10 +54,10 @@ def row(name: str, detail: str, remedy: str | None = "", cause: str = "package",
     return {"name": name, "status": status, "detail": detail, "cause": CAUSES.get(cause, ""), "remedy": remedy or ""}
 
 
-def check(python: Path | str | None = None, *, expect: str = "", precision: str = "") -> list[dict]:
+def check(python: Path | str | None = None, *, expect: str = "") -> list[dict]:
     """Check an interpreter (default: this one, and the modules it has loaded) and this machine; nothing is changed.
 
-    expect: the machine, a key of EXPECTED; '' accepts any. precision: 'no', 'fp16', 'bf16', or '' for no check.
+    expect: the machine, a key of EXPECTED; '' accepts any.
     Returns a list of {"name", "status": "ok" | "warn" | "fail", "detail", "cause", "remedy"}; cause and remedy are ''
     if the status is ok.
     """
@@ -78,7 +78,7 @@ def check(python: Path | str | None = None, *, expect: str = "", precision: str 
     version, path = ".".join(map(str, s.interpreter["version"])), s.interpreter["executable"]
     label = ".venv" if s.ours else "the running Python" if python == Path(sys.executable) else "another Python"
     rows = [row("python", f"{version}, {label} ({path})"), *check_machine()]
-    rows += [*check_torch(s, conflicts.result()), *check_gpus(s, expect, precision)]
+    rows += [*check_torch(s, conflicts.result()), *check_gpus(s, expect)]
     return [*rows, *check_packages(s, here, conflicts.result()), *check_files(online.result())]
 
 
@@ -151,8 +151,8 @@ def precision_of(capability: tuple[int, int]) -> str:
     return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "no"
 
 
-def check_gpus(s: setup.State, expect: str, precision: str):
-    """GPUs: whether torch uses them, they are expected, the precision suits them and other processes use them."""
+def check_gpus(s: setup.State, expect: str):
+    """GPUs: whether torch uses them, they are expected, and other processes use them."""
     seen = sum(device != "cpu" for device in s.torch.get("ops", {}))
     if not s.gpus:
         yield row("gpu", "none: use the presets demo and smoke")
@@ -185,10 +185,6 @@ def check_gpus(s: setup.State, expect: str, precision: str):
         yield row("accelerator", detail, "" if right else remedy, "accelerator", "fail")
     if not s.gpus:
         return
-    oldest = min(gpu.capability for gpu in s.gpus)
-    remedy = precision == "bf16" and precision_of(oldest) != "bf16" and f"mixed_precision={precision_of(oldest)}"
-    if precision:
-        yield row("precision", f"{precision} on capability {oldest[0]}.{oldest[1]}", remedy, "precision", "fail")
     holders = re.findall(r"^\s*(\d+)", setup.ask_driver("compute-apps=pid,used_memory"), re.MULTILINE)
     others = ", ".join(pid for pid in holders if int(pid) != os.getpid())
     remedy = others and "end processes of earlier runs: they keep GPU memory"

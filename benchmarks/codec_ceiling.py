@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import torch
 
+from mdlib.data.checks import seen_beyond, seen_of_test
 from mdlib.data.files import find_windows
-from mdlib.data.splits import make_split, seen_beyond, seen_of_test, spare_windows
+from mdlib.data.splits import make_split, spare_windows
 from mdlib.data.windows import WindowSet, load_windows, to_uint8
 from mdlib.evaluation.augmentation_study import augmentation, evenly_spaced, train_arms
 from mdlib.evaluation.evidence import Protocol, through_codec

@@ -79,7 +79,7 @@ class Kernel:
             "enable_gpu": bool(self.accelerator),
             "enable_internet": self.internet,
             "machine_shape": self.accelerator,
-            "dataset_sources": [_owned(name, self.owner) for name in self.datasets],
+            "dataset_sources": [name if "/" in name else f"{self.owner}/{name}" for name in self.datasets],
             "competition_sources": [],
             "kernel_sources": [f"{self.owner}/{slug}" for slug in sources],
             "model_sources": list(self.models),
@@ -136,7 +136,3 @@ def write_json(content: dict, path: Path) -> None:
 
 def _slug(notebook: str, tag: str) -> str:
     return "-".join(filter(None, ["mdlib", notebook.replace("_", "-"), tag]))
-
-
-def _owned(name: str, owner: str) -> str:
-    return name if "/" in name else f"{owner}/{name}"

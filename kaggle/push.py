@@ -53,7 +53,7 @@ def kernel(
     parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of the notebook")] = [],  # noqa: B006
     internet: Annotated[bool, typer.Option("--internet/--no-internet")] = False,
     accelerator: Annotated[str, typer.Option(help="one of Kaggle's names, or none")] = T4X2,
-    dataset: Annotated[list[str], typer.Option(help="name, or owner/name; besides the wheels")] = [WINDOWS],  # noqa: B006
+    dataset: Annotated[list[str], typer.Option(help="instead of mdlib-windows; name or owner/name")] = [WINDOWS],  # noqa: B006
     wheels: Annotated[str, typer.Option(help="data set of the wheels")] = WHEELS,
     model: Annotated[list[str], typer.Option(help="owner/model/framework/variation/version")] = [],  # noqa: B006
     after: Annotated[str, typer.Option(help="notebook whose output it continues from; for 05 the default is 03")] = "",

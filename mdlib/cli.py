@@ -199,7 +199,7 @@ def generate(
     per_user: Annotated[int, typer.Option(min=1)] = 10,
     seed: int = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    conditions: Annotated[str, typer.Option(help="separated by commas; all it knows when left out")] = "",
+    conditions: Annotated[str, typer.Option(help="separated by commas; default: all conditions in training")] = "",
     option: Annotated[
         list[str], typer.Option("--option", "-o", help="NAME=VALUE of the prior's sampling, or speckle=false")
     ] = [],  # noqa: B006

@@ -243,7 +243,7 @@ def identify_folder(
             table.to_csv(temporary, index=False, float_format="%.6g")
     sizes = " in ".join(count(len(table), what) for table, what in zip(found, ("window", "recording"), strict=True))
     unknown = " and ".join(str((table["user"] == "unknown").sum()) for table in found)
-    line = f"{out}: {sizes}, {unknown} of them unknown"
+    line = f"{out}: {sizes}, unknown: {unknown}"
     mine = torch.tensor([file.user in known.users for file in windows.files])
     contents, seen = hashes(windows.root, windows.paths), set(config.trained_on)
     new = mine & torch.tensor([contents[path] not in seen for path in windows.paths])
@@ -251,5 +251,5 @@ def identify_folder(
         right = [100 * (table["user"] == table["true_user"]).mean() for table in tables(known, windows.select(new))]
         line += f"; accuracy {right[0]:.1f} % by window, {right[1]:.1f} % by recording"
     if left := int((mine & ~new).sum()):
-        line += f"; no accuracy of {count(left, 'window')} that it was trained on, or that overlap such windows"
+        line += f"; not counted: {count(left, 'window')} used in training, or overlapping such windows"
     return line

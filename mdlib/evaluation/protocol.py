@@ -281,10 +281,8 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     seeds = f"{augmentation['seeds']} seeds" if augmentation["seeds"] > 1 else "1 seed, whose chance it leaves out"
     of_folds = f" of {augmentation['folds']} folds" if augmentation.get("folds", 1) > 1 else ""
     measured = f"{seeds}, {real['n']} test windows{of_folds}"
-    goes = (
-        f"with {augmentation['real_windows_per_user']:.3g} real windows per user, accuracy on unseen windows goes from "
-        f"{100 * real['value']:.1f} % to {100 * both['value']:.1f} %"
-    )
+    given = f"{augmentation['real_windows_per_user']:.3g} real windows per user"
+    before, after = (f"{100 * one['value']:.1f} %" for one in (real, both))
     if pretrained:
         worth, total = augmentation["total_real_windows"], augmentation["total_gain"]
         equal = ""
@@ -293,20 +291,21 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
             number = f"{most:.3g} or more" if worth["value"] > 0.995 * most else f"{worth['value']:.3g}"
             equal = f", as with {number} real windows per user"
         sentence = (
-            f"{goes[0].upper()}{goes[1:]} with the classifiers that validation windows chose{equal} (total gain "
-            f"{_points(total)}, 95 % interval, {measured}). Pretraining on simulated people gains "
-            f"{_points(augmentation['pretraining_gain'])}; adding generated windows to it gains {_points(gain)}. "
-            f"{meaning}."
+            f"With {given}, classifiers from scratch name {before} of unseen windows rightly. The best setup, chosen "
+            f"on validation windows, names {after}{equal} ({_points(total)}, 95 % interval, {measured}). Pretraining "
+            f"on simulated people gains {_points(augmentation['pretraining_gain'])}; adding generated windows to it "
+            f"gains {_points(gain)}. {meaning}."
         )
     else:
         sentence = (
-            f"{meaning}: {goes} when generated windows are added (gain {100 * gain['value']:+.1f} points, 95 % "
-            f"interval {100 * low:+.1f} to {100 * high:+.1f}, {measured})."
+            f"{meaning}: with {given}, accuracy on unseen windows goes from {before} to {after} when generated windows "
+            f"are added (gain {100 * gain['value']:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
+            f"{measured})."
         )
     users = max(2, len(augmentation["per_user"]))
     if (real["value"] - 1 / users) / (1 - 1 / users) < NEAR_CHANCE:
         sentence = (
-            f"Too early to say: real windows alone reach {100 * real['value']:.1f} %, where chance is "
+            f"Too early to say: real windows alone reach {before}, where chance is "
             f"{100 / users:.1f} % ({users} users); train the classifiers longer or give more real windows. {sentence}"
         )
     others, reference = (augmentation.get(name, {}) for name in ("gain_other_users", "resnet18_gain"))

@@ -1,5 +1,6 @@
 """Papermill over the notebooks of a system: `execute`, and `extended` for a further training."""
 
+import ast
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from accelerate.utils import patch_environment
 from filelock import FileLock, Timeout
 from traitlets.config import Config
 
+from mdlib.data.files import find_windows
 from mdlib.evaluation.evidence import Protocol
 from mdlib.experiments.run import PRODUCTS, Run, device_name, open_run, versions
 from mdlib.experiments.settings import (
@@ -25,6 +27,7 @@ from mdlib.experiments.settings import (
     check_request,
     defaults,
     notebook_parameters,
+    order_of,
     read_record,
     write_record,
 )
@@ -57,7 +60,9 @@ def execute(
     wanted, names = check_request(out, parameters, first, last, **given)
     with locked(out):
         _check_values(out, wanted, parameters)
-        _check_done(out, get_system(wanted.system), names, parameters, first)
+        if extend and first:
+            raise DataError("--extend itself runs again what the longer training changes: leave out --from")
+        _check_done(out, get_system(wanted.system), names, parameters, "03" if extend else first)
         if extend:
             extended(out, wanted)
         run = open_run(out, **wanted.to_dict())
@@ -95,8 +100,7 @@ def locked(out: Path):
 
 def _execute_all(run: Run, names: tuple[str, ...], parameters: dict, first: str) -> None:
     common = {**parameters, **run.settings, "out": str(run.path)}
-    # Notebook 01 passes once with these versions, on this device, in this precision.
-    state = [versions(), device_name(), sys.executable, run.preset.codec_training.mixed_precision]
+    state = [versions(), device_name(), sys.executable]  # with these notebook 01 passes once
     passed = Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib", f"passed-{joblib.hash(state)}")
     for name in names:
         if name in read_record(run.path)["steps"]:
@@ -133,25 +137,30 @@ def _check_values(out: Path, wanted: RunSettings, parameters: dict) -> None:
         pipeline = load_pipeline(out / "pipeline", weights or "")
         pipeline.check_options(options)
         pipeline.plan(users or [], 1, 0, conditions or None)
+    elif users:
+        known = {file.user for file in find_windows(wanted.data, order=order_of(wanted.reading))}
+        if unknown := ", ".join(f"ID_{user}" for user in sorted(set(users) - known)):
+            raise DataError(f"users: {wanted.data} holds no {unknown}")
 
 
 def _check_done(out: Path, system: System, names: tuple[str, ...], parameters: dict, first: str) -> None:
-    """DataError where a notebook that is done ran with other values than the parameters, or one before `first` is not
-    done."""
+    """DataError where a parameter would be ignored, because the notebooks that take it do not run now, or where a
+    notebook before `first` is not done."""
     done = read_record(out)["steps"]
     if missing := [name for name in system.notebooks if "01" < name[:2] < first and name not in done]:
         raise DataError(f"{', '.join(missing)} is not done yet, which --from {first} needs: leave out --from")
-    for name in () if first else names:
-        if name not in done:
-            continue
-        try:
+    unused = parameters.keys() - defaults().keys()
+    for name in (name for name in names if first or name not in done):
+        unused -= notebook_parameters(name).keys()
+    for name in system.notebooks if unused else ():
+        known = notebook_parameters(name)
+        ran = {key: ast.literal_eval(default) for key, (default, _) in known.items()}
+        with suppress(OSError, ValueError, KeyError):  # there is no page, or it was not written in full
             page = json.loads((out / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
-            ran = page["metadata"]["papermill"]["parameters"]
-        except (OSError, ValueError, KeyError):
-            continue  # there is no page, or it was not written in full
-        own = parameters.keys() & notebook_parameters(name).keys() - defaults().keys()
-        if ignored := ", ".join(sorted(key for key in own if ran.get(key) != parameters[key])):
-            raise DataError(f"{name} is done and would ignore {ignored}: add --from {name[:2]} to run it again")
+            ran |= page["metadata"]["papermill"]["parameters"]
+        if ignored := ", ".join(sorted(key for key in unused & known.keys() if ran[key] != parameters[key])):
+            advice = f"add --from {name[:2]} to run it again" if name in done else f"leave it out, or run to {name[:2]}"
+            raise DataError(f"{name} does not run now and would ignore {ignored}: {advice}")
 
 
 def extended(out: Path, wanted: RunSettings) -> None:

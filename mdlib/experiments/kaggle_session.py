@@ -7,11 +7,11 @@ their content: windows by ID_k folders, wheels by mdlib-*.whl, a run by run.json
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from mdlib.data.files import holds_users, part_of
 from mdlib.experiments.settings import read_record, write_record
@@ -61,9 +61,14 @@ def begin(out: str | Path = "", data: str = "") -> str:
     )
     if os.environ.get(REQUESTED) and not found:
         raise DataError(f"{os.environ[REQUESTED]} was requested, but this session has no GPU: {NO_GPU}")
-    if data or (out and (Path(out) / "run.json").exists()):
+    if out and (Path(out) / "run.json").exists():
         return data
-    if out and (attached := find_run(INPUT)):
+    attached = find_run(INPUT) if out else None
+    if data:
+        if attached:
+            print(f"the run in {attached} does not continue, because data starts a new one: leave data empty")
+        return data
+    if attached:
         copy_run(attached, Path(out), INPUT)
         print(f"the run in {attached} continues in {out}, with its own settings", flush=True)
         return ""
@@ -75,14 +80,8 @@ def session_end() -> float:
 
     A session starts with its first process or, where that is older than a session can be, with this one.
     """
-    import psutil
-
-    now = time.time()
-    starts = [now]
-    for process in (os.getpid(), 1):
-        with suppress(psutil.Error):
-            starts.append(psutil.Process(process).create_time())
-    start = next(start for start in reversed(starts) if 0 <= now - start < HOURS * 3600)
+    now, starts = time.time(), (psutil.Process(number).create_time() for number in (1, os.getpid()))
+    start = next((start for start in starts if 0 <= now - start < HOURS * 3600), now)
     return start + HOURS * 3600 - MARGIN
 
 
@@ -131,14 +130,12 @@ def copy_run(attached: Path, out: Path, root: Path) -> None:
 
 
 def home() -> Path:
-    """The folder of check_environment.py: the repository or, where mdlib is installed from a wheel, a writable copy of
-    the files next to the wheels (the check measures the disk it lies on)."""
+    """The folder of check_environment.py: the repository, or that of the wheels where mdlib is installed from one."""
     if (ROOT / "check_environment.py").exists():
         return ROOT
     if not (wheels := next((folder for folder in _folders(INPUT) if any(folder.glob("mdlib-*.whl"))), None)):
         raise DataError(f"check_environment.py is neither in {ROOT} nor next to mdlib's wheels below {INPUT}")
-    ignored = shutil.ignore_patterns("*.whl")
-    return Path(shutil.copytree(wheels, tempfile.mkdtemp(), ignore=ignored, dirs_exist_ok=True))
+    return wheels
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -4,7 +4,6 @@ Training calls the stages of a run directly, without its notebooks: a wheel of m
 """
 
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from mdlib.models.classifier import SmallCNN
 from mdlib.pipeline import MicroDopplerPipeline
 from mdlib.systems import SYSTEMS, get_preset, get_system, make_codec, make_prior, seeded, start
 from mdlib.training.fit import Batches, TrainConfig, fit
-from mdlib.utils import DataError, read_history, whole_file
+from mdlib.utils import DataError, read_history, read_json, whole_file
 
 WINDOWS = 60  # of each person
 CODEC_FRACTION = 0.25  # of the minutes
@@ -50,9 +49,13 @@ def pretrain(
     chosen = get_preset(next(iter(SYSTEMS)) if identifies else get_system(system).name, preset)
     if minutes <= 0:
         raise DataError(f"minutes must be more than 0, got {minutes}")
-    data = simulate_dataset(out / "people", users=people, windows=WINDOWS, seed=seed)
+    command = f"python -m mdlib pretrain --system {system} --preset {preset} --people {people}"
+    command += f" --minutes {minutes:g} --seed {seed}"
     trained_on, weights = [f"{SIMULATED}{seed}"], out / "weights"
-    shutil.rmtree(weights, ignore_errors=True)
+    known = weights / "weights.json"
+    if known.exists() and (before := read_json(known, f"delete {weights}").get("command")) != command:
+        raise DataError(f"{weights} was exported by `{before}`: choose another --out")
+    data = simulate_dataset(out / "people", users=people, windows=WINDOWS, seed=seed)
     if identifies:
         windows = load_windows(data, size=chosen.image_size)
         _in_float16(train_identifier(windows, minutes, out / "identifier")).save_pretrained(weights)
@@ -67,8 +70,7 @@ def pretrain(
         _export(run, trained_on).save_pretrained(weights)
         parts = [run.path / "codec", run.path / "prior"]
     last = {part.name: read_history(part)[-1] for part in parts}
-    command = f"pretrain --system {system} --preset {preset} --people {people} --minutes {minutes:g} --seed {seed}"
-    card = dict(name=system, mdlib=__version__, command=f"python -m mdlib {command}", preset=preset, people=people)
+    card = dict(name=system, mdlib=__version__, command=command, preset=preset, people=people)
     card |= dict(windows=WINDOWS, seed=seed, trained_on=trained_on)
     card |= {name: dict(steps=int(row["step"]), minutes=round(row["seconds"] / 60, 1)) for name, row in last.items()}
     with whole_file(weights / "weights.json") as path:  # last: with it the folder counts

@@ -52,7 +52,7 @@ class RunSettings:
     split: str = _setting("", "a split file; empty: split by recording and time")
     windows_per_user: int = _setting(0, "training windows of each user; 0: the preset's, -1: all")
     variants: int = _setting(-1, "stride-recombined copies of each training window; -1: the preset's")
-    unrecorded: dict = _setting({}, 'condition → users whose windows in it all go to the test: {"backpack": [1, 2]}')
+    unrecorded: dict = _setting({}, 'hold out these users\' windows in a condition for the test: {"backpack": [1, 2]}')
     codec: str = _setting("", "vq | kl | va; empty: the system's own")
     codec_steps: int = _setting(
         0, "optimizer steps of the codec; 0: the preset's, -1: none, codec_start is used as it is"
@@ -126,7 +126,9 @@ def check_names(system: str, preset: str, parameters) -> System:
     for notebook in found.notebooks:
         known |= {key: ast.literal_eval(default) for key, (default, _) in notebook_parameters(notebook).items()}
     for key, value in parameters.items():
-        if key not in known or key in ("system", "preset", "data", "out"):
+        if key in ("system", "preset", "data", "out"):
+            raise DataError(f"{key} is an option of its own: give --{key}, not -p {key}=…")
+        if key not in known:
             if key in SAMPLING:
                 raise DataError(f'{key} is an option of sampling: give it as sampling={{"{key}": …}}')
             names = ", ".join(sorted(known.keys() - {"system", "preset", "data", "out"}))
@@ -166,13 +168,7 @@ def check_request(
 def read_record(out: Path) -> dict:
     """What run.json of a run folder holds; nothing done with no settings where there is no run."""
     file, remedy = out / "run.json", "delete it and give the run's first command again, with all options"
-    record = {"settings": {}, "steps": {}} | (read_json(file, remedy) if file.exists() else {})
-    if weight := record["settings"].pop("perceptual_weight", 0):  # a setting of its own in mdlib 0.1
-        options = record["settings"].get("codec_options", {})
-        record["settings"]["codec_options"] = {"perceptual_weight": weight, **options}
-    if record["settings"]:  # it had no init, or an empty one
-        record["settings"]["init"] = record["settings"].get("init") or "none"
-    return record
+    return {"settings": {}, "steps": {}} | (read_json(file, remedy) if file.exists() else {})
 
 
 def write_record(out: Path, record: dict) -> None:

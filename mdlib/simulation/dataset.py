@@ -130,7 +130,7 @@ def _already_there(out, arguments):
         raise FileExistsError(f"{out} is not empty and not a simulated data set: choose another folder") from None
     different = ", ".join(k for k in arguments if earlier.get(k) != arguments[k])
     if different:
-        raise FileExistsError(f"{out} holds a data set simulated with another {different}: choose another folder")
+        raise FileExistsError(f"{out} holds people simulated with another {different}: choose another folder")
     return True
 
 

@@ -88,6 +88,15 @@ def test_the_weights_are_half_as_large_and_name_no_place_and_no_user(shipped):
         assert not any(str(shipped.parents[1]) in path.read_text() for path in (shipped / name).rglob("*.json"))
 
 
+def test_another_pretraining_does_not_replace_an_export(made):
+    before = (made / "identifier" / "weights" / "weights.json").read_text()
+    with pytest.raises(
+        DataError, match="was exported by `python -m mdlib pretrain --system identifier .*another --out"
+    ):
+        pretrain("identifier", made / "identifier", "smoke", people=3, minutes=5, seed=SEED)
+    assert (made / "identifier" / "weights" / "weights.json").read_text() == before
+
+
 def test_they_are_not_used_where_they_do_not_fit(shipped, windows, tmp_path, capsys):
     common = dict(data=windows, system="vae-diffusion", preset="smoke")
     wider = {"block_out_channels": [16, 32]}
@@ -143,17 +152,6 @@ def test_a_run_that_has_not_begun_takes_the_weights_of_its_new_sizes(shipped, wi
     common = dict(data=windows, system="vae-diffusion")
     assert open_run(tmp_path, **common, preset="smoke").settings["init"] == "shipped"
     assert open_run(tmp_path, **common, preset="demo", init="shipped").settings["init"] == "none"
-
-
-def test_a_run_of_before_trained_from_scratch(windows, tmp_path, shipped):
-    run = open_run(tmp_path, data=windows, preset="smoke", init="none")
-    for change in ({"init": ""}, None):  # as earlier versions recorded it, or not at all
-        record = json.loads((tmp_path / "run.json").read_text())
-        record["settings"] = record["settings"] | change if change else {**record["settings"]}
-        if not change:
-            del record["settings"]["init"]
-        (tmp_path / "run.json").write_text(json.dumps(record))
-        assert open_run(tmp_path).settings == open_run(tmp_path, data=windows, preset="smoke").settings == run.settings
 
 
 def test_the_identifiers_backbone_is_found_where_it_fits(shipped):

@@ -487,8 +487,11 @@ def snapshot(folder):
         (["--from", "05", "-p", "users=[9]"], "it was not trained on 9"),
         (
             ["-p", 'sampling={"top_k": 4}'],
-            "05_generate is done and would ignore sampling: add --from 05 to run it again",
+            "05_generate does not run now and would ignore sampling: add --from 05 to run it again",
         ),
+        (["--from", "06", "-p", "images_per_user=20"], "05_generate does not run now and would ignore images_per_user"),
+        (["--from", "06", "-p", "max_minutes=3"], "02_train_vqvae does not run now and would ignore max_minutes"),
+        (["--from", "05", "--extend", "-p", "prior_steps=9"], "runs again what the longer training changes: leave out"),
         (["--from", "07"], "this system has no notebook '07'"),
         (["-p", "prior_steps=9"], "prior_steps: 0 is not 9): to train it further, python -m mdlib run --out "),
         (["-p", "prior_steps=6", "--extend"], "prior_steps=6: the prior has 6 steps already, give more"),

@@ -21,7 +21,6 @@ from mdlib.experiments.settings import (
     defaults,
     notebook_parameters,
     options_page,
-    read_record,
     write_record,
 )
 from mdlib.systems import SYSTEMS, get_preset
@@ -81,13 +80,6 @@ def test_a_setting_of_another_type_is_refused():
         RunSettings(reading={"crop": 5})
 
 
-def test_the_weight_of_lpips_in_a_run_of_mdlib_0_1_is_an_option_of_the_codec(tmp_path):
-    settings = {"perceptual_weight": 0.2, "codec_options": {"batch_size": 4}}
-    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
-    expected = {"perceptual_weight": 0.2, "batch_size": 4}
-    assert read_record(tmp_path)["settings"] == {"codec_options": expected, "init": "none"}
-
-
 def test_a_folder_without_images_of_users_is_refused_at_once(tmp_path):
     assert "no such folder" in message(find_windows, tmp_path / "absent")
     for path in ("ID_1/notes.txt", "anna/w1.png", "ID_2/.hidden/w1.png"):
@@ -111,6 +103,7 @@ def test_a_folder_without_images_of_users_is_refused_at_once(tmp_path):
         (["run", "--out", "{out}", "--data", "{out}/none"], 1, "no such folder"),
         (["run", "--out", "{out}", "--data", "{out}", "--preset", "huge"], 1, "unknown preset 'huge' of system vqvae"),
         (["run", "--out", "{out}", "--data", "{out}", "-p", "codec_step=3"], 1, "no notebook has a parameter"),
+        (["run", "--out", "{out}", "--data", "{out}", "-p", "system=x"], 1, "give --system, not -p system="),
         (["run", "--out", "{out}", "--data", "{out}", "-p", "codec_steps=x"], 1, "codec_steps must be of type int"),
         (["run", "--out", "{out}", "--precision", "16"], 1, "precision is fp16, bf16, no (float32) or auto, got '16'"),
         (
