@@ -1,7 +1,8 @@
-"""What people carry: told to priors beside the user, generated where it was never recorded, judged apart."""
+"""What people carry: a condition of priors next to the user, generated where it was never recorded, evaluated apart."""
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from mdlib.data.files import find_windows
 from mdlib.data.splits import make_split
 from mdlib.data.windows import load_windows
-from mdlib.evaluation.augmentation_study import Arms, conditions
+from mdlib.evaluation.augmentation_study import Arms, chosen_arm, conditions
 from mdlib.evaluation.evidence import Evidence
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import open_run
@@ -108,6 +109,16 @@ def test_the_table_of_conditions_tells_recorded_from_not():
     assert set(found) == {"normal", "normal_gain", "bag_unrecorded", "bag_unrecorded_gain"}
     assert found["bag_unrecorded"]["value"] == 1 and found["bag_unrecorded"]["real"] == 0
     assert found["bag_unrecorded_gain"]["value"] == 1 and found["normal_gain"]["value"] == 0
+    generated = of("bag")  # normal windows of ID_4, which training windows show, and ID_7 with a bag
+    filled = Evidence(train=train, val=train, test=test, generated=generated, gap=1)
+    assert filled.fills and {(file.user, file.condition) for file in filled.added.files} == {(7, "bag")}
+    assert not case.fills and case.added is case.generated
+    sure, wrong = (
+        SimpleNamespace(probabilities=lambda _, labels=labels: torch.eye(2)[labels])
+        for labels in (train.labels, 1 - train.labels)
+    )
+    networks = {"real_only": [sure], "real_plus_generated": [wrong]}
+    assert chosen_arm(networks, case) == "real_only" and chosen_arm(networks, filled) == "real_plus_generated"
     alone = conditions(Evidence(train=train, val=train, test=train, generated=train, gap=1), arms)
     assert "one condition" in alone["cross_condition"]["reason"]
 

@@ -78,16 +78,18 @@ def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
         correct[name] = correctness(own, evidence.test.images, evidence.test.labels)
         if str(name).removeprefix("pretrained_") in DEPLOYED:
             networks[name] = own
-    correct["chosen"] = correct[chosen_arm(networks, evidence.val)]
+    correct["chosen"] = correct[chosen_arm(networks, evidence)]
     by_count, by_selection = (
         {name: correct.pop(name) for name in list(correct) if isinstance(name, kind)} for kind in (int, tuple)
     )
     return Arms(networks, correct, fraction, by_count, by_selection, backbone)
 
 
-def chosen_arm(networks: dict[str, list[SmallCNN]], val: WindowSet) -> str:
-    """The arm whose classifiers are most accurate on validation windows (mean over seeds); the first of equals."""
-    accuracy = {arm: correctness(some, val.images, val.labels).mean() for arm, some in networks.items()}
+def chosen_arm(networks: dict[str, list[SmallCNN]], evidence: Evidence) -> str:
+    """The arm whose classifiers are most accurate on validation windows (mean over seeds); the first of equals. Where
+    generated windows show conditions that were not recorded, as no validation window does, an arm with them."""
+    arms, val = [arm for arm in networks if arm.endswith("generated") or not evidence.fills], evidence.val
+    accuracy = {arm: correctness(networks[arm], val.images, val.labels).mean() for arm in arms}
     return max(accuracy, key=accuracy.get)
 
 
@@ -121,10 +123,10 @@ def _jobs(
 def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
     """Windows of the arms by name. A number stands for real_plus_generated with that many generated windows per user, a
     filter's name and fraction for that with the windows it keeps."""
-    train, generated, counts = evidence.train, evidence.generated, protocol.counts
+    train, generated, counts = evidence.train, evidence.added, protocol.counts
     if counts is None:
         counts = [round(len(train) / train.num_users * factor) for factor in TIMES]
-    fewest = int(torch.bincount(generated.labels, minlength=train.num_users).min())
+    fewest = int(generated.labels.unique(return_counts=True)[1].min())
     if protocol.counts and max(counts) > fewest:
         raise DataError(f"counts: {max(counts)} generated windows of each user, but one has {fewest}: generate more")
     some = {count: first_of_each(generated, count) for count in counts if 0 < count < fewest}
@@ -138,7 +140,7 @@ def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
     return {
         "real_only": train,
         "real_plus_generated": mixed(train, generated, fraction),
-        "generated_only": generated,
+        "generated_only": evidence.generated,
         **{name: windows for name, windows in more.items() if windows is not None},
         **{name: mixed(train, windows, fraction) for name, windows in some.items()},
     }
@@ -150,7 +152,7 @@ def _best_fraction(evidence: Evidence, protocol: Protocol) -> float:
     if len(protocol.fractions) == 1:
         return protocol.fractions[0]
     for fraction in protocol.fractions:
-        jobs += _jobs(mixed(evidence.train, evidence.generated, fraction), protocol, seeds=[protocol.seeds])
+        jobs += _jobs(mixed(evidence.train, evidence.added, fraction), protocol, seeds=[protocol.seeds])
     classifiers = train_each(jobs, "classifiers that choose the fraction")
     accuracy = [correctness([one], val.images, val.labels).mean() for one in classifiers]
     return protocol.fractions[int(np.argmax(accuracy))]
@@ -159,7 +161,7 @@ def _best_fraction(evidence: Evidence, protocol: Protocol) -> float:
 def _filtered(evidence: Evidence, protocol: Protocol) -> dict[tuple[str, float], WindowSet]:
     """The generated windows that each filter keeps, by its name and the fraction kept. The filters' classifier is
     trained on the generator's training windows and evaluates nothing."""
-    generated, train = evidence.generated, evidence.train
+    generated, train = evidence.added, evidence.train
     if not protocol.keep:
         return {}
     (classifier,) = train_each(_jobs(train, protocol, seeds=[protocol.seeds + 1]), "classifier of the filters")
@@ -305,7 +307,7 @@ def _equivalent(arm: np.ndarray, correct: dict, blocks: np.ndarray, per_user: fl
 def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
     """The section `augmentation` of the report."""
     users, found = evidence.train.num_users, outcomes(evidence, arms)
-    per_user, of_all = len(evidence.train) / users, len(evidence.generated) / users
+    per_user, of_all = len(evidence.train) / users, len(evidence.added) / len(evidence.added.labels.unique())
     too_few = "a user has fewer spare real windows than training windows"
     no_spare = "no spare real windows: set windows_per_user below the number of training windows"
     section = compared(found, per_user, no_spare if evidence.spare is None else too_few)

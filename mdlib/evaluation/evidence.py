@@ -79,6 +79,22 @@ class Evidence:
             raise DataError(f"the codec was trained with {codec.config.num_users} users, these windows have {users}")
 
     @property
+    def added(self) -> WindowSet:
+        """The generated windows that are added to real ones: those of users in conditions in which no training window
+        shows them, or all windows where there are none of these."""
+        return self.generated.select(self._unrecorded) if self.fills else self.generated
+
+    @property
+    def fills(self) -> bool:
+        """Whether some generated windows, but not all, show users in conditions in which no training window does."""
+        return bool(self._unrecorded.any() and not self._unrecorded.all())
+
+    @property
+    def _unrecorded(self) -> torch.Tensor:
+        recorded = {(file.user, file.condition) for file in self.train.files}
+        return torch.tensor([(file.user, file.condition) not in recorded for file in self.generated.files])
+
+    @property
     def unseen(self) -> WindowSet:
         """Validation and test windows: real ones the generator was not trained on."""
         return concatenate(self.val, self.test)

@@ -114,7 +114,7 @@ def best_identifier(
     """The classifiers of the arm that is most accurate on validation windows (mean over seeds; the first of equals),
     and the section `identifier` of the report. `folder` saves the threshold's classifiers of real windows."""
     train, val, test, split = evidence.train, evidence.val, evidence.test, evidence.split
-    arm = chosen_arm(arms.networks, val)
+    arm = chosen_arm(arms.networks, evidence)
     networks, reading = arms.networks[arm], split.get("reading", {})
     scale = {"scale": train.about.scale} if train.about and train.about.scale else {}
     identifier = Identifier(
@@ -132,7 +132,7 @@ def best_identifier(
         own.load_state_dict(given.state_dict())
     table, recordings = tables(identifier, val)
     of_test, of_recordings = (_right(one).to_numpy(float) for one in tables(identifier, test))
-    windows = mixed(train, evidence.generated, arms.fraction) if arm.endswith("generated") else train
+    windows = mixed(train, evidence.added, arms.fraction) if arm.endswith("generated") else train
     folder, backbone = None if arm.endswith("generated") else folder, arms.backbone * arm.startswith("pretrained")
     limit = stranger_rates(windows, val, protocol, folder, backbone)
     for name, every in (("threshold", table), ("recording_threshold", recordings)):

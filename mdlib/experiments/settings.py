@@ -122,12 +122,12 @@ def notebook_parameters(notebook: str) -> dict[str, tuple[str, str]]:
 def check_names(system: str, preset: str, parameters) -> System:
     """The system of that name; DataError where there is none, or its preset or a parameter of its notebooks is unknown
     or of another type."""
+    if key := next((key for key in ("system", "preset", "data", "out") if key in parameters), ""):
+        raise DataError(f"{key} is an option of its own: give --{key}, not -p {key}=…")
     found, known = get_system(system), {}
     for notebook in found.notebooks:
         known |= {key: ast.literal_eval(default) for key, (default, _) in notebook_parameters(notebook).items()}
     for key, value in parameters.items():
-        if key in ("system", "preset", "data", "out"):
-            raise DataError(f"{key} is an option of its own: give --{key}, not -p {key}=…")
         if key not in known:
             if key in SAMPLING:
                 raise DataError(f'{key} is an option of sampling: give it as sampling={{"{key}": …}}')

@@ -95,7 +95,7 @@ def check_number(name: str, value: float, low: float, high: float = math.inf, ab
         limits = f"above {low}" if above else f"{low} or more"
         if math.isfinite(high):
             limits = f"in {'(' if above else '['}{low}, {high}]"
-        raise ValueError(f"{name} must be {limits}, got {value}")
+        raise ValueError(f"{name} must be {limits}, got {value!r}")
 
 
 def check_each(name: str, value, count: int, device: torch.device) -> Tensor:
