@@ -14,7 +14,7 @@ from torch import nn
 from mdlib.data.files import find_windows
 from mdlib.data.splits import make_split
 from mdlib.data.windows import load_windows
-from mdlib.evaluation.augmentation_study import Arms, chosen_arm, conditions
+from mdlib.evaluation.augmentation_study import Arms, chosen_arm, conditions, of_common_conditions
 from mdlib.evaluation.evidence import Evidence
 from mdlib.experiments.execute import execute
 from mdlib.experiments.run import open_run
@@ -113,6 +113,8 @@ def test_the_table_of_conditions_tells_recorded_from_not():
     filled = Evidence(train=train, val=train, test=test, generated=generated, gap=1)
     assert filled.fills and {(file.user, file.condition) for file in filled.added.files} == {(7, "bag")}
     assert not case.fills and case.added is case.generated
+    assert len(of_common_conditions(train)) == len(train)
+    assert of_common_conditions(test) is None
     sure, wrong = (
         SimpleNamespace(probabilities=lambda _, labels=labels: torch.eye(2)[labels])
         for labels in (train.labels, 1 - train.labels)

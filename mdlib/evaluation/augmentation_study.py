@@ -33,7 +33,7 @@ from mdlib.models.classifier import Classifier, ResNet18, SmallCNN
 from mdlib.utils import DataError, best_device
 
 REFERENCED = ("real_only", "real_plus_generated", "generated_only", "codec_copies", "real_x2")  # arms of ResNet-18, too
-PRETRAINED = ("real_only", "real_plus_generated", "codec_copies", "real_x2")  # arms that start from a backbone, too
+PRETRAINED = ("real_only", "real_plus_generated", "codec_copies", "common_conditions", "real_x2")  # by a backbone, too
 DEPLOYED = ("real_only", "real_plus_generated")  # arms whose classifiers may become the run's identifier
 TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is measured by default
 
@@ -137,6 +137,8 @@ def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
         if evidence.speckle:
             copies = Speckle(**evidence.speckle).add(copies, range(len(train)))
         more["codec_copies"] = mixed(train, replace(train, images=copies), fraction)
+    if evidence.fills:
+        more["common_conditions"] = of_common_conditions(train)
     return {
         "real_only": train,
         "real_plus_generated": mixed(train, generated, fraction),
@@ -174,6 +176,13 @@ def _filtered(evidence: Evidence, protocol: Protocol) -> dict[tuple[str, float],
         mask = keep_plausible(generated, train)
         masks["kinematics", float(mask.mean())] = mask
     return {name: generated.select(torch.from_numpy(mask)) for name, mask in masks.items() if mask.any()}
+
+
+def of_common_conditions(windows: WindowSet) -> WindowSet | None:
+    """The windows of the conditions in which every user has some; None where there is no such condition."""
+    pairs = pd.DataFrame(list(windows.files))
+    common = pairs.groupby("condition")["user"].transform("nunique") == windows.num_users
+    return windows.select(torch.tensor(common)) if common.any() else None
 
 
 def times(evidence: Evidence, factor: int) -> WindowSet | None:
@@ -333,7 +342,7 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
 
 def conditions(evidence: Evidence, arms: Arms) -> dict:
     """The section `conditions` of the report; …_unrecorded: of users without training windows in that condition;
-    pretrained_…: of the classifiers that start from a backbone."""
+    pretrained_…: of the classifiers that start from a backbone; …_common: of those of common conditions."""
     test, found = evidence.test, {}
     if len(test.conditions) < 2:
         return missing("cross_condition", reason="the test windows have one condition")
@@ -350,4 +359,6 @@ def conditions(evidence: Evidence, arms: Arms) -> dict:
                     real, both = (arms.correct[f"{start}{arm}"][:, rows] for arm in DEPLOYED)
                     found[start + name] = {**scored(both, blocks[rows]), "real": float(real.mean())}
                     found[f"{start}{name}_gain"] = paired_gain(real, both, blocks[rows])
+                if (common := arms.correct.get(f"{start}common_conditions")) is not None:
+                    found[f"{start}{name}_common"] = scored(common[:, rows], blocks[rows])
     return found
