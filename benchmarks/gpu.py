@@ -5,8 +5,9 @@
 Random inputs; steps of `fit` after the first four, the systems one after the other; windows in float32 and, where the
 preset trains in half precision, in that. "Of the peak" is the fraction of the fastest matrix product in the preset's
 precision, measured first. diffusers' UNet of the size of vae-diffusion's trains as in diffusers' example: AdamW,
-clipping, GradScaler, EMAModel. What would start after --minutes is left out. --cpu checks the code at small sizes.
---count counts the arithmetic of a preset, on any machine.
+clipping, GradScaler, EMAModel. Then the evaluation's classifiers. What would start after --minutes is left out. --cpu
+checks the code at small sizes. --count counts the arithmetic of a preset, and the operations of a training step, on any
+machine.
 """
 
 import argparse
@@ -19,10 +20,12 @@ from dataclasses import replace
 import torch
 from diffusers.training_utils import EMAModel
 from diffusion_peers import Unet2d, count
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdlib.data.augment import as_they_are
-from mdlib.models.classifier import SmallCNN
+from mdlib.evaluation.evidence import train_classifier
+from mdlib.models.classifier import ResNet18, SmallCNN
 from mdlib.models.codec import FeatureDistance
 from mdlib.models.pretrained import ClassifierFeatures
 from mdlib.models.prior import Request
@@ -31,6 +34,7 @@ from mdlib.training.fit import Batches, TrainConfig, fit
 from mdlib.training.state import precision
 
 USERS, WINDOWS, SKIPPED = 8, 256, 4
+VIEWS = "view t transpose permute expand select slice split unbind squeeze unsqueeze detach alias as_strided".split()
 
 
 def main() -> None:
@@ -79,6 +83,12 @@ def main() -> None:
             peer(prior, config, given.steps, dtype)
         del codec, prior, parts, model
         gc.collect()
+    images, labels = torch.randint(0, 256, (WINDOWS, 1, 128, 128), dtype=torch.uint8), torch.arange(WINDOWS) % USERS
+    for kind in (SmallCNN, ResNet18) if time.monotonic() < until else ():
+        train_classifier(images, labels, USERS, SKIPPED, kind=kind)
+        started = wait()
+        train_classifier(images, labels, USERS, given.steps, kind=kind)
+        print(f"| {kind.__name__} of the evaluation | | 32 | eager | {given.steps / (wait() - started):.2f} | | | |")
 
 
 def trainings(system: str, name: str) -> tuple:
@@ -139,12 +149,37 @@ def sampling_arithmetic(prior, sampling: dict) -> float:
 
 
 def counted(systems: list[str], name: str) -> None:
-    print(f"TFLOP, {name}\n\n| | codec, a step | prior, a step | prior, a window |\n|---|--:|--:|--:|")
+    heads = "codec, a step | prior, a step | prior, a window | operations of codec | of prior"
+    print(f"TFLOP, {name}\n\n| | {heads} |\n|---|--:|--:|--:|--:|--:|")
     for system in systems:
         _, prior, parts = trainings(system, name)
         steps = [arithmetic(model, data) * how.batch_size * how.accumulation for _, model, data, how in parts]
         figures = *steps, sampling_arithmetic(prior, get_preset(system, name).sampling)
-        print(f"| {system} | {' | '.join(f'{figure / 1e12:.3f}' for figure in figures)} |", flush=True)
+        started = [str(operations(model, data)) for _, model, data, _ in parts]
+        print(f"| {system} | {' | '.join([f'{figure / 1e12:.3f}' for figure in figures] + started)} |", flush=True)
+    data = Batches((torch.zeros(16, 1, 64, 64), torch.arange(16) % USERS))
+    for kind in (SmallCNN, ResNet18):
+        print(f"{kind.__name__}: {operations(kind(USERS), data)} operations a step")
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that a GPU would have to be given: all but views."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.number += function._schema.name.removeprefix("aten::") not in VIEWS
+        return function(*arguments, **options or {})
+
+
+def operations(model: torch.nn.Module, data: Batches) -> int:
+    """Operations of a step of `fit`, from runs of two and four steps."""
+    numbers = []
+    for steps in (2, 4):
+        with Operations() as counter:
+            fit(model, data, TrainConfig(steps=steps, batch_size=2, ema_decay=0.999, evaluate_every=9), progress=False)
+        numbers.append(counter.number)
+    return (numbers[1] - numbers[0]) // 2
 
 
 def steps_a_second(model: torch.nn.Module, data: Batches, config: TrainConfig, steps: int) -> tuple[float, float]:
