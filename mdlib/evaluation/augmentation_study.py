@@ -342,7 +342,7 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
 
 def conditions(evidence: Evidence, arms: Arms) -> dict:
     """The section `conditions` of the report; …_unrecorded: of users without training windows in that condition;
-    pretrained_…: of the classifiers that start from a backbone; …_common: of those of common conditions."""
+    pretrained_…: of the classifiers that start from a backbone. common: of those of common conditions."""
     test, found = evidence.test, {}
     if len(test.conditions) < 2:
         return missing("cross_condition", reason="the test windows have one condition")
@@ -360,5 +360,5 @@ def conditions(evidence: Evidence, arms: Arms) -> dict:
                     found[start + name] = {**scored(both, blocks[rows]), "real": float(real.mean())}
                     found[f"{start}{name}_gain"] = paired_gain(real, both, blocks[rows])
                 if (common := arms.correct.get(f"{start}common_conditions")) is not None:
-                    found[f"{start}{name}_common"] = scored(common[:, rows], blocks[rows])
+                    found[start + name]["common"] = float(common[:, rows].mean())
     return found

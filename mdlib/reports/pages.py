@@ -13,6 +13,7 @@ from mdlib.utils import whole_file
 COLUMNS = {  # what stands next to a figure, and the column's heading
     "real": "Real windows",
     "train": "Training windows",
+    "common": "Real, common conditions",
     "ratio": "Ratio to real",
     "correlation": "Correlation over users (real)",
     "n": "n",
@@ -62,6 +63,7 @@ def table(section: str, figures: dict) -> list[dict]:
         unit = entry.get("unit", about["unit"])
         real = {"value": entry.get("real", entry.get("real_vs_real")), "ci95": entry.get("real_ci95")}
         row = {"value": written(figure, unit), "real": written(real, unit), "train": written(entry.get("train"), unit)}
+        row["common"] = written(entry.get("common"), unit)
         row |= {"ratio": written(entry.get("ratio")), "n": written(entry.get("n"))}
         own, of_real = (number(entry.get(f"user_correlation{suffix}")) for suffix in ("", "_real"))
         row["correlation"] = "–" if own == "–" else f"{own} ({of_real})"
