@@ -109,7 +109,7 @@ def fit(
                     logs = _step(state, data, losses)
                     shown.update()
                     # Clocks differ, and to agree processes wait for their GPUs.
-                    if world() == 1 or state.step % 10 == 0 or not state.unfinished:
+                    if world() == 1 or state.step % 10 == 1 or not state.unfinished:
                         state.seconds = time.monotonic() - clock
                         if config.max_minutes:
                             state.seconds = on_first(lambda: state.seconds)

@@ -527,7 +527,7 @@ def test_a_prior_that_cannot_be_built_is_refused(options, message):
         (dict(timestep_shift=0.005), r"^timestep_shift must be in \[0.01, 100\], got 0.005$"),
         (dict(timestep_shift=math.inf), r"^timestep_shift must be in \[0.01, 100\], got inf$"),
         (dict(timestep_shift=math.nan), r"^timestep_shift must be in \[0.01, 100\], got nan$"),
-        (dict(timestep_shift="0.3"), r"^timestep_shift must be in \[0.01, 100\], got 0.3$"),
+        (dict(timestep_shift="0.3"), r"^timestep_shift must be in \[0.01, 100\], got '0.3'$"),
     ],
 )
 def test_bad_sampling_options_are_refused(options, message):
