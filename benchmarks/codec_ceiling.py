@@ -11,13 +11,14 @@ as they are and after its round trip; the difference is the codec's part in what
 import argparse
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from mdlib.data.checks import seen_beyond, seen_of_test
 from mdlib.data.files import find_windows
 from mdlib.data.splits import make_split, spare_windows
 from mdlib.data.windows import WindowSet, load_windows, to_uint8
-from mdlib.evaluation.augmentation_study import augmentation, evenly_spaced, train_arms
+from mdlib.evaluation.augmentation_study import augmentation, train_arms
 from mdlib.evaluation.evidence import Protocol, through_codec
 from mdlib.reports.report import gather
 from mdlib.systems import load_codec
@@ -60,7 +61,7 @@ def spread(windows: WindowSet, most: int) -> WindowSet:
     chosen = []
     for label in range(windows.num_users):
         rows = torch.nonzero(windows.labels == label).flatten().tolist()
-        chosen += evenly_spaced(windows, rows, min(most, len(rows)))
+        chosen += [rows[place] for place in np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
     return windows.select(chosen)
 
 

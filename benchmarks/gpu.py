@@ -23,7 +23,7 @@ from diffusion_peers import Unet2d, count
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdlib.data.augment import as_they_are
+from mdlib.data.augment import as_they_are, classical_augmentation, cutmix
 from mdlib.evaluation.evidence import train_classifier
 from mdlib.models.classifier import ResNet18, SmallCNN
 from mdlib.models.codec import FeatureDistance
@@ -157,7 +157,8 @@ def counted(systems: list[str], name: str) -> None:
         figures = *steps, sampling_arithmetic(prior, get_preset(system, name).sampling)
         started = [str(operations(model, data)) for _, model, data, _ in parts]
         print(f"| {system} | {' | '.join([f'{figure / 1e12:.3f}' for figure in figures] + started)} |", flush=True)
-    data = Batches((torch.zeros(16, 1, 64, 64), torch.arange(16) % USERS))
+    augmented = lambda *batch: cutmix(*classical_augmentation(*batch), USERS, batch[-1])
+    data = Batches((torch.zeros(16, 1, 64, 64, dtype=torch.uint8), torch.arange(16) % USERS), augmented)
     for kind in (SmallCNN, ResNet18):
         print(f"{kind.__name__}: {operations(kind(USERS), data)} operations a step")
 

@@ -18,11 +18,12 @@ from timeit import repeat
 import torch
 
 from mdlib.data.windows import WindowSet, to_uint8
-from mdlib.evaluation.augmentation_study import Arms, real_only_classifiers, unseen_classifiers
-from mdlib.evaluation.evidence import Protocol
+from mdlib.evaluation.augmentation_study import Arms, unseen_classifiers
+from mdlib.evaluation.evidence import Protocol, trained_once
 from mdlib.evaluation.fidelity import fidelity
 from mdlib.evaluation.protocol import identity
 from mdlib.experiments.run import Run, open_run
+from mdlib.models.classifier import SmallCNN
 from mdlib.models.vqdiffusion import VQDiffusion
 from mdlib.pipeline import MicroDopplerPipeline, load_pipeline
 from mdlib.reports.report import gather
@@ -65,7 +66,9 @@ def quality(run: Run, generated: WindowSet, folder: str) -> dict:
     classifiers, so that they are trained once for a split."""
     protocol, evidence = Protocol(**run.preset.validation), gather(run.windows, run.split, generated)
     classifiers = unseen_classifiers(evidence, protocol, folder)
-    arms = Arms({"real_only": real_only_classifiers(evidence, protocol, folder)}, {}, 0.0)
+    train = evidence.train
+    job = SmallCNN, folder, train.images, train.labels, train.num_users, protocol.evaluation_steps
+    arms = Arms({"real_only": [trained_once(*job, seed) for seed in range(protocol.seeds)]}, {}, 0.0)
     return {
         "identity": identity(evidence, classifiers)["accuracy"]["value"],
         "fd_ratio": fidelity(evidence, arms)["fd_ratio"]["value"],

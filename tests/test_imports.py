@@ -1,6 +1,7 @@
 """The house: rooms and their order, a quick root, matplotlib in two files, no CUDA named, nothing flipped."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,17 @@ def test_no_model_names_cuda_and_nothing_flips_time():
         text = path.read_text()
         assert ".cuda(" not in text, path.name
         assert "torch.flip" not in text and "RandomHorizontalFlip" not in text, path.name
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE.parent / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_of_mdlib_exists(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "mdlib":
+            module = importlib.import_module(node.module)
+            for name in (one.name for one in node.names):
+                assert hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}"), (
+                    f"{node.module}.{name}"
+                )
 
 
 def test_import_mdlib_brings_in_nothing_heavy():

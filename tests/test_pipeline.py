@@ -113,6 +113,15 @@ def test_diffusers_loads_it_in_a_process_of_its_own(lines, options, pipeline, tm
     assert answer.stdout.split() == ["mdlib.pipeline", "1"], answer.stderr
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_encodes_tokens_and_writes_folders(dtype, pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    half = MicroDopplerPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=dtype)
+    half.generate_folder(tmp_path / "made", per_user=1)
+    assert half.codec.encode_tokens(torch.zeros(1, 1, 32, 32, dtype=dtype)).dtype == torch.long
+    assert pipeline(users=[]).images == []
+
+
 def test_a_generator_gives_the_seed_and_moves_on(pipeline):
     draw = lambda generator: pipeline([3], images_per_user=2, output_type="pt", generator=generator).images
     ours = torch.Generator().manual_seed(5)

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -80,8 +81,11 @@ def session_end() -> float:
 
     A session starts with its first process or, where that is older than a session can be, with this one.
     """
-    now, starts = time.time(), (psutil.Process(number).create_time() for number in (1, os.getpid()))
-    start = next((start for start in starts if 0 <= now - start < HOURS * 3600), now)
+    now = start = time.time()
+    for number in (os.getpid(), 1):
+        with suppress(psutil.Error):
+            created = psutil.Process(number).create_time()
+            start = created if 0 <= now - created < HOURS * 3600 else start
     return start + HOURS * 3600 - MARGIN
 
 

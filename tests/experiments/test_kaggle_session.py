@@ -170,7 +170,9 @@ def test_preset_auto_is_chosen_once(tmp_path, monkeypatch):
 
 def test_a_session_ends_half_an_hour_before_kaggle_ends_it(monkeypatch):
     now, ages = 10**9, {}
-    processes = SimpleNamespace(Process=lambda number: SimpleNamespace(create_time=lambda: now - ages.get(number, 60)))
+    processes = SimpleNamespace(
+        Error=OSError, Process=lambda number: SimpleNamespace(create_time=lambda: now - ages.get(number, 60))
+    )
     monkeypatch.setattr(kaggle_session, "psutil", processes)
     monkeypatch.setattr(time, "time", lambda: now)
     ages[1] = 3 * 3600

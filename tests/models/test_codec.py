@@ -355,6 +355,10 @@ def test_a_saved_codec_holds_no_loss_and_keeps_them_attached(tmp_path):
     again = VAVAE.from_pretrained(tmp_path).eval()
     assert again.state_dict().keys() == codec.state_dict().keys() - attached.keys()
     assert torch.equal(again.encode(images), codec.encode(images))
+    (tmp_path / "file").touch()
+    with pytest.raises(Exception, match="file"):
+        codec.save_pretrained(tmp_path / "file" / "below")
+    assert codec.state_dict().keys() > again.state_dict().keys(), "a failed save leaves the losses attached"
     codec.detach_losses()
     assert codec.state_dict().keys() == again.state_dict().keys()
 
