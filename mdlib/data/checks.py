@@ -28,7 +28,10 @@ def data_fingerprint(found: dict[str, str]) -> str:
 def check_identical(files: Sequence[WindowFile], found: dict[str, str], split: dict | None = None) -> list[tuple]:
     """Pairs of paths of identical files; DataError where two are of different users, or in different parts of `split`
     or of a folder that is split into train, val and test."""
-    part_of = {path: part for part in PARTS for path in split[part]} if split else {f.path: f.part for f in files}
+    part_of = {f.path: f.part for f in files}
+    if split:  # spare windows train the classifiers of more real data
+        part_of = dict.fromkeys(split.get("spare", ()), "train")
+        part_of |= {path: part for part in PARTS for path in split[part]}
     first: dict[str, WindowFile] = {}
     same = []
     for file in files:
@@ -54,12 +57,13 @@ def check_split(windows: WindowSet, split: dict, found: dict[str, str] | None = 
         DataError: the split does not fit (see `apply_split`), was made for windows of other contents, has identical
             files in two parts, or its test windows share columns with training windows by their images.
     """
-    parts, found = apply_split(windows, split), found or hashes(windows.root, windows.paths)
+    found = found or hashes(windows.root, windows.paths)
     for path, content in split.get("hashes", {}).items():
         if found.get(path, content) != content:
             raise DataError(f"{windows.root}: {path} is not the image that the split was made for: make a new split")
     check_identical(windows.files, found, split)
-    check_nearness(parts)
+    train = [*split["train"], *split.get("spare", ())]  # the spare ones train classifiers of more real data
+    check_nearness(apply_split(windows, {**split, "train": train}))
     listed = {path for part in (*PARTS, "spare", "dropped") for path in split.get(part, ())}
     return {**split, "hashes": {path: content for path, content in found.items() if path in listed}}
 
@@ -78,7 +82,7 @@ def split_folder(root: str | Path, out: str | Path, reading: dict, folders: str 
     windows = load_windows(root, size=SIDE, **reading)
     split = {**check_split(windows, make_split(windows, **options)), "reading": reading}
     if folders:
-        write_folders(windows, split, folders, reading.get("order", "number"))
+        write_folders(windows, split, folders)
     write_split(split, out)
     return split
 

@@ -63,17 +63,9 @@ def colormap_table(name: str) -> np.ndarray:
     return table
 
 
-def colorize(images: torch.Tensor | np.ndarray, colormap: str) -> np.ndarray:
-    """Colour images (H, W) or (B, 1, H, W), uint8 in 0…255 or floating point in [−1, 1]: uint8 (…, H, W, 3). With
-    `colormap="none"` RGB images (B, 3, H, W) are reordered and rescaled."""
-    array = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
-    if array.dtype != np.uint8:
-        array = np.clip(np.round((array.astype(np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
-    if colormap == "none" and array.ndim == 4 and array.shape[1] == 3:
-        return np.moveaxis(array, 1, -1)
-    if colormap != "none" and (array.ndim == 2 or array.ndim == 4 and array.shape[1] == 1):
-        return colormap_table(colormap)[array if array.ndim == 2 else array[:, 0]]
-    raise ValueError(f"cannot colour images of shape {array.shape} with colour map {colormap!r}")
+def colorize(image: np.ndarray, colormap: str) -> np.ndarray:
+    """Colour intensities uint8 (…): uint8 (…, 3)."""
+    return colormap_table(colormap)[image]
 
 
 def invert_colormap(pixels: np.ndarray, colormap: str, *, mode: str = "RGB") -> np.ndarray:

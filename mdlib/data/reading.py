@@ -28,7 +28,7 @@ class Reading:
 
     colormap: str  # a name of `colormap_table`; "none" for RGB as it is
     fit: float  # mean distance of the pixels to the map's colours, in levels of 255; 0 for grey files and RGB
-    sizes: tuple[str, ...]  # of the files on disk, width x height in pixels: ("256x256",)
+    size: str  # of the files on disk, width x height in pixels: "256x256"
     shape: tuple[int, int]  # height and width in pixels of what was read: the files, or the plots cropped from them
     bits: int  # of a channel on disk: 1, 8, 16 or 32
     crop: tuple[int, int, int, int] | None  # the box read: left, top, right, bottom in pixels; None: all of it
@@ -82,8 +82,8 @@ def _read_files(root: Path, files: Sequence[WindowFile], reader: Reader, crop: s
             _check_colormap(path, image, distance, reader, reversible)
     left, top, right, bottom = reader.box or (0, 0, width, height)
     shape = (bottom - top, right - left)
-    fit, sizes = round(float(distances.mean()), 1), (f"{width}x{height}",)
-    about = Reading(reader.colormap, fit, sizes, shape, head.bits, reader.box, reader.scale, tuple(notes))
+    fit, of_files = round(float(distances.mean()), 1), f"{width}x{height}"
+    about = Reading(reader.colormap, fit, of_files, shape, head.bits, reader.box, reader.scale, tuple(notes))
     return torch.from_numpy(images), about
 
 

@@ -207,14 +207,12 @@ def write_split(split: dict, path: str | Path) -> None:
         temporary.write_text(json.dumps(split, indent=1) + "\n", encoding="utf-8")
 
 
-def write_folders(windows: WindowSet, split: dict, out: str | Path, order: str = "number") -> None:
-    """Copy the windows of a split to `out`/train, val and test, with a summary in split_info.txt.
+def write_folders(windows: WindowSet, split: dict, out: str | Path) -> None:
+    """Copy the windows of a split to `out`/train, val and test, named by their numbers, with a summary in
+    split_info.txt.
 
     Read as a data folder, `out` is that split again: windows beyond windows_per_user and those dropped in the gaps are
     not copied.
-
-    Args:
-        order: what numbers the windows, see `mdlib.data.files.scan`; names that do not give it are replaced.
 
     Raises:
         DataError: `out` lies in the data folder, or holds something.
@@ -225,14 +223,13 @@ def write_folders(windows: WindowSet, split: dict, out: str | Path, order: str =
     row_of, lines = {file.path: file for file in windows.files}, []
     for part in PARTS:
         for file in map(row_of.__getitem__, split[part]):
-            name = Path(file.path)
-            if order != "number":
-                name = Path(file.condition, f"ID_{file.user}", file.recording, f"window_{file.number:05d}{name.suffix}")
+            suffix = Path(file.path).suffix
+            name = Path(file.condition, f"ID_{file.user}", file.recording, f"window_{file.number:05d}{suffix}")
             (out / part / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / file.path, out / part / name)
         fraction = len(split[part]) / sum(len(split[one]) for one in PARTS)
         lines.append(f"{part}: {count(len(split[part]), 'window')}, {100 * fraction:.1f} %")
-    lines = [f"{root.name}, {split_summary(split)}", f"gap {split['gap']}, read in order: {order}", *lines]
+    lines = [f"{root.name}, {split_summary(split)}", f"gap {split['gap']}", *lines]
     (out / "split_info.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

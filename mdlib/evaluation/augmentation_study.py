@@ -126,9 +126,7 @@ def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
     train, generated, counts = evidence.train, evidence.added, protocol.counts
     if counts is None:
         counts = [round(len(train) / train.num_users * factor) for factor in TIMES]
-    fewest = int(generated.labels.unique(return_counts=True)[1].min())
-    if protocol.counts and max(counts) > fewest:
-        raise DataError(f"counts: {max(counts)} generated windows of each user, but one has {fewest}: generate more")
+    fewest = _fewest(evidence)
     some = {count: first_of_each(generated, count) for count in counts if 0 < count < fewest}
     some |= _filtered(evidence, protocol)
     more = {f"real_x{factor}": times(evidence, factor) for factor in sorted(set(protocol.multiples))}
@@ -146,6 +144,18 @@ def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
         **{name: windows for name, windows in more.items() if windows is not None},
         **{name: mixed(train, windows, fraction) for name, windows in some.items()},
     }
+
+
+def _fewest(evidence: Evidence) -> int:
+    """The generated windows that every user has of those that are added."""
+    return int(evidence.added.labels.unique(return_counts=True)[1].min())
+
+
+def check_request(evidence: Evidence, protocol: Protocol) -> None:
+    """DataError where the protocol asks for what these windows, or its backbone, do not give."""
+    find_backbone(protocol.backbone, evidence.train)
+    if (most := max(protocol.counts or [0])) > (fewest := _fewest(evidence)):
+        raise DataError(f"counts: {most} generated windows of each user, but one has {fewest}: generate more")
 
 
 def _best_fraction(evidence: Evidence, protocol: Protocol) -> float:
@@ -258,9 +268,9 @@ def joined(folds: Sequence[Outcomes]) -> Outcomes:
     return Outcomes(correct, blocks[once], tuple(paths[once].tolist()), users[once])
 
 
-def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
+def compared(outcomes: Outcomes, per_user: float, no_more: str, num_users: int) -> dict:
     """Every arm's accuracy, and gains of one arm over another. per_user: windows in real_only; no_more: why there is no
-    arm with more of them, where there is none."""
+    arm with more of them, where there is none; num_users: that the classifiers know."""
     correct, blocks, each = outcomes.correct, outcomes.blocks, []
     more = any(name.startswith("real_x") for name in correct)
     no_x2 = "not requested: add 2 to multiples" if more else no_more
@@ -297,7 +307,9 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str) -> dict:
         "pretrained_gain": gain("pretrained_real_plus_generated", "pretrained_real_only", no_backbone),
         "total_gain": gain(chosen, "real_only", no_backbone),
         "total_real_windows": worth(chosen, no_more if chosen else no_backbone),
+        "num_users": num_users,
         "real_windows_per_user": per_user,
+        "blocks": len(np.unique(blocks)),
         "seeds": len(real),
         "per_user": each,
     }
@@ -319,7 +331,8 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
     per_user, of_all = len(evidence.train) / users, len(evidence.added) / len(evidence.added.labels.unique())
     too_few = "a user has fewer spare real windows than training windows"
     no_spare = "no spare real windows: set windows_per_user below the number of training windows"
-    section = compared(found, per_user, no_spare if evidence.spare is None else too_few)
+    no_more = no_spare if evidence.spare is None else too_few
+    section = compared(found, per_user, no_more, users)
     real, both = arms.correct["real_only"], arms.correct["real_plus_generated"]
     by_count, by_selection = {**arms.by_count, of_all: both}, {(name, 1.0): both for name, _ in arms.by_selection}
     gains = {n: paired_gain(real, correct, found.blocks) for n, correct in sorted(by_count.items())}

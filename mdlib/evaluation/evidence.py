@@ -3,6 +3,7 @@ trained on them."""
 
 import inspect
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -51,7 +52,7 @@ class Protocol:
         counts = self.counts or ()
         if any(not isinstance(n, int) or n < 1 for n in counts) or len(set(counts)) < len(counts):
             raise DataError(f"counts must be different whole numbers of 1 or more, got {list(counts)}")
-        if any(not 0 < fraction < 1 for fraction in self.keep):
+        if any(not isinstance(fraction, int | float) or not 0 < fraction < 1 for fraction in self.keep):
             raise DataError(f"keep must be fractions between 0 and 1, got {list(self.keep)}")
         if any(not isinstance(n, int) or n < 2 for n in self.multiples):
             raise DataError(f"multiples must be whole numbers of 2 or more, got {list(self.multiples)}")
@@ -86,13 +87,14 @@ class Evidence:
 
     @property
     def fills(self) -> bool:
-        """Whether some generated windows, but not all, show users in conditions in which no training window does."""
-        return bool(self._unrecorded.any() and not self._unrecorded.all())
+        """Whether some generated windows show users in conditions in which training windows show other users only."""
+        return bool(self._unrecorded.any())
 
     @property
     def _unrecorded(self) -> torch.Tensor:
-        recorded = {(file.user, file.condition) for file in self.train.files}
-        return torch.tensor([(file.user, file.condition) not in recorded for file in self.generated.files])
+        recorded, known = {(file.user, file.condition) for file in self.train.files}, set(self.train.conditions)
+        pairs = [(file.user, file.condition) for file in self.generated.files]
+        return torch.tensor([pair not in recorded and pair[1] in known for pair in pairs])
 
     @property
     def unseen(self) -> WindowSet:
@@ -124,16 +126,18 @@ def chance_blocks(windows: WindowSet, gap: int) -> np.ndarray:
 
 
 def halves(windows: WindowSet, gap: int) -> list[list[int]]:
-    """Rows of two halves of real windows that share no step: every other stretch of 2·gap windows of each recording,
-    without the windows at its beginning that overlap the other half."""
-    stretch, chosen = time_blocks(windows, 2 * gap), [[], []]
-    for _, numbers in by_recording(windows):
-        last = [-np.inf, -np.inf]  # number of the last window of each half
+    """Rows of two halves of real windows that share no step: each stretch of 2·gap windows of a recording goes to the
+    half with fewer windows of its user in its condition, without those at its beginning that overlap the other half."""
+    stretch, chosen, sizes = time_blocks(windows, 2 * gap), [[], []], Counter()
+    for (user, condition, _), numbers in by_recording(windows):
+        last, half = [-np.inf, -np.inf], {}  # number of the last window of each half; half of each stretch
         for row, number in numbers.sort_values(kind="stable").items():
-            half = stretch[row] % 2
-            if number - last[1 - half] >= gap:
-                chosen[half].append(row)
-                last[half] = number
+            fewest = min((0, 1), key=lambda one: (sizes[one, user, condition], sizes[one, user]))
+            one = half.setdefault(stretch[row], fewest)
+            if number - last[1 - one] >= gap:
+                chosen[one].append(row)
+                last[one] = number
+                sizes.update([(one, user, condition), (one, user)])
     return chosen
 
 
@@ -152,10 +156,14 @@ def first_of_each(windows: WindowSet, count: int) -> WindowSet:
 
 
 def compared_sets(evidence: Evidence) -> dict[str, WindowSet]:
-    """The sets of COMPARED by name."""
-    unseen = evidence.unseen
+    """The sets of COMPARED by name; of the generated windows those of users in conditions in which unseen windows show
+    them, where there are such."""
+    unseen, generated = evidence.unseen, evidence.generated
     first, second = (unseen.select(rows) for rows in halves(unseen, evidence.gap))
-    return dict(generated=evidence.generated, unseen=unseen, train=evidence.train, first=first, second=second)
+    known = {(file.user, file.condition) for file in unseen.files}
+    same = torch.tensor([(file.user, file.condition) in known for file in generated.files])
+    generated = generated.select(same) if same.any() else generated
+    return dict(generated=generated, unseen=unseen, train=evidence.train, first=first, second=second)
 
 
 def alike(sets: dict[str, WindowSet], seed: int) -> dict[str, torch.Tensor]:

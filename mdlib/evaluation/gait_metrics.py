@@ -47,6 +47,8 @@ def measure(windows: WindowSet) -> pd.DataFrame:
     channels, rows, columns = windows.images.shape[1:]
     if channels != 1:
         raise ValueError(f"windows of {channels} channels: gait is read off intensities, load them with channels=1")
+    if not len(windows):
+        return pd.DataFrame(columns=[*FIGURES, "plausible", "label"])
     axis, images = image_axis(rows), windows.images[:, 0].numpy()
     parts = [read(images[i : i + CHUNK] / 255, axis, WINDOW_S / columns) for i in range(0, len(images), CHUNK)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -3,6 +3,7 @@ tokens, features and probabilities."""
 
 import numpy as np
 import torch
+from scipy.stats import t
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.kid import poly_mmd
 
@@ -31,9 +32,13 @@ def bootstrapped(values: np.ndarray, blocks: np.ndarray) -> dict:
 
 
 def over_users(values: np.ndarray) -> dict:
-    """Mean of values (users,), one a user; the interval resamples users and needs three or more."""
-    found = bootstrapped(values, np.arange(len(values)))
-    return found if len(values) > 2 else figure(found["value"], len(values))
+    """Mean of values (users,), one a user; Student's t interval over users, of whom it needs three or more: a bootstrap
+    of so few is too narrow."""
+    count, mean = len(values), float(np.mean(values))
+    if count < 3:
+        return figure(mean, count)
+    reach = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5)
+    return figure(mean, count, [mean - reach, mean + reach])
 
 
 def scored(correct: np.ndarray, blocks: np.ndarray) -> dict:
@@ -102,7 +107,8 @@ def codebook_figures(counts: torch.Tensor, images_per_user: torch.Tensor) -> dic
     """Use of a codebook from counts (num_users, num_codes) and windows per user (num_users,), see
     docs/evaluation.md."""
     total = counts.sum(0).double()
-    own = counts.double()
+    shown = images_per_user > 0
+    own, images_per_user = counts[shown].double(), images_per_user[shown]
     rate = own / own.sum(1, keepdim=True).clamp_min(1)
     others = (total - own) / (total.sum() - own.sum(1, keepdim=True)).clamp_min(1)
     often = own >= images_per_user.view(-1, 1) / 4

@@ -33,13 +33,14 @@ from mdlib.evaluation.fidelity import fidelity, statistics
 from mdlib.evaluation.gait_metrics import physics
 from mdlib.evaluation.identifier import best_identifier
 from mdlib.evaluation.metrics import absent, bootstrapped, figure, interval, missing, scored
-from mdlib.models.classifier import Embedder, SmallCNN
+from mdlib.models.classifier import Embedder, SmallCNN, features
 from mdlib.training.latents import encode_all
 
 NEAR_CHANCE = 0.1  # accuracy of real only, corrected for chance, below which the verdict says that it is near chance
 PAIRS_SHOWN = 6  # generated windows shown with their nearest training window
 COPY_QUANTILE = 0.01  # a copy is nearer to a training window than all but 1 % of the test windows are
-COPIED = 0.1  # fraction of copies from which the verdict warns; COPY_QUANTILE is expected by chance
+COPIED = 0.1  # fraction of copies from which the verdict warns
+FEW_BLOCKS = 12  # independent stretches of test windows, below which intervals are too narrow
 OTHER_LABEL = ("psnr_db_other_label", "taken_for_other_label")
 EMBEDDING = 64  # numbers an embedding
 PROBES = ("generated", "real")
@@ -61,6 +62,7 @@ def evaluate(
         classifiers_folder: saves the classifiers of real windows; runs on the same split use them again.
         identifier_folder: where the best classifiers go, see `mdlib.evaluation.identifier`.
     """
+    study.check_request(evidence, protocol)
     classifiers = study.unseen_classifiers(evidence, protocol, classifiers_folder)
     arms = study.train_arms(evidence, protocol, classifiers_folder)
     verified = verification(evidence, protocol, classifiers_folder)
@@ -210,13 +212,13 @@ def _trials(embedder: Embedder, evidence: Evidence, held: np.ndarray) -> dict[st
     held = np.intersect1d(held, unseen.labels.numpy())
     of_held = lambda windows: windows.select(torch.isin(windows.labels, torch.from_numpy(held)))
     enrolled = of_held(unseen)
-    embeddings = embedder.embeddings(enrolled.images)
+    embeddings = features(embedder, enrolled.images)
     means = [embeddings[enrolled.labels == label].mean(0) for label in held.tolist()]
     for name, windows in zip(PROBES, (evidence.generated, evidence.train), strict=True):
         probes = of_held(windows)
         found[name] = Trials(*np.zeros((3, 0)))
         if len(probes):
-            scores = embedder.embeddings(probes.images) @ F.normalize(torch.stack(means), dim=1).T
+            scores = features(embedder, probes.images) @ F.normalize(torch.stack(means), dim=1).T
             users = np.repeat(probes.labels.numpy(), len(held))
             found[name] = Trials(scores.numpy().ravel(), users, np.tile(held, len(probes)))
     return found
@@ -252,11 +254,13 @@ def memorisation(evidence: Evidence) -> dict:
     test, _ = metrics.nearest_train(evidence.test, evidence.train)
     copies = (generated < torch.quantile(test, COPY_QUANTILE)).double().numpy()
     typical, made, train = test.median().clamp_min(1e-9), evidence.generated.paths, evidence.train.paths
-    per_user = [(user, copies[evidence.generated.labels == k]) for k, user in enumerate(evidence.generated.users)]
+    labels, size = evidence.generated.labels.numpy(), len(evidence.test)
+    per_user = [(user, copies[labels == k]) for k, user in enumerate(evidence.generated.users)]
     return {
         "nearest_train_ratio": figure(float(generated.median() / typical), len(generated)),
         "copies": bootstrapped(copies, np.arange(len(generated))),
-        "copies_expected": COPY_QUANTILE,
+        # Of further windows like the test's: the quantile of a few lies below that of all.
+        "copies_expected": (1 + COPY_QUANTILE * (size - 1)) / (size + 1),
         "per_user": [{"user": user, "n": len(own), "copies": float(own.mean())} for user, own in per_user if len(own)],
         "nearest": [
             {"generated": made[row], "train": train[rows[row]], "ratio": float(generated[row] / typical)}
@@ -302,12 +306,15 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
             f"are added (gain {100 * gain['value']:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
             f"{measured})."
         )
-    users = max(2, len(augmentation["per_user"]))
-    if (real["value"] - 1 / users) / (1 - 1 / users) < NEAR_CHANCE:
+    users, best = max(2, augmentation["num_users"]), both if pretrained else real
+    if (best["value"] - 1 / users) / (1 - 1 / users) < NEAR_CHANCE:
+        reached = f"even the best setup reaches {after}" if pretrained else f"real windows alone reach {before}"
         sentence = (
-            f"Too early to say: real windows alone reach {before}, where chance is "
-            f"{100 / users:.1f} % ({users} users); train the classifiers longer or give more real windows. {sentence}"
+            f"Too early to say: {reached}, where chance is {100 / users:.1f} % ({users} users); train the classifiers "
+            f"longer or give more real windows. {sentence}"
         )
+    if augmentation["blocks"] < FEW_BLOCKS:
+        sentence += f" The test is {augmentation['blocks']} independent stretches: too few for a reliable interval."
     others, reference = (augmentation.get(name, {}) for name in ("gain_other_users", "resnet18_gain"))
     excludes_zero = others.get("ci95") and not others["ci95"][0] <= 0 <= others["ci95"][1]
     if pretrained:
@@ -316,8 +323,8 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
         sentence += f" Whether other people than these would gain is open ({_points(others)})."
     if word == "no evidence" and others and excludes_zero:
         sentence += (
-            f" The gain for other people ({_points(others)}) excludes 0 all the same, because its interval resamples "
-            "users, whose gains are alike here, and the verdict's resamples test windows and classifier seeds."
+            f" The gain for other people ({_points(others)}) excludes 0 all the same, because its interval is over "
+            "users, whose gains are alike here, and the verdict's over test windows and classifier seeds."
         )
     if reference.get("value") is not None:
         sentence += f" By ResNet-18 from scratch the gain is {_points(reference)}."

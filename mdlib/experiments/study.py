@@ -18,7 +18,7 @@ from mdlib.reports.report import write_study
 from mdlib.utils import DataError
 
 FOLDS = number_of_folds()
-EXCLUDED = dict.fromkeys(("split", "windows_per_user", "classifiers"), "the study sets it")
+EXCLUDED = dict.fromkeys(("split", "windows_per_user", "unrecorded", "classifiers"), "the study makes the splits")
 SECTIONS = ("augmentation", "identity", "fidelity", "memorisation", "verdict")
 
 
@@ -103,7 +103,7 @@ def _row(reports: list[dict]) -> dict:
     outcomes = joined([Outcomes.from_json(report["outcomes"]) for report in reports])
     per_user = sum(one["real_windows_per_user"] for one in of_folds) / len(of_folds)
     augmentation = {
-        **compared(outcomes, per_user, "not every fold has spare real windows"),
+        **compared(outcomes, per_user, "not every fold has spare real windows", of_folds[0]["num_users"]),
         "folds": len(reports),
         "gain_per_fold": [one["gain"]["value"] for one in of_folds],
     }

@@ -115,23 +115,20 @@ class Embedder(ModelMixin, ConfigMixin):
         super().__init__()
         self.network = SmallCNN(size, channels, widths)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        """Embeddings (B, size) of windows (B, C, S, S) in [−1, 1]."""
         return F.normalize(self.network(images), dim=1)
 
     def loss(self, images: Tensor, users: Tensor) -> tuple[Tensor, dict]:
         """Supervised contrastive loss (Khosla et al. 2020): all windows of a user in the batch attract one another."""
         from pytorch_metric_learning.losses import SupConLoss
 
-        return SupConLoss(temperature=0.1)(self(images), users), {}
-
-    def embeddings(self, images: Tensor, batch_size: int = 256) -> Tensor:
-        """(N, size) of uint8 images (N, C, S, S)."""
-        return _in_batches(self, self, images, batch_size)
+        return SupConLoss(temperature=0.1)(self.features(images), users), {}
 
 
-def features(classifier: SmallCNN, images: Tensor, batch_size: int = 256) -> Tensor:
-    """A classifier's features (N, D) of uint8 images (N, C, S, S)."""
-    return _in_batches(classifier, classifier.features, images, batch_size)
+def features(network: SmallCNN | Embedder, images: Tensor, batch_size: int = 256) -> Tensor:
+    """A classifier's features (N, D), or embeddings, of uint8 images (N, C, S, S)."""
+    return _in_batches(network, network.features, images, batch_size)
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def accuracies(augmentation: dict, names: tuple[str, ...] = ()) -> Figure:
         ends, seeds = (100 * np.array(augmentation[name][key]) for key in ("ci95", "per_seed"))
         axis.plot(ends, [row] * 2, color=colour, linewidth=9, alpha=0.25, solid_capstyle="butt")
         axis.plot(seeds, [row] * len(seeds), "o", color=colour, markersize=4)
-    axis.axvline(100 / max(1, len(augmentation["per_user"])), **DOTTED)
+    axis.axvline(100 / augmentation["num_users"], **DOTTED)
     axis.set_yticks(range(len(shown)), [describe("augmentation", name)["label"] for name in shown])
     axis.set_ylim(len(shown) - 0.5, -0.5)
     style(axis, "accuracy on unseen windows, % (dotted: chance)")

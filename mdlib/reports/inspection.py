@@ -51,7 +51,7 @@ def _reading(windows: WindowSet | None) -> list[str]:
     about = windows.about
     fit = f" (mean distance {about.fit:.1f} of 255 levels)" if about.fit else ""
     crop = f", cropped to {about.crop}" if about.crop else ""
-    line = f"{' and '.join(about.sizes)} pixels, {about.bits} bit, colour map {about.colormap}{fit}{crop}"
+    line = f"{about.size} pixels, {about.bits} bit, colour map {about.colormap}{fit}{crop}"
     return [line, *about.notes]
 
 

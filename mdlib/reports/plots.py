@@ -114,7 +114,7 @@ def picture(image: torch.Tensor, colormap: str) -> np.ndarray:
     image = image if image.dtype == torch.uint8 else to_uint8(image)
     if len(image) == 3:
         return image.permute(1, 2, 0).numpy()
-    return colorize(image[0], "jet" if colormap == "none" else colormap)
+    return colorize(image[0].numpy(), "jet" if colormap == "none" else colormap)
 
 
 def to_png(*figures: Figure) -> bytes:

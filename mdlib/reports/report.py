@@ -142,9 +142,10 @@ def gather(windows: WindowSet, split: dict, generated: WindowSet, pipeline=None)
 def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:
     """Generated windows at the real set's size, with its label map; DataError on a user without real windows."""
     channels, size = real.images.shape[1:3]
-    ours = (Path(folder) / "generation.json").exists()  # other tools have other colour maps and names
-    how = dict(colormap=real.colormap) if ours else dict(order="name")
-    return load_windows(folder, size=size, channels=channels, users=real.users, **how)
+    ours = (Path(folder) / "generation.json").exists()  # other tools have other colour maps
+    colormap = real.colormap if ours else "auto"
+    # By name: numbers may repeat, of several seeds.
+    return load_windows(folder, size=size, channels=channels, users=real.users, colormap=colormap, order="name")
 
 
 def _charts(report: dict, evidence: Evidence) -> dict[str, plots.Figure]:
@@ -220,11 +221,13 @@ def conclusions(systems: dict[str, dict]) -> dict:
             found[key] = {"value": best, "sentence": f"{title}: {best}, {text}."}
     if "gain" in found:
         ends = {system: figures["augmentation"]["gain"]["ci95"] for system, figures in measured.items()}
+        doubt = "" if any(low > 0 for low, _ in ends.values()) else "No system's generated windows help for certain. "
         low, _ = ends.pop(found["gain"]["value"])
-        apart = ", ".join(system for system, (_, high) in ends.items() if high < low)
-        how = f"Its interval lies above that of {apart}." if apart else "But the intervals of all systems overlap."
-        doubt = "" if low > 0 else "No system's generated windows help for certain. "
-        found["gain"]["sentence"] = f"{doubt}{found['gain']['sentence']} {how}"
+        apart = [system for system, (_, high) in ends.items() if high < low]
+        how = f" Its interval lies above that of {', '.join(apart)}." * bool(apart)
+        if near := ", ".join(system for system in ends if system not in apart):
+            how += f" It overlaps that of {near}."
+        found["gain"]["sentence"] = f"{doubt}{found['gain']['sentence']}{how}"
     return found | {"codec": _best_codec(measured)}
 
 

@@ -3,7 +3,6 @@ import io
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from mdlib.data.colormaps import (
@@ -74,7 +73,7 @@ def test_parula_keeps_to_the_published_colours():
 @pytest.mark.parametrize("colormap", COLORMAPS)
 def test_round_trip(colormap):
     intensity = spectrogram(size=64)
-    found = invert_colormap(colorize(torch.from_numpy(intensity), colormap), colormap)
+    found = invert_colormap(colorize(intensity, colormap), colormap)
     assert found.shape == intensity.shape and found.dtype == np.uint8
     assert np.abs(found.astype(int) - intensity).max() <= (1 if colormap == "viridis" else 0)
 
@@ -144,19 +143,9 @@ def test_the_background_is_the_low_end_whatever_the_noise_floor(floor):
     assert upside_up(images, "jet") == "jet" and upside_up(255 - images, "jet") == "jet_r"
 
 
-def test_colorize_shapes_and_ranges():
-    batch = torch.tensor([-2.0, -1.0, 0.0, 1.0]).reshape(1, 1, 2, 2)
-    assert colorize(batch, "grey")[0, ..., 0].tolist() == [[0, 0], [128, 255]]
-    assert colorize(batch[0, 0], "jet").shape == (2, 2, 3)
-    rgb = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    assert np.array_equal(colorize(rgb, "none"), rgb.permute(0, 2, 3, 1).numpy())
-
-
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="magmatic.*jet, parula, viridis, grey"):
-        colorize(torch.zeros(4, 4), "magmatic")
-    with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\).*jet"):
-        colorize(torch.zeros(2, 3, 4, 4), "jet")
+        colorize(np.zeros((4, 4), np.uint8), "magmatic")
     with pytest.raises(ValueError, match="uint8"):
         invert_colormap(np.zeros((4, 4, 3)), "jet")
     with pytest.raises(ValueError, match="HSV"):

@@ -385,7 +385,7 @@ def test_other_kinds_of_files_are_one_line(tmp_path, kind):
 
 def test_windows_that_are_not_square_keep_their_shape(tmp_path):
     about = load_windows(write(tmp_path / "set", painted("jet")), size=32).about
-    assert about.shape == (96, 112) and about.sizes == ("112x96",)
+    assert about.shape == (96, 112) and about.size == "112x96"
 
 
 def test_right_or_refused(tmp_path):

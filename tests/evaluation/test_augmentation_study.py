@@ -16,6 +16,7 @@ from mdlib.evaluation.augmentation_study import (
     Arms,
     Outcomes,
     augmentation,
+    check_request,
     compared,
     correctness,
     joined,
@@ -124,7 +125,7 @@ def test_the_gain_is_measured_for_fewer_generated_windows():
     assert [row["windows_per_user"] for row in found["gain_by_windows"]] == [2, 4, 5]
     assert found["gain_by_windows"][-1]["value"] == found["gain"]["value"]
     with pytest.raises(DataError, match="counts: 9 generated windows of each user, but one has 5"):
-        studied(evidence(windows(5, 7)), replace(protocol, counts=(2, 9)))
+        check_request(evidence(windows(5, 7)), replace(protocol, counts=(2, 9)))
 
 
 def test_the_reference_classifier_joins_the_small_one(monkeypatch):
@@ -227,7 +228,7 @@ def test_folds_count_by_their_windows_and_keep_their_own_blocks():
     first, second = measured(0, n=40), measured(1, n=120)
     both = joined([first, second])
     assert len(np.unique(both.blocks)) == 10 + 30 and both.paths == first.paths + second.paths
-    found = compared(both, 10.0, "none")
+    found = compared(both, 10.0, "none", 10)
     gains = [np.subtract(*(one.correct[name].mean() for name in ARMS[1::-1])) for one in (first, second)]
     assert found["gain"]["value"] == pytest.approx((40 * gains[0] + 120 * gains[1]) / 160)
     assert found["real_only"]["n"] == 160 and found["seeds"] == 3
@@ -243,7 +244,7 @@ def test_a_window_in_two_folds_counts_once():
 
 
 def test_more_folds_narrow_the_interval_as_more_windows_do():
-    wide, narrow = (compared(joined([measured(seed) for seed in range(n)]), 10.0, "none") for n in (1, 8))
+    wide, narrow = (compared(joined([measured(seed) for seed in range(n)]), 10.0, "none", 10) for n in (1, 8))
     width = [np.diff(found["gain_ci95"])[0] for found in (wide, narrow)]
     assert width[1] < 0.7 * width[0]
 
@@ -253,7 +254,7 @@ def test_users_who_gain_unlike_one_another_widen_what_other_people_could_expect(
     own = outcomes.correct["real_only"].copy()
     own[:, outcomes.users <= 5] = True  # five users lose all, five win all
     both = ~own
-    found = compared(Outcomes({"real_only": own, "real_plus_generated": both}, *_where(outcomes)), 10.0, "none")
+    found = compared(Outcomes({"real_only": own, "real_plus_generated": both}, *_where(outcomes)), 10.0, "none", 10)
     low, high = found["gain_other_users"]["ci95"]
     assert found["gain_other_users"]["n"] == 10 and high - low > 1.5 * np.diff(found["gain_ci95"])[0]
     assert [row["real_only"] for row in found["per_user"][:5]] == [1.0] * 5 and found["per_user"][0]["n"] == 20
@@ -271,7 +272,7 @@ def test_an_arm_that_one_fold_lacks_is_left_out():
     del short.correct["real_x2"]
     both = joined([measured(0), short])
     assert set(both.correct) == set(ARMS) - {"real_x2"}
-    assert compared(both, 10.0, "too few")["gain_over_x2"] == {"value": None, "reason": "too few"}
+    assert compared(both, 10.0, "too few", 10)["gain_over_x2"] == {"value": None, "reason": "too few"}
 
 
 def test_folds_of_other_numbers_of_seeds_are_refused():

@@ -1,6 +1,7 @@
 """Sets that are compared share no step and have equal numbers of each user's windows. Classifiers are the same for
 the same windows, and saved for other runs."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,18 @@ import pytest
 import torch
 from toys import USERS, evidence, real_only_classifiers, windows
 
+from mdlib.data.files import WindowFile
+from mdlib.data.windows import WindowSet
 from mdlib.evaluation import evidence as evidence_file
-from mdlib.evaluation.evidence import Protocol, alike, concatenate, first_of_each, halves, trained_once
+from mdlib.evaluation.evidence import (
+    Protocol,
+    alike,
+    compared_sets,
+    concatenate,
+    first_of_each,
+    halves,
+    trained_once,
+)
 from mdlib.models.classifier import ResNet18, SmallCNN, features
 from mdlib.utils import DataError
 
@@ -25,6 +36,30 @@ def test_halves_of_real_windows_share_no_step():
         )
         assert len(one) >= 5 and len(other) >= 5
         assert abs(one[:, None] - other).min() >= 4
+
+
+@pytest.mark.parametrize("recordings", [1, 6])
+def test_halves_are_as_large_for_every_user_and_condition(recordings):
+    files = []
+    for user, condition, recording in itertools.product(USERS, ("bag", "normal"), range(recordings)):
+        for n in range(60 // recordings):
+            files.append(WindowFile(f"{user}{condition}{recording}/{n}", user, condition, str(recording), n))
+    labels = torch.tensor([USERS.index(file.user) for file in files])
+    real = WindowSet(torch.zeros(len(files), 1, 8, 8, dtype=torch.uint8), labels, USERS, tuple(files), "jet", "")
+    for user, condition in itertools.product(USERS, ("bag", "normal")):
+        mine = [
+            sum((files[row].user, files[row].condition) == (user, condition) for row in half)
+            for half in halves(real, 4)
+        ]
+        assert min(mine) >= 20 and max(mine) <= 1.6 * min(mine), mine
+
+
+def test_generated_windows_are_compared_where_real_ones_show_their_user():
+    case = evidence(windows(5, 7))
+    files = tuple(replace(file, condition="bag") if file.number % 2 else file for file in case.generated.files)
+    sets = compared_sets(replace(case, generated=replace(case.generated, files=files)))
+    assert {file.condition for file in sets["generated"].files} == {file.condition for file in case.unseen.files}
+    assert 0 < len(sets["generated"]) < len(files)
 
 
 def test_sets_are_compared_at_equal_numbers_of_each_user():

@@ -42,6 +42,8 @@ def test_codebook_figures_are_counted():
     assert figures["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
     assert figures["codes_per_user"] == 2.0
     assert figures["distinctive_codes_per_user"] == 2.0 and figures["distinctive_codes_least"] == 1.0
+    with_absent = torch.cat([counts, torch.zeros(1, 6, dtype=torch.long)])
+    assert metrics.codebook_figures(with_absent, torch.tensor([2, 1, 0])) == figures, "a user without windows"
 
 
 def test_codes_that_all_use_alike_or_hardly_are_not_distinctive():
@@ -224,3 +226,12 @@ def test_equivalent_count_is_read_off_the_line_of_real_windows():
     counts = np.array([10, 20, 40])
     rows = np.array([[0.5, 0.4, 0.6, 0.8], [0.3, 0.4, 0.6, 0.8], [0.9, 0.4, 0.6, 0.8], [0.6, 0.4, 0.3, 0.8]])
     assert metrics.equivalent_count(counts, rows) == pytest.approx([10 * 2**0.5, 10, 40, 20 * 2**0.5], rel=1e-6)
+
+
+def test_intervals_over_few_users_hold_the_truth():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        low, high = metrics.over_users(rng.standard_normal(4))["ci95"]
+        held += low < 0 < high
+    assert 0.92 < held / 400 < 0.98
+    assert "ci95" not in metrics.over_users(np.ones(2))

@@ -116,6 +116,18 @@ def test_more_real_windows_are_the_yardstick(honest):
     assert equivalent["between"] == [3, 6] and 3 <= equivalent["ci95"][0] <= equivalent["value"] <= 6 + 1e-9
 
 
+def test_windows_that_copy_nothing_are_as_often_copies_as_expected():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(2000):
+        test, others = rng.random(20), rng.random(20)
+        found.append((others < np.quantile(test, 0.01)).mean())
+    case = evidence(windows(5, 7))
+    section = memorisation(replace(case, test=case.test.select(slice(0, 20))))
+    assert section["copies_expected"] == pytest.approx(np.mean(found), abs=0.005)
+    one = memorisation(replace(case, generated=case.generated.select([0])))
+    assert [row["n"] for row in one["per_user"]] == [1]
+
+
 def test_copies_of_training_windows_are_found():
     train = windows(3, 1)
     copied = train.select(torch.arange(len(train)).repeat_interleave(4))
@@ -169,6 +181,15 @@ def test_the_verdict_comes_from_the_interval(honest, ci95, word):
     told = verdict({**found, **others})["sentence"]
     assert ("would gain is open (+3.0 points, -1.0 to +7.0)." in told) == (word == "helps")
     assert told.endswith(" By ResNet-18 from scratch the gain is -2.0 points, -4.0 to +0.0.")
+    assert "independent stretches" in verdict({**found, "blocks": 5})["sentence"]
+    few = {**found, "real_only": {**found["real_only"], "value": 0.2}, "num_users": 4}
+    assert verdict(few)["sentence"].startswith(
+        "Too early to say: real windows alone reach 20.0 %, where chance is 25.0 %"
+    )
+    figure = {"value": 0.5, "ci95": ci95, "n": 9}
+    arms = dict.fromkeys(("chosen", "total_gain", "pretrained_gain", "pretraining_gain"), figure)
+    told = verdict({**few, **arms, "total_real_windows": {"value": None}})["sentence"]
+    assert told.startswith("With ") and "name 20.0 %" in told, "pretrained classifiers are far above chance"
     warned = verdict(found, copied=0.96)
     assert warned["sentence"].endswith(" 96 % of the generated windows are copies of training windows.")
 

@@ -90,10 +90,13 @@ def test_without_enough_usage_or_with_wide_intervals_nothing_is_concluded():
         "diffusion": figures(25.0, None, (0.05, -0.03, 0.07), 1.5, 0.9),
     }
     found = conclusions(systems)
-    assert found["codec"]["choice"] == "kl" and "intervals of all systems overlap" in found["gain"]["sentence"]
+    assert found["codec"]["choice"] == "kl" and found["gain"]["sentence"].endswith("It overlaps that of transformer.")
     assert found["gain"]["sentence"].startswith("No system's generated windows help for certain.")
     systems["diffusion"]["codebook"]["usage"]["value"] = 0.9
     assert "a codec with a codebook and one without" in conclusions(systems)["codec"]["reason"]
     alone = conclusions({"vq-diffusion": systems["transformer"], "vavae-dit": {"error": "x"}})
     assert alone["codec"]["value"] is None and alone["gain"]["value"] == "vq-diffusion"
+    assert "overlap" not in alone["gain"]["sentence"], "there is no other system"
+    systems["transformer"]["augmentation"]["gain"]["ci95"] = [0.005, 0.015]
+    assert conclusions(systems)["gain"]["sentence"].startswith("Largest gain"), "the other system's windows help"
     assert list(conclusions({"vavae-dit": {"error": "x"}})) == ["codec"]
