@@ -110,8 +110,11 @@ def write_kernel(kernel: Kernel, folder: Path, parameters: dict) -> Path:
 
 
 def _check_parameters(kernel: Kernel, parameters: dict, known: set[str]) -> None:
-    """Refuse parameters that would be ignored: settings of a run are given to notebook 02, when the run starts."""
-    from mdlib.experiments.settings import RunSettings
+    """Refuse parameters that would be ignored, or that the run could not use: its settings are given to notebook 02,
+    when it starts."""
+    from mdlib.experiments.settings import RunSettings, settings_of
+    from mdlib.systems import get_system
+    from mdlib.utils import DataError
 
     settings = ", ".join(sorted(parameters.keys() & {one.name for one in fields(RunSettings)}))
     if settings and kernel.notebook[:2] in ("03", "04"):
@@ -121,6 +124,13 @@ def _check_parameters(kernel: Kernel, parameters: dict, known: set[str]) -> None
             raise Stop(f"{kernel.notebook} has no parameter {key!r}; there are {', '.join(sorted(known))}")
     if settings and kernel.resume and kernel.notebook[:2] == "02":
         raise Stop(f"a resumed run has its settings: leave out {settings}, or --resume")
+    try:
+        run = RunSettings(**settings_of(parameters))
+        system = get_system(run.system)
+        if run.preset != "auto":
+            system.table(run.preset)
+    except DataError as error:
+        raise Stop(str(error)) from error
 
 
 def dataset_metadata(owner: str, name: str) -> dict:

@@ -1,9 +1,11 @@
 """The command line. `mdlib` imports what a command needs when it is used, so help and most errors come at once."""
 
+import ast
 import json
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +22,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(context)
         except KeyboardInterrupt as error:  # typer would end without a word
-            print(f"mdlib: {str(error) or 'interrupted'}; the same command goes on", file=sys.stderr)
+            print(f"mdlib: {str(error) or 'interrupted; the same command goes on'}", file=sys.stderr)
             sys.exit(130)
 
 
@@ -210,8 +212,10 @@ def generate(
     options = dict(map(pair, option))
     if not (pipeline / "model_index.json").exists():
         raise ValueError(f"{pipeline} holds no pipeline (no model_index.json): give the pipeline/ folder of a run")
-    chosen, carried = mdlib.parse_users(users) if users else None, conditions.split(",") if conditions else None
+    chosen = mdlib.parse_users(users) if users else None
+    carried = [name.strip() for name in conditions.split(",")] if conditions else None
     found = mdlib.load_pipeline(pipeline, weights)
+    found.check_options(options)
     rows = found.generate_folder(out, chosen, per_user, seed, batch_size, carried, **options)
     if grid:
         mdlib.contact_sheet(out, rows).savefig(out / "grid.png")
@@ -309,14 +313,17 @@ def options():
 
 
 def pair(text: str) -> tuple[str, object]:
-    """NAME=VALUE with the value as JSON where it is JSON (3, 0.5, true), else as text."""
+    """NAME=VALUE with the value as JSON (3, 0.5, true), or as Python where that is a bool, a list or a dictionary, else
+    as text."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError(f"{text!r} is not NAME=VALUE")
-    try:
+    with suppress(json.JSONDecodeError):
         return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
+    with suppress(ValueError, SyntaxError):
+        if isinstance(found := ast.literal_eval(value), bool | list | dict):
+            return key, found
+    return key, value
 
 
 def _parameters(texts: list[str], precision: str, stored: dict | None = None) -> dict:
@@ -334,9 +341,9 @@ def _parameters(texts: list[str], precision: str, stored: dict | None = None) ->
 
 def _check(data: Path, systems: str, preset: str, parameters: dict) -> None:
     """Check names and folder of a comparison or study without torch."""
-    mdlib.find_windows(data, order=order_of(parameters.get("reading", {})))
     for name in filter(None, map(str.strip, systems.split(","))):
         check_names(name, preset, parameters)
+    mdlib.find_windows(data, order=order_of(parameters.get("reading", {})))
 
 
 def _exist(*paths: Path) -> None:

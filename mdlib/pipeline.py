@@ -193,7 +193,9 @@ class MicroDopplerPipeline(DiffusionPipeline):
             if self.classifier is None:
                 raise DataError("classifier_scale needs a classifier, and this pipeline has none (classifier_steps)")
             options["classifier"] = self._log_probability
-        if options.pop("speckle", False) and not self.config.speckle:
+        if not isinstance(speckle := options.pop("speckle", False), bool):
+            raise DataError(f"speckle must be true or false, got {speckle!r}")
+        if speckle and not self.config.speckle:
             raise DataError("this pipeline has no speckle to add: its training fitted none")
         if len(self.config.conditions) > 1:
             options["conditions"] = self._labels(rows, "condition")
@@ -365,9 +367,13 @@ def copy_windows(folder: str | Path, paths: list[str], out: str | Path) -> list[
 
 
 def _claim(out: Path, made_by: dict) -> None:
-    """Record how the windows of `out` are generated; DataError if those in it were generated differently."""
+    """Record how the windows of `out` are generated; DataError if those in it were generated differently, or not at
+    all."""
     note, made_by = out / "generation.json", json.loads(json.dumps(made_by))  # as it reads back: a tuple is a list
-    if note.exists() and any(out.glob("**/ID_*/*.png")):
+    filled = any(out.glob("**/ID_*/*.*"))
+    if filled and not note.exists():
+        raise DataError(f"{out} holds windows of another source (no generation.json): choose another folder")
+    if filled:
         before = read_json(note, f"delete {out} and generate again")
         if changed := sorted(key for key in before.keys() | made_by.keys() if before.get(key) != made_by.get(key)):
             raise DataError(

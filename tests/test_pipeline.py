@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers import ROOT
+from helpers import ROOT, write_set
 from PIL import Image
 
+from mdlib.cli import pair
 from mdlib.data.speckle import fit_speckle
 from mdlib.data.windows import load_windows, to_uint8
 from mdlib.models.classifier import SmallCNN
@@ -184,6 +185,18 @@ def rises(pipeline):
     for place, one in enumerate((low, middle, high)):
         torch.testing.assert_close(series[place::3], one[place::3])
     assert not torch.equal(series, low) and not torch.equal(series, high)
+
+
+def test_generated_windows_do_not_join_real_ones(pipeline, tmp_path):
+    data = write_set(tmp_path / "people", numbers=range(3))
+    with pytest.raises(DataError, match="holds windows of another source"):
+        pipeline.generate_folder(data, per_user=1)
+    assert not list(data.rglob("*generated*")) and not (data / "generation.json").exists()
+    with pytest.raises(DataError, match="speckle must be true or false, got 'False'"):
+        pipeline([3], speckle="False")
+    assert dict(map(pair, ("speckle=False", "top_k=3", "a={'b': True}", "c=1,2"))) == {
+        **{"speckle": False, "top_k": 3, "a": {"b": True}, "c": "1,2"}
+    }
 
 
 def test_a_folder_holds_one_series_of_temperatures(pipeline, tmp_path):

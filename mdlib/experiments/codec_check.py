@@ -5,10 +5,10 @@ from pathlib import Path
 from mdlib.data.splits import apply_split, read_split
 from mdlib.data.windows import load_windows
 from mdlib.evaluation.codec_quality import check_codec
+from mdlib.evaluation.evidence import through_codec
 from mdlib.reports import plots
 from mdlib.systems import load_codec
-from mdlib.training.latents import decode_all, encode_all
-from mdlib.utils import DataError, best_device, to_float
+from mdlib.utils import DataError, best_device, readable, to_float
 
 SHOWN = 8  # windows in the picture
 
@@ -26,7 +26,8 @@ def check_codec_folder(
     Raises:
         DataError: no codec, or one conditioned on another number of users.
     """
-    codec = load_codec(folder).to(best_device()).eval()
+    with readable(folder, "restore it, or train it again"):
+        codec = load_codec(folder).to(best_device()).eval()
     sizes = dict(size=codec.config.image_size, channels=codec.config.in_channels)
     parts = read_split(split) if split else {}
     windows = load_windows(data, **{**parts.get("reading", {}), **{k: v for k, v in reading.items() if v}, **sizes})
@@ -35,6 +36,6 @@ def check_codec_folder(
     windows = apply_split(windows, parts)["val"] if split else windows
     if out:
         some = windows.select(slice(None, None, -(-len(windows) // SHOWN)))
-        decoded = decode_all(codec, encode_all(codec, some.images, "latents", labels=some.labels), labels=some.labels)
+        decoded = through_codec(codec, some.images, some.labels)
         plots.reconstructions(to_float(some.images), decoded, windows.colormap).savefig(out)
     return check_codec(codec, windows.images, windows.labels)

@@ -16,7 +16,7 @@ from mdlib.data.files import find_windows
 from mdlib.data.splits import PARTS
 from mdlib.experiments.execute import execute, locked
 from mdlib.experiments.run import Run, open_run, resolve_preset, versions
-from mdlib.experiments.settings import RunSettings, check_names, defaults, order_of, read_record
+from mdlib.experiments.settings import RunSettings, check_names, order_of, read_record, settings_of
 from mdlib.pipeline import load_pipeline
 from mdlib.reports.report import conclusions, load_generated, write_comparison
 from mdlib.systems import SYSTEMS, get_preset
@@ -113,8 +113,7 @@ def _measure(run: Run, parameters: dict) -> dict:
     file, steps = run.path / "measured.json", read_record(run.path)["steps"]
     if not file.exists():
         pipeline = load_pipeline(run.path / "pipeline")
-        users, options = pipeline.config.users, pipeline.sampling_options().keys()
-        chosen = {key: value for key, value in parameters.items() if key in options and value}  # as in notebook 05
+        users, chosen = pipeline.config.users, parameters.get("sampling", {})  # as in notebook 05
         rows = pipeline.plan(users, TIMED, 0, pipeline.config.conditions[:1])[:: len(users)]
         seconds = min(repeat(lambda: [*pipeline.stream(rows, TIMED, **chosen)], number=1, repeat=3)) / TIMED
         sizes = {part: getattr(pipeline, part).num_parameters() for part in ("codec", "prior")}
@@ -148,7 +147,7 @@ def check_series(what: str, systems: list[str], preset: str, parameters: dict, e
         raise DataError(f"{key} is no parameter of {what}: {excluded[key]}")
     for system in systems:
         check_names(system, preset, parameters)
-    RunSettings(**{key: parameters[key] for key in parameters.keys() & defaults().keys()})
+    RunSettings(**settings_of(parameters))
 
 
 def claim_folder(out: Path, what: str, **settings) -> dict:
@@ -157,6 +156,8 @@ def claim_folder(out: Path, what: str, **settings) -> dict:
     settings["data"] = str(Path(settings["data"]).resolve())
     settings = json.loads(json.dumps(settings))  # as it reads back: a tuple is a list
     before = saved_settings(out) or settings
+    if not Path(before["data"]).is_dir():
+        before["data"] = settings["data"]  # it has moved: each run checks that it holds the same windows
     pairs = [(key, before.get(key), value) for key, value in settings.items()]
     if changed := ", ".join(f"{key}: {old!r} is not {new!r}" for key, old, new in pairs if old != new):
         raise DataError(f"{out} holds {what} with other settings ({changed}): choose another --out or those settings")

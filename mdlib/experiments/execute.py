@@ -20,7 +20,7 @@ from traitlets.config import Config
 
 from mdlib.data.files import find_windows
 from mdlib.evaluation.evidence import Protocol
-from mdlib.experiments.run import PRODUCTS, Run, device_name, open_run, versions
+from mdlib.experiments.run import PRODUCTS, Run, check_sampling, device_name, open_run, versions
 from mdlib.experiments.settings import (
     NOTEBOOKS,
     RunSettings,
@@ -48,7 +48,7 @@ def execute(
     Args:
         parameters: of any notebook.
         first, last: numbers of notebooks ("03"). Naming `first` runs them again from there on; what the later ones
-            wrote is removed, because it depends on what is replaced.
+            wrote is removed, because it depends on what is replaced. "01", on which nothing depends, removes nothing.
         extend: train codec or prior on to the `codec_steps` or `prior_steps` among the parameters, see `extended`.
         given: data, system and preset; what is left out is the run's, or else the default.
 
@@ -68,7 +68,8 @@ def execute(
         run = open_run(out, **wanted.to_dict())
         if first:
             _forget(run, first)
-        _execute_all(run, names, parameters, first)
+        again = "the same command" + " without --from" * bool(first) + " without --extend" * extend
+        _execute_all(run, names, parameters, first, again)
     return out
 
 
@@ -98,20 +99,23 @@ def locked(out: Path):
             out.rmdir()  # nothing was written
 
 
-def _execute_all(run: Run, names: tuple[str, ...], parameters: dict, first: str) -> None:
+def _execute_all(run: Run, names: tuple[str, ...], parameters: dict, first: str, again: str) -> None:
+    """Execute the notebooks that are not done; `again` is the command that continues when one stops."""
     common = {**parameters, **run.settings, "out": str(run.path)}
     state = [versions(), device_name(), sys.executable]  # with these notebook 01 passes once
     passed = Path(os.environ.get("MDLIB_CACHE") or Path.home() / ".cache" / "mdlib", f"passed-{joblib.hash(state)}")
     for name in names:
-        if name in read_record(run.path)["steps"]:
+        expects = name[:2] == "01" and parameters.get("expect")  # of this machine, whatever was found before
+        if name in read_record(run.path)["steps"] and not expects:
             print(f"{name}: done already (--from {name[:2]} runs it again)", flush=True)
             continue
-        check = name[:2] == "01" and not first and not parameters.get("expect")
+        check = name[:2] == "01" and not first and not expects
         if check and passed.exists():
             run.done(name, time.monotonic())
             print(f"{name}: passed here before (--from 01 runs it again)", flush=True)
             continue
-        _execute_one(name, run.path, {key: common[key] for key in notebook_parameters(name) if key in common})
+        values = {key: common[key] for key in notebook_parameters(name) if key in common}
+        _execute_one(name, run.path, values, again)
         if check:
             with suppress(OSError):  # a cache: without it the next run checks again
                 passed.parent.mkdir(parents=True, exist_ok=True)
@@ -120,27 +124,32 @@ def _execute_all(run: Run, names: tuple[str, ...], parameters: dict, first: str)
 
 def _check_values(out: Path, wanted: RunSettings, parameters: dict) -> None:
     """DataError where notebook 05 or 06 cannot use its parameters: the prior does not take an option, …"""
-    for key in ("images_per_user", "batch_size", "evaluation_steps", "seeds", "max_minutes"):
-        if parameters.get(key, 1) < 0:
-            raise DataError(f"{key} must not be negative, got {parameters[key]}")
+    least = dict.fromkeys(("images_per_user", "generation_seed", "evaluation_steps", "seeds", "max_minutes"), 0)
+    for key, low in (least | {"batch_size": 1}).items():
+        if parameters.get(key, low) < low:
+            raise DataError(f"{key} must be {low} or more, got {parameters[key]}")
     protocol = ("seeds", "counts", "keep", "reference", "backbone")
     Protocol(**{key: parameters[key] for key in protocol if parameters.get(key)})
-    options, known = parameters.get("sampling", {}), {**get_system(wanted.system).sampling_options(), "speckle": True}
+    options, known = parameters.get("sampling", {}), get_system(wanted.system).sampling_options()
     if unknown := ", ".join(sorted(options.keys() - known)):
         raise DataError(f"this prior has no sampling option {unknown}; there are {', '.join(sorted(known))}")
     users, conditions, weights = (parameters.get(key) for key in ("users", "conditions", "weights"))
     check_choice("weights", weights or "", WEIGHTS)
-    if weights == "best" and not Run(out, wanted.to_dict()).ends_with_best:
-        advice = 'leave weights out, or start a run with prior_options={"keep_best": true}'
+    run = Run(out, wanted.to_dict())
+    if weights == "best" and not run.ends_with_best:
+        advice = 'leave weights out, or start a run with prior_options={"keep_best": true} and without joint_steps'
         raise DataError(f'weights="best": this run keeps the last weights of its prior only: {advice}')
     if (options or users or conditions or weights) and (out / "pipeline" / "model_index.json").exists():
         pipeline = load_pipeline(out / "pipeline", weights or "")
         pipeline.check_options(options)
         pipeline.plan(users or [], 1, 0, conditions or None)
-    elif users:
-        known = {file.user for file in find_windows(wanted.data, order=order_of(wanted.reading))}
-        if unknown := ", ".join(f"ID_{user}" for user in sorted(set(users) - known)):
-            raise DataError(f"users: {wanted.data} holds no {unknown}")
+    elif users or conditions or options:
+        files = find_windows(wanted.data, order=order_of(wanted.reading))
+        for kind, given in (("user", users), ("condition", conditions)):
+            known = {getattr(file, kind) for file in files}
+            if unknown := ", ".join(repr(one) for one in given or () if one not in known):
+                raise DataError(f"{kind}s: {wanted.data} holds no {unknown}; there are {sorted(known)}")
+        check_sampling(run, options)
 
 
 def _check_done(out: Path, system: System, names: tuple[str, ...], parameters: dict, first: str) -> None:
@@ -148,7 +157,7 @@ def _check_done(out: Path, system: System, names: tuple[str, ...], parameters: d
     notebook before `first` is not done."""
     done = read_record(out)["steps"]
     if missing := [name for name in system.notebooks if "01" < name[:2] < first and name not in done]:
-        raise DataError(f"{', '.join(missing)} is not done yet, which --from {first} needs: leave out --from")
+        raise DataError(f"{', '.join(missing)} is not done yet: leave out --from and --extend")
     unused = parameters.keys() - defaults().keys()
     for name in (name for name in names if first or name not in done):
         unused -= notebook_parameters(name).keys()
@@ -209,7 +218,7 @@ def extended(out: Path, wanted: RunSettings) -> None:
     _forget(run, "03")
 
 
-def _execute_one(name: str, out: Path, values: dict) -> None:
+def _execute_one(name: str, out: Path, values: dict, again: str) -> None:
     import papermill
 
     print(f"{name}: starts", flush=True)
@@ -246,12 +255,12 @@ def _execute_one(name: str, out: Path, values: dict) -> None:
     except RuntimeError as error:  # nbclient's DeadKernelError is one
         if not stops:
             raise DataError(
-                f"{name} stopped: {error}: most likely memory ran out; take a smaller preset, or give the command again"
+                f"{name} stopped: {error}: most likely memory ran out; take a smaller preset, or {again} goes on"
             ) from error
     if stops:
-        raise Interrupted(f"{name}: {reached}")
+        raise Interrupted(f"{name}: {reached}; {again} goes on")
     if name not in read_record(out)["steps"]:
-        raise DataError(f"{name} stopped at the end of its time: give the command again and it goes on (see {target})")
+        raise DataError(f"{name} stopped at the end of its time: {again} goes on (see {target})")
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -281,9 +290,14 @@ def _interrupt_kernel(first: bool) -> None:
 
 
 def _forget(run: Run, first: str) -> None:
-    """Remove what the system's notebooks from number `first` on wrote, and the note that they are done."""
+    """Remove what the system's notebooks from number `first` on wrote, and the note that they are done. Nothing depends
+    on 01."""
     record, names = read_record(run.path), [name for name in run.system.notebooks if name[:2] >= first]
-    steps = {name: step for name, step in record["steps"].items() if name not in names}
-    write_record(run.path, {**record, "steps": steps})
+    names = names[:1] if first == "01" else names
+    record["steps"] = {name: step for name, step in record["steps"].items() if name not in names}
+    if first == "02" and record.get("earlier", {}).pop("prior", None):  # over the latents of the codec that goes
+        for folder in run.path.glob("prior-*"):
+            shutil.rmtree(folder)
+    write_record(run.path, record)
     for path in [path for name in names for product in PRODUCTS[name[:2]] for path in run.path.glob(product)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -32,7 +32,7 @@ from mdlib.data.windows import WindowSet, load_windows
 from mdlib.experiments.settings import RunSettings, defaults, order_of, read_record, write_record
 from mdlib.models.pretrained import fits, load_foundation, load_lpips, pretrained_weights
 from mdlib.systems import Preset, System, attach_losses, get_preset, get_system, make_codec, make_prior, start
-from mdlib.systems.system import check_same, gpus, preset_for
+from mdlib.systems.system import check_same, gpus, preset_for, warmup
 from mdlib.training.distributed import check_batch, processes
 from mdlib.training.latents import JointFineTuning
 from mdlib.training.state import precision
@@ -69,7 +69,9 @@ class Run:
         preset = get_preset(self.settings["system"], self.settings["preset"], **{k: self.settings[k] for k in changes})
         for part, steps in self.earlier.items():
             training = getattr(preset, f"{part}_training")
-            preset = replace(preset, **{f"{part}_training": replace(training, steps=training.steps - sum(steps))})
+            left = training.steps - sum(steps)
+            training = replace(training, steps=left, warmup_steps=min(training.warmup_steps, warmup(left)))
+            preset = replace(preset, **{f"{part}_training": training})
         return replace(preset, stages=preset.stages[-1:]) if self.earlier.get("codec") else preset
 
     @property
@@ -123,6 +125,8 @@ class Run:
             size = max(SIDE, self.preset.image_size)
             large = load_windows(self.settings["data"], size=size, **self.reading)
             split = check_split(large, split)  # a split that does not fit or leaks raises
+            parts = apply_split(large, split)
+            parts["val"].condition_labels(parts["train"].conditions)  # that training shows: a prior knows no other
             write_split({**split, "reading": self.reading}, path)
         with readable(path, "delete it: it is written again from the same windows"):
             return read_split(path)
@@ -193,13 +197,10 @@ class Run:
         """Note in run.json that `notebook`, started at time.monotonic() `started`, is done."""
         record = read_record(self.path)
         seconds = round(time.monotonic() - started, 1)
-        record["steps"][notebook] = dict(seconds=seconds, device=device_name(), peak_memory_gb=peak_memory_gb())
+        elsewhere = processes() > 1 and notebook[:2] in ("02", "03", "04")  # other processes trained
+        memory = None if elsewhere else peak_memory_gb()
+        record["steps"][notebook] = dict(seconds=seconds, device=device_name(), peak_memory_gb=memory)
         write_record(self.path, record)
-
-
-def settings(parameters: dict) -> dict:
-    """Those of a notebook's parameters (its `globals()`) that are settings of a run."""
-    return {key: parameters[key] for key in defaults() if key in parameters}
 
 
 def open_run(out: str | Path, **given) -> Run:
@@ -335,12 +336,25 @@ def _check(run: Run) -> dict[str, str]:
             raise DataError(message) from error
     if not run.finished_codec:
         published_networks(preset)
-    if unrecorded and split:
-        raise DataError("unrecorded cannot be combined with a split file: leave one of them out")
-    if not all(isinstance(users, list) for users in unrecorded.values()):
+    check_sampling(run, {})
+    for key in ("unrecorded", "windows_per_user") if split else ():
+        if settings[key]:
+            raise DataError(f"{key} cannot be combined with a split file, which decides it: leave one of them out")
+    if not all(isinstance(one, list) and all(isinstance(user, int) for user in one) for one in unrecorded.values()):
         raise DataError(f'unrecorded names users by condition, {{"backpack": [1, 2]}}, got {unrecorded}')
     check_starts(settings, read_split(split) if split else make_split(files, unrecorded=unrecorded))
     return contents
+
+
+def check_sampling(run: Run, options: dict) -> None:
+    """ValueError where the run's prior, trained or not, could not sample with these options and the preset's."""
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        codec = make_codec(run.preset, run.settings["channels"])
+        prior = make_prior(run.settings["system"], run.preset, codec, 1)
+    options = {key: value for key, value in {**run.preset.sampling, **options}.items() if key != "speckle"}
+    if run.settings["classifier_steps"] and options.get("classifier_scale"):
+        options["classifier"] = prior  # that the run will have; of no window none is asked
+    prior.sample(torch.empty(0, dtype=torch.long), **options)
 
 
 def published_networks(preset: Preset) -> dict[str, torch.nn.Module]:

@@ -83,6 +83,10 @@ class RunSettings:
     def __post_init__(self):
         for one in fields(self):
             check_type(one.name, getattr(self, one.name), one.type)
+        least = dict.fromkeys(("prior_steps", "joint_steps", "classifier_steps", "seed"), 0)
+        for name, low in (least | dict.fromkeys(("windows_per_user", "variants", "codec_steps"), -1)).items():
+            if getattr(self, name) < low:
+                raise DataError(f"{name} must be {low} or more, got {getattr(self, name)}")
         if self.codec_steps == -1:
             if not self.codec_start:
                 raise DataError("codec_steps=-1 trains no codec: give the folder of a trained one as codec_start")
@@ -106,6 +110,11 @@ def order_of(reading: dict) -> str:
 def defaults() -> dict:
     """Every setting with its default."""
     return asdict(RunSettings())
+
+
+def settings_of(parameters: dict) -> dict:
+    """Those of a notebook's parameters (its `globals()`), or of a request's, that are settings of a run."""
+    return {key: parameters[key] for key in defaults() if key in parameters}
 
 
 def notebook_parameters(notebook: str) -> dict[str, tuple[str, str]]:
@@ -152,12 +161,14 @@ def check_request(
     """
     stored = read_record(out)["settings"]
     wanted = {**stored, **parameters, **{key: value for key, value in given.items() if value}}
-    settings = RunSettings(**{key: wanted[key] for key in defaults() if key in wanted})
+    settings = RunSettings(**settings_of(wanted))
     notebooks = check_names(settings.system, settings.preset, parameters).notebooks
     if not settings.data:
         raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
     if not stored or given.get("data"):
         find_windows(settings.data, order=order_of(settings.reading))
+    if first > last > "":
+        raise DataError(f"--from {first} comes after --to {last}: give them in order")
     numbers = [name[:2] for name in notebooks]
     for number in (first, last):
         if number and number not in numbers:
@@ -192,7 +203,7 @@ def options_page() -> str:
         "\n## Sampling\n\nKeys of `sampling`, and NAME=VALUE of `generate -o`. A preset changes some of the defaults; "
     )
     page += "those of a pipeline are in its `model_index.json`.\n\n| option | meaning | defaults |\n|---|---|---|\n"
-    every = {name: {**system.sampling_options(), "speckle": True} for name, system in SYSTEMS.items()}
+    every = {name: system.sampling_options() for name, system in SYSTEMS.items()}
     for option, help in SAMPLING.items():
         values = [f"{name} `{json.dumps(has[option])}`" for name, has in every.items() if option in has]
         page += f"| `{option}` | {help} | {', '.join(values)} |\n"

@@ -223,6 +223,8 @@ def attach_trained_losses(run: Run, codec) -> None:
     attach_losses(codec, run.preset, **_frozen_networks(run, images, labels))
     with readable(file := run.path / "codec" / "losses.safetensors", TRAIN_AGAIN):
         codec.losses.load_state_dict(load_file(file))
+    for _, options in run.preset.stages[-1:]:
+        codec.configure(**options)
 
 
 def fitted_speckle(codec: torch.nn.Module, windows: WindowSet) -> dict:

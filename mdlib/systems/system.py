@@ -15,6 +15,7 @@ from mdlib.utils import DataError, read_json, readable
 # Columns of history.csv worth plotting, of any codec and prior.
 CURVES = "mse psnr_db perplexity kl align_cosine align_distance nats_per_token denoising_mse velocity_mse cosine vb aux"
 CODECS = {"vq": "mdlib.models.vqvae:VQVAE", "kl": "mdlib.models.kl:KLVAE", "va": "mdlib.models.kl:VAVAE"}
+TEACHER_WEIGHT = 0.2  # of the distance of the teacher's features in the codec's loss
 # Of TrainConfig.
 SMOKE = dict(steps=6, batch_size=8, learning_rate=1e-3, warmup_steps=1, evaluate_every=3, save_every=3)
 DEMO = dict(batch_size=8, learning_rate=2e-3, warmup_steps=20, evaluate_every=500)
@@ -127,8 +128,8 @@ class System:
         return (*self.sizes, *(MACHINES if "base" in self.sizes else ()))
 
     def sampling_options(self) -> dict:
-        """What `prior.sample` can be given as plain values, with its defaults."""
-        return self.prior.sampling_options()
+        """What sampling can be given as plain values: options of `prior.sample`, and speckle; with their defaults."""
+        return self.prior.sampling_options() | {"speckle": True}
 
     def table(self, preset: str) -> dict:
         """The preset's fields as nested dictionaries; DataError for an unknown name."""
@@ -162,7 +163,6 @@ class Preset:
     sampling: dict = field(default_factory=dict)  # keyword arguments of prior.sample
     losses: dict = field(default_factory=dict)  # options of LPIPS, alignment and adversary, see `attach_losses`
     teacher_steps: int = 0  # optimizer steps of the user classifier whose features the codec's loss compares; 0: none
-    teacher_weight: float = 0.2  # of that distance
     foundation: str = "none"  # what latents are aligned with: none, classifier, or a transformers vision model
     stages: tuple = ()  # of the codec's training: pairs of a fraction of its steps and options of its losses
     user_codec: bool = False  # the codec is conditioned on the user (VAVAE)
@@ -239,10 +239,13 @@ def get_preset(
         ("prior", known.prior, prior_steps, prior_options),
     ):
         training = table[f"{part}_training"]
-        training |= dict(seed=seed, steps=steps or training["steps"], preview_every=500)
+        if steps:
+            usual = training.get("warmup_steps", TrainConfig.warmup_steps)
+            training |= dict(steps=steps, warmup_steps=min(usual, warmup(steps)))
+        training |= dict(seed=seed, preview_every=500)
         # Where each option belongs; users, conditions and channels follow from the data.
         places = dict.fromkeys(_options(model) - {"in_channels", "num_users", "num_conditions"}, table[part])
-        places |= dict.fromkeys(_options(TrainConfig) - {"steps", "seed"}, training)
+        places |= dict.fromkeys(_options(TrainConfig) - {"steps", "seed", "max_minutes"}, training)
         places |= dict.fromkeys(of_losses, table["losses"]) if part == "codec" else {}
         for key, value in (options or {}).items():
             if key not in places:
@@ -255,6 +258,11 @@ def get_preset(
     # An option that is given by name holds in every stage.
     stages = ((part, _only(options, options.keys() - (codec_options or {}))) for part, options in preset.stages)
     return replace(preset, stages=tuple(stages))
+
+
+def warmup(steps: int) -> int:
+    """The most steps of `steps` in which the learning rate rises."""
+    return max(1, steps // 10)
 
 
 def _fine_tune(table: dict) -> None:
@@ -293,7 +301,7 @@ def attach_losses(codec, preset: Preset, teacher=None, lpips=None, foundation=No
 
     options = preset.losses
     if teacher:
-        codec.attach(Distance("teacher", teacher, preset.teacher_weight))
+        codec.attach(Distance("teacher", teacher, TEACHER_WEIGHT))
     if lpips:
         codec.attach(Distance("lpips", lpips, options["perceptual_weight"]))
     if foundation:

@@ -2,7 +2,7 @@
 
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -40,6 +40,10 @@ class TrainConfig:
     max_minutes: float = 0.0  # wall-clock budget over all resumes, the learning rate falls within it; 0 is none
 
     def __post_init__(self):
+        for one in fields(self):
+            kind = {float: int | float}.get(type(one.default), type(one.default))
+            if not isinstance(value := getattr(self, one.name), kind):
+                raise ValueError(f"TrainConfig.{one.name} must be of type {type(one.default).__name__}, got {value!r}")
         for name in ("steps", "batch_size", "accumulation", "evaluate_every", "save_every"):
             check_number(f"TrainConfig.{name}", getattr(self, name), 1)
         for name in ("learning_rate", "user_rate", "clip"):

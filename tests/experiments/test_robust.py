@@ -16,8 +16,9 @@ from filelock import FileLock
 from helpers import ROOT, write_set
 
 from mdlib.experiments import execute as module
-from mdlib.experiments.execute import execute, locked
+from mdlib.experiments.execute import _forget, execute, locked
 from mdlib.experiments.run import open_run
+from mdlib.experiments.settings import read_record, write_record
 from mdlib.utils import DataError, remove_unfinished
 
 KILLS = int(os.environ.get("MDLIB_KILLS", "20"))  # of the slow test
@@ -173,10 +174,14 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
         ("06", {"keep": [3]}, "keep must be fractions between 0 and 1, got .3."),
         ("06", {"counts": "5,10"}, "counts must be of type list, got '5,10'"),
         ("06", {"reference": "vgg"}, "reference must be one of auto, resnet18, none"),
-        ("06", {"evaluation_steps": -1}, "evaluation_steps must not be negative, got -1"),
+        ("06", {"evaluation_steps": -1}, "evaluation_steps must be 0 or more, got -1"),
         ("05", {"images_per_user": "many"}, "images_per_user must be of type int, got 'many'"),
-        ("05", {"batch_size": -4}, "batch_size must not be negative, got -4"),
-        ("05", {}, "02_train_vqvae, 03_train_prior is not done yet, which --from 05 needs: leave out --from"),
+        ("05", {"batch_size": -4}, "batch_size must be 1 or more, got -4"),
+        ("05", {"conditions": ["bag"]}, "conditions: .* holds no 'bag'"),
+        ("05", {"users": ["1"]}, "users: .* holds no '1'; there are "),
+        ("05", {"sampling": {"temperature": -1.0}}, "temperature must be above 0"),
+        ("06", {"keep": ["0.5"]}, "keep must be fractions between 0 and 1"),
+        ("05", {}, "02_train_vqvae, 03_train_prior is not done yet: leave out --from"),
     ],
 )
 def test_nothing_is_removed_before_the_settings_are_known_to_be_valid(first, parameters, message, tmp_path):
@@ -191,6 +196,22 @@ def test_nothing_is_removed_before_the_settings_are_known_to_be_valid(first, par
     with pytest.raises(DataError, match=message):
         execute(run.path, parameters, first)
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_running_again_removes_what_depends_on_it_only(tmp_path):
+    people = write_set(tmp_path / "people", numbers=range(1, 33))
+    run = open_run(tmp_path / "run", data=str(people), preset="smoke")
+    with pytest.raises(DataError, match="--from 05 comes after --to 02"):
+        execute(run.path, {}, "05", "02")
+    for name in run.system.notebooks:
+        run.done(name, time.monotonic())
+    write_record(run.path, read_record(run.path) | {"earlier": {"prior": [6]}})
+    for folder in ("codec", "prior", "prior-1"):
+        (run.path / folder).mkdir()
+    _forget(run, "01")
+    assert list(read_record(run.path)["steps"]) == list(run.system.notebooks[1:]) and (run.path / "codec").exists()
+    _forget(run, "02")  # another codec takes another prior, also to start from
+    assert read_record(run.path)["earlier"] == {} and not list(run.path.glob("prior*"))
 
 
 def test_a_page_that_was_not_written_in_full_does_not_stop_a_run(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def test_notebook_02_takes_the_settings_and_the_others_none_of_them():
 def test_options_page_is_current():
     page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     assert page == options_page(), "python -m mdlib options > docs/options.md"
-    assert SAMPLING.keys() - {"speckle"} == set().union(*(system.sampling_options() for system in SYSTEMS.values()))
+    assert SAMPLING.keys() == set().union(*(system.sampling_options() for system in SYSTEMS.values()))
 
 
 def test_changes_of_a_preset_are_settings():

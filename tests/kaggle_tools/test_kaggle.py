@@ -189,6 +189,9 @@ def test_parameters_override_the_notebooks_own(tmp_path):
     "notebook, parameters, resume, message",
     [
         ("02_train_vqvae", {"sed": 3}, False, "has no parameter 'sed'; there are"),
+        ("02_train_vqvae", {"windows_per_user": "abc"}, False, "windows_per_user must be of type int"),
+        ("02_train_vqvae", {"system": "vae-difusion"}, False, "unknown system 'vae-difusion'"),
+        ("02_train_vqvae", {"preset": "hug"}, False, "unknown preset 'hug'"),
         ("03_train_prior", {"seed": 3}, False, "seed: settings of a run are given to notebook 02"),
         ("02_train_vqvae", {"seed": 3}, True, "a resumed run has its settings: leave out seed"),
     ],

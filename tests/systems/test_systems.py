@@ -214,6 +214,13 @@ def test_overrides_change_what_they_name_and_zero_keeps():
     assert changed.variants == plain.variants > 0 == get_preset("vqvae-transformer", "demo", variants=0).variants
 
 
+def test_a_short_training_is_not_all_warm_up():
+    base = get_preset("vae-diffusion", "base").prior_training
+    short = get_preset("vae-diffusion", "base", prior_steps=300).prior_training
+    given = get_preset("vae-diffusion", "base", prior_steps=300, prior_options={"warmup_steps": 60}).prior_training
+    assert (base.warmup_steps, short.warmup_steps, given.warmup_steps) == (500, 30, 60)
+
+
 def test_pascal_trains_in_float32_and_turing_in_half():
     assert get_preset("vqvae-transformer", "p100").codec_training.mixed_precision == "no"
     assert get_preset("vqvae-transformer", "t4x2").codec_training.mixed_precision == "fp16"
