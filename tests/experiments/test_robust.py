@@ -193,7 +193,7 @@ def test_nothing_is_removed_before_the_settings_are_known_to_be_valid(first, par
     for file in ("report.json", "generated/window.png"):
         (run.path / file).write_text("{}")
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ValueError, match=message):
         execute(run.path, parameters, first)
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()} == before
 
