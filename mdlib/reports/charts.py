@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mdlib.reports.plots import ACCENT, DOTTED, INK, SECOND, Figure, coloured, heatmap, new_figure, style
+from mdlib.reports.plots import ACCENT, DOTTED, INK, SECOND, THIRD, Figure, coloured, heatmap, new_figure, style
 
 SECTIONS = tomllib.loads((Path(__file__).parent / "templates" / "figures.toml").read_text(encoding="utf-8"))
 CUES = {"": "", "higher": "↑ higher is better", "lower": "↓ lower is better"}
@@ -143,10 +143,11 @@ def user_spreads(physics: dict, users: list[int], names: tuple[str, ...]) -> Fig
 def study(rows: list[dict]) -> Figure:
     """Accuracy on unseen windows against real training windows per user; rows: of study.json. Hollow: 2× real data."""
     figure, (axis,) = new_figure(5.8, 3.4)
+    known = [name for name in HEADLINE if not name.endswith("x2") and all(name in row["augmentation"] for row in rows)]
     lines = []
-    for name in ("real_only", "real_plus_generated", "generated_only"):
+    for name, colour in zip(known, (INK, ACCENT, SECOND, THIRD), strict=False):
         figures = [{**row["augmentation"][name], "windows_per_user": row["windows_per_user"]} for row in rows]
-        lines.append((describe("augmentation", name)["label"], figures, COLOURS.get(name, INK)))
+        lines.append((describe("augmentation", name)["label"], figures, colour))
     by_counts(axis, lines)
     doubled = [(2 * row["windows_per_user"], row["augmentation"]["real_x2"]["value"]) for row in rows]
     doubled = np.array([pair for pair in doubled if pair[1] is not None]).reshape(-1, 2)

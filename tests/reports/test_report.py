@@ -195,9 +195,7 @@ def test_the_verdict_explains_a_gain_for_other_people_that_disagrees(from_scratc
     others = {"gain_other_users": {"value": 0.02, "ci95": [0.01, 0.03]}}
     found = {**from_scratch, "real_only": {"value": 0.6, "n": 100}, **others}
     gained = lambda *ci95: {**found, "gain": {"value": 0.0, "ci95": ci95}}
-    text = (
-        "The gain for other people (+2.0 points, +1.0 to +3.0) excludes 0 all the same, because its interval is over"
-    )
+    text = "The gain for other people (+2.0 points, +1.0 to +3.0) excludes 0 all the same, because its interval is over"
     assert text in verdict(gained(-0.01, 0.02))["sentence"]
     assert text not in verdict(gained(0.01, 0.02))["sentence"]
 
