@@ -210,28 +210,20 @@ def times(evidence: Evidence, factor: int) -> WindowSet | None:
 
 
 def mixed(real: WindowSet, generated: WindowSet, fraction: float) -> WindowSet:
-    """Both sets, repeated so that of every user who has generated windows `fraction` are such, and users occur as often
-    as in `real`."""
-    counts = [torch.bincount(windows.labels, minlength=real.num_users) for windows in (real, generated)]
-    added = fraction * (counts[1] > 0)
-    shares = [counts[0] / len(real) * part for part in (1 - added, added)]  # of all windows, by user
-    total = max(float((count / share)[share > 0].max()) for count, share in zip(counts, shares, strict=True))
-    parts = [
-        windows.select(
-            torch.cat([_repeated(windows, user, round(total * float(share[user]))) for user in range(len(share))])
-        )
-        for windows, share in zip((real, generated), shares, strict=True)
-    ]
-    return concatenate(*parts)
+    """Both sets, repeated so that `fraction` of a batch is generated and all windows of a set count alike."""
+    total = max(len(real) / (1 - fraction), len(generated) / fraction)
+    parts = [(real, 1 - fraction), (generated, fraction)]
+    return concatenate(*(windows.select(_repeated(windows, round(total * part))) for windows, part in parts))
 
 
-def _repeated(windows: WindowSet, user: int, count: int) -> torch.Tensor:
-    """`count` rows of a user's windows, each as often as possible, the rest at random."""
-    rows = torch.nonzero(windows.labels == user).flatten()
-    whole, rest = divmod(count, max(1, len(rows)))
-    return torch.cat(
-        [rows.repeat(whole), rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:rest]]]
-    )
+def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
+    """`count` rows: each as often as possible, the rest at random from the users in turn, so that users occur as often
+    as in the windows themselves."""
+    whole, rest = divmod(count, len(windows))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    place = pd.Series(order).groupby(windows.labels[order].numpy()).cumcount()  # among the user's own windows
+    in_turn = order[np.argsort(place, kind="stable").to_numpy()]
+    return torch.cat([torch.arange(len(windows)).repeat(whole), in_turn[:rest]])
 
 
 @dataclass(frozen=True)
