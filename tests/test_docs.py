@@ -67,7 +67,7 @@ def test_every_command_of_a_page_is_accepted(page, tmp_path, monkeypatch):
         for folder in CONDITIONS if condition == "all" else ("",):
             write_set(out / folder, users=range(1, 7), numbers=range(1, 33))
 
-    def executed(notebook, run, parameters):
+    def executed(notebook, run, *_):
         if notebook.startswith("04"):  # what a later run may start from
             preset = open_run(run).preset
             codec = make_codec(preset, 1, 2)

@@ -72,7 +72,7 @@ def test_a_prior_trains_on_it_and_it_stays_bit_for_bit(finished, tmp_path, monke
         ),
         (dict(channels=3), r"differs from this run's in in_channels 1 \(here 3\): give preset, channels and codec_opt"),
         (dict(codec_start="{}/absent"), "absent holds no codec: give the codec/ folder of a run"),
-        (dict(codec_steps=-2), "steps must be 1 or more"),
+        (dict(codec_steps=-2), "codec_steps must be -1 or more"),
     ],
 )
 @pytest.mark.parametrize("finished", ["kl"], indirect=True)

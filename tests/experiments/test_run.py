@@ -445,7 +445,7 @@ def test_a_notebook_that_stops_names_the_cause(people, tmp_path):
 def test_a_notebook_that_ran_out_of_time_is_not_taken_for_done(people, tmp_path, monkeypatch):
     # A notebook that leaves with exit code 0 is no error to papermill, which then runs no further cell.
     monkeypatch.setattr("papermill.execute_notebook", lambda *arguments, **options: None)
-    with pytest.raises(DataError, match="01_env_check stopped at the end of its time: give the command again"):
+    with pytest.raises(DataError, match="01_env_check stopped at the end of its time: the same command goes on"):
         execute(str(tmp_path / "run"), {}, data=str(people), preset="smoke")
 
 
@@ -558,7 +558,7 @@ def test_a_codec_trains_further_and_the_prior_again(finished, tmp_path, monkeypa
 
 
 def test_the_machine_is_checked_once(people, tmp_path, monkeypatch, capsys):
-    def executed(name, out, values):
+    def executed(name, out, *_):
         ran.append(name)
         open_run(out).done(name, 0)
 

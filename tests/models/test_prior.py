@@ -103,6 +103,7 @@ def test_save_and_load(make, options, tmp_path):
 def test_sampling_options_are_plain_values(make):
     system = next(system for system in SYSTEMS.values() if isinstance(make(), system.prior))
     options = system.sampling_options()
+    assert options.pop("speckle") is True, "the pipeline's own"
     assert options["guidance_scale"] == 1.0 and all(isinstance(v, int | float | str | tuple) for v in options.values())
     assert not options.keys() & {"users", "conditions", "generator", "classifier", "towards", "share", "on_step"}
     make().sample(
