@@ -342,15 +342,13 @@ def load_pipeline(path: str | Path, weights: str = "") -> MicroDopplerPipeline:
             f"{path} does not hold the {weights} weights of its prior: leave weights out, or train the prior with "
             'prior_options={"keep_best": true}, which retains the best and the last ones'
         )
-    for part in (pipeline.codec, pipeline.classifier):
-        if part is not None:
-            part.requires_grad_(False)  # classifier guidance needs gradients of latents, not of weights
+    for part in filter(None, (pipeline.codec, pipeline.classifier)):
+        part.requires_grad_(False)  # classifier guidance needs gradients of latents, not of weights
     return pipeline
 
 
 def copy_windows(folder: str | Path, paths: list[str], out: str | Path) -> list[dict]:
-    """Copy windows of a folder that `generate_folder` wrote; `out` is then as `save_windows` leaves it. paths:
-    relative to `folder`. Returns their rows of the manifest."""
+    """Copy windows (paths in `folder`) to `out` as `save_windows` writes them; returns their rows of the manifest."""
     folder, out = Path(folder), Path(out)
     try:
         made_by = json.loads((folder / "generation.json").read_text())
@@ -367,13 +365,11 @@ def copy_windows(folder: str | Path, paths: list[str], out: str | Path) -> list[
 
 
 def _claim(out: Path, made_by: dict) -> None:
-    """Record how the windows of `out` are generated; DataError if those in it were generated differently, or not at
-    all."""
+    """Record how the windows of `out` are generated; DataError if those in it are of another source."""
     note, made_by = out / "generation.json", json.loads(json.dumps(made_by))  # as it reads back: a tuple is a list
-    filled = any(out.glob("**/ID_*/*.*"))
-    if filled and not note.exists():
-        raise DataError(f"{out} holds windows of another source (no generation.json): choose another folder")
-    if filled:
+    if any(out.glob("**/ID_*/*.*")):
+        if not note.exists():
+            raise DataError(f"{out} holds windows of another source (no generation.json): choose another folder")
         before = read_json(note, f"delete {out} and generate again")
         if changed := sorted(key for key in before.keys() | made_by.keys() if before.get(key) != made_by.get(key)):
             raise DataError(

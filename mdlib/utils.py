@@ -194,6 +194,20 @@ def batch_run() -> bool:
     return os.environ.get("MDLIB_BATCH") == "1" or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch"
 
 
+def peak_memory_gb() -> float | None:
+    """Largest resident memory of this process, or of the GPU where one is used, in GB (10⁹ bytes); None if unknown."""
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
 def best_device() -> str:
     """Return "cuda" if there is a GPU, else "cpu"."""
     import torch  # slow to import, and the simulator does without

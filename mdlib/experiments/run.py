@@ -1,7 +1,6 @@
 """The run folder. It holds its settings (run.json), so a notebook needs only its path."""
 
 import platform
-import sys
 import time
 import warnings
 from dataclasses import dataclass, field, replace
@@ -32,11 +31,11 @@ from mdlib.data.windows import WindowSet, load_windows
 from mdlib.experiments.settings import RunSettings, defaults, order_of, read_record, write_record
 from mdlib.models.pretrained import fits, load_foundation, load_lpips, pretrained_weights
 from mdlib.systems import Preset, System, attach_losses, get_preset, get_system, make_codec, make_prior, start
-from mdlib.systems.system import check_same, gpus, preset_for, warmup
+from mdlib.systems.system import check_same, gpus, preset_for
 from mdlib.training.distributed import check_batch, processes
 from mdlib.training.latents import JointFineTuning
 from mdlib.training.state import precision
-from mdlib.utils import DataError, read_json, readable
+from mdlib.utils import DataError, peak_memory_gb, read_json, readable
 
 # What a notebook writes, as patterns; it is removed before the notebook runs again.
 PRODUCTS = {
@@ -69,9 +68,7 @@ class Run:
         preset = get_preset(self.settings["system"], self.settings["preset"], **{k: self.settings[k] for k in changes})
         for part, steps in self.earlier.items():
             training = getattr(preset, f"{part}_training")
-            left = training.steps - sum(steps)
-            training = replace(training, steps=left, warmup_steps=min(training.warmup_steps, warmup(left)))
-            preset = replace(preset, **{f"{part}_training": training})
+            preset = replace(preset, **{f"{part}_training": training.with_steps(training.steps - sum(steps))})
         return replace(preset, stages=preset.stages[-1:]) if self.earlier.get("codec") else preset
 
     @property
@@ -395,15 +392,3 @@ def device_name() -> str:
     if not torch.cuda.is_available():
         return f"CPU, {torch.get_num_threads()} threads"
     return f"{processes()} × {torch.cuda.get_device_name()}" if processes() > 1 else torch.cuda.get_device_name()
-
-
-def peak_memory_gb() -> float | None:
-    """Largest resident memory of this process, or of the GPU where one is used, in GB (10⁹ bytes); None if unknown."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)

@@ -240,8 +240,8 @@ def get_preset(
     ):
         training = table[f"{part}_training"]
         if steps:
-            usual = training.get("warmup_steps", TrainConfig.warmup_steps)
-            training |= dict(steps=steps, warmup_steps=min(usual, warmup(steps)))
+            short = TrainConfig(**training).with_steps(steps)
+            training |= dict(steps=steps, warmup_steps=short.warmup_steps)
         training |= dict(seed=seed, preview_every=500)
         # Where each option belongs; users, conditions and channels follow from the data.
         places = dict.fromkeys(_options(model) - {"in_channels", "num_users", "num_conditions"}, table[part])
@@ -258,11 +258,6 @@ def get_preset(
     # An option that is given by name holds in every stage.
     stages = ((part, _only(options, options.keys() - (codec_options or {}))) for part, options in preset.stages)
     return replace(preset, stages=tuple(stages))
-
-
-def warmup(steps: int) -> int:
-    """The most steps of `steps` in which the learning rate rises."""
-    return max(1, steps // 10)
 
 
 def _fine_tune(table: dict) -> None:

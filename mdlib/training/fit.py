@@ -319,8 +319,7 @@ def fit_stages(
             left = 1e-9  # the next stage has started from its weights: a larger budget, or none, comes too late for it
         model.configure(**changes)
         steps = max(1, round(fraction / total * config.steps))
-        warmup = min(config.warmup_steps, max(1, steps // 10))
-        part = replace(config, steps=steps, warmup_steps=warmup, max_minutes=left)
+        part = replace(config.with_steps(steps), max_minutes=left)
         shown = preview and (lambda model, step, first=before["step"]: preview(model, first + step))
         rows = fit(model, data, part, run_dir / f"stage-{number}", preview=shown, **options)
         history += [row | {key: row[key] + before[key] for key in before} for row in rows]

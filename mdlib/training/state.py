@@ -2,7 +2,7 @@
 
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -53,6 +53,10 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.ema_decay must be in [0, 1), got {self.ema_decay}")
         check_choice("TrainConfig.mixed_precision", self.mixed_precision, ("no", "fp16", "bf16", "auto"))
         check_choice("TrainConfig.compile", self.compile, MODES)
+
+    def with_steps(self, steps: int) -> "TrainConfig":
+        """The same training in other steps, at most a tenth of them warm-up."""
+        return replace(self, steps=steps, warmup_steps=min(self.warmup_steps, max(1, steps // 10)))
 
     def defining(self) -> dict:
         """The settings that define a run; the others may change on resume. batch_size is that of all processes
