@@ -2,6 +2,7 @@
 trained on them."""
 
 import inspect
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -242,9 +243,12 @@ def trained_once(
         with suppress(Exception):  # damaged: trained again
             return kind.from_pretrained(path).to(best_device())
         shutil.rmtree(path)
-    unfinished = path.with_suffix(".part")
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
     train_classifier(images, labels, *arguments, kind=kind).save_pretrained(unfinished)
-    unfinished.rename(path)
+    try:
+        unfinished.rename(path)
+    except OSError:  # another run on the same split was faster
+        shutil.rmtree(unfinished)
     return kind.from_pretrained(path).to(best_device())
 
 

@@ -81,12 +81,13 @@ def _distances(sets: dict[str, WindowSet], each: list[dict[str, torch.Tensor]]) 
 
 
 def neighbourhood_map(features_of: dict[str, torch.Tensor], sets: dict[str, WindowSet]) -> list[dict]:
-    """Some generated and unseen windows of the first users by t-SNE (van der Maaten & Hinton 2008) of one classifier's
+    """Some generated and unseen windows of the first users with both by t-SNE (van der Maaten & Hinton 2008) of one classifier's
     features: user, generated (or real), x and y."""
     points, rows = [], []
+    known = np.intersect1d(sets["generated"].labels, sets["unseen"].labels)[:MAP_USERS].tolist()
     for name in ("generated", "unseen"):
         part = sets[name]
-        for label in range(min(MAP_USERS, part.num_users)):
+        for label in known:
             mine = torch.nonzero(part.labels == label).flatten()
             chosen = mine[torch.linspace(0, len(mine) - 1, min(MAP_WINDOWS, len(mine))).round().long()]
             rows.append(features_of[name][chosen])

@@ -158,9 +158,11 @@ def contact_sheet(folder: str | Path, rows: list[dict]) -> Figure:
 
 
 def real_and_generated(real: WindowSet, generated: WindowSet, users: list[int] | None = None, each: int = 4) -> Figure:
-    """Contact sheet: a row a user, real windows on the left, generated ones on the right."""
+    """Contact sheet: a row a user, real windows on the left, generated ones on the right; by default the first eight
+    users with generated windows."""
+    users = users or [user for user in real.users if len(generated.of_user(user))][:8]
     some = lambda user: strip(real, user, each, "real") + strip(generated, user, each, "generated")
-    return pictures([(f"ID_{user}", some(user)) for user in users or real.users[:8]], 1.2)
+    return pictures([(f"ID_{user}", some(user)) for user in users], 1.2)
 
 
 def side_by_side(sets: dict[str, WindowSet], users: int = 2, each: int = 4) -> Figure:

@@ -114,6 +114,21 @@ def test_classifiers_of_real_windows_are_saved_for_other_runs(tmp_path, monkeypa
             )
 
 
+def test_two_runs_on_one_split_may_train_the_same_classifier_at_once(tmp_path, monkeypatch):
+    real, train = windows(3, 1), evidence_file.train_classifier
+    how = (SmallCNN, tmp_path, real.images, real.labels, real.num_users, 2)
+
+    def slower(*arguments, **options):
+        if not list(tmp_path.iterdir()):
+            monkeypatch.setattr(evidence_file, "train_classifier", train)
+            trained_once(*how)  # the other run
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(evidence_file, "train_classifier", slower)
+    assert trained_once(*how).config.num_users == len(USERS)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_classifiers_of_another_version_are_not_used(tmp_path, monkeypatch):
     protocol, case = Protocol(evaluation_steps=2, seeds=2), evidence(windows(5, 7))
     real_only_classifiers(case, protocol, tmp_path)

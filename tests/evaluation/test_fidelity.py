@@ -28,6 +28,16 @@ def test_fidelity_needs_windows_in_every_set():
     assert found["fd"]["value"] is None and "both halves" in found["fd_ratio"]["reason"]
 
 
+def test_the_map_shows_users_with_generated_windows():
+    made = windows(5, 7)
+    case = evidence(made.select(made.labels >= 2))
+    arms = Arms({"real_only": [SmallCNN(len(USERS))]}, {}, 0.5)
+    points = fidelity(case, arms)["map"]
+    assert {(point["user"], point["generated"]) for point in points} == {
+        (user, kind) for user in USERS[2:] for kind in (True, False)
+    }
+
+
 def test_published_networks_measure_where_their_weights_are(tmp_path, monkeypatch):
     from torchvision.models import inception_v3
 

@@ -254,3 +254,9 @@ def test_a_contact_sheet_shows_all_windows_or_says_how_many(tmp_path, monkeypatc
     assert sheet() == (["ID_3", "ID_7"], 14)
     monkeypatch.setattr(plots, "SHEET_ROWS", 2)
     assert sheet() == (["ID_3", "ID_7, 10 of 12"], 12)
+
+
+def test_the_sheet_next_to_real_windows_shows_users_with_generated_ones():
+    made = windows(3, 7)
+    figure = plots.real_and_generated(windows(5, 2), made.select(made.labels >= 2))
+    assert [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()] == [f"ID_{user}" for user in USERS[2:]]
