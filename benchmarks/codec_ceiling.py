@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     split = make_split(find_windows(args.data), windows_per_user=args.windows)
     network = load_codec(args.codec).eval()
-    if seen := seen_of_test(args.codec, split):
+    if seen := seen_of_test(args.codec, split, args.data):
         raise DataError(f"{args.codec} was trained on {seen} of the test windows: train it on the same split")
     if seen := seen_beyond(args.codec, split, args.data):
         raise DataError(

@@ -246,7 +246,7 @@ def validate(
     out: Annotated[Path, typer.Option(help="folder for report.json and report.html")],
     size: Size = 64,
     pipeline: Annotated[Path | None, typer.Option(help="RUN/pipeline, for codec and codebook")] = None,
-    channels: Annotated[int, typer.Option(help="1: intensity, 3: RGB as it is")] = 1,
+    channels: Annotated[int, typer.Option(help="1: intensity, 3: RGB as it is; 0: as when the split was made")] = 0,
     colormap: Colormap = "",
     crop: Crop = "",
     evaluation_steps: Annotated[int, typer.Option(help="optimizer steps of each classifier")] = 400,

@@ -353,7 +353,7 @@ def copy_windows(folder: str | Path, paths: list[str], out: str | Path) -> list[
     try:
         made_by = json.loads((folder / "generation.json").read_text())
         rows = _read_manifest(folder).set_index("path", drop=False).loc[paths].to_dict("records")
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise DataError(
             f"{folder} has no record of how its windows were generated ({error}): give a folder that `generate` wrote"
         ) from error

@@ -275,6 +275,9 @@ def test_chosen_windows_keep_to_a_folder_of_their_own(pipeline, tmp_path):
         copy_windows(tmp_path / "chosen", ["ID_3/nothing.png"], tmp_path / "more")
     with pytest.raises(DataError, match="has no record of how its windows were generated"):
         copy_windows(tmp_path, ["ID_3/window.png"], tmp_path / "more")
+    (tmp_path / "generation.json").write_text("{cut off")
+    with pytest.raises(DataError, match=f"^{tmp_path} has no record of how"):
+        copy_windows(tmp_path, ["ID_3/window.png"], tmp_path / "more")
     assert not (tmp_path / "more").exists()
 
 

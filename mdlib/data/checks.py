@@ -127,9 +127,8 @@ def seen(path: str | Path) -> set[str]:
         for name in ("generation.json", "model_index.json", "weights.json"):
             if (folder / name).is_file():
                 found.update(read_json(folder / name, COPY).get("trained_on") or ())
-        if folder != path and (folder / "split.json").exists():
-            record = folder / "run.json"
-            stored = read_json(record, COPY) if record.exists() else {}
+        if folder != path and (folder / "run.json").exists() and (folder / "split.json").exists():
+            stored = read_json(folder / "run.json", COPY)
             settings = stored.get("settings", {})
             found.update(*(seen(settings[key]) for key in STARTS if settings.get(key, "") not in NO_PATH))
             found.update(stored.get("pretrained", {}).get("trained_on", ()))

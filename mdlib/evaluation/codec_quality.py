@@ -1,4 +1,4 @@
-"""Is a codec good enough to train a prior on, which of two is better, and what do its codes look like?"""
+"""Is a codec good enough to train a prior on, and what do its codes look like?"""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,6 @@ from mdlib.utils import DataError, to_float
 
 GRADES = ((28.0, "excellent"), (25.0, "good"), (20.0, "fair"), (-torch.inf, "poor"))  # by PSNR in dB, at least
 FAR_MEAN, FAR_STD = 0.5, (0.5, 2.0)  # latents beyond these were normalised with other windows' statistics
-VQ_RATIO, VQ_USAGE = 1.1, 0.8  # see `choose_codec`
 
 
 @torch.no_grad()
@@ -59,20 +58,6 @@ def latent_figures(latents: torch.Tensor) -> dict:
         "max": float(latents.max()),
         "beyond_4_sigma": float(far.double().mean()),
     }
-
-
-def choose_codec(vq: dict, kl: dict) -> dict:
-    """Choose the VQ codec (psnr_db, usage) if its PSNR is at least 1.1 times that of the KL codec (psnr_db) and it uses
-    more than 80 % of its codes, else the KL codec; all on unseen windows."""
-    ratio = vq["psnr_db"] / max(kl["psnr_db"], 1e-9)
-    choice = "vq" if ratio >= VQ_RATIO and vq["usage"] > VQ_USAGE else "kl"
-    sentence = (
-        f"Take the {choice.upper()} codec: the VQ codec's PSNR of {vq['psnr_db']:.1f} dB is {ratio:.2f} times the KL "
-        f"codec's {kl['psnr_db']:.1f} dB (VQ needs {VQ_RATIO}) and {100 * vq['usage']:.0f} % of its codes are used "
-        f"(VQ needs more than {100 * VQ_USAGE:.0f} %)."
-    )
-    measured = {"vq_psnr_db": vq["psnr_db"], "kl_psnr_db": kl["psnr_db"], "ratio": ratio, "usage": vq["usage"]}
-    return {**measured, "choice": choice, "sentence": sentence}
 
 
 def find_lpips(device: torch.device | str) -> torch.nn.Module:

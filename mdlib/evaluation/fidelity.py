@@ -81,8 +81,8 @@ def _distances(sets: dict[str, WindowSet], each: list[dict[str, torch.Tensor]]) 
 
 
 def neighbourhood_map(features_of: dict[str, torch.Tensor], sets: dict[str, WindowSet]) -> list[dict]:
-    """Some generated and unseen windows of the first users with both by t-SNE (van der Maaten & Hinton 2008) of one classifier's
-    features: user, generated (or real), x and y."""
+    """Some generated and unseen windows of the first users that have both, by t-SNE (van der Maaten & Hinton 2008) of
+    one classifier's features: user, generated (or real), x and y."""
     points, rows = [], []
     known = np.intersect1d(sets["generated"].labels, sets["unseen"].labels)[:MAP_USERS].tolist()
     for name in ("generated", "unseen"):

@@ -64,7 +64,7 @@ def execute(
             raise DataError("--extend itself runs again what the longer training changes: leave out --from")
         _check_done(out, get_system(wanted.system), names, parameters, "03" if extend else first)
         if extend:
-            extended(out, wanted)
+            extended(out, wanted, parameters.get("max_minutes", 0))
         run = open_run(out, **wanted.to_dict())
         if first:
             _forget(run, first)
@@ -175,12 +175,11 @@ def _check_done(out: Path, system: System, names: tuple[str, ...], parameters: d
             raise DataError(f"{name} does not run now and would ignore {ignored}: {advice}")
 
 
-def extended(out: Path, wanted: RunSettings) -> None:
-    """Prepare a run for the further training of its codec or prior to more optimizer steps.
+def extended(out: Path, wanted: RunSettings, max_minutes: float = 0) -> None:
+    """Prepare a run for the further training of its codec or prior, to more optimizer steps.
 
-    The further training starts from the trained weights and takes the missing steps, with a warm-up and a falling
-    learning rate of its own. The earlier training moves to codec-N/ or prior-N/; what depends on it is removed, so a
-    codec that trains further takes a new prior.
+    Training resumes at its last step, with the learning rate that a training of so many steps has there. What depends
+    on it is removed: a codec that trains further takes a new prior, and repeats all its stages but the first.
     """
     if not (out / "run.json").exists():
         raise DataError(f"{out} holds no run to extend: leave out --extend")
@@ -195,27 +194,17 @@ def extended(out: Path, wanted: RunSettings) -> None:
     part = "codec" if "codec_steps" in changed else "prior"
     if part == "codec" and run.finished_codec:
         raise DataError(f"{out} uses the codec in {run.finished_codec} as it is: start a new run to train it further")
-    weights = out / "codec" if part == "codec" else out / "pipeline" / "prior"
-    if not (weights / "config.json").exists():
+    if not (out / part / "history.csv").exists():
         raise DataError(f"{out} has no trained {part} yet: give the command without {part}_steps and --extend first")
-    earlier = [*run.earlier.get(part, []), int(read_history(out / part)[-1]["step"])]
-    if changed[f"{part}_steps"] <= (done := sum(earlier)):
+    last = read_history(out / part)[-1]
+    if changed[f"{part}_steps"] <= (done := int(last["step"])):
         raise DataError(f"{part}_steps={changed[f'{part}_steps']}: the {part} has {done} steps already, give more")
-    record = read_record(out)
-    record["settings"] = run.settings | changed
-    moved = (out / part).rename(out / f"{part}-{len(earlier)}")
-    if part == "prior":
-        weights.rename(moved / "weights")
-        record["earlier"] = run.earlier | {"prior": earlier}
-    else:
-        with suppress(FileNotFoundError):  # a codec without a teacher
-            shutil.copytree(moved / "teacher", out / "codec" / "teacher")
-        for folder in out.glob("prior-*"):
-            shutil.rmtree(folder)
-        record["steps"].pop("02_train_vqvae")
-        record["earlier"] = {"codec": earlier}
-    write_record(out, record)
-    _forget(run, "03")
+    if 0 < max_minutes <= (spent := last["seconds"] / 60):
+        raise DataError(f"max_minutes={max_minutes:g}: the {part} has trained for {spent:.1f} minutes, give more")
+    for stage in sorted((out / part).glob("stage-*"))[1:]:
+        shutil.rmtree(stage)
+    _forget(run, "02" if part == "codec" else "03", keep=(part, "split.json", f"samples/{part}-*.png"))
+    write_record(out, read_record(out) | {"settings": run.settings | changed})
 
 
 def _execute_one(name: str, out: Path, values: dict, again: str) -> None:
@@ -289,15 +278,14 @@ def _interrupt_kernel(first: bool) -> None:
                 child.send_signal(signal.SIGINT) if first and os.name == "posix" else child.kill()
 
 
-def _forget(run: Run, first: str) -> None:
-    """Remove what the system's notebooks from number `first` on wrote, and the note that they are done. Nothing depends
-    on 01."""
-    record, names = read_record(run.path), [name for name in run.system.notebooks if name[:2] >= first]
+def _forget(run: Run, first: str, keep: tuple[str, ...] = ()) -> None:
+    """Remove what the system's notebooks from number `first` on wrote, without the products `keep`, and the note that
+    they are done. Nothing depends on 01."""
+    names = [name for name in run.system.notebooks if name[:2] >= first]
     names = names[:1] if first == "01" else names
-    record["steps"] = {name: step for name, step in record["steps"].items() if name not in names}
-    if first == "02" and record.get("earlier", {}).pop("prior", None):  # over the latents of the codec that goes
-        for folder in run.path.glob("prior-*"):
-            shutil.rmtree(folder)
-    write_record(run.path, record)
-    for path in [path for name in names for product in PRODUCTS[name[:2]] for path in run.path.glob(product)]:
+    patterns = [product for name in names for product in PRODUCTS[name[:2]] if product not in keep]
+    for path in [path for pattern in patterns for path in run.path.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    record = read_record(run.path)
+    record["steps"] = {name: step for name, step in record["steps"].items() if name not in names}
+    write_record(run.path, record)

@@ -3,14 +3,13 @@
 import platform
 import time
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from mdlib import __version__
 from mdlib.data.checks import check_identical, check_split, data_fingerprint, seen, seen_of_test, seen_people
@@ -50,12 +49,10 @@ PRODUCTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `settings`: the fields of RunSettings; `earlier`: optimizer steps of the trainings of codec and
-    prior that the present ones extend, oldest first."""
+    """One run folder. `settings`: the fields of RunSettings."""
 
     path: Path
     settings: dict
-    earlier: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def system(self) -> System:
@@ -65,11 +62,7 @@ class Run:
     def preset(self) -> Preset:
         """The preset with this run's changes."""
         changes = signature(get_preset).parameters.keys() & self.settings.keys() - {"system"}
-        preset = get_preset(self.settings["system"], self.settings["preset"], **{k: self.settings[k] for k in changes})
-        for part, steps in self.earlier.items():
-            training = getattr(preset, f"{part}_training")
-            preset = replace(preset, **{f"{part}_training": training.with_steps(training.steps - sum(steps))})
-        return replace(preset, stages=preset.stages[-1:]) if self.earlier.get("codec") else preset
+        return get_preset(self.settings["system"], self.settings["preset"], **{k: self.settings[k] for k in changes})
 
     @property
     def init(self) -> Path | None:
@@ -171,15 +164,8 @@ class Run:
         }
 
     def start(self, part: str, model: torch.nn.Module) -> None:
-        """Initialise a new model, the part "codec" or "prior", from an earlier training of this run, or from what the
-        settings name."""
-        if earlier := self.earlier.get(part):
-            folder = self.path / f"{part}-{len(earlier)}"
-            start(model, folder / "weights" if part == "prior" else folder)
-            if part == "codec":
-                with readable(folder, "restore it, or start a new run"):
-                    model.losses.load_state_dict(load_file(folder / "losses.safetensors"))
-        elif self.init:
+        """Initialise a new model, the part "codec" or "prior", from what the settings name."""
+        if self.init:
             start(model, self.init / part, other_users=True)
         elif source := self.settings[f"{part}_start"]:
             start(model, source)
@@ -222,7 +208,7 @@ def open_run(out: str | Path, **given) -> Run:
         relevant = wanted if wanted["data"] else {k: v for k, v in wanted.items() if v != defaults()[k]}
         changed = [key for key in relevant if stored[key] != wanted[key]]
         if not changed:
-            return Run(out, stored, record.get("earlier", {}))
+            return Run(out, stored)
         if any(any(out.glob(product)) for products in PRODUCTS.values() for product in products):
             differences = ", ".join(f"{key}: {stored[key]!r} is not {wanted[key]!r}" for key in changed)
             advice = "choose another --out or those settings"

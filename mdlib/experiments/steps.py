@@ -125,8 +125,8 @@ def train_stage(stage: Stage, show: Callable[[Path], None] | None = None) -> lis
     samples = run.path / "samples"
 
     def preview(_, step: int) -> np.ndarray:
-        picture, number = stage.draw(), sum(run.earlier.get(stage.name, [])) + step
-        with whole_file(file := samples / f"{stage.name}-{number:06}.png") as path:
+        picture = stage.draw()
+        with whole_file(file := samples / f"{stage.name}-{step:06}.png") as path:
             Image.fromarray(picture).save(path, format="PNG")
         if show:
             show(file)

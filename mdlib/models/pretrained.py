@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mdlib.models.classifier import SmallCNN
-from mdlib.utils import read_json, readable, to_float, whole_file
+from mdlib.utils import DataError, read_json, readable, to_float, whole_file
 
 INSIDE = ("ema", "model", "state_dict")  # entries of a training's checkpoint that hold weights, best first
 PROJECTION = "losses.alignment.projection.weight"
@@ -50,8 +51,10 @@ def pretrained_weights(name: str) -> dict[str, Path]:
     "shipped" with mdlib, in this order and where they are."""
     found = {}
     for place, cards in dict(attached=attached("weights.json"), shipped=[WEIGHTS / name / "weights.json"]).items():
-        own = [card.parent for card in cards if card.is_file() and read_json(card, "copy it again").get("name") == name]
-        found |= {place: own[0]} if own else {}
+        for card in cards:
+            with suppress(DataError):  # a file of that name that is something else
+                if place not in found and read_json(card, "").get("name") == name:
+                    found[place] = card.parent
     return found
 
 

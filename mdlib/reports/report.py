@@ -6,7 +6,6 @@ from mdlib.data.checks import check_split, seen_beyond, seen_of_test
 from mdlib.data.nearness import SIDE
 from mdlib.data.splits import apply_split, describe_training, read_split, spare_windows
 from mdlib.data.windows import WindowSet, load_windows
-from mdlib.evaluation.codec_quality import choose_codec
 from mdlib.evaluation.evidence import Evidence, Protocol, through_codec, train_classifier
 from mdlib.evaluation.filters import FILTERS, keep_best, keep_plausible, scores
 from mdlib.evaluation.metrics import absent
@@ -19,6 +18,7 @@ from mdlib.reports.user_page import GAIT, write_user
 from mdlib.utils import DataError, read_history, to_float
 
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
+VQ_RATIO, VQ_USAGE = 1.1, 0.8  # see `choose_codec`
 BEST = {  # the figures by which systems are compared: section, name, which value is best, how the answer begins
     "gain": ("augmentation", "gain", max, "Largest gain"),
     "fidelity": ("fidelity", "fd_ratio", min, "Nearest to real windows by Fréchet distance"),
@@ -51,7 +51,7 @@ def validate_folders(
     out: str | Path,
     size: int = 64,
     pipeline: str | Path | None = None,
-    channels: int = 1,
+    channels: int = 0,
     colormap: str = "",
     crop: str = "",
     user: int | None = None,
@@ -61,8 +61,8 @@ def validate_folders(
 
     Args:
         pipeline: where given, its codec adds the reconstruction and codebook figures, at its own size and channels.
-        channels, colormap, crop: how the real images are read, see `mdlib.data.windows.load_windows`; "": as when the
-            split was made.
+        channels, colormap, crop: how the real images are read, see `mdlib.data.windows.load_windows`; 0 and "": as
+            when the split was made.
         user: k of the ID_k whose own page, report-user-k.html, is written as well; None: of no user.
         protocol: fields of `evidence.Protocol`.
 
@@ -80,8 +80,8 @@ def validate_folders(
             raise DataError(f"{weights} was trained on {seen} of the test windows: evaluate it with its own split")
         if others := seen_beyond(weights, parts, real):
             about["weights trained on other windows too"] = f"{weights} was trained on {others} others too"
-    given = {key: value for key, value in (("colormap", colormap), ("crop", crop)) if value}
-    reading = {"channels": channels, **parts.get("reading", {}), **given}
+    given = {"channels": channels, "colormap": colormap, "crop": crop}
+    reading = {**parts.get("reading", {}), **{key: value for key, value in given.items() if value}}
     parts = check_split(load_windows(real, size=max(SIDE, size), **reading), {**parts, "reading": reading})
     windows = load_windows(real, size=size, **reading)
     evidence = gather(windows, parts, load_generated(generated, windows), loaded)
@@ -210,7 +210,7 @@ def write_comparison(result: dict, windows: dict[str, WindowSet], out: str | Pat
 
 def conclusions(systems: dict[str, dict]) -> dict:
     """Answers, each a dictionary with value and sentence: which system by gain, by Fréchet distance and by identity,
-    and which kind of codec by the rule of `codec_quality.choose_codec`."""
+    and which kind of codec by the rule of `choose_codec`."""
     measured, found = {name: figures for name, figures in systems.items() if "error" not in figures}, {}
     for key, (section, name, pick, title) in BEST.items():
         every = {system: figures[section][name] for system, figures in measured.items()}
@@ -228,21 +228,27 @@ def conclusions(systems: dict[str, dict]) -> dict:
         if near := ", ".join(system for system in ends if system not in apart):
             how += f" It overlaps that of {near}."
         found["gain"]["sentence"] = f"{doubt}{found['gain']['sentence']}{how}"
-    return found | {"codec": _best_codec(measured)}
+    return found | {"codec": choose_codec(measured)}
 
 
-def _best_codec(systems: dict[str, dict]) -> dict:
-    """VQ or KL: the codecs of best PSNR with and without a codebook."""
-    kinds: dict[str, list[dict]] = {}
+def choose_codec(systems: dict[str, dict]) -> dict:
+    """VQ or KL: of the codecs of best PSNR with and without a codebook the first if its PSNR is at least VQ_RATIO times
+    the other's and it uses more than VQ_USAGE of its codes, else the second; all on unseen windows."""
+    kinds: dict[str, dict] = {"vq": {}, "kl": {}}
     for name, figures in systems.items():
         psnr, usage = figures["reconstruction"]["psnr_db"]["value"], figures["codebook"]["usage"]["value"]
         if psnr is not None:
-            one = {"psnr_db": psnr, "usage": usage, "system": name}
-            kinds.setdefault("kl" if usage is None else "vq", []).append(one)
-    if len(kinds) < 2:
+            kinds["kl" if usage is None else "vq"][name] = psnr, usage
+    if not all(kinds.values()):
         reason = "it takes a codec with a codebook and one without"
         return {"value": None, "reason": reason, "sentence": f"VQ or KL codec: not measured ({reason})."}
-    vq, kl = (max(kinds[kind], key=lambda one: one["psnr_db"]) for kind in ("vq", "kl"))
-    choice, systems = choose_codec(vq, kl), {"vq": vq["system"], "kl": kl["system"]}
-    sentence = f"{choice['sentence']} (VQ: {systems['vq']}, KL: {systems['kl']}.)"
-    return {"value": choice["choice"], **choice, "systems": systems, "sentence": sentence}
+    (vq, (high, usage)), (kl, (low, _)) = (max(kind.items(), key=lambda one: one[1][0]) for kind in kinds.values())
+    ratio = high / max(low, 1e-9)
+    choice = "vq" if ratio >= VQ_RATIO and usage > VQ_USAGE else "kl"
+    sentence = (
+        f"Take the {choice.upper()} codec: the PSNR of {vq}'s VQ codec, {high:.1f} dB, is {ratio:.2f} times the "
+        f"{low:.1f} dB of {kl}'s KL codec (VQ needs {VQ_RATIO}), and {100 * usage:.0f} % of its codes are used (VQ "
+        f"needs more than {100 * VQ_USAGE:.0f} %)."
+    )
+    measured = {"vq_psnr_db": high, "kl_psnr_db": low, "ratio": ratio, "usage": usage}
+    return {"value": choice, **measured, "systems": {"vq": vq, "kl": kl}, "sentence": sentence}

@@ -5,6 +5,7 @@ Speckle, clutter and gait drift run on through a walk: overlapping windows share
 
 import json
 import os
+import shutil
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -106,9 +107,11 @@ def simulate_dataset(out, users=31, windows=150, size=256, seed=0, condition="no
                 done.update(number)
         pd.DataFrame(rows).to_csv(work / "parameters.csv", index=False)
         (work / "simulation.json").write_text(json.dumps(arguments, indent=1))
-        if out.is_dir():
-            out.rmdir()  # empty, or _already_there had refused
-        os.replace(work, out)
+        if not out.exists():
+            os.replace(work, out)
+        else:  # empty; it may be the working directory or a mount point, which cannot be replaced
+            for path in sorted(work.iterdir(), key=lambda path: path.name == "simulation.json"):
+                shutil.move(path, out)
     return out
 
 

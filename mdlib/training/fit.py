@@ -76,7 +76,8 @@ def fit(
 
     Args:
         run_dir: receives state.pt (checkpoint), best.safetensors, history.csv and tensorboard/. Called again
-            with the same folder and batch_size × processes, `fit` resumes; a finished run returns at once.
+            with the same folder and batch_size × processes, `fit` resumes, also to more steps; a finished run returns
+            at once.
         held_out: its mean loss decides which weights are best and when to stop early.
         evaluate: returns further figures of the model (in eval mode, averaged weights) for the history.
         preview: called as preview(model, step), in the precision of training, at the first evaluation at or after each
@@ -309,16 +310,15 @@ def fit_stages(
     if not stages:
         return fit(model, data, config, run_dir, preview=preview, **options)
     run_dir, history, before = Path(run_dir), [], {"step": 0, "seconds": 0.0}
-    total = sum(part for part, _ in stages)  # less than 1 where a codec trains on in its last stage only
     for number, (fraction, changes) in enumerate(stages, 1):
-        until = sum(part for part, _ in stages[:number]) / total
+        until = sum(part for part, _ in stages[:number])
         left = config.max_minutes and config.max_minutes * until - before["seconds"] / 60
         if history and config.max_minutes and left < 0.01 / 60:  # seconds are rounded to a hundredth
             break
         if (run_dir / f"stage-{number + 1}" / "state.pt").exists():
             left = 1e-9  # the next stage has started from its weights: a larger budget, or none, comes too late for it
         model.configure(**changes)
-        steps = max(1, round(fraction / total * config.steps))
+        steps = max(1, round(fraction * config.steps))
         part = replace(config.with_steps(steps), max_minutes=left)
         shown = preview and (lambda model, step, first=before["step"]: preview(model, first + step))
         rows = fit(model, data, part, run_dir / f"stage-{number}", preview=shown, **options)

@@ -62,7 +62,7 @@ class TrainConfig:
         """The settings that define a run; the others may change on resume. batch_size is that of all processes
         together: it decides which samples a step sees."""
         settings = asdict(self) | {"batch_size": self.batch_size * world()}
-        free = ("max_minutes", "save_every", "preview_every", "compile")
+        free = ("steps", "warmup_steps", "max_minutes", "save_every", "preview_every", "compile")
         return {key: value for key, value in settings.items() if key not in free}
 
 
@@ -126,7 +126,7 @@ class State:
         content = {key: getattr(self, key) for key in (*self.PLAIN, "ema")}
         content |= {key: getattr(self, key).state_dict() for key in ("model", "optimizer", "scaler")}
         with whole_file(self.run_dir / "state.pt") as path:
-            torch.save({**content, "config": self.config.defining()}, path)
+            torch.save({**content, "config": asdict(self.config) | self.config.defining()}, path)
 
     def resume(self) -> None:
         """Load `run_dir`/state.pt if it exists; ValueError if it is damaged or of other settings."""
@@ -148,6 +148,8 @@ class State:
             setattr(self, key, content[key])
         if self.stopped.startswith("the budget") and not self.budget_spent:
             self.stopped = ""  # a larger budget was granted
+        if self.config.steps > content["config"]["steps"]:  # training goes on, to more steps than it was to take
+            self.stopped, self.stale = "", 0
 
     def check_room(self, name: str) -> None:
         """OSError without room for a checkpoint and the best weights, each twice: a new file replaces a whole one."""

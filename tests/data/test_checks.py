@@ -175,6 +175,8 @@ def test_what_weights_have_seen_is_found_by_content(people, copy, tmp_path):
     (generated / "generation.json").write_text(json.dumps({"trained_on": sorted(split["hashes"].values())}))
     assert seen_of_test(generated, split, copy) == len(split["test"])
     assert seen_of_test(tmp_path / "elsewhere", split, copy) == 0
+    write_split(split, tmp_path / "elsewhere" / "split.json")  # of no run
+    assert seen_of_test(tmp_path / "elsewhere" / "other", swapped, copy) == 0
 
 
 def test_a_fingerprint_is_of_contents_and_names_below_the_folder(people, copy):

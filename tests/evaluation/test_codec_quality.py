@@ -11,7 +11,7 @@ from helpers import message, small_set
 from torch import nn
 
 from mdlib.evaluation import codec_quality, metrics
-from mdlib.evaluation.codec_quality import cells, check_codec, choose_codec, code_patches, survey
+from mdlib.evaluation.codec_quality import cells, check_codec, code_patches, survey
 from mdlib.models.kl import KLVAE
 from mdlib.models.vqvae import VQVAE
 from mdlib.reports import plots
@@ -114,17 +114,6 @@ def test_lpips_is_measured_where_its_weights_are(weights, monkeypatch):
 def test_images_that_are_not_the_codecs_are_refused():
     for wrong in (images()[..., :16], images().float(), images()[:0], images().repeat(1, 3, 1, 1)):
         assert "size=32, channels=1" in message(check_codec, Noisy(0.1), wrong)
-
-
-@pytest.mark.parametrize(
-    "vq, usage, kl, choice",
-    [(27.5, 0.9, 25.0, "vq"), (27.5, 0.8, 25.0, "kl"), (27.4, 0.9, 25.0, "kl"), (20.0, 1.0, 25.0, "kl")],
-)
-def test_the_choice_follows_the_rule(vq, usage, kl, choice):
-    found = choose_codec({"psnr_db": vq, "usage": usage}, {"psnr_db": kl})
-    assert found["choice"] == choice and found["ratio"] == pytest.approx(vq / kl)
-    assert (found["vq_psnr_db"], found["kl_psnr_db"], found["usage"]) == (vq, kl, usage)
-    assert found["sentence"].startswith(f"Take the {choice.upper()} codec") and f"{vq:.1f} dB" in found["sentence"]
 
 
 def test_the_picture_of_latents_has_a_bar_a_channel():

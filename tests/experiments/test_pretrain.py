@@ -134,6 +134,7 @@ def test_attached_weights_are_preferred_and_have_to_stay(made, shipped, windows,
     inputs = tmp_path / "input"
     monkeypatch.setattr("mdlib.models.pretrained.INPUTS", inputs)
     attached = shutil.copytree(made / "vq-diffusion" / "weights", inputs / "datasets" / "me" / "any" / "weights")
+    (inputs / "weights.json").write_text("[]")  # somebody else's
     common = dict(data=windows, preset="smoke")
     run = open_run(tmp_path / "run", **common, system="vq-diffusion")
     assert run.settings["init"] == "attached" and run.init == attached

@@ -6,7 +6,7 @@ import json
 import pytest
 from test_report import Page, case, report  # noqa: F401
 
-from mdlib.reports.report import conclusions, write_comparison, write_study
+from mdlib.reports.report import choose_codec, conclusions, write_comparison, write_study
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_conclusions_follow_from_the_figures():
         "worse": figures(24.0, 0.2, (0.0, -0.01, 0.02), 1.6, 0.3),
     }
     found = conclusions(systems)
-    assert found["codec"]["choice"] == "vq" and "27.6 dB is 1.10 times" in found["codec"]["sentence"]
+    assert found["codec"]["value"] == "vq" and "27.6 dB, is 1.10 times" in found["codec"]["sentence"]
     assert found["codec"]["systems"] == {"vq": "transformer", "kl": "diffusion"}
     assert found["gain"]["value"] == "diffusion" and "lies above that of transformer" in found["gain"]["sentence"]
     assert "diffusion, +5.0 points [+3.0, +7.0]" in found["gain"]["sentence"]
@@ -90,7 +90,7 @@ def test_without_enough_usage_or_with_wide_intervals_nothing_is_concluded():
         "diffusion": figures(25.0, None, (0.05, -0.03, 0.07), 1.5, 0.9),
     }
     found = conclusions(systems)
-    assert found["codec"]["choice"] == "kl" and found["gain"]["sentence"].endswith("It overlaps that of transformer.")
+    assert found["codec"]["value"] == "kl" and found["gain"]["sentence"].endswith("It overlaps that of transformer.")
     assert found["gain"]["sentence"].startswith("No system's generated windows help for certain.")
     systems["diffusion"]["codebook"]["usage"]["value"] = 0.9
     assert "a codec with a codebook and one without" in conclusions(systems)["codec"]["reason"]
@@ -100,3 +100,15 @@ def test_without_enough_usage_or_with_wide_intervals_nothing_is_concluded():
     systems["transformer"]["augmentation"]["gain"]["ci95"] = [0.005, 0.015]
     assert conclusions(systems)["gain"]["sentence"].startswith("Largest gain"), "the other system's windows help"
     assert list(conclusions({"vavae-dit": {"error": "x"}})) == ["codec"]
+
+
+@pytest.mark.parametrize(
+    "vq, usage, kl, choice",
+    [(27.5, 0.9, 25.0, "vq"), (27.5, 0.8, 25.0, "kl"), (27.4, 0.9, 25.0, "kl"), (20.0, 1.0, 25.0, "kl")],
+)
+def test_the_codec_is_chosen_by_the_rule(vq, usage, kl, choice):
+    codecs = {"a": figures(vq, usage, (0, 0, 0), 1, 1), "b": figures(kl, None, (0, 0, 0), 1, 1)}
+    found = choose_codec(codecs | {"c": figures(vq - 1, 1.0, (0, 0, 0), 1, 1)})
+    assert found["value"] == choice and found["ratio"] == pytest.approx(vq / kl)
+    assert (found["vq_psnr_db"], found["kl_psnr_db"], found["usage"]) == (vq, kl, usage)
+    assert found["sentence"].startswith(f"Take the {choice.upper()} codec") and f"{vq:.1f} dB" in found["sentence"]

@@ -240,6 +240,19 @@ def test_an_unknown_user_is_refused_before_anything_is_evaluated(tmp_path):
     assert not out.exists()
 
 
+def test_windows_are_read_as_asked_or_as_the_split_was_made(tmp_path, monkeypatch):
+    def channels(evidence, *_, **__):
+        raise InterruptedError(evidence.train.images.shape[1])
+
+    monkeypatch.setattr("mdlib.reports.report.evaluate", channels)
+    data = write_set(tmp_path / "people", numbers=range(24))
+    made = write_set(tmp_path / "made", users=[1], name="made{n}.png")
+    split_folder(data, tmp_path / "split.json", {"channels": 1})
+    for asked, read in ((0, 1), (3, 3)):
+        with pytest.raises(InterruptedError, match=str(read)):
+            validate_folders(data, made, tmp_path / "split.json", tmp_path / "out", channels=asked)
+
+
 def test_a_contact_sheet_shows_all_windows_or_says_how_many(tmp_path, monkeypatch):
     from PIL import Image
 

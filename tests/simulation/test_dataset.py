@@ -108,6 +108,14 @@ def test_complete_result_is_kept_and_anything_else_is_refused(tmp_path):
     assert len(files(simulate_dataset(tmp_path / "empty", **arguments))) == 2
 
 
+def test_an_empty_folder_is_filled_also_where_it_cannot_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    simulate_dataset(".", users=1, windows=2, size=8, progress=False)
+    assert sorted(path.name for path in Path().iterdir()) == ["ID_1", "parameters.csv", "simulation.json"]
+    assert simulate_dataset(tmp_path / "empty", users=1, windows=2, size=8) == tmp_path / "empty", "it is complete"
+
+
 def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "colour", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

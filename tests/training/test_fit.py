@@ -143,6 +143,18 @@ def test_a_finished_run_returns_at_once_with_its_weights(tmp_path):
     assert same(first, second) and (tmp_path / "state.pt").stat().st_mtime_ns == stamp
 
 
+def test_a_finished_run_trains_further_to_more_steps(tmp_path):
+    """With the learning rate of a training of so many steps, and its patience again."""
+    model, far = line(), points()
+    impatient = replace(CONFIG, steps=100, evaluate_every=1, patience=2, learning_rate=0.5)
+    first = fit(model, points(), impatient, tmp_path, held_out=far, progress=False)
+    assert (before := first[-1]["step"]) < 100
+    longer = fit(model, points(), replace(impatient, steps=200), tmp_path, held_out=far, progress=False)
+    assert longer[: len(first)] == first and longer[-1]["step"] >= before + 2
+    whole = fit(line(), points(), replace(impatient, steps=200, patience=0), progress=False)
+    assert longer[before]["learning_rate"] == whole[before]["learning_rate"]
+
+
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     fit(line(), points(), CONFIG, tmp_path, progress=False)
     with pytest.raises(ValueError, match="other settings .learning_rate.: choose another folder"):
@@ -463,9 +475,3 @@ def test_a_stage_that_has_ended_does_not_train_on_without_a_budget(tmp_path):
     fit_stages(Staged(), points(), long, tmp_path, STAGES, progress=False)
     assert read_history(tmp_path / "stage-1")[-1]["step"] == before < 2000
     assert read_history(tmp_path / "stage-2")[-1]["step"] == 1000
-
-
-def test_the_last_stage_alone_takes_all_steps(tmp_path):
-    """As when a codec trains on."""
-    history = fit_stages(Staged(), points(), CONFIG, tmp_path, STAGES[-1:], progress=False)
-    assert history[-1]["step"] == CONFIG.steps
