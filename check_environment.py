@@ -31,7 +31,7 @@ KAGGLE_OUTPUT, KAGGLE_HOURS = 20 * GIB, 12
 EXPECTED = {"cpu": ("", 0, 0), "gpu": ("", 1, 0), "p100": ("P100", 1, 0), "t4": ("T4", 1, 0)}
 EXPECTED.update({"t4x2": ("T4", 2, 0), "gpu-6gb": ("", 1, 5500), "gpu-8gb": ("", 1, 7500), "gpu-16gb": ("", 1, 14500)})
 CAUSES = {
-    "kernels": "a build of torch has kernels for some GPUs only: on the others the first sum fails",
+    "kernels": "a build of torch has kernels for some GPUs only: on the others the first operation fails",
     "replaced": "a later pip install replaced torch, or added parts of a second CUDA",
     "pair": "torchvision and torchaudio are compiled for one build of torch; diffusers and transformers fail with them",
     "window": "huggingface-hub, transformers and diffusers accept only certain releases of one another",
@@ -282,7 +282,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--python", help="the interpreter to report on (default: that of .venv, else this one)")
-    parser.add_argument("--expect", default="", choices=EXPECTED, help="fail on another machine than this one")
+    parser.add_argument("--expect", default="", choices=EXPECTED, help="fail unless the machine is of this kind")
     args = parser.parse_args(argv)
     python = Path(args.python or (setup.venv_python() if setup.venv_python().exists() else sys.executable))
     rows = check(python, expect=args.expect)

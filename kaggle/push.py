@@ -50,7 +50,7 @@ ALL_BUT_CHECKPOINTS = r"^(?!.*state\.pt$)"
 @app.command()
 def kernel(
     notebook: Annotated[str, typer.Argument(help="02, or 02_train_vqvae")],
-    parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="key=value of the notebook")] = [],  # noqa: B006
+    parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="notebook parameter as NAME=VALUE")] = [],  # noqa: B006
     internet: Annotated[bool, typer.Option("--internet/--no-internet")] = False,
     accelerator: Annotated[str, typer.Option(help="one of Kaggle's names, or none")] = T4X2,
     dataset: Annotated[list[str], typer.Option(help="instead of mdlib-windows; name or owner/name")] = [WINDOWS],  # noqa: B006

@@ -1,4 +1,4 @@
-"""Generative models for micro-Doppler spectrograms of walking people, user by user."""
+"""Generative models for micro-Doppler spectrograms of walking people, conditioned on the user."""
 
 import sys
 from importlib import import_module
@@ -53,13 +53,13 @@ def __dir__() -> list[str]:
 
 
 def _announce(diffusers) -> None:
-    """`DiffusionPipeline.from_pretrained` looks for a pipeline's class in diffusers: it is imported when looked for."""
+    """Let `DiffusionPipeline.from_pretrained` find the pipeline's class in diffusers, where access imports it."""
     found = {"MicroDopplerPipeline": property(lambda _: __getattr__("MicroDopplerPipeline"))}
     diffusers.__class__ = type("Diffusers", (type(diffusers),), found)
 
 
 class _Announcer:
-    """In `sys.meta_path` it waits for the import of diffusers: `import mdlib` itself stays quick."""
+    """An import hook in `sys.meta_path` for the import of diffusers, so that `import mdlib` itself stays quick."""
 
     def find_spec(self, name: str, *arguments):
         spec = PathFinder.find_spec(name, *arguments) if name == "diffusers" else None

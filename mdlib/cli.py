@@ -1,4 +1,4 @@
-"""The command line. `mdlib` imports what a command needs when it is used, so help and most errors come at once."""
+"""The command line. Heavy packages are imported only when a command needs them, so help and errors appear at once."""
 
 import ast
 import json
@@ -22,13 +22,13 @@ class Commands(TyperGroup):
         try:
             return super().invoke(context)
         except KeyboardInterrupt as error:  # typer would end without a word
-            print(f"mdlib: {str(error) or 'interrupted; the same command goes on'}", file=sys.stderr)
+            print(f"mdlib: {str(error) or 'interrupted; to resume, run the same command'}", file=sys.stderr)
             sys.exit(130)
 
 
 app = typer.Typer(
     cls=Commands,
-    help="Generative models for micro-Doppler spectrograms, user by user.",
+    help="Generative models for micro-Doppler spectrograms, conditioned on the user.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,13 +38,13 @@ Data = Annotated[Path, typer.Option(help="folder of ID_k/ folders")]
 Real = Annotated[Path, typer.Option(help="folder of real windows")]
 Generated = Annotated[Path, typer.Option(help="folder of generated windows")]
 Split = Annotated[Path, typer.Option(help="the split the generator was trained with")]
-Size = Annotated[int, typer.Option(help="pixels a side at which windows are compared")]
-Colormap = Annotated[str, typer.Option(help="of the real images: auto or a name of matplotlib's")]
-Crop = Annotated[str, typer.Option(help="of the real images: none, auto or left,top,right,bottom in pixels")]
+Size = Annotated[int, typer.Option(help="side in pixels to which windows are resized for comparison")]
+Colormap = Annotated[str, typer.Option(help="colour map of the real images: auto, or a name such as jet or viridis")]
+Crop = Annotated[str, typer.Option(help="crop of the real images: none, auto, or left,top,right,bottom in pixels")]
 Order = Annotated[str, typer.Option(help="of windows in time: number (in the names), name or time")]
 PresetName = Annotated[str, typer.Option(help="auto (by the GPU), a size, a machine or size@machine")]
-Devices = Annotated[int, typer.Option(min=0, help="how many GPUs train, the first of the visible ones; 0: all")]
-Precision = Annotated[str, typer.Option(help="of codec and prior: fp16, bf16, no or auto; the preset's when left out")]
+Devices = Annotated[int, typer.Option(min=0, help="number of GPUs to train on, the first of those visible; 0: all")]
+Precision = Annotated[str, typer.Option(help="for codec and prior: fp16, bf16, no or auto; default: the preset's")]
 Parameters = Annotated[list[str], typer.Option("--parameter", "-p", help="NAME=VALUE, see docs/options.md")]
 
 
@@ -101,17 +101,17 @@ def run(
     out: Annotated[Path, typer.Option(help="run folder")],
     data: Annotated[Path | None, typer.Option(help="folder of ID_k/ folders; an existing run has its own")] = None,
     system: Annotated[
-        str, typer.Option(help="; ".join(mdlib.SYSTEMS) + "; the first, or the run's, when left out")
+        str, typer.Option(help="; ".join(mdlib.SYSTEMS) + "; default: the run's, or else the first")
     ] = "",
     preset: PresetName = "",
     parameter: Parameters = [],  # noqa: B006
-    first: Annotated[str, typer.Option("--from", help="first notebook (03); runs again from there")] = "",
-    last: Annotated[str, typer.Option("--to", help="last notebook (06)")] = "",
-    extend: Annotated[bool, typer.Option("--extend", help="train on to more codec_steps or prior_steps")] = False,
+    first: Annotated[str, typer.Option("--from", help="number of the notebook (03) from which to run again")] = "",
+    last: Annotated[str, typer.Option("--to", help="number of the last notebook (06) to run")] = "",
+    extend: Annotated[bool, typer.Option("--extend", help="train longer: more codec_steps or prior_steps")] = False,
     devices: Devices = 0,
     precision: Precision = "",
 ):
-    """Run the notebooks of a system on a data folder, up to report.html; a second call continues."""
+    """Run a system's notebooks on a data folder, up to report.html; run it again to resume."""
     given = dict(data=str(data or ""), system=system, preset=preset)
     parameters = _parameters(parameter, precision, read_record(out)["settings"])
     check_request(out, parameters, first, last, **given)
@@ -129,13 +129,13 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="folder to write: people/, the training, and weights/")],
     preset: PresetName = "demo",
     people: Annotated[int, typer.Option(min=2, help="simulated people")] = 300,
-    minutes: Annotated[float, typer.Option(help="of training, a quarter for the codec")] = 45.0,
+    minutes: Annotated[float, typer.Option(help="of training; the codec takes a quarter")] = 45.0,
     seed: Annotated[
-        int, typer.Option(min=0, help="of the people: another one than that of your own simulations")
+        int, typer.Option(min=0, help="of the people; use another seed than in your own simulations")
     ] = 22000,
     devices: Devices = 0,
 ):
-    """Pretrain the weights from which runs start (init) on simulated people; a second call continues."""
+    """Pretrain the initial weights of runs (init) on simulated people; run it again to resume."""
     use_gpus(devices)
     weights = mdlib.pretrain(system, out, preset, people, minutes, seed)
     print(f"{weights}: give it as init, attach it on Kaggle, or copy it to mdlib/weights/{system}")
@@ -156,12 +156,12 @@ def compare(
     systems: Annotated[str, typer.Option(help="names separated by commas, or all")] = "all",
     preset: PresetName = "auto",
     budget_minutes: Annotated[float, typer.Option(help="training time of each system; 0: the preset's steps")] = 0.0,
-    images_per_user: Annotated[int, typer.Option(help="windows each generates; 0: the most of any preset")] = 0,
+    images_per_user: Annotated[int, typer.Option(help="windows each system generates; 0: the most of any preset")] = 0,
     parameter: Parameters = [],  # noqa: B006
     devices: Devices = 0,
     precision: Precision = "",
 ):
-    """Train and evaluate systems on one split with one budget, up to comparison.html; a second call continues."""
+    """Train and evaluate systems on one split with one budget, up to comparison.html; run it again to resume."""
     chosen = _parameters(parameter, precision)
     _check(data, systems if systems != "all" else ",".join(mdlib.SYSTEMS), preset, chosen)
     use_gpus(devices)
@@ -180,12 +180,12 @@ def study(
     system: Annotated[str, typer.Option(help="; ".join(mdlib.SYSTEMS))] = "vae-diffusion",
     preset: PresetName = "auto",
     windows: Annotated[str, typer.Option(help="training windows of each user, separated by commas")] = "5,10,20,50",
-    folds: Annotated[int, typer.Option(help="how many of the 4 folds of cross-validation")] = 1,
+    folds: Annotated[int, typer.Option(help="number of cross-validation folds, 1 to 4")] = 1,
     parameter: Parameters = [],  # noqa: B006
     devices: Devices = 0,
     precision: Precision = "",
 ):
-    """Train and evaluate a system on few and more windows of each user, up to study.html; a second call continues."""
+    """Train and evaluate a system at several numbers of windows per user, up to study.html; run it again to resume."""
     numbers, given = _numbers("windows", windows, int), _parameters(parameter, precision)
     _check(data, system, preset, given)
     use_gpus(devices)
@@ -203,9 +203,9 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     conditions: Annotated[str, typer.Option(help="separated by commas; default: all conditions in training")] = "",
     option: Annotated[
-        list[str], typer.Option("--option", "-o", help="NAME=VALUE of the prior's sampling, or speckle=false")
+        list[str], typer.Option("--option", "-o", help="sampling option of the prior as NAME=VALUE, or speckle=false")
     ] = [],  # noqa: B006
-    weights: Annotated[str, typer.Option(help="of the prior: best or last; the run's when left out")] = "",
+    weights: Annotated[str, typer.Option(help="of the prior: best or last; default: the run's")] = "",
     grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, ten windows in a row")] = False,
 ):
     """Generate windows of given users into ID_k/ folders with a manifest."""
@@ -229,10 +229,10 @@ def select(
     split: Split,
     out: Annotated[Path, typer.Option(help="folder for the selected windows")],
     by: Annotated[str, typer.Option(help="kinematics, confidence, margin, specificity or diversity")] = "kinematics",
-    keep: Annotated[float, typer.Option(help="fraction to select, best first; kinematics decides by itself")] = 0.5,
+    keep: Annotated[float, typer.Option(help="fraction to select, best first; not used by kinematics")] = 0.5,
     size: Size = 64,
 ):
-    """Select generated windows by a filter that knows only the generator's training windows."""
+    """Select generated windows with a filter that uses only the generator's training windows."""
     _exist(real, generated, split)
     selected, every = mdlib.select_folder(real, generated, split, out, by, keep, size)
     print(f"{out}: {selected} of {count(every, 'window')}")
@@ -251,12 +251,12 @@ def validate(
     crop: Crop = "",
     evaluation_steps: Annotated[int, typer.Option(help="optimizer steps of each classifier")] = 400,
     seeds: Annotated[int, typer.Option(min=2, help="classifiers for each set of training windows")] = 3,
-    reference: Annotated[str, typer.Option(help="resnet18 | none; auto: ResNet-18 where there is a GPU")] = "auto",
+    reference: Annotated[str, typer.Option(help="second classifier: resnet18, none, or auto (on a GPU)")] = "auto",
     backbone: Annotated[
         str, typer.Option(help="what pretrained classifiers start from: auto (attached, shipped), none, or a folder")
     ] = "auto",
-    counts: Annotated[str, typer.Option(help="generated windows of each user: the gain with 5,10,25 too")] = "",
-    keep: Annotated[str, typer.Option(help="fractions of them: the gain with 0.5,0.25 by each filter")] = "",
+    counts: Annotated[str, typer.Option(help="also measure the gain with 5,10,25 generated windows per user")] = "",
+    keep: Annotated[str, typer.Option(help="also measure the gain with the fractions 0.5,0.25, by each filter")] = "",
     user: Annotated[int | None, typer.Option(help="also write the page of this user, report-user-3.html for 3")] = None,
 ):
     """Evaluate generated windows against real ones the generator was not trained on."""
@@ -302,7 +302,7 @@ def identify(
         float | None, typer.Option(help="P(user) below which a window is unknown; 0 names all")
     ] = None,
 ):
-    """Name the user of each window and recording, or unknown; options left out are the identifier's own."""
+    """Identify the user of each window and recording, or answer unknown; option defaults are the identifier's own."""
     print(mdlib.identify_folder(identifier, data, out, threshold, colormap=colormap, crop=crop, order=order))
 
 

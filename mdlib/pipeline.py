@@ -25,7 +25,7 @@ from mdlib.data.windows import to_uint8
 from mdlib.models.layers import check_choice, fingerprint
 from mdlib.utils import DataError, bar, best_device, end_session, read_json, readable, time_is_up, to_float, whole_file
 
-LAST = "last"  # variant, as diffusers calls it, of a prior's weights: of the last step, where the others are the best
+LAST = "last"  # diffusers variant of a prior's weights: those of the last step, stored next to the best ones
 WEIGHTS = ("", "best", LAST)  # "": those that the run uses
 # Where a module or class named in an older pipeline is now.
 MOVED = {
@@ -54,7 +54,7 @@ class Windows(BaseOutput):
 class MicroDopplerPipeline(DiffusionPipeline):
     """Generate windows of given users.
 
-    A manifest has a row (dict) a window: user, condition, number, seed, its path in a folder, and its place (0 to 1)
+    A manifest has a row (dict) per window: user, condition, number, seed, its path in a folder, and its place (0 to 1)
     among the user's windows, which manifest.csv leaves out. A window depends on its row alone, not on its batch.
 
     Args:

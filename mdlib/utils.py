@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, or a notebook's stop button, after which the same call goes on; the message is one line."""
 
     def _render_traceback_(self) -> list[str]:  # IPython shows it instead of a traceback
-        return [f"{self}: run this cell again and it goes on"]
+        return [f"{self}: run this cell again to resume"]
 
 
 @contextmanager
@@ -74,11 +74,11 @@ def failed_import(error: BaseException) -> str:
             imports |= frame.name == "<module>"
     if not imports:
         return ""
-    # A package that loads its library by torch is at fault itself.
+    # If torch loads a library on behalf of a package, that package is at fault.
     culprit = next((one for one in reversed(packages) if one not in ("torch", packages[0])), packages[0])
     because = f" because of {culprit}" if culprit != packages[0] else ""
     why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{packages[0]} does not import{because} ({why}): python check_environment.py names the remedy"
+    return f"{packages[0]} does not import{because} ({why}): run python check_environment.py for the remedy"
 
 
 def count(n: int, what: str) -> str:

@@ -89,4 +89,4 @@ def test_a_package_that_does_not_import_is_named(package, tmp_path):
     )
     assert answer.returncode == 1 and answer.stderr.count("\n") == 1, answer.stderr
     assert answer.stderr.startswith(f"mdlib: {importer} does not import because of {package} (")
-    assert answer.stderr.endswith("): python check_environment.py names the remedy\n")
+    assert answer.stderr.endswith("): run python check_environment.py for the remedy\n")

@@ -17,7 +17,7 @@ from mdlib.utils import DataError, read_json
 LEAK = 0.1  # fraction of test windows that share columns with a training window, from which on a split is refused
 COPY = "restore it, or make its folder again"  # what to do about a damaged record
 SIMULATED = "simulated with seed "  # in place of the contents of pretrained weights' many windows
-FEWEST = 3  # such windows at least: one of a few may look like another by chance
+FEWEST = 3  # such windows at least: with few test windows, one may look alike by chance
 
 
 def data_fingerprint(found: dict[str, str]) -> str:

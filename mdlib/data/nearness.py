@@ -17,8 +17,8 @@ from mdlib.utils import to_float
 SIDE = 64  # pixels at which windows are compared: speckle, which only the same columns have in common, is that fine
 FARTHEST = SIDE * 3 // 4  # longest shift in time that is tried: windows that share less than a quarter pass as apart
 FEW = 4  # windows of a kind, below which their mean is not known
-# Between the likeness of windows apart (0) and of neighbours (1): above it, windows share columns. Two thirds of two
-# windows that share half of their columns are above, and under 3 % of test windows of proper splits.
+# Between the likeness of windows apart (0) and of neighbours (1): above it, windows share columns. Two thirds of the
+# pairs that share half of their columns are above it, and under 3 % of the test windows of proper splits.
 SHARED = 0.6
 COPY = 0.9  # likeness from which on two windows are one image, recompressed or shifted by a few columns
 IN_ORDER = 0.3  # fraction of consecutive windows that share columns, below which names do not give the order in time

@@ -45,8 +45,8 @@ def make_split(
             not depend on it.
         unrecorded: condition → users whose windows in it all go to test, as if there were none to train on: what a
             generator makes of them can then be compared with real ones.
-        fold: of cross-validation, 0 to `folds(test)` − 1: the time of each recording starts `fold` test blocks later,
-            and what came before follows its end. Over all folds nearly every window is in a test once.
+        fold: of cross-validation, 0 to `folds(test)` − 1: the timeline of each recording is rotated by `fold` test
+            blocks before it is cut. Over all folds nearly every window is tested once.
 
     Returns:
         dict with the lists of paths "train", "val", "test", "spare" (training windows that `windows_per_user` leaves

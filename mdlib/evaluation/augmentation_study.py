@@ -35,13 +35,13 @@ from mdlib.utils import DataError, best_device
 REFERENCED = ("real_only", "real_plus_generated", "generated_only", "codec_copies", "real_x2")  # arms of ResNet-18, too
 PRETRAINED = ("real_only", "real_plus_generated", "codec_copies", "common_conditions", "real_x2")  # by a backbone, too
 DEPLOYED = ("real_only", "real_plus_generated")  # arms whose classifiers may become the run's identifier
-TIMES = (1, 2, 5, 10)  # generated windows a real one for which the gain is measured by default
+TIMES = (1, 2, 5, 10)  # generated windows per real one for which the gain is measured by default
 
 
 @dataclass(frozen=True)
 class Arms:
-    """What the classifiers of every arm got right: bool (seeds, N) of N test windows; by_count and by_selection: in the
-    arm real_plus_generated with so many generated windows per user, and with the fraction that a filter keeps."""
+    """Correctness of every arm's classifiers: bool (seeds, N) for N test windows. by_count and by_selection: the same
+    for real_plus_generated with that many generated windows per user, or with the fraction that a filter retains."""
 
     networks: dict[str, list[SmallCNN]]  # of the arms DEPLOYED and pretrained_DEPLOYED
     correct: dict[str, np.ndarray]
@@ -86,8 +86,8 @@ def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
 
 
 def chosen_arm(networks: dict[str, list[SmallCNN]], evidence: Evidence) -> str:
-    """The arm whose classifiers are most accurate on validation windows (mean over seeds); the first of equals. Where
-    generated windows show conditions that were not recorded, as no validation window does, an arm with them."""
+    """The arm whose classifiers are most accurate on validation windows (mean over seeds); the first of equals. If
+    generated windows show unrecorded conditions, which validation windows cannot, only arms with them count."""
     arms, val = [arm for arm in networks if arm.endswith("generated") or not evidence.fills], evidence.val
     accuracy = {arm: correctness(networks[arm], val.images, val.labels).mean() for arm in arms}
     return max(accuracy, key=accuracy.get)
@@ -152,7 +152,7 @@ def _fewest(evidence: Evidence) -> int:
 
 
 def check_request(evidence: Evidence, protocol: Protocol) -> None:
-    """DataError where the protocol asks for what these windows, or its backbone, do not give."""
+    """Raise DataError if the protocol asks for more than these windows, or its backbone, can provide."""
     find_backbone(protocol.backbone, evidence.train)
     if (most := max(protocol.counts or [0])) > (fewest := _fewest(evidence)):
         raise DataError(f"counts: {most} generated windows of each user, but one has {fewest}: generate more")
@@ -228,7 +228,7 @@ def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Correctness of every arm's classifiers on N test windows: what figures follow from, of one fold or of several."""
+    """Correctness of every arm's classifiers on the N test windows of one or more folds: the basis of all figures."""
 
     correct: dict[str, np.ndarray]  # by arm, real_only and real_plus_generated among them: (seeds, N) bool
     blocks: np.ndarray  # (N,), for intervals
@@ -236,7 +236,7 @@ class Outcomes:
     users: np.ndarray  # ids (N,)
 
     def to_json(self) -> dict:
-        """As in report.json: by arm a string a seed, "1" where the right user was named."""
+        """As in report.json: for each arm one string per seed, with "1" where the classifier was correct."""
         arms = {name: ["".join(map(str, row.astype(int))) for row in rows] for name, rows in self.correct.items()}
         windows = {"paths": list(self.paths), "users": self.users.tolist(), "blocks": self.blocks.tolist()}
         return {**windows, "correct": arms}

@@ -64,7 +64,7 @@ def find_lpips(device: torch.device | str) -> torch.nn.Module:
     """LPIPS; FileNotFoundError where its weights are not on this machine: they are not downloaded for a figure."""
     weights = checkpoint(LPIPS_BACKBONES["squeeze"])
     if not weights.exists():
-        raise FileNotFoundError(f"{weights.name} is not on this machine: python -m mdlib fetch lpips")
+        raise FileNotFoundError(f"{weights.name} is not on this machine: run python -m mdlib fetch lpips")
     return load_lpips("squeeze").to(device)
 
 
@@ -119,7 +119,7 @@ class Codebook:
 @torch.no_grad()
 def survey(codec, windows: WindowSet, tokens: torch.Tensor) -> Codebook:
     """The codebook of `codec` as windows and their tokens (N, h, w) use it. What a code decodes to depends on its
-    neighbours: it is the mean over the cells that hold it, of an unused one the middle of a window of nothing else."""
+    neighbours, so the cells that hold it are averaged; for an unused code, the centre of a grid of it alone is used."""
     codec.eval()
     batches = lambda grids: parts(codec.device, 64, grids)
     decode = lambda grids: torch.cat([codec.decode_tokens(part).float().cpu() for (part,) in batches(grids)])

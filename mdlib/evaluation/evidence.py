@@ -39,7 +39,7 @@ class Protocol:
     """How much work the evaluation does."""
 
     evaluation_steps: int = 400  # optimizer steps of each classifier
-    seeds: int = 3  # classifiers an arm
+    seeds: int = 3  # classifiers per arm
     fractions: tuple[float, ...] = (0.125, 0.25, 0.5)  # of generated windows in a batch; validation windows choose
     counts: tuple[int, ...] | None = None  # generated windows per user for gain_by_windows; None: TIMES real ones
     keep: tuple[float, ...] = ()  # fractions of the generated windows, best first, to measure each filter's gain with
@@ -69,7 +69,7 @@ class Evidence:
     val: WindowSet  # chose its checkpoints
     test: WindowSet  # not used before the evaluation
     generated: WindowSet
-    gap: int  # windows with numbers so far apart share no step
+    gap: int  # windows whose numbers differ by this much or more share no step
     codec: torch.nn.Module | None = None  # the pipeline's
     speckle: dict = field(default_factory=dict)  # the pipeline's, see `mdlib.data.speckle`
     spare: WindowSet | None = None  # real windows between training windows, for the arms real_x2 … only
@@ -82,8 +82,8 @@ class Evidence:
 
     @property
     def added(self) -> WindowSet:
-        """The generated windows that are added to real ones: those of users in conditions in which no training window
-        shows them, or all windows where there are none of these."""
+        """The generated windows that are added to real ones: only those of users in conditions that their training
+        windows lack, if there are such windows; otherwise all."""
         return self.generated.select(self._unrecorded) if self.fills else self.generated
 
     @property
@@ -183,8 +183,8 @@ def through_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Te
 
 
 def find_backbone(choice: str, windows: WindowSet) -> str:
-    """The folder that a protocol's `backbone` stands for; "" for none, as for windows of people it was trained on.
-    DataError for a given folder that does not fit."""
+    """The folder that a protocol's `backbone` stands for; "" if there is none, or if it was trained on the people in
+    these windows. DataError if a given folder does not fit."""
     channels = windows.images.shape[1]
     if choice == "auto":
         found = pretrained_backbone(channels)

@@ -1,5 +1,5 @@
-"""Are generated windows spread like real ones: in the features of the real windows' classifiers (`fidelity`), and as
-plain images (`statistics`)? See docs/evaluation.md. Distances are measured three times, see `evidence.COMPARED`."""
+"""Whether generated windows are distributed like real ones, in the features of classifiers of real windows (`fidelity`)
+and in image statistics (`statistics`), see docs/evaluation.md. Distances compare the pairs in `evidence.COMPARED`."""
 
 from collections.abc import Callable
 

@@ -83,7 +83,7 @@ def _figure(name: str, sets: dict[str, pd.DataFrame], num_users: int) -> dict:
     own = [{part: of_user(gaits, name, label) for part, gaits in sets.items()} for label in range(num_users)]
     least = [min(len(values) for values in user.values()) for user in own]
     if not any(least):
-        return absent("no user has windows in every set off which it can be read")
+        return absent("no user has windows in every set from which it can be measured")
     distances = [_distances(user, n) if n else None for user, n in zip(own, least, strict=True)]
     each = np.array([row for row in distances if row is not None])  # (users, comparisons)
     means = {part: [float(user[part].mean()) if len(user[part]) else None for user in own] for part in sets}

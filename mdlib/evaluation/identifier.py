@@ -21,8 +21,8 @@ from mdlib.evaluation.metrics import absent, bootstrapped, equal_error_rate, fig
 from mdlib.models.classifier import SmallCNN
 from mdlib.utils import DataError, best_device, count, read_json, readable, whole_file
 
-FALSE_REJECTION = 0.05  # of windows and of recordings of known users that are named rightly
-NO_THRESHOLD = "it takes three users or more, each with validation windows that classifiers name rightly"
+FALSE_REJECTION = 0.05  # of correctly classified windows, or recordings, of known users
+NO_THRESHOLD = "a threshold needs three users or more, each with correctly classified validation windows"
 REMEDY = "restore it, or write the identifier again (run --from 06)"
 
 
@@ -163,9 +163,9 @@ def stranger_rates(
     """false_acceptance, false_rejection and equal_error_rate, as figures, by people whom classifiers do not know.
 
     Each user is held out in one of three folds. A classifier of the other users' training windows gives each validation
-    window its largest P(user): those of held-out users are impostors, those of the others that are named rightly
-    genuine. A window is accepted if all but the least sure 5 % of the genuine ones are: few windows are too weak an
-    evidence to reject more.
+    window its largest P(user): those of held-out users are impostors, and those of the other users that are
+    classified correctly are genuine. The threshold rejects the least confident 5 % of the genuine windows; few windows
+    are too little evidence for a stricter one.
     """
     groups, jobs, known = np.array_split(np.random.default_rng(0).permutation(train.num_users), FOLDS), [], []
     for held in groups if train.num_users >= 3 else ():

@@ -32,8 +32,8 @@ def bootstrapped(values: np.ndarray, blocks: np.ndarray) -> dict:
 
 
 def over_users(values: np.ndarray) -> dict:
-    """Mean of values (users,), one a user; Student's t interval over users, of whom it needs three or more: a bootstrap
-    of so few is too narrow."""
+    """Mean of values (users,), one a user; Student's t interval over users (three or more), because a bootstrap
+    over so few would be too narrow."""
     count, mean = len(values), float(np.mean(values))
     if count < 3:
         return figure(mean, count)

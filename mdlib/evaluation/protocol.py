@@ -110,8 +110,8 @@ def reconstruction(evidence: Evidence, arms: study.Arms) -> dict:
 
 
 def other_label(evidence: Evidence, arms: study.Arms) -> dict:
-    """Figures of a conditional codec given a wrong user. Its output is often taken for that user where the codec puts
-    the user in itself and its reconstruction says nothing of the window."""
+    """Figures of a conditional codec that is given a wrong user. If its output is often classified as that user, the
+    identity comes from the label, and a good reconstruction does not show that the latents retain it."""
     codec, test = evidence.codec, evidence.test
     if not codec.conditional:
         return missing(*OTHER_LABEL, reason="this codec is not conditioned on users")
@@ -178,7 +178,7 @@ def verification(evidence: Evidence, protocol: Protocol, folder: str | Path | No
     """
     groups = folds(evidence.train.num_users)
     if not groups:
-        return {"verification_eer": absent("users are held out: it takes four or more")}
+        return {"verification_eer": absent("users are held out, which needs four or more of them")}
     real, jobs = concatenate(evidence.train, evidence.unseen), []
     for seed, held in enumerate(groups):
         others = real.select(~torch.isin(real.labels, torch.from_numpy(held)))
@@ -200,7 +200,7 @@ def verification(evidence: Evidence, protocol: Protocol, folder: str | Path | No
 
 
 def folds(num_users: int) -> list[np.ndarray]:
-    """Labels of the held-out users of each fold, two or more, two or more others left; none with fewer than 4 users."""
+    """Labels of each fold's held-out users: two or more, with two or more others left; [] with fewer than 4 users."""
     if num_users < 4:
         return []
     return np.array_split(np.random.default_rng(0).permutation(num_users), min(FOLDS, num_users // 2))
@@ -231,9 +231,9 @@ def rates_of(trials: Trials, weights: np.ndarray | None = None) -> np.ndarray:
 
 
 def resampled(of_folds: list[Trials]) -> np.ndarray:
-    """Bootstrap `rates_of` (DRAWS, 1 + RATES) over users of all folds. A comparison counts as often as both its users
-    were drawn (Owen 2007, the pigeonhole bootstrap), a fold by its users drawn, and not at all with fewer than two
-    different ones."""
+    """Bootstrap `rates_of` (DRAWS, 1 + RATES) over users of all folds. A comparison is weighted by how often both of
+    its users were sampled (Owen 2007, the pigeonhole bootstrap), a fold by its number of sampled users; a fold with
+    fewer than two different ones is left out."""
     rng, found = np.random.default_rng(0), []
     users = np.unique(np.concatenate([one.named for one in of_folds]))
     while len(found) < DRAWS:
@@ -259,7 +259,7 @@ def memorisation(evidence: Evidence) -> dict:
     return {
         "nearest_train_ratio": figure(float(generated.median() / typical), len(generated)),
         "copies": bootstrapped(copies, np.arange(len(generated))),
-        # Of further windows like the test's: the quantile of a few lies below that of all.
+        # For further real windows: this quantile of a small sample lies above that of the distribution.
         "copies_expected": (1 + COPY_QUANTILE * (size - 1)) / (size + 1),
         "per_user": [{"user": user, "n": len(own), "copies": float(own.mean())} for user, own in per_user if len(own)],
         "nearest": [
@@ -270,9 +270,9 @@ def memorisation(evidence: Evidence) -> dict:
 
 
 def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
-    """helps, no evidence or hurts, by the interval of the generated windows' gain, in pretrained classifiers where
-    there are any; and a sentence for people. leak: fraction of test windows that overlap a training window; copied:
-    fraction of generated windows that are copies of one."""
+    """The verdict: a word (helps, no evidence or hurts) by the interval of the generated windows' gain, of pretrained
+    classifiers if there are any, and a sentence that explains it. leak: fraction of test windows that overlap a
+    training window; copied: fraction of generated windows that are copies of one."""
     pretrained = augmentation.get("total_gain", absent(""))["value"] is not None
     gain = augmentation["pretrained_gain" if pretrained else "gain"]
     low, high = gain["ci95"]
@@ -282,7 +282,7 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
         meaning = "No evidence that generated windows help or hurt"
     real = augmentation["real_only"]
     both = augmentation["chosen" if pretrained else "real_plus_generated"]
-    seeds = f"{augmentation['seeds']} seeds" if augmentation["seeds"] > 1 else "1 seed, whose chance it leaves out"
+    seeds = f"{augmentation['seeds']} seeds" if augmentation["seeds"] > 1 else "1 seed, without seed variation"
     of_folds = f" of {augmentation['folds']} folds" if augmentation.get("folds", 1) > 1 else ""
     measured = f"{seeds}, {real['n']} test windows{of_folds}"
     given = f"{augmentation['real_windows_per_user']:.3g} real windows per user"
@@ -293,12 +293,12 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
         if worth["value"] is not None:  # measured up to the most real windows of any arm
             most = worth["between"][1]
             number = f"{most:.3g} or more" if worth["value"] > 0.995 * most else f"{worth['value']:.3g}"
-            equal = f", as with {number} real windows per user"
+            equal = f", as much as {number} real windows per user would"
         sentence = (
-            f"With {given}, classifiers from scratch name {before} of unseen windows rightly. The best setup, chosen "
-            f"on validation windows, names {after}{equal} ({_points(total)}, 95 % interval, {measured}). Pretraining "
-            f"on simulated people gains {_points(augmentation['pretraining_gain'])}; adding generated windows to it "
-            f"gains {_points(gain)}. {meaning}."
+            f"With {given}, classifiers trained from scratch reach an accuracy of {before} on unseen windows. The best "
+            f"setup, chosen on validation windows, reaches {after}{equal} (gain {_points(total)}, 95 % interval, "
+            f"{measured}). Pretraining on simulated people gains {_points(augmentation['pretraining_gain'])}; adding "
+            f"generated windows to it gains {_points(gain)}. {meaning}."
         )
     else:
         sentence = (
@@ -314,20 +314,20 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
             f"longer or give more real windows. {sentence}"
         )
     if augmentation["blocks"] < FEW_BLOCKS:
-        sentence += f" The test is {augmentation['blocks']} independent stretches: too few for a reliable interval."
+        sentence += f" The test has {augmentation['blocks']} independent stretches, too few for a reliable interval."
     others, reference = (augmentation.get(name, {}) for name in ("gain_other_users", "resnet18_gain"))
     excludes_zero = others.get("ci95") and not others["ci95"][0] <= 0 <= others["ci95"][1]
     if pretrained:
         others = {}  # of classifiers from scratch
     if word == "helps" and others.get("ci95") and not excludes_zero:
-        sentence += f" Whether other people than these would gain is open ({_points(others)})."
+        sentence += f" It is unclear whether other people would gain as well ({_points(others)})."
     if word == "no evidence" and others and excludes_zero:
         sentence += (
-            f" The gain for other people ({_points(others)}) excludes 0 all the same, because its interval is over "
-            "users, whose gains are alike here, and the verdict's over test windows and classifier seeds."
+            f" The interval of the gain for other people ({_points(others)}) does exclude 0: it resamples users, whose "
+            "gains are similar here; the verdict's interval resamples test windows and classifier seeds."
         )
     if reference.get("value") is not None:
-        sentence += f" By ResNet-18 from scratch the gain is {_points(reference)}."
+        sentence += f" With ResNet-18, trained from scratch, the gain is {_points(reference)}."
     if leak:
         sentence += (
             f" {100 * leak:.2g} % of the test windows overlap a training window: accuracies are too high, and copies "

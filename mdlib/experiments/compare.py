@@ -1,4 +1,4 @@
-"""Train systems on one split with one budget, and compare them; and what a comparison shares with a study.
+"""Train systems on one split with one budget and compare them; also what a comparison and a study share.
 
 Every system has a run folder in `out`; a second call continues where the first one stopped. Measured here is what the
 report of a run lacks: sampling speed, sizes and cost.

@@ -1,4 +1,4 @@
-"""Papermill over the notebooks of a system: `execute`, and `extended` for a further training."""
+"""Run the notebooks of a system with papermill: `execute`. `extended` prepares a run for further training."""
 
 import ast
 import json
@@ -49,7 +49,7 @@ def execute(
         parameters: of any notebook.
         first, last: numbers of notebooks ("03"). Naming `first` runs them again from there on; what the later ones
             wrote is removed, because it depends on what is replaced. "01", on which nothing depends, removes nothing.
-        extend: train codec or prior on to the `codec_steps` or `prior_steps` among the parameters, see `extended`.
+        extend: continue training codec or prior to the `codec_steps` or `prior_steps` in `parameters`, see `extended`.
         given: data, system and preset; what is left out is the run's, or else the default.
 
     Raises:
@@ -61,7 +61,7 @@ def execute(
     with locked(out):
         _check_values(out, wanted, parameters)
         if extend and first:
-            raise DataError("--extend itself runs again what the longer training changes: leave out --from")
+            raise DataError("--extend already reruns what the longer training changes: leave out --from")
         _check_done(out, get_system(wanted.system), names, parameters, "03" if extend else first)
         if extend:
             extended(out, wanted, parameters.get("max_minutes", 0))
@@ -178,8 +178,8 @@ def _check_done(out: Path, system: System, names: tuple[str, ...], parameters: d
 def extended(out: Path, wanted: RunSettings, max_minutes: float = 0) -> None:
     """Prepare a run for the further training of its codec or prior, to more optimizer steps.
 
-    Training resumes at its last step, with the learning rate that a training of so many steps has there. What depends
-    on it is removed: a codec that trains further takes a new prior, and repeats all its stages but the first.
+    Training resumes at its last step, with the learning rate of the longer schedule at that step. What depends on it
+    is removed: if the codec trains further, the prior starts over, and so do all codec stages but the first.
     """
     if not (out / "run.json").exists():
         raise DataError(f"{out} holds no run to extend: leave out --extend")
@@ -195,7 +195,7 @@ def extended(out: Path, wanted: RunSettings, max_minutes: float = 0) -> None:
     if part == "codec" and run.finished_codec:
         raise DataError(f"{out} uses the codec in {run.finished_codec} as it is: start a new run to train it further")
     if not (out / part / "history.csv").exists():
-        raise DataError(f"{out} has no trained {part} yet: give the command without {part}_steps and --extend first")
+        raise DataError(f"{out} has no trained {part} yet: run the command without {part}_steps and --extend first")
     last = read_history(out / part)[-1]
     if changed[f"{part}_steps"] <= (done := int(last["step"])):
         raise DataError(f"{part}_steps={changed[f'{part}_steps']}: the {part} has {done} steps already, give more")
@@ -244,12 +244,12 @@ def _execute_one(name: str, out: Path, values: dict, again: str) -> None:
     except RuntimeError as error:  # nbclient's DeadKernelError is one
         if not stops:
             raise DataError(
-                f"{name} stopped: {error}: most likely memory ran out; take a smaller preset, or {again} goes on"
+                f"{name} stopped: {error}: most likely out of memory: choose a smaller preset, or run {again} to resume"
             ) from error
     if stops:
-        raise Interrupted(f"{name}: {reached}; {again} goes on")
+        raise Interrupted(f"{name}: {reached}; to resume, run {again}")
     if name not in read_record(out)["steps"]:
-        raise DataError(f"{name} stopped at the end of its time: {again} goes on (see {target})")
+        raise DataError(f"{name} ran out of time: to resume, run {again} (see {target})")
     print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -246,10 +246,10 @@ def find_init(run: Run) -> str:
         if seen_people(folder, settings["data"]):
             reason = f"were trained on the simulated people in {settings['data']}"
         elif not fits(codec, folder / "codec") or not fits(prior, folder / "prior"):
-            reason = "are of other sizes"
+            reason = "have other sizes"
         else:
             return place
-        print(f"init=auto: the {place} pretrained weights are not used, they {reason}", flush=True)
+        print(f"init=auto: the {place} pretrained weights are not used because they {reason}", flush=True)
     return "none"
 
 
@@ -336,7 +336,7 @@ def check_sampling(run: Run, options: dict) -> None:
         prior = make_prior(run.settings["system"], run.preset, codec, 1)
     options = {key: value for key, value in {**run.preset.sampling, **options}.items() if key != "speckle"}
     if run.settings["classifier_steps"] and options.get("classifier_scale"):
-        options["classifier"] = prior  # that the run will have; of no window none is asked
+        options["classifier"] = prior  # a stand-in for the run's: an empty batch calls none
     prior.sample(torch.empty(0, dtype=torch.long), **options)
 
 
@@ -363,8 +363,8 @@ def check_starts(settings: dict, split: dict) -> None:
             )
         if seen := seen_of_test(settings[key], split, settings["data"]):
             raise DataError(
-                f"{key}: {settings[key]} was trained on {seen} of the windows that are the test here: take weights of "
-                "other people, or of the same split"
+                f"{key}: {settings[key]} was trained on {seen} of the test windows of this split: use weights from "
+                "other people, or from the same split"
             )
 
 

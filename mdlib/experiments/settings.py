@@ -12,10 +12,10 @@ from mdlib.utils import DataError, read_json, whole_file
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
-# The options of sampling; which of them a system has, and their defaults, are its own.
+# The sampling options. Each system has some of them, with its own defaults.
 SAMPLING = {
-    "guidance_scale": "above 1 more typical of the user; 1: none",
-    "guidance_interval": "guidance only at these times of the denoising: 1 is pure noise, 0 the window",
+    "guidance_scale": "strength of guidance: above 1 more typical of the user; 1: no guidance",
+    "guidance_interval": "apply guidance only between these times of denoising; 1 is pure noise, 0 the window",
     "temperature": "above 1 more varied, below 1 more typical; [0.8, 1.2]: rises over a user's windows",
     "top_k": "sample among this many of the likeliest tokens; 0: all",
     "top_p": "sample among the likeliest tokens of this total probability",
@@ -23,7 +23,7 @@ SAMPLING = {
     "sampler": "ancestral or mask_predict",
     "num_inference_steps": "steps from noise to the window",
     "timestep_shift": "below 1: more steps at high noise",
-    "classifier_scale": "strength of classifier guidance, of a run with classifier_steps",
+    "classifier_scale": "strength of classifier guidance; needs a run with classifier_steps",
     "use_cache": "store the keys and values of earlier tokens; false: slower, the same windows",
     "speckle": "add the speckle of training windows, which codecs remove; false: smooth windows",
 }
@@ -42,7 +42,7 @@ def _setting(default, help: str):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What shapes a run; it stays the same for all of its notebooks. Values of another type raise DataError."""
+    """The settings that define a run, the same in all of its notebooks. Values of the wrong type raise DataError."""
 
     data: str = _setting(
         "", "folder of ID_k/ folders; empty: continue the run in `out`, or the data attached on Kaggle"
@@ -65,7 +65,7 @@ class RunSettings:
     codec_start: str = _setting("", "initial weights: a codec/ folder, a diffusers VQModel, or a published VA-VAE file")
     prior_start: str = _setting("", "initial weights: a pipeline's prior/, or a published LightningDiT file")
     init: str = _setting(
-        "auto", "pretrained weights of both: auto (attached or shipped ones that fit), none, or a pipeline/ folder"
+        "auto", "initial weights of codec and prior: auto (attached or shipped), none, or a pipeline/ folder"
     )
     joint_steps: int = _setting(
         0, "steps of joint training of codec (kl, va) and a prior over latents, at the end; 0: none"
@@ -73,10 +73,10 @@ class RunSettings:
     classifier_steps: int = _setting(0, "steps of a user classifier that can guide a prior over latents; 0: none")
     channels: int = _setting(1, "1: intensity, the colour map inverted; 3: RGB as it is")
     colormap: str = _setting(
-        "auto", "colour map of the images: auto | jet | parula | viridis | grey | one of matplotlib, also _r"
+        "auto", "colour map: auto | jet | parula | viridis | grey | a matplotlib name; _r: reversed"
     )
     reading: dict = _setting(
-        {}, 'of figures with axes: {"crop": "auto"}; of names without window numbers: {"order": "name"}'
+        {}, 'for figures with axes: {"crop": "auto"}; for file names without window numbers: {"order": "name"}'
     )
     seed: int = _setting(0, "random seed of weights, data order and noise")
 
@@ -103,7 +103,7 @@ class RunSettings:
 
 
 def order_of(reading: dict) -> str:
-    """What numbers the windows, by the setting `reading`."""
+    """The order of windows that the setting `reading` asks for."""
     return reading.get("order", "number")
 
 
@@ -113,7 +113,7 @@ def defaults() -> dict:
 
 
 def settings_of(parameters: dict) -> dict:
-    """Those of a notebook's parameters (its `globals()`), or of a request's, that are settings of a run."""
+    """The settings of a run among the parameters of a notebook (its `globals()`) or of a request."""
     return {key: parameters[key] for key in defaults() if key in parameters}
 
 
@@ -129,8 +129,8 @@ def notebook_parameters(notebook: str) -> dict[str, tuple[str, str]]:
 
 
 def check_names(system: str, preset: str, parameters) -> System:
-    """The system of that name; DataError where there is none, or its preset or a parameter of its notebooks is unknown
-    or of another type."""
+    """The system of that name. DataError if the system, the preset or a notebook parameter is unknown, or a parameter
+    has the wrong type."""
     if key := next((key for key in ("system", "preset", "data", "out") if key in parameters), ""):
         raise DataError(f"{key} is an option of its own: give --{key}, not -p {key}=…")
     found, known = get_system(system), {}
@@ -151,7 +151,7 @@ def check_names(system: str, preset: str, parameters) -> System:
 def check_request(
     out: Path, parameters: dict, first: str = "", last: str = "", **given: str
 ) -> tuple[RunSettings, tuple[str, ...]]:
-    """Settings and notebooks of a request to run; DataError as far as names and types go, which takes no torch.
+    """Settings and notebooks of a request to run. Checks names and types (DataError) without importing torch.
 
     Args:
         out: the run folder; settings that are not given are those of the run in it, or else the defaults.
@@ -177,7 +177,7 @@ def check_request(
 
 
 def read_record(out: Path) -> dict:
-    """What run.json of a run folder holds; nothing done with no settings where there is no run."""
+    """The content of a run folder's run.json; empty settings and steps if there is no run."""
     file, remedy = out / "run.json", "delete it and give the run's first command again, with all options"
     return {"settings": {}, "steps": {}} | (read_json(file, remedy) if file.exists() else {})
 

@@ -33,12 +33,12 @@ class Classifier(ModelMixin, ConfigMixin):
 class SmallCNN(Classifier):
     """A small CNN: windows (B, C, S, S) in [−1, 1] → logits (B, num_users).
 
-    A 5×5 binomial filter removes speckle first: it is random, and a classifier that relies on it recognises a user
-    neither on another day nor after a codec. Pooling is coarser in time than in Doppler, down to 8 × 2 cells: users
+    A 5×5 binomial filter removes speckle first: speckle is random, and a classifier that relies on it fails on
+    another day or after a codec. Pooling is coarser in time than in Doppler, down to 8 × 2 cells: users
     differ in where the energy lies in velocity, not in when a step falls into the window.
 
     Args:
-        image_size: pixels a side to which larger windows are averaged first; 0: they are taken as they are.
+        image_size: side in pixels to which larger windows are first reduced by averaging; 0: no reduction.
     """
 
     @register_to_config

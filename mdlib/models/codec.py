@@ -70,9 +70,9 @@ class Codec(ModelMixin, ConfigMixin):
         self.stats.std.copy_(latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
 
     def attach(self, loss: nn.Module) -> None:
-        """Train with `loss` as well; it replaces an attached loss of the same name. It returns the weighted loss () and
-        values to log: a `Distance` of (outputs, images), any other loss of (images, outputs, latents, reconstruction,
-        the codec's last layers). Its `optimizer` are settings of AdamW that differ from the codec's."""
+        """Add `loss` to the training objective, replacing one of the same name. A `Distance` is called with (outputs,
+        images), any other loss with (images, outputs, latents, reconstruction, the codec's last layers); both return
+        the weighted loss () and values to log. `loss.optimizer`: AdamW settings that differ from the codec's."""
         self.losses[loss.name] = loss
 
     def detach_losses(self) -> None:

@@ -78,7 +78,7 @@ class KLVAE(Codec, ModelMixin):  # ModelMixin by name: diffusers looks for it in
 
         In training mode latents are sampled from the posterior, in eval mode they are its mean.
         """
-        if self.training and users is not None and (self.conditional or self.aligned):  # the random numbers of 0.1
+        if self.training and users is not None and (self.conditional or self.aligned):  # random numbers as in mdlib 0.1
             users = drop_labels(users, self.config.num_users, self.config.label_dropout)
         posterior = self._posterior(images, users)
         latents = posterior.sample() if self.training else posterior.mode()

@@ -117,9 +117,9 @@ def load_completely(model, found: dict[str, Tensor], source: str | Path, optiona
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
     problems = {
-        "it does not know": found.keys() - own.keys(),
-        "it misses": own.keys() - found.keys(),
-        "of another shape are": (found.keys() & own.keys()) - fitting.keys(),
+        "unexpected keys": found.keys() - own.keys(),
+        "missing keys": own.keys() - found.keys(),
+        "shape mismatch in": (found.keys() & own.keys()) - fitting.keys(),
     }
     lines = []
     for problem, names in problems.items():
@@ -293,7 +293,7 @@ def load_inception() -> nn.Module:
 
     weights = checkpoint(INCEPTION)
     if not weights.exists():
-        raise FileNotFoundError(f"{weights.name} is not on this machine: python -m mdlib fetch inception")
+        raise FileNotFoundError(f"{weights.name} is not on this machine: run python -m mdlib fetch inception")
     network = inception_v3(weights=None, init_weights=False, transform_input=False)
     try:
         network.load_state_dict(load_weights(weights))

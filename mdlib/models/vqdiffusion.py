@@ -19,9 +19,9 @@ from mdlib.models.dit import Transformer
 from mdlib.models.layers import all_sum, check_choice, check_each, check_number, check_steps, inverse_cdf, uniform
 from mdlib.models.prior import Prior, Request, evenly_spread, guided
 
-TINY = 1e-30  # stands for a probability of zero: its logarithm can still be multiplied by one
+TINY = 1e-30  # stands for a probability of zero, whose logarithm would be infinite
 ENOUGH = 10  # samples of every timestep, after which timesteps are sampled by their loss
-CHOICE_TEMPERATURE = 4.5  # of noise on the certainty by which "mask_predict" chooses, falling to 0 with the steps
+CHOICE_TEMPERATURE = 4.5  # of the Gumbel noise on token confidence in "mask_predict"; falls to 0 over the steps
 
 
 class MaskAndReplace:

@@ -71,7 +71,7 @@ def _overlap(found: Inspection) -> list[str]:
     if alike.levels.neighbours == 1:
         return ["overlap: windows show different steps"]
     if not alike.gap:
-        return ["overlap: windows share steps with others than the next"]
+        return ["overlap: windows share steps, but not with the next one"]
     return [f"overlap: consecutive windows share steps; {alike.gap} numbers apart they share nothing (gap {alike.gap})"]
 
 

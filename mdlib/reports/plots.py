@@ -297,7 +297,7 @@ def code_card(book, code: int) -> Figure:
     axis.bar(np.arange(len(users)), np.nan_to_num(rates), color=ACCENT)
     axis.axhline(np.nanmean(rates), **DOTTED)
     axis.set_xticks(np.arange(len(users)), [str(user) for user in users])
-    style(axis, title="times in a window of user … (dotted: mean)")
+    style(axis, title="uses per window, by user (dotted: mean)")
     axis.tick_params(labelsize=6)
     for column, row in enumerate(book.windows_with(code)):
         axis, image = figure.add_subplot(grid[1, column]), picture(windows.images[row], windows.colormap)

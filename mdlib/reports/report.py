@@ -27,8 +27,8 @@ BEST = {  # the figures by which systems are compared: section, name, which valu
 
 
 def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str, plots.Figure]:
-    """Write report.json and report.html into `out`; returns the page's charts by name (see templates/figures.toml),
-    those that there was something to draw for. Training curves need the run's codec/ and prior/ in `out`."""
+    """Write report.json and report.html into `out`; returns the charts of the page for which there are data, by
+    name (see templates/figures.toml). Training curves need the run's codec/ and prior/ in `out`."""
     shown = _charts(report, evidence)
     for part in ("codec", "prior"):
         if (Path(out) / part / "history.csv").exists():
@@ -39,7 +39,7 @@ def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str,
     if not {"codec", "prior"} & shown.keys():
         measured["training"]["curves"] = absent("no training logs in this folder")
     if not report["augmentation"]["gain_by_selection"]:
-        measured["augmentation"]["filters"] = absent("none asked for: set keep, the fractions to retain")
+        measured["augmentation"]["filters"] = absent("no filters were requested: set keep to the fractions to retain")
     write_page(report, out, "report", shown, measured=measured, missing=not_measured(measured))
     return shown
 
@@ -133,7 +133,7 @@ def select_folder(
 
 def gather(windows: WindowSet, split: dict, generated: WindowSet, pipeline=None) -> Evidence:
     """What the protocol needs, from a set, its split, the generated windows and the pipeline that made them."""
-    gap = max(OVERLAP, split.get("gap", OVERLAP))  # a split may ignore the overlap; an interval may not
+    gap = max(OVERLAP, split.get("gap", OVERLAP))  # intervals need the full overlap, even if a split ignores it
     parts, spare = apply_split(windows, split), spare_windows(windows, split)
     made_by = dict(codec=pipeline.codec, speckle=pipeline.config.speckle) if pipeline else {}
     return Evidence(**parts, generated=generated, gap=gap, spare=spare, split=split, **made_by)
@@ -144,7 +144,7 @@ def load_generated(folder: str | Path, real: WindowSet) -> WindowSet:
     channels, size = real.images.shape[1:3]
     ours = (Path(folder) / "generation.json").exists()  # other tools have other colour maps
     colormap = real.colormap if ours else "auto"
-    # By name: numbers may repeat, of several seeds.
+    # Ordered by name, because numbers repeat where there are several seeds.
     return load_windows(folder, size=size, channels=channels, users=real.users, colormap=colormap, order="name")
 
 
@@ -221,7 +221,7 @@ def conclusions(systems: dict[str, dict]) -> dict:
             found[key] = {"value": best, "sentence": f"{title}: {best}, {text}."}
     if "gain" in found:
         ends = {system: figures["augmentation"]["gain"]["ci95"] for system, figures in measured.items()}
-        doubt = "" if any(low > 0 for low, _ in ends.values()) else "No system's generated windows help for certain. "
+        doubt = "" if any(low > 0 for low, _ in ends.values()) else "No system's generated windows clearly help. "
         low, _ = ends.pop(found["gain"]["value"])
         apart = [system for system, (_, high) in ends.items() if high < low]
         how = f" Its interval lies above that of {', '.join(apart)}." * bool(apart)
@@ -232,8 +232,8 @@ def conclusions(systems: dict[str, dict]) -> dict:
 
 
 def choose_codec(systems: dict[str, dict]) -> dict:
-    """VQ or KL: of the codecs of best PSNR with and without a codebook the first if its PSNR is at least VQ_RATIO times
-    the other's and it uses more than VQ_USAGE of its codes, else the second; all on unseen windows."""
+    """Choose VQ or KL by the codecs of best PSNR with and without a codebook: VQ if its PSNR is at least VQ_RATIO times
+    that of KL and more than VQ_USAGE of its codes are used, else KL; all on unseen windows."""
     kinds: dict[str, dict] = {"vq": {}, "kl": {}}
     for name, figures in systems.items():
         psnr, usage = figures["reconstruction"]["psnr_db"]["value"], figures["codebook"]["usage"]["value"]

@@ -1,6 +1,6 @@
 """Interactive views: thin layers over functions of `codec_quality`, `pipeline` and `plots`.
 
-A view is shown together with a picture of it: where nothing is live (HTML, GitHub) the picture stands; a batch run
+A view is shown together with a picture of it, which replaces it where widgets are not live (HTML, GitHub); a batch run
 shows the picture alone. Only what ipywidgets 7 and 8 share is used.
 """
 

@@ -1,4 +1,4 @@
-"""The systems. A new one is a file here and its name in MODULES; removing one is deleting both."""
+"""The systems. To add one, add a file here and its name to MODULES; to remove one, delete both."""
 
 from importlib import import_module
 

@@ -218,7 +218,7 @@ def get_preset(
     if known.prior.consumes == "tokens" and not hasattr(kind, "encode_tokens"):
         raise DataError(f"this system's prior reads tokens, which a {codec} codec does not make: leave codec empty")
     if not kind.aligned and (foundation not in ("", "none") or user_codec):
-        raise DataError("foundation and user_codec are of a VA-VAE: take system vavae-dit, or codec va")
+        raise DataError("foundation and user_codec need a VA-VAE: use system vavae-dit, or codec va")
     if init != "none":
         _fine_tune(table)
     aligned = _options(Alignment) | _options(Adversary) if kind.aligned else set()
@@ -271,7 +271,7 @@ def _fine_tune(table: dict) -> None:
     prior |= dict(steps=max(1, 2 * prior["steps"] // 5), learning_rate=0.2 * prior["learning_rate"], user_rate=50.0)
     table["variants"] = 1
     if "guidance_scale" in table["sampling"]:
-        table["sampling"]["guidance_scale"] = 2.0  # a prior that knows many people takes more to stay with one
+        table["sampling"]["guidance_scale"] = 2.0  # a prior of many people needs more guidance to stay with one user
 
 
 def _options(model: type) -> set[str]:

@@ -2,8 +2,8 @@
 
 from mdlib.systems.system import System
 
-# Guidance from 1.5 on takes windows further from real ones. Eight mask-predict steps sample as well as more of them,
-# and better than 25 of the ancestral sampler.
+# Guidance of 1.5 or more moves windows away from real ones. Eight mask-predict steps are as good as more, and better
+# than 25 steps of the ancestral sampler.
 SAMPLING = dict(sampler="mask_predict", num_inference_steps=8)
 
 DEMO = dict(

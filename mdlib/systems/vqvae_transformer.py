@@ -3,10 +3,10 @@
 from mdlib.systems.system import System
 
 DEMO = dict(
-    # Half as wide again gains 0.2 dB in equal steps and loses identity in equal time.
+    # 1.5× the width gains 0.2 dB at equal steps, but loses identity accuracy at equal time.
     codec=dict(patch_size=(2, 4), block_out_channels=(32, 64), num_codes=256, code_dim=16),
     prior=dict(hidden_size=128, num_layers=4, num_heads=4),
-    # Without the tail of the distribution: guidance turns rare tokens into blobs.
+    # top_p cuts off the tail of the distribution, because guidance turns rare tokens into blobs.
     sampling=dict(guidance_scale=1.5, top_p=0.95),
 )
 
@@ -23,8 +23,8 @@ SYSTEM = System(
         ),
         "demo": DEMO
         | dict(
-            # The held-out likelihood turns early on so few windows, while samples still gain identity: the last
-            # weights are used, and the report looks for copies.
+            # With so few windows the held-out loss soon rises again while samples still gain identity: the last
+            # weights are used, and the report checks for copies.
             prior_training=dict(steps=500, learning_rate=2e-3, weight_decay=0.05)
         ),
         "demo-long": DEMO | dict(prior_training=dict(steps=2000, learning_rate=2e-3, weight_decay=0.05)),

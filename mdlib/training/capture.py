@@ -47,7 +47,7 @@ def choose(state, batches: list[Batch]) -> Callable[[list[Batch]], Result]:
     except Exception as error:
         if rank() == 0:
             why = " ".join(str(error).split())[:200] or type(error).__name__
-            print(f"compile={mode!r} is not possible here, training goes on in eager mode: {why}", flush=True)
+            print(f"compile={mode!r} is not possible here, training continues in eager mode: {why}", flush=True)
         return eager
     finally:
         for buffer, value in zip(buffers, before, strict=True):

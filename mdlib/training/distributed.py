@@ -1,7 +1,7 @@
 """Training in several processes: how they are started, and what they exchange.
 
-A notebook's process has used CUDA and cannot be forked: a module is started afresh in each. Without a process group the
-collectives do nothing. All processes call them in the same order with tensors of the same shapes.
+A notebook's process has used CUDA and cannot be forked, so every process starts a new Python. Without a process group
+the collectives do nothing. All processes call them in the same order with tensors of the same shapes.
 """
 
 import os
@@ -30,8 +30,8 @@ def check_batch(size: int) -> None:
     """ValueError if a batch of `size` cannot be divided among the processes of a training."""
     if size % (number := processes()):
         raise ValueError(
-            f"{number} GPUs cannot share a batch of {size}: give a batch_size that {number} divides, in codec_options "
-            "or prior_options, or fewer GPUs by --devices (CUDA_VISIBLE_DEVICES)"
+            f"{number} GPUs cannot share a batch of {size}: set a batch_size divisible by {number} in codec_options "
+            "or prior_options, or use fewer GPUs with --devices (CUDA_VISIBLE_DEVICES)"
         )
 
 

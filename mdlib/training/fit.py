@@ -1,7 +1,7 @@
 """One training loop for every model: `fit(model, data, config, run_dir)`.
 
-A step depends on the state and the step number alone, so a killed run resumes bit for bit on the same CPU; only under a
-time budget the learning rate follows the clock. Models are trained by `loss`, not by `forward`: nothing wraps them.
+A step depends only on the state and the step number, so a killed run resumes bit for bit on the same CPU. The exception
+is a time budget, under which the learning rate follows the clock. Training calls `model.loss`, not a wrapped `forward`.
 """
 
 import math
@@ -65,14 +65,14 @@ def fit(
     progress: bool = True,
     launch: Callable[[], None] | None = None,
 ) -> list[dict]:
-    """Train `model` in place by its `loss(*batch) → (loss, logs)`. Returns the history, one dict an evaluation.
+    """Train `model` in place by its `loss(*batch) → (loss, logs)`. Returns the history, one dict per evaluation.
 
     The model ends in eval mode with the weights of the best held-out loss (with `run_dir` and `held_out`), or else
     with the last ones, averaged where `ema_decay` is set.
 
     Several processes (`accelerate launch --multi_gpu`, `torchrun`) each call it with the same arguments and take their
-    part of every batch of batch_size × processes. The weights change as by one process with that batch, but for noise,
-    dropout and batch norms. The first process evaluates and writes files; all return the same.
+    part of every batch of batch_size × processes. The weights change as with one process and that batch, except for
+    noise, dropout and batch norms. The first process evaluates and writes files; all return the same.
 
     Args:
         run_dir: receives state.pt (checkpoint), best.safetensors, history.csv and tensorboard/. Called again
@@ -109,7 +109,7 @@ def fit(
                     _set_learning_rate(state)
                     logs = _step(state, data, losses)
                     shown.update()
-                    # Clocks differ, and to agree processes wait for their GPUs.
+                    # Every tenth step: clocks differ, and processes wait for their GPUs to agree on one.
                     if world() == 1 or state.step % 10 == 1 or not state.unfinished:
                         state.seconds = time.monotonic() - clock
                         if config.max_minutes:
@@ -124,7 +124,7 @@ def fit(
                     if evaluates or saves or len(losses) >= 20:
                         _require_finite(losses, state, name)
                     if evaluates:
-                        # Without memory of earlier ones: a resumed training shows the same previews.
+                        # By the step alone, so that a resumed training shows the same previews.
                         every = config.preview_every
                         due = every and (not state.unfinished or state.step % every < config.evaluate_every)
                         row = _evaluate(state, logs, held_out, evaluate, preview if due else None)
@@ -149,11 +149,11 @@ def _step(state: State, data: Batches, losses: list[torch.Tensor]) -> dict[str, 
         number = state.step * config.accumulation + part
         index = batch_order(number, config.batch_size * world(), len(data), config.seed, state.device)
         batches.append(data.take(index.chunk(world())[rank()], generator))
-    if state.step and not state.passes:  # not at the first step: there a codebook looks at its batch
+    if state.step and not state.passes:  # not at the first step, which may initialise a codebook
         state.passes = choose(state, batches)
     found, logs = state.passes(batches) if state.passes else passes(state, batches)
     losses.extend(found)
-    mean_gradients(state.parameters)  # before fp16's scale is taken out: all see one process's overflow
+    mean_gradients(state.parameters)  # before unscaling: an overflow in one process reaches all
     state.scaler.unscale_(state.optimizer)
     # Clip each group by itself (a discriminator's gradient must not shrink others), as clip_grad_norm_, but leaner.
     for group in state.optimizer.param_groups:
@@ -304,8 +304,8 @@ def fit_stages(
     """`fit`, stage after stage; without stages one `fit` in `run_dir`. Returns the joined history.
 
     stages: pairs of a fraction of config.steps and options of `model.configure`, which changes the model's loss. Each
-    has a learning rate that warms up and falls again, and the folder stage-N in `run_dir`. Of max_minutes it has its
-    fraction and what earlier ones left; once they are spent no further stage starts.
+    has a learning rate that warms up and falls again, and the folder stage-N in `run_dir`. It gets its fraction
+    of max_minutes and what earlier stages left; once max_minutes is spent, no further stage starts.
     """
     if not stages:
         return fit(model, data, config, run_dir, preview=preview, **options)

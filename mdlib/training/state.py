@@ -17,17 +17,17 @@ from mdlib.utils import readable, require_room, whole_file
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. What is trained is the model's own configuration."""
+    """Training settings. The model has its own configuration."""
 
     steps: int = 1000  # optimizer steps, not batches and not epochs
-    batch_size: int = 32  # samples a forward pass of a process; in a preset of all together (mdlib.experiments.steps)
-    accumulation: int = 1  # forward passes an optimizer step
+    batch_size: int = 32  # samples per forward pass and process; in a preset: of all processes (experiments.steps)
+    accumulation: int = 1  # forward passes per optimizer step
     learning_rate: float = 1e-3  # peak
     warmup_steps: int = 50  # optimizer steps, linear
     weight_decay: float = 1e-4
     beta2: float = 0.99  # AdamW's second moment; 0.99 suits runs of a few thousand steps
     clip: float = 1.0  # largest gradient norm
-    user_rate: float = 1.0  # learning rate of a prior's user embeddings over that of all else
+    user_rate: float = 1.0  # learning rate of a prior's user embeddings, relative to all else
     ema_decay: float = 0.0  # 0: no average of the weights
     compile: str = "auto"  # auto | graph | compile | no: a CUDA graph or torch.compile; auto is "no", see docs/gpus.md
     mixed_precision: str = "no"  # no | fp16 | bf16 | auto (fp16 where the GPU gains from it, else no)
@@ -67,7 +67,7 @@ class TrainConfig:
 
 
 class State:
-    """What training changes, at first the same in all processes, or as in the checkpoint of `run_dir`."""
+    """The state of a training: the same in all processes at first, or loaded from the checkpoint in `run_dir`."""
 
     PLAIN = ("step", "seconds", "best", "stale", "stopped", "history")  # in a checkpoint as they are
 

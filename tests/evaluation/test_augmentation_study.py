@@ -295,7 +295,7 @@ def test_pretrained_arms_start_from_the_backbone_and_the_total_is_the_sum_of_its
     assert value("total_gain") == pytest.approx(value("chosen") - value("real_only"))
     assert 3 <= value("total_real_windows") <= 6 and found["total_real_windows"]["between"] == [3, 6]
     answer = verdict(found)
-    assert "The best setup, chosen on validation windows, names" in answer["sentence"]
+    assert "The best setup, chosen on validation windows, reaches" in answer["sentence"]
     low, high = found["pretrained_gain"]["ci95"]
     assert answer["word"] == ("helps" if low > 0 else "hurts" if high < 0 else "no evidence")
 

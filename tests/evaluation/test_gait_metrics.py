@@ -317,7 +317,7 @@ def test_what_cannot_be_read_is_null_with_its_reason(evidence, real):
     found = compare({**real, "generated": measure(blank)}, len(USERS))
     assert found["plausible"]["value"] == 0
     for name in set(gait_metrics.NAMES) - {"plausible"}:
-        assert found[name]["value"] is None and "off which it can be read" in found[name]["reason"], name
+        assert found[name]["value"] is None and "from which it can be measured" in found[name]["reason"], name
     rgb = {name: getattr(evidence, name) for name in ("train", "val", "test", "generated")}
     rgb = {name: replace(part, images=part.images.expand(-1, 3, -1, -1)) for name, part in rgb.items()}
     found = physics(replace(evidence, **rgb))

@@ -91,7 +91,7 @@ def test_a_codec_that_saw_test_windows_or_of_another_kind_is_refused(finished, p
     given = {**settings, "codec_steps": -1, "codec_start": str(folder)}
     split = read_split(folder.parent / "split.json")
     write_split({**split, "train": split["test"], "test": split["train"]}, tmp_path / "split.json")
-    with pytest.raises(DataError, match="codec_start: .*codec was trained on .* of the windows that are the test here"):
+    with pytest.raises(DataError, match="codec_start: .*codec was trained on .* of the test windows of this split"):
         open_run(tmp_path / "run", **given, split=str(tmp_path / "split.json"))
     with pytest.raises(DataError, match="codec holds a KLVAE, this run's codec is a VQVAE"):
         open_run(tmp_path / "run", **{**given, "system": "vqvae-ldm"})

@@ -83,7 +83,7 @@ def test_ctrl_c_is_one_line_with_the_step_and_leaves_no_kernel(interrupted):
         assert answer.code == 130
         line = answer.err.strip().splitlines()
         assert len(line) == 1, answer.err
-        pattern = r"mdlib: 03_train_prior: stopped at step (\d+) of 100000; the same command goes on"
+        pattern = r"mdlib: 03_train_prior: stopped at step (\d+) of 100000; to resume, run the same command"
         assert int(re.fullmatch(pattern, line[0])[1]) >= step
     assert interrupted.kernels and not any(kernel.is_running() for kernel in interrupted.kernels)
 

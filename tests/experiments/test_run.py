@@ -446,7 +446,7 @@ def test_a_notebook_that_stops_names_the_cause(people, tmp_path):
 def test_a_notebook_that_ran_out_of_time_is_not_taken_for_done(people, tmp_path, monkeypatch):
     # A notebook that leaves with exit code 0 is no error to papermill, which then runs no further cell.
     monkeypatch.setattr("papermill.execute_notebook", lambda *arguments, **options: None)
-    with pytest.raises(DataError, match="01_env_check stopped at the end of its time: the same command goes on"):
+    with pytest.raises(DataError, match="01_env_check ran out of time: to resume, run the same command"):
         execute(str(tmp_path / "run"), {}, data=str(people), preset="smoke")
 
 
@@ -501,7 +501,7 @@ def snapshot(folder):
         ),
         (["--from", "06", "-p", "images_per_user=20"], "05_generate does not run now and would ignore images_per_user"),
         (["--from", "06", "-p", "max_minutes=3"], "02_train_vqvae does not run now and would ignore max_minutes"),
-        (["--from", "05", "--extend", "-p", "prior_steps=9"], "runs again what the longer training changes: leave out"),
+        (["--from", "05", "--extend", "-p", "prior_steps=9"], "already reruns what the longer training changes: "),
         (["--from", "07"], "this system has no notebook '07'"),
         (["-p", "prior_steps=9"], "prior_steps: 0 is not 9): to train it further, python -m mdlib run --out "),
         (["-p", "prior_steps=6", "--extend"], "prior_steps=6: the prior has 6 steps already, give more"),
@@ -539,7 +539,7 @@ def test_a_prior_trains_further_in_its_own_run(finished, tmp_path, monkeypatch):
     after = train_stage(prior_stage(run))
     assert after[: len(before)] == before and after[-1]["step"] == 10
     shutil.rmtree(out / "prior")
-    with pytest.raises(DataError, match="has no trained prior yet: give the command without prior_steps and --extend"):
+    with pytest.raises(DataError, match="has no trained prior yet: run the command without prior_steps and --extend"):
         execute(out, {"prior_steps": 12}, extend=True)
 
 
@@ -582,7 +582,8 @@ def test_an_interrupt_is_one_line(here, people, tmp_path, monkeypatch):
 
     monkeypatch.setattr("papermill.execute_notebook", interrupted)
     answer = here("run", "--data", people, "--out", tmp_path, "--preset", "smoke")
-    assert answer.returncode == 130 and answer.err == "mdlib: 01_env_check: interrupted; the same command goes on\n"
+    assert answer.returncode == 130
+    assert answer.err == "mdlib: 01_env_check: interrupted; to resume, run the same command\n"
 
 
 def test_a_notebook_opened_in_jupyter_finds_the_run(monkeypatch):

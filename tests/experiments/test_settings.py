@@ -40,7 +40,7 @@ def parameter_cell() -> str:
         value = json.dumps(default) if isinstance(default, str) else repr(default)
         lines.append(f"{one.name}: {one.type.__name__} = {value}  # {one.metadata['help']}")
     lines.insert(1, 'out: str = "runs/demo"  # run folder; a relative path starts at the repository')
-    limit = "time limit of each training over all resumes; the learning rate ends within it; 0: none"
+    limit = "time limit of each training, resumes included; the learning rate decays within it; 0: none"
     return "\n".join([*lines, f"max_minutes: float = 0.0  # {limit}"])
 
 

@@ -235,7 +235,7 @@ def test_gpus_that_cannot_share_a_batch_are_told_of_before_anything_is_trained(t
         lambda: steps.codec_stage(run),
         lambda: open_run(tmp_path / "new", data=str(people), preset="smoke"),
     ):
-        with pytest.raises(ValueError, match="3 GPUs cannot share a batch of 8: give a batch_size that 3 divides, in"):
+        with pytest.raises(ValueError, match="3 GPUs cannot share a batch of 8: set a batch_size divisible by 3 in"):
             refused()
     assert not (run.path / "codec").exists() and not (tmp_path / "new").exists()
 

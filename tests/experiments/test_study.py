@@ -124,14 +124,14 @@ def test_weights_that_saw_a_folds_test_windows_are_refused(people, tmp_path, run
     write_split({**make_split(files), "hashes": contents}, other / "split.json")
     start = {"codec_start": str(other / "codec")}
     study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), parameters=start)
-    with pytest.raises(DataError, match="codec_start: .* was trained on .* of the windows that are the test here"):
+    with pytest.raises(DataError, match="codec_start: .* was trained on .* of the test windows of this split"):
         study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), folds=2, parameters=start)
     later = tmp_path / "later"  # a run on other people that began with that one
     later.mkdir()
     (later / "split.json").write_text((other / "split.json").read_text())
     settings = {"data": "/somewhere/else", "init": str(other / "pipeline")}
     (later / "run.json").write_text(json.dumps({"settings": settings}))
-    with pytest.raises(DataError, match="codec_start: .* of the windows that are the test here"):
+    with pytest.raises(DataError, match="codec_start: .* of the test windows of this split"):
         study(
             people,
             tmp_path / "chain",

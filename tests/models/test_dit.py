@@ -177,12 +177,12 @@ def test_published_weights_do_what_they_did(tmp_path, shape, patch, qk_norm, suf
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(depth=3), "does not fit this LightningDiT: it does not know blocks.2.attn.proj.bias, .* and 9 more"),
-        (dict(depth=1), "does not fit this LightningDiT: it misses blocks.1.attn.proj.bias, .* and 9 more"),
-        (dict(width=32), "does not fit this LightningDiT: of another shape are blocks.0.attn.proj.bias, .* more"),
-        (dict(qk_norm=True), "it does not know blocks.0.attn.k_norm.weight, blocks.0.attn.q_norm.weight, .* 1 more"),
+        (dict(depth=3), "does not fit this LightningDiT: unexpected keys blocks.2.attn.proj.bias, .* and 9 more"),
+        (dict(depth=1), "does not fit this LightningDiT: missing keys blocks.1.attn.proj.bias, .* and 9 more"),
+        (dict(width=32), "does not fit this LightningDiT: shape mismatch in blocks.0.attn.proj.bias, .* more"),
+        (dict(qk_norm=True), "unexpected keys blocks.0.attn.k_norm.weight, blocks.0.attn.q_norm.weight, .* 1 more"),
         (dict(shape=(3, 4, 8)), "was trained on 32 tokens, this prior has 16"),
-        (dict(shape=(3, 8, 8), patch=2), "of another shape are final_layer.linear.bias, .*, x_embedder.weight"),
+        (dict(shape=(3, 8, 8), patch=2), "shape mismatch in final_layer.linear.bias, .*, x_embedder.weight"),
     ],
 )
 def test_weights_of_other_sizes_are_refused(tmp_path, changes, message):

@@ -102,14 +102,14 @@ def test_weights_that_fit_are_loaded():
 @pytest.mark.parametrize(
     "changed, problem",
     [
-        ({"weight": None}, "it misses weight"),
-        ({"scale": torch.ones(2)}, "it does not know scale"),
-        ({"bias": torch.ones(1)}, "of another shape are bias"),
-        ({"bias": torch.ones(2, 1)}, "of another shape are bias"),
-        ({f"x{n}": torch.ones(1) for n in range(5)}, "it does not know x0, x1, x2 and 2 more"),
+        ({"weight": None}, "missing keys weight"),
+        ({"scale": torch.ones(2)}, "unexpected keys scale"),
+        ({"bias": torch.ones(1)}, "shape mismatch in bias"),
+        ({"bias": torch.ones(2, 1)}, "shape mismatch in bias"),
+        ({f"x{n}": torch.ones(1) for n in range(5)}, "unexpected keys x0, x1, x2 and 2 more"),
         (
             {"weight": None, "scale": torch.ones(2), "bias": torch.ones(3)},
-            "it does not know scale; it misses weight; of another shape are bias",
+            "unexpected keys scale; missing keys weight; shape mismatch in bias",
         ),
     ],
 )
@@ -312,13 +312,13 @@ def test_published_weights_that_do_not_fit_are_refused_by_name(tmp_path):
 
     state = published().state_dict()
     lost = state.pop("decoder.up.0.block.1.conv1.weight")
-    assert "it misses vae.decoder.up_blocks.2.resnets.1.conv1.weight" in refused_by(state, small_codec())
+    assert "missing keys vae.decoder.up_blocks.2.resnets.1.conv1.weight" in refused_by(state, small_codec())
     state["decoder.up.0.block.1.conv1.weight"] = lost
     state["encoder.down.0.attn.0.q.bias"] = lost
-    unknown = "it does not know vae.encoder.down_blocks.0.attentions.0.to_q.bias"
+    unknown = "unexpected keys vae.encoder.down_blocks.0.attentions.0.to_q.bias"
     assert unknown in refused_by(state, small_codec())
     del state["encoder.down.0.attn.0.q.bias"]
     answer = refused_by(state, small_codec(latent_channels=3))
-    assert "of another shape are vae.decoder.conv_in.weight, " in answer
+    assert "shape mismatch in vae.decoder.conv_in.weight, " in answer
     answer = refused_by(state, small_codec(level_attention=False))
-    assert "it does not know vae.decoder.up_blocks.0.attentions.0.group_norm.bias, " in answer
+    assert "unexpected keys vae.decoder.up_blocks.0.attentions.0.group_norm.bias, " in answer

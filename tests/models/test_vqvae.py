@@ -255,9 +255,9 @@ def test_codes_narrower_than_the_latents_are_loaded_too(tmp_path):
 def test_a_vqmodel_that_does_not_fit_is_refused_by_name(tmp_path):
     saved_vqmodel(tmp_path)
     for changes, problem in (
-        (dict(num_codes=16), "of another shape are quantizer.codebook, quantizer.counts, quantizer.sums"),
-        (dict(in_channels=1), "of another shape are decoder.conv_out.bias, decoder.conv_out.weight, encoder.conv_in"),
-        (dict(layers_per_block=2), "it misses decoder.up_blocks.0.resnets.2"),
+        (dict(num_codes=16), "shape mismatch in quantizer.codebook, quantizer.counts, quantizer.sums"),
+        (dict(in_channels=1), "shape mismatch in decoder.conv_out.bias, decoder.conv_out.weight, encoder.conv_in"),
+        (dict(layers_per_block=2), "missing keys decoder.up_blocks.0.resnets.2"),
     ):
         codec = VQVAE(**dict(code_dim=5) | SIZES | changes)
         unchanged = codec.encoder.conv_out.weight.clone()

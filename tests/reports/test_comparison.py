@@ -91,7 +91,7 @@ def test_without_enough_usage_or_with_wide_intervals_nothing_is_concluded():
     }
     found = conclusions(systems)
     assert found["codec"]["value"] == "kl" and found["gain"]["sentence"].endswith("It overlaps that of transformer.")
-    assert found["gain"]["sentence"].startswith("No system's generated windows help for certain.")
+    assert found["gain"]["sentence"].startswith("No system's generated windows clearly help.")
     systems["diffusion"]["codebook"]["usage"]["value"] = 0.9
     assert "a codec with a codebook and one without" in conclusions(systems)["codec"]["reason"]
     alone = conclusions({"vq-diffusion": systems["transformer"], "vavae-dit": {"error": "x"}})

@@ -195,7 +195,7 @@ def test_the_verdict_explains_a_gain_for_other_people_that_disagrees(from_scratc
     others = {"gain_other_users": {"value": 0.02, "ci95": [0.01, 0.03]}}
     found = {**from_scratch, "real_only": {"value": 0.6, "n": 100}, **others}
     gained = lambda *ci95: {**found, "gain": {"value": 0.0, "ci95": ci95}}
-    text = "The gain for other people (+2.0 points, +1.0 to +3.0) excludes 0 all the same, because its interval is over"
+    text = "The interval of the gain for other people (+2.0 points, +1.0 to +3.0) does exclude 0: it resamples users"
     assert text in verdict(gained(-0.01, 0.02))["sentence"]
     assert text not in verdict(gained(0.01, 0.02))["sentence"]
 
@@ -224,7 +224,7 @@ def test_the_page_of_a_user_shows_that_user_alone(case, report, tmp_path):
     speed = report["physics"]["torso_speed"]
     values = (speed["unseen_means"][row], speed["generated_means"][row], speed["per_user"][row], speed["value"])
     assert ["trunk speed", *(pages.written(value, "m/s") for value in values)] in page.rows
-    named = next(cells for cells in page.rows if cells[0] == "The generated windows are named")[1]
+    named = next(cells for cells in page.rows if cells[0] == "The generated windows are classified as")[1]
     assert named.count("ID_") == sum(fraction > 0 for fraction in report["identity"]["confusion"][row])
     assert len(page.images) == 2 and "://" not in html
     found = json.loads((tmp_path / "report-user-5.json").read_text())

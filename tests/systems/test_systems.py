@@ -93,7 +93,7 @@ def test_training_starts_from_the_weights_of_another(tmp_path):
     priors[0].save_pretrained(tmp_path / "prior")
     start(priors[1], tmp_path / "prior")
     assert torch.equal(priors[0].x_embedder.weight, priors[1].x_embedder.weight)
-    with pytest.raises(DataError, match="cannot start from .*prior: .* of another shape are users.weight"):
+    with pytest.raises(DataError, match="cannot start from .*prior: .* shape mismatch in users.weight"):
         start(make_prior("vavae-dit", preset, first, 4), tmp_path / "prior")
     told = make_codec(get_preset("vavae-dit", "smoke", user_codec=True), num_users=3)
     users = told.users.weight.clone()
@@ -122,7 +122,7 @@ def test_what_a_prior_knows_of_walking_is_kept_for_other_users(system, tmp_path)
     table, fresh = old["users.weight"], new["users.weight"]
     assert fresh.shape[0] == 6 and torch.equal(fresh[5], table[3]), "nobody in particular stays nobody in particular"
     torch.testing.assert_close(fresh[:5], table[:3].mean(0).expand(5, -1))
-    with pytest.raises(DataError, match="of another shape are users.weight"):
+    with pytest.raises(DataError, match="shape mismatch in users.weight"):
         start(prior, tmp_path)
 
 
@@ -187,7 +187,7 @@ def test_only_a_va_vae_is_aligned_or_told_users():
     assert make_codec(get_preset("vavae-dit", "smoke", user_codec=True), num_users=3).conditional
     assert not make_codec(get_preset("vavae-dit", "smoke"), num_users=3).conditional
     for options in ({"foundation": "classifier"}, {"user_codec": True}):
-        with pytest.raises(DataError, match="foundation and user_codec are of a VA-VAE: take system vavae-dit"):
+        with pytest.raises(DataError, match="foundation and user_codec need a VA-VAE: use system vavae-dit"):
             get_preset("vqvae-ldm", "smoke", **options)
 
 

@@ -49,7 +49,7 @@ def test_where_it_is_not_possible_one_line_prints_why_and_training_goes_on(mode,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = trained(make, mode)
     why = {"graph": "a CUDA graph needs a GPU with CUDA", "compile": "no compiler was found"}[mode]
-    expected = f"compile={mode!r} is not possible here, training goes on in eager mode: {why}\n"
+    expected = f"compile={mode!r} is not possible here, training continues in eager mode: {why}\n"
     assert capsys.readouterr().out == expected
     assert same(model, trained(make, "no"))
 

@@ -433,7 +433,7 @@ def test_an_interrupt_saves_the_step_that_it_comes_in(tmp_path, ctrl_c):
     with pytest.raises(Interrupted, match="^stopped at step 8 of 12$") as stopped:
         fit(model, points(), config, tmp_path, preview=interrupt(at=7), progress=False)
     shown = stopped.value._render_traceback_()
-    assert shown == ["stopped at step 8 of 12: run this cell again and it goes on"], "what a notebook shows"
+    assert shown == ["stopped at step 8 of 12: run this cell again to resume"], "what a notebook shows"
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 8
     fit(model, points(), config, tmp_path, progress=False)
     assert same(model, whole)
