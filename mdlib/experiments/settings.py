@@ -16,10 +16,10 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 SAMPLING = {
     "guidance_scale": "strength of guidance: above 1 more typical of the user; 1: no guidance",
     "guidance_interval": "apply guidance only between these times of denoising; 1 is pure noise, 0 the window",
-    "temperature": "above 1 more varied, below 1 more typical; [0.8, 1.2]: rises over a user's windows",
+    "temperature": "above 1: more varied; below 1: more typical; [0.8, 1.2]: rises over a user's windows",
     "top_k": "sample among this many of the likeliest tokens; 0: all",
     "top_p": "sample among the likeliest tokens of this total probability",
-    "scheduler": "of diffusion: dpm++, ddim, pndm, ddpm; of vavae-dit: euler, heun",
+    "scheduler": "for diffusion: dpm++, ddim, pndm, ddpm; for vavae-dit: euler, heun",
     "sampler": "ancestral or mask_predict",
     "num_inference_steps": "steps from noise to the window",
     "timestep_shift": "below 1: more steps at high noise",
@@ -51,7 +51,7 @@ class RunSettings:
     preset: str = _setting("auto", "auto (by the GPU), a size (smoke, demo, base), a machine (t4x2) or size@machine")
     split: str = _setting("", "a split file; empty: split by recording and time")
     windows_per_user: int = _setting(0, "training windows of each user; 0: the preset's, -1: all")
-    variants: int = _setting(-1, "stride-recombined copies of each training window; -1: the preset's")
+    variants: int = _setting(-1, "copies of each training window with recombined footsteps; -1: the preset's")
     unrecorded: dict = _setting({}, 'hold out these users\' windows in a condition for the test: {"backpack": [1, 2]}')
     codec: str = _setting("", "vq | kl | va; empty: the system's own")
     codec_steps: int = _setting(
@@ -198,7 +198,7 @@ def options_page() -> str:
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         page += f"\n## Notebook {path.stem}\n\n| parameter | default | meaning |\n|---|---|---|\n"
         for name, (default, help) in notebook_parameters(path.stem).items():
-            page += f"| `{name}` | `{default}` | {help.replace('|', 'or')} |\n"
+            page += f"| `{name}` | `{default}` | {help.replace(' |', ',')} |\n"
     page += (
         "\n## Sampling\n\nKeys of `sampling`, and NAME=VALUE of `generate -o`. A preset changes some of the defaults; "
     )
