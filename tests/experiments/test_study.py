@@ -122,6 +122,7 @@ def test_weights_that_saw_a_folds_test_windows_are_refused(people, tmp_path, run
     files = find_windows(people)
     contents = hashes(people, [file.path for file in files])
     write_split({**make_split(files), "hashes": contents}, other / "split.json")
+    (other / "run.json").write_text("{}")
     start = {"codec_start": str(other / "codec")}
     study(people, tmp_path / "study", "vqvae-ldm", "smoke", (4,), parameters=start)
     with pytest.raises(DataError, match="codec_start: .* was trained on .* of the test windows of this split"):
