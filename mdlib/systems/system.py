@@ -60,7 +60,7 @@ EFFORTS = {
         | dict(steps=20_000, learning_rate=2e-4, warmup_steps=500, ema_decay=0.9995, evaluate_every=1000),
         teacher_steps=1500,
         images_per_user=50,
-        validation=dict(evaluation_steps=1500, multiples=(2, 4), keep=(0.5,)),  # not longer than training: docs/gpus.md
+        validation=dict(evaluation_steps=1500, multiples=(2, 4), keep=(0.5,)),  # time: docs/gpus.md
     ),
 }
 # Of size base: the batch of all GPUs together, and the precision. A size with a smaller batch keeps it.
