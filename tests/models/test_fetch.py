@@ -25,26 +25,26 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.pages, self.stated, self.asked = {}, None, []
+        self.pages, self.stated = {}, None
         self.address = f"http://127.0.0.1:{self.server_port}"
 
 
 class Answer(BaseHTTPRequestHandler):
     def do_HEAD(self):
+        self.head(self.server.stated)
+
+    def do_GET(self):
+        self.head(None)
+        self.wfile.write(self.server.pages.get(self.path.partition("?")[0], b""))
+
+    def head(self, stated):
         path, server = self.path.partition("?")[0], self.server
-        server.asked.append(path)
         body = server.pages.get(path)
         self.send_response(200 if body is not None else 404)
         self.send_header("X-Repo-Commit", "a" * 40)
         self.send_header("ETag", f'"{SUM}"')
-        self.send_header("Content-Length", str(server.stated or len(body or b"")))
+        self.send_header("Content-Length", str(stated or len(body or b"")))
         self.end_headers()
-
-    def do_GET(self):
-        stated, self.server.stated = self.server.stated, None
-        self.do_HEAD()
-        self.wfile.write(self.server.pages.get(self.path.partition("?")[0], b""))
-        self.server.stated = stated
 
     def log_message(self, *_):
         pass
