@@ -13,6 +13,7 @@ machine.
 import argparse
 import copy
 import gc
+import itertools
 import os
 import time
 from dataclasses import replace
@@ -24,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdlib.data.augment import as_they_are, classical_augmentation, cutmix
-from mdlib.evaluation.evidence import train_classifier
 from mdlib.models.classifier import ResNet18, SmallCNN
 from mdlib.models.codec import FeatureDistance
 from mdlib.models.pretrained import ClassifierFeatures
@@ -83,12 +83,18 @@ def main() -> None:
             peer(prior, config, given.steps, dtype)
         del codec, prior, parts, model
         gc.collect()
-    images, labels = torch.randint(0, 256, (WINDOWS, 1, 128, 128), dtype=torch.uint8), torch.arange(WINDOWS) % USERS
-    for kind in (SmallCNN, ResNet18) if time.monotonic() < until else ():
-        train_classifier(images, labels, USERS, SKIPPED, kind=kind)
-        started = wait()
-        train_classifier(images, labels, USERS, given.steps, kind=kind)
-        print(f"| {kind.__name__} of the evaluation | | 32 | eager | {given.steps / (wait() - started):.2f} | | | |")
+    data, config = pictures(128), TrainConfig(batch_size=32)
+    for kind, mode in itertools.product((SmallCNN, ResNet18), given.modes.split(",")):
+        if time.monotonic() < until:
+            rate, memory = steps_a_second(kind(USERS), data, replace(config, compile=mode), given.steps)
+            print(f"| {kind.__name__} of the evaluation | | 32 | {mode} | {rate:.2f} | | {memory:.1f} | |", flush=True)
+
+
+def pictures(size: int) -> Batches:
+    """Windows of the evaluation's classifiers, with their augmentation."""
+    augmented = lambda *batch: cutmix(*classical_augmentation(*batch), USERS, batch[-1])
+    images = torch.randint(0, 256, (WINDOWS, 1, size, size), dtype=torch.uint8)
+    return Batches((images, torch.arange(WINDOWS) % USERS), augmented)
 
 
 def trainings(system: str, name: str) -> tuple:
@@ -157,10 +163,13 @@ def counted(systems: list[str], name: str) -> None:
         figures = *steps, sampling_arithmetic(prior, get_preset(system, name).sampling)
         started = [str(operations(model, data)) for _, model, data, _ in parts]
         print(f"| {system} | {' | '.join([f'{figure / 1e12:.3f}' for figure in figures] + started)} |", flush=True)
-    augmented = lambda *batch: cutmix(*classical_augmentation(*batch), USERS, batch[-1])
-    data = Batches((torch.zeros(16, 1, 64, 64, dtype=torch.uint8), torch.arange(16) % USERS), augmented)
     for kind in (SmallCNN, ResNet18):
-        print(f"{kind.__name__}: {operations(kind(USERS), data)} operations a step")
+        model, data = kind(USERS), pictures(64)
+        every, batch = operations(model, data), data.take(torch.arange(2), torch.Generator())
+        model.train().zero_grad()
+        with Operations() as passes:
+            model.loss(*batch)[0].backward()
+        print(f"{kind.__name__}: {every} operations a step, {passes.number} of them in the forward and backward pass")
 
 
 class Operations(TorchDispatchMode):
