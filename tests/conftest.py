@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Processes that each take all cores keep each other waiting. Told before torch starts.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    # Processes that each take all cores keep each other waiting. Set before torch starts.
+    import joblib  # its count respects affinity and the limits of a container
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, joblib.cpu_count() // 2)))
 
 from helpers import ROOT, readme_commands  # noqa: E402
 
@@ -50,10 +52,14 @@ def cache_folder(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_classifier_at_a_time(monkeypatch):
-    """Tests put judges of their own in place, which other processes would not know."""
-    monkeypatch.setattr("mdlib.evaluation.evidence.training_at_once", lambda: 1)
+@pytest.fixture(scope="session", autouse=True)
+def alone(tmp_path_factory):
+    """No test reads or fills the user's cache, and classifiers train one at a time: tests put other functions in place,
+    which further processes would not know."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MDLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("mdlib.evaluation.evidence.training_at_once", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -150,9 +150,8 @@ def test_a_run_generates_a_condition_that_was_not_recorded(tmp_path):
     for condition, first in (("normal", 0), ("backpack", 100)):
         write_set(tmp_path / "people" / condition, users=(1, 2, 3), numbers=range(first, first + 40))
     settings = {"unrecorded": {"backpack": [3]}, "windows_per_user": 8}
-    out = execute(
-        str(tmp_path / "run"), settings, data=str(tmp_path / "people"), system="vqvae-transformer", preset="smoke"
-    )
+    chosen = dict(data=str(tmp_path / "people"), system="vqvae-transformer", preset="smoke")
+    out = execute(str(tmp_path / "run"), settings, "02", **chosen)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["conditions"]["backpack_unrecorded"]["n"] == 40
     assert {"backpack", "normal"} <= report["conditions"].keys() and "normal_unrecorded" not in report["conditions"]

@@ -267,13 +267,15 @@ def _kernel():
         sockets = {"transport": "ipc", "ip": str(Path(folder) / "kernel")} if os.name == "posix" else {}
         found = os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
         with patch_environment(MDLIB_BATCH="1", PYTHONPATH=python_path(), JUPYTER_PATH=found):
-            yield dict(kernel_name="mdlib", config=Config(KernelManager=sockets))
+            # papermill gives a kernel 60 s to start and the last output of a cell 4 s: too little on a busy machine.
+            waits = dict(start_timeout=600, iopub_timeout=60)
+            yield dict(kernel_name="mdlib", config=Config(KernelManager=sockets), **waits)
 
 
 def _interrupt_kernel(first: bool) -> None:
     """Stop the kernel's cell at the `first` interrupt of this process (Ctrl-C), and the kernel at the next one."""
-    with suppress(psutil.Error):
-        for child in psutil.Process().children():
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has just ended
             if "ipykernel_launcher" in child.cmdline():
                 child.send_signal(signal.SIGINT) if first and os.name == "posix" else child.kill()
 

@@ -140,6 +140,8 @@ def test_classifiers_of_another_version_are_not_used(tmp_path, monkeypatch):
 def test_classifiers_that_train_side_by_side_are_the_same(monkeypatch, tmp_path):
     protocol, case = Protocol(evaluation_steps=3, seeds=2), evidence(windows(5, 7))
     monkeypatch.setattr("mdlib.evaluation.evidence.training_at_once", lambda: 2)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # of the processes, whatever the number of cores
     beside = real_only_classifiers(case, protocol, tmp_path)
     threads = torch.get_num_threads()
     monkeypatch.setattr("mdlib.evaluation.evidence.training_at_once", lambda: 1)

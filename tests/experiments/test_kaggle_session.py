@@ -42,6 +42,7 @@ def session(tmp_path, monkeypatch):
     for name in ("input", "working"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(kaggle_session, "INPUT", tmp_path / "input")
+    monkeypatch.setattr(kaggle_session, "session_end", lambda: time.time() + 3600)  # whatever this machine's age
     monkeypatch.setattr(utils, "KEPT", tmp_path / "working")
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.setenv(utils.DEADLINE, "")  # so that what a session sets goes with the test

@@ -1,6 +1,7 @@
 """The settings of a run are written once: notebooks, command line and documentation follow them."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -122,6 +123,7 @@ def test_the_first_word_comes_before_torch_is_imported(words, code, line, tmp_pa
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=os.environ | dict.fromkeys(("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"), ""),
     )
     assert answer.returncode == code and line in answer.stdout + answer.stderr, answer.stderr
     assert answer.stdout.endswith("False\n"), "torch takes seconds to import"

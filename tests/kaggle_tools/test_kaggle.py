@@ -115,7 +115,8 @@ def kaggle(monkeypatch, tmp_path):
     server = Kaggle()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, server.url)
-    for key, value in {"HOME": str(tmp_path), "KAGGLE_USERNAME": "me", "KAGGLE_KEY": "k", "NO_PROXY": "*"}.items():
+    ours = {"HOME": str(tmp_path), "KAGGLE_USERNAME": "me", "KAGGLE_KEY": "k", "NO_PROXY": "*", "no_proxy": "*"}
+    for key, value in ours.items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

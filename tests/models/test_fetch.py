@@ -74,7 +74,8 @@ def hub(server):
 
 def fetched(name, address, folder, code=0):
     """What `mdlib fetch NAME` prints with the hub at an address, without warnings and progress."""
-    own = {"HF_ENDPOINT": address, "HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    own = {"HF_ENDPOINT": address, "HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    own |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
     words = [sys.executable, "-m", "mdlib", "fetch", name]
     answer = subprocess.run(words, cwd=ROOT, env=os.environ | own, capture_output=True, text=True)
     assert answer.returncode == code, answer.stderr
@@ -127,6 +128,7 @@ def test_a_file_of_torchvision_is_verified_by_its_name(server, tmp_path, monkeyp
     monkeypatch.setattr("mdlib.models.pretrained.INPUTS", tmp_path / "input")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = tmp_path / "hub" / "checkpoints"
     line = message(fetch_weights, "lpips")
     assert f"{name} cannot be downloaded (HTTP Error 404" in line and f"put it into {folder}" in line

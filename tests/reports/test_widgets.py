@@ -251,7 +251,7 @@ def font_with(characters, path):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_a_condition_in_chinese_is_drawn_without_warnings(real, installed, monkeypatch, tmp_path):
     """With an installed font that has the characters by its name, without one by its number."""
     own = [font for font in fontManager.ttflist if get_data_path() in font.fname]  # those that matplotlib brings

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parents[1]
 def run(tmp_path_factory):
     """`first` and `second`: what each process saw (two_processes.py); `ended`: how; `folder`: what they wrote."""
     folder = tmp_path_factory.mktemp("two")
-    words = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    words = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=2".split()
     words += [TESTS / "training" / "two_processes.py", folder]
     environment = {
         **os.environ,
@@ -26,8 +26,8 @@ def run(tmp_path_factory):
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    # Far less than the half hour after which a process that waits for another gives up.
-    ended = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300)
+    # Less than the half hour after which a process that waits for another gives up.
+    ended = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=1500)
     files = [folder / f"{rank}.pt" for rank in (0, 1)]
     assert all(file.exists() for file in files), ended.stdout + ended.stderr
     first, second = (torch.load(file, weights_only=True) for file in files)
