@@ -8,6 +8,8 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from PIL import Image
+from scipy.special import expit, logit
+from scipy.stats import t
 from sklearn.metrics import roc_curve
 from torch import nn
 
@@ -139,7 +141,7 @@ def best_identifier(
         sure = every["probability"][_right(every)]
         limit[name] = absent(NO_THRESHOLD) | {"value": 0.0}
         if len(sure) and limit["equal_error_rate"]["value"] is not None:
-            limit[name] = figure(float(sure.quantile(FALSE_REJECTION, interpolation="lower")), len(sure))
+            limit[name] = figure(lower_limit(sure.to_numpy()), len(sure))
     rates = {name: found["value"] for name, found in limit.items()}
     identifier.threshold, identifier.recording_threshold = rates["threshold"], rates["recording_threshold"]
     accuracy = float(_right(table).mean())
@@ -151,6 +153,19 @@ def best_identifier(
         "recording_accuracy": figure(float(of_recordings.mean()), len(of_recordings)),
         **limit,
     }
+
+
+def lower_limit(probabilities: np.ndarray) -> float:
+    """The probability below which 5 % of further correct answers are expected, from those of some (N,): their quantile;
+    for fewer than twenty, which have none, Student's prediction limit for their logits; 0 for a single one."""
+    count = len(probabilities)
+    if count >= 1 / FALSE_REJECTION:
+        return float(np.quantile(probabilities, FALSE_REJECTION, method="lower"))
+    if count < 2:
+        return 0.0
+    logits = logit(probabilities.clip(1e-6, 1 - 1e-6))
+    reach = t.ppf(1 - FALSE_REJECTION, count - 1) * logits.std(ddof=1) * (1 + 1 / count) ** 0.5
+    return float(expit(logits.mean() - reach))
 
 
 def _right(table: pd.DataFrame) -> pd.Series:

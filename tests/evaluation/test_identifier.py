@@ -16,7 +16,7 @@ from mdlib.data.colormaps import colorize
 from mdlib.data.reading import hashes
 from mdlib.data.windows import load_windows
 from mdlib.evaluation.augmentation_study import Arms
-from mdlib.evaluation.identifier import Identifier, best_identifier, stranger_rates, tables
+from mdlib.evaluation.identifier import Identifier, best_identifier, lower_limit, stranger_rates, tables
 from mdlib.models.classifier import SmallCNN
 
 
@@ -155,10 +155,19 @@ def test_strangers_are_windows_of_people_that_a_classifier_was_not_given(monkeyp
 def test_thresholds_reject_the_least_sure_of_right_windows_and_recordings(case, chosen):
     identifier, section = chosen
     for every, name in zip(tables(identifier, case.val), ("threshold", "recording_threshold"), strict=True):
+        limit = section[name]["value"]
         named = every.filter(like="ID_").idxmax(axis=1) == every["true_user"]
-        rejected = every["probability"][named] < section[name]["value"]
-        assert rejected.mean() <= 0.05 < (every["probability"][named] <= section[name]["value"]).mean()
-        assert ((every["user"] == "unknown") == (every["probability"] < section[name]["value"])).all()
+        assert limit == lower_limit(every["probability"][named].to_numpy())
+        assert ((every["user"] == "unknown") == (every["probability"] < limit)).all()
+
+
+@pytest.mark.parametrize("count", [2, 8, 19, 40])
+def test_a_limit_rejects_one_in_twenty_further_answers(count):
+    rng = np.random.default_rng(0)
+    sure = 1 / (1 + np.exp(-rng.normal(1.5, 1, (4000, count + 1))))
+    rejected = np.mean([row[-1] < lower_limit(row[:-1]) for row in sure])
+    assert rejected == pytest.approx(0.05, abs=0.012)
+    assert lower_limit(sure[0, :1]) == 0 and 0 < lower_limit(np.ones(3)) < 1
 
 
 def test_no_threshold_without_three_users(case):
