@@ -1,4 +1,4 @@
-"""What a full disk and packages that do not import end with: one line that says what to do."""
+"""What a full disk and packages that do not import end with: one line that says what to do. What a GPU changes."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import torch
 from helpers import ROOT
 from safetensors.torch import save_file
 
-from mdlib.utils import amount, require_room, whole_file
+from mdlib.utils import amount, best_device, require_room, whole_file
 
 WRITERS = {
     "text": lambda path: path.write_text("x" * 10**6),
@@ -47,6 +47,15 @@ def test_an_errno_names_the_file(tmp_path):
             raise OSError(28, "No space left on device")
     with pytest.raises(TypeError), whole_file(tmp_path / "file"):
         raise TypeError("a mistake is no full disk")
+
+
+@pytest.mark.parametrize("device, precision", [("cuda", "high"), ("cpu", "highest")])
+def test_a_gpu_multiplies_matrices_in_tf32(device, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    try:
+        assert best_device() == device and torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_small_sizes_are_in_megabytes(tmp_path, monkeypatch):

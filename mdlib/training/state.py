@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mdlib.models.layers import broadcast_from_first, check_choice, check_number, world
 from mdlib.training.capture import MODES
-from mdlib.utils import readable, require_room, whole_file
+from mdlib.utils import best_device, readable, require_room, whole_file
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class State:
 
     def __init__(self, model: torch.nn.Module, config: TrainConfig, run_dir: str | Path | None):
         self.model, self.config, self.run_dir = model, config, Path(run_dir) if run_dir else None
-        self.device = torch.device(PartialState(cpu=not torch.cuda.is_available()).device.type)
+        self.device = torch.device(PartialState(cpu=best_device() == "cpu").device.type)
         # On a CPU channels last is the faster layout of a convolution.
         layout = torch.channels_last if self.device.type == "cpu" else torch.preserve_format
         model.to(self.device, memory_format=layout)
