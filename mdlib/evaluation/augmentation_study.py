@@ -117,7 +117,7 @@ def _jobs(
 ) -> list[tuple]:
     """For `train_each`: classifiers of some windows, by default one for each of the protocol's seeds."""
     what = (kind, folder, windows.images, windows.labels, windows.num_users, protocol.evaluation_steps)
-    return [(*what, seed, backbone) for seed in seeds or range(protocol.seeds)]
+    return [(*what, seed, backbone, protocol.evaluation_compile) for seed in seeds or range(protocol.seeds)]
 
 
 def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:

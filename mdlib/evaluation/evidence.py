@@ -21,6 +21,7 @@ from mdlib.data.checks import seen_people
 from mdlib.data.windows import WindowSet
 from mdlib.models.classifier import Embedder, ResNet18, SmallCNN
 from mdlib.models.pretrained import fits_windows, pretrained_backbone
+from mdlib.training.capture import MODES
 from mdlib.training.fit import Batches, TrainConfig, fit
 from mdlib.training.latents import decode_all, encode_all
 from mdlib.utils import DataError, bar, best_device
@@ -46,6 +47,7 @@ class Protocol:
     multiples: tuple[int, ...] = (2,)  # of the real windows, for the arms real_x2 …, where there are spare ones
     reference: str = "auto"  # ResNet-18 on a GPU; resnet18: always; none: never
     backbone: str = "auto"  # of the pretrained arms: auto (attached or shipped), none, or the folder of a SmallCNN
+    evaluation_compile: str = "auto"  # of the classifiers' training, see `TrainConfig.compile`
 
     def __post_init__(self):
         if self.seeds < 1:
@@ -57,8 +59,9 @@ class Protocol:
             raise DataError(f"keep must be fractions between 0 and 1, got {list(self.keep)}")
         if any(not isinstance(n, int) or n < 2 for n in self.multiples):
             raise DataError(f"multiples must be whole numbers of 2 or more, got {list(self.multiples)}")
-        if self.reference not in REFERENCES:
-            raise DataError(f"reference must be one of {', '.join(REFERENCES)}, got {self.reference!r}")
+        for name, known in (("reference", REFERENCES), ("evaluation_compile", MODES)):
+            if (value := getattr(self, name)) not in known:
+                raise DataError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ def train_classifier(
     steps: int,
     seed=0,
     backbone: str = "",
+    compile: str = "auto",
     kind: type[Network] = SmallCNN,
 ) -> Network:
     """A network of that kind trained on uint8 images (N, C, S, S) and labels (N,) with the classical augmentation of
@@ -213,13 +217,14 @@ def train_classifier(
     Args:
         outputs: number of users, or size of an `Embedder`.
         backbone: folder of a SmallCNN that all but the last layer is taken from; "": from scratch.
+        compile: see `TrainConfig`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = kind.from_backbone(backbone, outputs) if backbone else kind(outputs, images.shape[1])
         network.to(memory_format=torch.channels_last)
     how = dict(batch_size=32, learning_rate=2e-3, warmup_steps=steps // 10, weight_decay=1e-2)
-    config = TrainConfig(steps=steps, seed=seed, evaluate_every=steps, **how)
+    config = TrainConfig(steps=steps, seed=seed, evaluate_every=steps, compile=compile, **how)
 
     def augmented(*batch_and_generator):
         batch, generator = classical_augmentation(*batch_and_generator), batch_and_generator[-1]

@@ -186,7 +186,8 @@ def stranger_rates(
     for held in groups if train.num_users >= 3 else ():
         others = train.select(~torch.isin(train.labels, torch.from_numpy(held)))
         users, labels = others.labels.unique(return_inverse=True)
-        jobs.append((SmallCNN, folder, others.images, labels, len(users), protocol.evaluation_steps, 0, backbone))
+        how = (protocol.evaluation_steps, 0, backbone, protocol.evaluation_compile)
+        jobs.append((SmallCNN, folder, others.images, labels, len(users), *how))
         known.append(users)
     trained, scores, genuine = train_each(jobs, "classifiers without some users"), [], []
     for users, network in zip(known, trained, strict=True):

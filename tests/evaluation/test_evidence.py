@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_capture import called_again
 from toys import USERS, evidence, real_only_classifiers, windows
 
 from mdlib.data.files import WindowFile
@@ -22,6 +23,7 @@ from mdlib.evaluation.evidence import (
     trained_once,
 )
 from mdlib.models.classifier import ResNet18, SmallCNN, features
+from mdlib.training import capture
 from mdlib.utils import DataError
 
 
@@ -97,6 +99,16 @@ def test_a_resnet_learns_users_and_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence_file, "train_classifier", None)
     again = trained_once(*how)
     torch.testing.assert_close(found.probabilities(others.images), again.probabilities(others.images))
+
+
+def test_a_classifier_of_captured_steps_is_that_of_eager_ones(monkeypatch, capsys):
+    case, eager = evidence(windows(5, 7)), Protocol(evaluation_steps=6, seeds=1)
+    graph = replace(eager, evaluation_compile="graph")
+    real_only_classifiers(case, graph)
+    assert "compile='graph' is not possible here" in capsys.readouterr().out
+    monkeypatch.setattr(capture, "record", called_again)
+    one, other = (real_only_classifiers(case, protocol)[0].state_dict() for protocol in (eager, graph))
+    assert all(torch.equal(value, other[key]) for key, value in one.items()) and not capsys.readouterr().out
 
 
 def test_classifiers_of_real_windows_are_saved_for_other_runs(tmp_path, monkeypatch):

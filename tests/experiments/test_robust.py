@@ -174,6 +174,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
         ("06", {"keep": [3]}, "keep must be fractions between 0 and 1, got .3."),
         ("06", {"counts": "5,10"}, "counts must be of type list, got '5,10'"),
         ("06", {"reference": "vgg"}, "reference must be one of auto, resnet18, none"),
+        ("06", {"evaluation_compile": "yes"}, "evaluation_compile must be one of auto, graph, compile, no"),
         ("06", {"evaluation_steps": -1}, "evaluation_steps must be 0 or more, got -1"),
         ("05", {"images_per_user": "many"}, "images_per_user must be of type int, got 'many'"),
         ("05", {"batch_size": -4}, "batch_size must be 1 or more, got -4"),

@@ -5,7 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from test_step import parts
+from toys import windows
 
+from mdlib.evaluation.evidence import train_classifier
+from mdlib.models.classifier import ResNet18, SmallCNN
 from mdlib.systems import SYSTEMS
 from mdlib.training.fit import fit
 
@@ -57,6 +60,16 @@ def test_a_captured_training_ends_like_an_eager_one(system, mode, precision, cap
     close = 0.01 if mode == "graph" else 0.2  # compiled code draws other random numbers
     for name in ("codec", "prior"):
         assert losses[mode, name] == pytest.approx(losses["no", name], rel=close), name
+
+
+@pytest.mark.parametrize("kind", [SmallCNN, ResNet18])
+def test_a_captured_classifier_ends_like_an_eager_one(kind, capsys):
+    real = windows(8, 1)
+    how = (real.images, real.labels, real.num_users, 20)
+    eager, captured = (train_classifier(*how, compile=mode, kind=kind) for mode in ("no", "graph"))
+    assert not capsys.readouterr().out, "it must not go on in eager mode"
+    difference = captured.probabilities(real.images) - eager.probabilities(real.images)
+    assert difference.abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("mode", ["no", "graph"])
