@@ -3,8 +3,9 @@
     python benchmarks/gpu.py [--systems vae-diffusion,vavae-dit] [--preset gpu-16gb]
 
 Random inputs; steps of `fit` after the first four, the systems one after the other; windows in float32 and, where the
-preset trains in half precision, in that. "Of the peak" is the fraction of the fastest matrix product in the preset's
-precision, measured first. diffusers' UNet of the size of vae-diffusion's trains as in diffusers' example: AdamW,
+preset trains in half precision, in that; with "compile" among --modes also by a compiled network. "Of the peak" is the
+fraction of the fastest matrix product in the preset's precision, measured first. The UNets of diffusers and, where it is
+installed, of denoising-diffusion-pytorch, of the size of vae-diffusion's, train as in diffusers' example: AdamW,
 clipping, GradScaler, EMAModel. Then the evaluation's classifiers. What would start after --minutes is left out. --cpu
 checks the code at small sizes. --count counts the arithmetic of a preset, and the operations of a training step, on any
 machine.
@@ -13,6 +14,7 @@ machine.
 import argparse
 import copy
 import gc
+import importlib.util
 import itertools
 import os
 import time
@@ -20,7 +22,7 @@ from dataclasses import replace
 
 import torch
 from diffusers.training_utils import EMAModel
-from diffusion_peers import Unet2d, count
+from diffusion_peers import Ddp, Unet2d, count
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -75,12 +77,15 @@ def main() -> None:
                     continue
                 rate, memory = steps_a_second(model, data, replace(config, compile=mode), given.steps)
                 if model is prior and not drawn:
-                    drawn = [f"{second:.4f}" for second in seconds_a_window(codec, prior, sampling, dtype)]
+                    compiles = "compile" in given.modes.split(",")
+                    drawn = [f"{one:.4f}" for one in seconds_a_window(codec, prior, sampling, dtype, compiles)]
                 size, share = count(model) / 1e6, work * rate / peak
                 print(f"| {system} {part} | {size:.1f} M | {config.batch_size} | {mode} | {rate:.2f} | {share:.1%} "
                       f"| {memory:.1f} | {', '.join(drawn) if model is prior else ''} |", flush=True)  # fmt: skip
-        if system == "vae-diffusion" and time.monotonic() < until:
-            peer(prior, config, given.steps, dtype)
+        if system == "vae-diffusion":
+            for kind in (Unet2d, Ddp) if importlib.util.find_spec("denoising_diffusion_pytorch") else (Unet2d,):
+                if time.monotonic() < until:
+                    peer(kind, prior, config, given.steps, dtype)
         del codec, prior, parts, model
         gc.collect()
     data, config = pictures(128), TrainConfig(batch_size=32)
@@ -211,13 +216,18 @@ def steps_a_second(model: torch.nn.Module, data: Batches, config: TrainConfig, s
     return steps / (reads[1] - reads[0]), torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
 
 
-def seconds_a_window(codec, prior, sampling: dict, dtype: torch.dtype) -> list[float]:
-    """Sampling and decoding of a batch of 16, after one that warms up: in float32 and under autocast to `dtype`."""
+def seconds_a_window(codec, prior, sampling: dict, dtype: torch.dtype, compiles: bool) -> list[float]:
+    """Sampling and decoding of a batch of 16, after one that warms up: in float32, under autocast to `dtype`, and so by
+    a compiled network."""
     users = torch.arange(16, device=prior.device) % USERS
     decode = codec.decode_tokens if prior.consumes == "tokens" else codec.decode
     codec.to(prior.device).eval()
     took = []
-    for half in (False, True) if dtype != torch.float32 else (False,):
+    halves = (False, True) if dtype != torch.float32 else (False,)
+    for number, half in enumerate(halves + halves[-1:] * compiles):
+        if number == len(halves):
+            prior = copy.deepcopy(prior)  # the other trains on
+            prior.compile(dynamic=False)
         for _ in range(2):
             started = wait()
             with torch.no_grad(), torch.autocast(prior.device.type, dtype, enabled=half):
@@ -227,11 +237,11 @@ def seconds_a_window(codec, prior, sampling: dict, dtype: torch.dtype) -> list[f
     return took
 
 
-def peer(prior, config: TrainConfig, steps: int, dtype: torch.dtype) -> None:
-    """A row for diffusers' UNet with as many parameters, in the loop of its unconditional-image example."""
+def peer(kind: type, prior, config: TrainConfig, steps: int, dtype: torch.dtype) -> None:
+    """A row for another UNet with as many parameters, in the loop of diffusers' unconditional-image example."""
     device, shape = prior.device, prior.latent_shape
-    size = max(count(prior), 1_700_000)  # it has no size as small as smoke
-    model = Unet2d(shape, size, len(prior.config.block_out_channels), 20).to(device).train()
+    size = max(count(prior), 1_700_000)  # they have no size as small as smoke
+    model = kind(shape, size, len(prior.config.block_out_channels), 20).to(device).train()
     optimizer, average = torch.optim.AdamW(model.parameters(), lr=1e-5), EMAModel(model.parameters(), decay=0.9999)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     data = torch.randn(WINDOWS, *shape, device=device)
@@ -250,10 +260,8 @@ def peer(prior, config: TrainConfig, steps: int, dtype: torch.dtype) -> None:
         average.step(model.parameters())
         loss.item()  # the example logs it
     rate = steps / (wait() - started)
-    print(
-        f"| diffusers' example | {count(model) / 1e6:.1f} M | {config.batch_size} | eager | {rate:.2f} | | | |",
-        flush=True,
-    )
+    name = {Unet2d: "diffusers' UNet", Ddp: "denoising-diffusion-pytorch"}[kind]
+    print(f"| {name} | {count(model) / 1e6:.1f} M | {config.batch_size} | eager | {rate:.2f} | | | |", flush=True)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,18 @@ def test_a_captured_classifier_ends_like_an_eager_one(kind, capsys):
     assert difference.abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("system", ["vae-diffusion", "vavae-dit"])
+def test_a_compiled_prior_samples_like_an_eager_one(system):
+    if torch.cuda.get_device_capability()[0] < 7:
+        pytest.skip("Triton needs compute capability 7")
+    *_, (_, prior, _, _) = parts(system)
+    prior.cuda().eval()
+    sample = lambda: prior.sample(torch.tensor([0, 1], device="cuda"), generator=torch.Generator().manual_seed(0))
+    eager = sample()
+    prior.compile(dynamic=False)
+    torch.testing.assert_close(sample(), eager, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("mode", ["no", "graph"])
 @pytest.mark.parametrize("system", ["vqvae-transformer", "vae-diffusion"])
 def test_a_resumed_training_ends_bit_for_bit_like_an_uninterrupted_one(system, mode, tmp_path, monkeypatch):

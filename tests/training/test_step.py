@@ -138,3 +138,14 @@ def test_the_loop_of_a_sampler_neither_waits_nor_copies(system, options, changes
             prior.draw(request, **options, **(dict(num_inference_steps=steps) if prior.denoises else {}))
         counted.append(copies.number)
     assert counted[1] == counted[2] < 5
+
+
+@pytest.mark.parametrize("system", [name for name in SYSTEMS if name != "vqvae-transformer"])
+def test_the_network_of_a_prior_that_denoises_compiles_as_one_graph(system):
+    *_, (_, prior, _, _) = parts(system)
+    users, options = torch.arange(USERS), dict(guidance_scale=1.5, num_inference_steps=2)
+    drawn = []
+    for _ in range(2):
+        drawn.append(prior.eval().sample(users, generator=torch.Generator().manual_seed(0), **options))
+        prior.compile(backend="eager", dynamic=False, fullgraph=True)
+    torch.testing.assert_close(*drawn)
