@@ -231,7 +231,7 @@ def check_packages(s: setup.State, here: bool, conflicts):
     if major and version:
         wrong = setup.release(version)[0] != major
         remedy = f"start a fresh {s.host} session, and do not install ipywidgets in it"
-        batch = "; a batch run shows pictures" if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" else ""
+        batch = "; a batch run shows images" if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" else ""
         yield row("widgets", f"{version}, {s.host} shows version {major}{batch}", wrong and remedy, "widgets")
 
 

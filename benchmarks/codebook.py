@@ -1,5 +1,5 @@
 """The EMA codebook of mdlib against diffusers' `VectorQuantizer` (legacy=False), which learns by gradients, in the same
-encoder and decoder: equal first weights, batches and steps. Figures are of held-out windows of the same users.
+encoder and decoder: equal first weights, batches and steps. Metrics are of held-out windows of the same users.
 
 python benchmarks/codebook.py [--data DIR] [--preset demo] [--steps 500] [--windows 10] [--seeds 1]
 Without --data, windows of 31 simulated people.
@@ -17,7 +17,7 @@ from mdlib.data.augment import as_they_are
 from mdlib.data.files import find_windows
 from mdlib.data.splits import apply_split, make_split
 from mdlib.data.windows import load_windows
-from mdlib.evaluation.metrics import code_counts, codebook_figures, psnr
+from mdlib.evaluation.metrics import code_counts, codebook_metrics, psnr
 from mdlib.simulation.dataset import simulate_dataset
 from mdlib.systems import get_preset, make_codec, seeded
 from mdlib.training.fit import Batches, fit
@@ -73,7 +73,7 @@ def main() -> None:
             fit(codec, batches, replace(preset.codec_training, seed=seed), progress=False)
             tokens = encode_all(codec, test.images, "tokens")
             counts = code_counts(tokens, test.labels, codec.num_codes, test.num_users)
-            found = codebook_figures(counts, test.labels.bincount(minlength=test.num_users))
+            found = codebook_metrics(counts, test.labels.bincount(minlength=test.num_users))
             decoded = decode_all(codec, encode_all(codec, test.images, "latents"))
             print(
                 f"{name:12} {seed:4d} {codec.num_codes:5d} {100 * found['usage']:5.0f}% {found['perplexity']:10.1f} "

@@ -4,7 +4,7 @@
 
 Random inputs; steps of `fit` after the first four, the systems one after the other; windows in float32 and, where the
 preset trains in half precision, in that; with "compile" among --modes also by a compiled network. "Of the peak" is the
-fraction of the fastest matrix product in the preset's precision, measured first. The UNets of diffusers and, where it is
+fraction of the fastest matrix product in the preset's precision, measured first. The UNets of diffusers and, if
 installed, of denoising-diffusion-pytorch, of the size of vae-diffusion's, train as in diffusers' example: AdamW,
 clipping, GradScaler, EMAModel. Then the evaluation's classifiers. What would start after --minutes is left out. --cpu
 checks the code at small sizes. --count counts the arithmetic of a preset, and the operations of a training step, on any

@@ -3,8 +3,8 @@
     python benchmarks/guard.py --out before.json
     python benchmarks/guard.py --out after.json --against before.json
 
-Weights are compared as a set of tensors, whatever their names; windows by their pixels; report.json figure by figure.
-Figures are those of this machine: run both sides on one.
+Weights are compared as a set of tensors, whatever their names; windows by their pixels; report.json metric by metric.
+Metrics are those of this machine: run both sides on one.
 """
 
 import argparse

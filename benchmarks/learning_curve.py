@@ -17,7 +17,7 @@ from mdlib.models.classifier import SmallCNN
 
 
 def point(windows, count: int, seeds: range, steps: int) -> dict:
-    """The figure (value, ci95, n) of classifiers trained on `count` windows a user."""
+    """The metric (value, ci95, n) of classifiers trained on `count` windows a user."""
     split = make_split(windows, windows_per_user=count)
     parts = apply_split(windows, split)
     train, test = parts["train"], parts["test"]

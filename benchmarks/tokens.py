@@ -3,7 +3,7 @@ same split and token grid.
 
 Each sampler draws the same number of windows of each user, with its preset's guidance. Classifiers trained on
 the first run's split predict the user of each (identity) and give its Fréchet distance to unseen real windows, divided
-by that between two halves of these (fd ratio). Figures are means over
+by that between two halves of these (fd ratio). Metrics are means over
 --repeats seeds; network calls are those of one batch.
 
 python benchmarks/tokens.py --runs RUN RUN [--per-user 10 --repeats 2]

@@ -123,7 +123,7 @@ def _check_parameters(kernel: Kernel, parameters: dict, known: set[str]) -> None
         if key not in known:
             raise Stop(f"{kernel.notebook} has no parameter {key!r}; there are {', '.join(sorted(known))}")
     if settings and kernel.resume and kernel.notebook[:2] == "02":
-        raise Stop(f"a resumed run has its settings: leave out {settings}, or --resume")
+        raise Stop(f"a resumed run keeps its settings: leave out {settings}, or --resume")
     try:
         run = RunSettings(**settings_of(parameters))
         system = get_system(run.system)

@@ -96,7 +96,7 @@ def kernel(
 @app.command()
 def dataset(
     folder: Annotated[Path, typer.Argument(help="a wheelhouse, or a folder of ID_k/ folders")],
-    name: Annotated[str, typer.Option(help="of the data set on Kaggle, 6 to 50 characters")],
+    name: Annotated[str, typer.Option(help="name of the data set, 6 to 50 characters")],
     owner: Annotated[str, typer.Option(help="Kaggle user name; yours when left out")] = "",
     message: Annotated[str, typer.Option(help="of a new version")] = "new version",
 ):

@@ -41,7 +41,7 @@ Split = Annotated[Path, typer.Option(help="the split the generator was trained w
 Size = Annotated[int, typer.Option(help="side in pixels to which windows are resized for comparison")]
 Colormap = Annotated[str, typer.Option(help="colour map of the real images: auto, or a name such as jet or viridis")]
 Crop = Annotated[str, typer.Option(help="crop of the real images: none, auto, or left,top,right,bottom in pixels")]
-Order = Annotated[str, typer.Option(help="of windows in time: number (in the names), name or time")]
+Order = Annotated[str, typer.Option(help="order of windows: number (in the names), name or time")]
 PresetName = Annotated[str, typer.Option(help="auto (by the GPU), a size, a machine or size@machine")]
 Devices = Annotated[int, typer.Option(min=0, help="number of GPUs to train on, the first of those visible; 0: all")]
 Precision = Annotated[str, typer.Option(help="for codec and prior: fp16, bf16, no or auto; default: the preset's")]
@@ -129,10 +129,8 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="folder to write: people/, the training, and weights/")],
     preset: PresetName = "demo",
     people: Annotated[int, typer.Option(min=2, help="simulated people")] = 300,
-    minutes: Annotated[float, typer.Option(help="of training; the codec takes a quarter")] = 45.0,
-    seed: Annotated[
-        int, typer.Option(min=0, help="of the people; use another seed than in your own simulations")
-    ] = 22000,
+    minutes: Annotated[float, typer.Option(help="training time, a quarter for the codec")] = 45.0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the people; use others in your own simulations")] = 22000,
     devices: Devices = 0,
 ):
     """Pretrain the initial weights of runs (init) on simulated people; run it again to resume."""
@@ -156,7 +154,7 @@ def compare(
     systems: Annotated[str, typer.Option(help="names separated by commas, or all")] = "all",
     preset: PresetName = "auto",
     budget_minutes: Annotated[float, typer.Option(help="training time of each system; 0: the preset's steps")] = 0.0,
-    images_per_user: Annotated[int, typer.Option(help="windows each system generates; 0: the most of any preset")] = 0,
+    images_per_user: Annotated[int, typer.Option(help="generated windows per user; 0: the maximum of the presets")] = 0,
     parameter: Parameters = [],  # noqa: B006
     devices: Devices = 0,
     precision: Precision = "",
@@ -168,7 +166,7 @@ def compare(
     result = mdlib.compare(data, out, systems, preset, budget_minutes, images_per_user, chosen)
     sentences = [answer["sentence"] for answer in result["conclusions"].values() if isinstance(answer, dict)]
     print("\n".join([str(out / "comparison.html"), *sentences]))
-    failed = [name for name, figures in result["systems"].items() if "error" in figures]
+    failed = [name for name, metrics in result["systems"].items() if "error" in metrics]
     if failed:
         raise ValueError(f"not compared: {', '.join(failed)}; the reasons are in {out / 'comparison.html'}")
 
@@ -197,7 +195,7 @@ def study(
 def generate(
     pipeline: Annotated[Path, typer.Option(help="RUN/pipeline")],
     out: Annotated[Path, typer.Option(help="folder to write")],
-    users: Annotated[str, typer.Option(help="1,2,5-8; all users when left out")] = "",
+    users: Annotated[str, typer.Option(help="such as 1,2,5-8; default: all")] = "",
     per_user: Annotated[int, typer.Option(min=1)] = 10,
     seed: int = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -205,7 +203,7 @@ def generate(
     option: Annotated[
         list[str], typer.Option("--option", "-o", help="sampling option of the prior as NAME=VALUE, or speckle=false")
     ] = [],  # noqa: B006
-    weights: Annotated[str, typer.Option(help="of the prior: best or last; default: the run's")] = "",
+    weights: Annotated[str, typer.Option(help="prior weights: best or last; default: the run's")] = "",
     grid: Annotated[bool, typer.Option("--grid", help="also draw grid.png, ten windows in a row")] = False,
 ):
     """Generate windows of given users into ID_k/ folders with a manifest."""
@@ -253,7 +251,7 @@ def validate(
     seeds: Annotated[int, typer.Option(min=2, help="classifiers for each set of training windows")] = 3,
     reference: Annotated[str, typer.Option(help="second classifier: resnet18, none, or auto (on a GPU)")] = "auto",
     backbone: Annotated[
-        str, typer.Option(help="what pretrained classifiers start from: auto (attached, shipped), none, or a folder")
+        str, typer.Option(help="initial weights of pretrained classifiers: auto (attached, shipped), none, or a folder")
     ] = "auto",
     counts: Annotated[str, typer.Option(help="also measure the gain with 5,10,25 generated windows per user")] = "",
     keep: Annotated[str, typer.Option(help="also measure the gain with the fractions 0.5,0.25, by each filter")] = "",
@@ -274,7 +272,7 @@ def check_codec(
     codec: Annotated[Path, typer.Option(help="RUN/codec, or RUN/pipeline/codec after joint training")],
     data: Data,
     split: Annotated[Path | None, typer.Option(help="RUN/split.json: check its validation windows, not all")] = None,
-    out: Annotated[Path | None, typer.Option(help="picture to write: reconstructions and difference maps")] = None,
+    out: Annotated[Path | None, typer.Option(help="image to write: reconstructions and difference maps")] = None,
     colormap: Colormap = "",
     crop: Crop = "",
 ):
@@ -327,7 +325,7 @@ def pair(text: str) -> tuple[str, object]:
 
 
 def _parameters(texts: list[str], precision: str, stored: dict | None = None) -> dict:
-    """The parameters of `texts`; a precision joins the options of codec and prior, given ones or else the `stored`."""
+    """Parse `texts` and add `precision` to the codec and prior options, those given or else the `stored` ones."""
     given = dict(map(pair, texts))
     if precision not in ("", "fp16", "bf16", "no", "auto"):
         raise ValueError(f"precision is fp16, bf16, no (float32) or auto, got {precision!r}")

@@ -93,7 +93,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         here, wanted = tuple(getattr(codec, shape)), tuple(getattr(prior, shape))
         if here != wanted:
             raise DataError(
-                f"prior and codec do not fit: the prior makes {prior.consumes} {wanted}, the codec reads {here}"
+                f"prior and codec do not match: prior {prior.consumes} {wanted}, codec {prior.consumes} {here}"
             )
         self.register_modules(codec=codec, prior=prior, classifier=classifier)
         self.register_to_config(
@@ -261,7 +261,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
         Whole multiples repeat every pixel, as in the recorded files. Other sizes are interpolated before colouring:
         a mean of two colours is no colour of the map.
         """
-        size, pictures = self.config.output_size, []
+        size, found = self.config.output_size, []
         height, width = (size, size) if isinstance(size, int) else size
         whole = height % images.shape[-2] == 0 and width % images.shape[-1] == 0
         for image in to_uint8(images):
@@ -269,8 +269,8 @@ class MicroDopplerPipeline(DiffusionPipeline):
             plain = plain.resize((width, height), Image.NEAREST if whole else Image.BICUBIC)
             if len(image) == 1:
                 plain = Image.fromarray(colorize(np.asarray(plain), self.config.colormap))
-            pictures.append(plain)
-        return pictures
+            found.append(plain)
+        return found
 
     def generate_folder(
         self,
@@ -308,9 +308,9 @@ class MicroDopplerPipeline(DiffusionPipeline):
         return _write_manifest(rows, Path(out))
 
     def _write(self, out: Path, rows: list[dict], images: torch.Tensor) -> None:
-        for row, picture in zip(rows, self.to_pil(images), strict=True):
+        for row, image in zip(rows, self.to_pil(images), strict=True):
             with whole_file(out / row["path"]) as temporary:
-                picture.save(temporary, format="PNG")
+                image.save(temporary, format="PNG")
 
     def _made_by(self, sampling: dict) -> dict:
         """What a window depends on other than its row of the manifest: weights and sampling options, checked."""
@@ -330,7 +330,7 @@ for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
 
 def load_pipeline(path: str | Path, weights: str = "") -> MicroDopplerPipeline:
     """The pipeline of a folder, on the GPU if there is one. weights: "best" or "last" of the prior's training, "" for
-    those that the run uses; DataError where the folder does not hold them."""
+    those that the run uses; DataError if the folder does not hold them."""
     check_choice("weights", weights, WEIGHTS)
     disable_progress_bar()  # of two components
     both = weights == LAST and any(Path(path, "prior").glob(f"*.{LAST}.safetensors"))

@@ -28,7 +28,7 @@ class DataError(ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a notebook's stop button, after which the same call goes on; the message is one line."""
+    """Ctrl-C, or a notebook's stop button, after which the same call continues; the message is one line."""
 
     def _render_traceback_(self) -> list[str]:  # IPython shows it instead of a traceback
         return [f"{self}: run this cell again to resume"]
@@ -36,9 +36,9 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interrupts(act: Callable[[bool], None] | None = None, catch: bool = True):
-    """`with` a list to which interrupts (Ctrl-C) are added. Instead of raising KeyboardInterrupt, an interrupt calls
-    `act` with whether it is the first; without `act` a second one raises. Interrupts keep their effect where `catch` is
-    false, in threads, and where they are handled or ignored already."""
+    """Context manager: yields a list of interrupts (Ctrl-C). An interrupt calls `act(is_first)` instead of raising
+    KeyboardInterrupt; without `act` the second one raises. No effect if `catch` is false, in threads, or if SIGINT is
+    handled or ignored already."""
     seen, usual = [], signal.getsignal(signal.SIGINT)
 
     def note(*_) -> None:
@@ -137,7 +137,7 @@ def readable(path: str | Path, remedy: str):
 
 
 def _damaged(file: Path) -> bool:
-    """Whether a file cannot be read in full; of a kind without a check (.csv) it is."""
+    """Whether a file cannot be read in full; True for kinds without a check (.csv)."""
     try:
         if file.suffix == ".json":
             return not isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
@@ -220,8 +220,8 @@ def best_device() -> str:
 
 
 def use_gpus(number: int) -> None:
-    """Hide all GPUs but the first `number` of the visible ones from this process and those that it starts; 0 leaves all
-    visible, and 1 fits a machine without any. DataError where there are fewer. Called before CUDA is used."""
+    """Limit this process and its children to the first `number` visible GPUs; 0: no limit. 1 is also valid without a
+    GPU. DataError if there are fewer. Call it before CUDA is used."""
     import torch  # slow to import
 
     there = torch.cuda.device_count()

@@ -414,9 +414,9 @@ def test_denoising_and_interpolation_of_tokens_end_at_windows(discrete):
 
 
 def test_what_only_a_prior_that_denoises_can_is_refused_in_one_line(pipeline, diffusion):
-    with pytest.raises(DataError, match="interpolation and .* need a prior that denoises, not TokenPrior"):
+    with pytest.raises(DataError, match="interpolation and .* need a diffusion or flow prior, not TokenPrior"):
         pipeline.interpolate(3, 7)
-    with pytest.raises(DataError, match="pictures of denoising need a prior that denoises"):
+    with pytest.raises(DataError, match="denoising frames need a diffusion or flow prior"):
         pipeline.denoising(3)
     diffusion.classifier = None
     with pytest.raises(DataError, match="classifier_scale needs a classifier, and this pipeline has none"):

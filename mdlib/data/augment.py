@@ -1,4 +1,4 @@
-"""Augmentation that gait allows: whole strides shifted or recombined, small gain and noise. Never a time flip."""
+"""Augmentation that preserves gait: whole strides shifted or recombined, small gain and noise. No time flip."""
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,8 @@ STEPS = 4  # in the width of a window
 
 
 def enlarge(images: torch.Tensor, groups: torch.Tensor, variants: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows uint8 (N, C, H, W), the same shifted by a stride, and `variants` copies of each, recombined within groups
-    (N,), with the row of the window that each stands for: (N·(2 + variants), C, H, W) and (N·(2 + variants),)."""
+    """Windows uint8 (N, C, H, W), shifts of them by one stride, and `variants` copies of each, recombined within groups
+    (N,): (N·(2 + variants), C, H, W); and the source row of each, (N·(2 + variants),)."""
     generator = torch.Generator().manual_seed(seed)
     copies = [images, stride_shift(images, 2)] + [stride_recombine(images, groups, generator) for _ in range(variants)]
     return torch.cat(copies), torch.arange(len(images)).repeat(variants + 2)

@@ -1,5 +1,5 @@
-"""Whether windows are fit to train and evaluate on: the same files twice, images that share columns across the parts of
-a split, and windows that weights have seen. All by content, whatever the names say."""
+"""Checks of windows by content, not by name: identical files, images that overlap across the parts of a split, and
+windows that weights were trained on."""
 
 import hashlib
 import warnings
@@ -26,7 +26,7 @@ def data_fingerprint(found: dict[str, str]) -> str:
 
 
 def check_identical(files: Sequence[WindowFile], found: dict[str, str], split: dict | None = None) -> list[tuple]:
-    """Pairs of paths of identical files; DataError where two are of different users, or in different parts of `split`
+    """Pairs of paths of identical files; DataError if two are of different users, or in different parts of `split`
     or of a folder that is split into train, val and test."""
     part_of = {f.path: f.part for f in files}
     if split:  # spare windows train the classifiers of more real data
@@ -88,7 +88,7 @@ def split_folder(root: str | Path, out: str | Path, reading: dict, folders: str 
 
 
 def check_nearness(parts: dict[str, WindowSet]) -> None:
-    """DataError where test windows share columns with training windows by their images."""
+    """DataError if test windows share columns with training windows by their images."""
     measured = nearness(parts)
     if measured and FEWEST <= (number := int(measured.near.sum())) > LEAK * len(measured.near):
         row = int(measured.likeness.argmax())
@@ -191,7 +191,7 @@ def inspect(root: str | Path, *, order: str = "number", **reading) -> Inspection
             problems.append(str(error))
         if not alike.ordered:
             problems.append(
-                f"{root}: windows show the same steps as others, but not as those with the next number: the file names "
-                "do not give the order in time; give another --order"
+                f"{root}: windows overlap others, but not those with the next number: the file names do not give the "
+                f"order in time; give another --order"
             )
     return Inspection(str(root), found, windows, identical, alike, split, list(dict.fromkeys(problems)))

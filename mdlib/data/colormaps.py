@@ -26,7 +26,7 @@ _YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.
 # JPEG 4:2:0 keeps luma at every pixel and chroma at every fourth, so luma decides and chroma only separates the
 # branches of the map. 4 is the middle of a flat optimum (3 to 5).
 _SCALE = np.array([4.0, 1.0, 1.0])
-# Mean distance (levels of YCbCr) up to which pictures count as drawn with a map. Fine jet structure in a JPEG 4:2:0
+# Mean distance (levels of YCbCr) up to which images count as drawn with a map. Fine jet structure in a JPEG 4:2:0
 # comes to 15 at 256 pixels, 20 at 32; hsv, the nearest foreign map, to 31. Grey has no chroma to blur: magma is 21
 # away.
 COLORMAP_TOLERANCE = {"jet": 26.0, "parula": 26.0, "viridis": 26.0, "grey": 8.0}
@@ -101,10 +101,10 @@ def nearest_colormap(pixels: np.ndarray, *, mode: str = "RGB") -> tuple[str, flo
     return best, distances[best]
 
 
-def recognise_colormap(pictures: np.ndarray, *, mode: str = "RGB") -> str:
-    """The map, not reversed, that pictures (uint8 (N, H, W, 3)) of one set are drawn with; DataError where none fits,
+def recognise_colormap(images: np.ndarray, *, mode: str = "RGB") -> str:
+    """The map, not reversed, that images (uint8 (N, H, W, 3)) of one set are drawn with; DataError if none fits,
     several fit and differ, or the map shows different levels in one colour."""
-    points = _to_ycbcr(_blocks(pictures), mode)
+    points = _to_ycbcr(_blocks(images), mode)
     fits = {name: _Fit(name, points) for name in COLORMAPS}
     # No other map can show so many colours of one of these exactly.
     if not any(fit.distance < 0.5 and fit.span > 150 for fit in fits.values()):
@@ -121,7 +121,7 @@ def recognise_colormap(pictures: np.ndarray, *, mode: str = "RGB") -> str:
 
 def upside_up(images: np.ndarray, colormap: str) -> str:
     """`colormap` or its reverse, `colormap`_r, whichever puts the background of a spectrogram at the low end. images:
-    levels (N, H, W) according to `colormap`. DataError where neither is clear."""
+    levels (N, H, W) according to `colormap`. DataError if neither is clear."""
     score = level_skew(images)
     if abs(score) < LEAST_SKEW:
         either = f"{colormap} or {colormap}_r: neither end is clearly the background"
@@ -174,12 +174,12 @@ def _best(fits: list[_Fit]) -> _Fit:
     return best
 
 
-def _blocks(pictures: np.ndarray, n: int = 400) -> np.ndarray:
-    """Blocks (n, P, C) of neighbouring pixels, at random places of pictures (N, H, W, C)."""
-    count, height, width, channels = pictures.shape
+def _blocks(images: np.ndarray, n: int = 400) -> np.ndarray:
+    """Blocks (n, P, C) of neighbouring pixels, at random places of images (N, H, W, C)."""
+    count, height, width, channels = images.shape
     side = min(8, height, width)  # as in a JPEG
     corners = np.random.default_rng(0).integers(0, (count, height // side, width // side), (n, 3)) * (1, side, side)
-    return np.stack([pictures[i, y : y + side, x : x + side].reshape(-1, channels) for i, y, x in corners])
+    return np.stack([images[i, y : y + side, x : x + side].reshape(-1, channels) for i, y, x in corners])
 
 
 def _to_ycbcr(pixels: np.ndarray, mode: str) -> np.ndarray:

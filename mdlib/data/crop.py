@@ -1,4 +1,4 @@
-"""The plot inside exported figures: borders, axes, titles and colour bars, found over a set of pictures.
+"""The plot inside exported figures: borders, axes, titles and colour bars, found over a set of images.
 
 A box is (left, top, right, bottom) in pixels; its sides are numbered in this order.
 """
@@ -21,14 +21,14 @@ def parse_crop(text: str, width: int, height: int) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
-def find_plot(pictures: np.ndarray, *, lossy: bool) -> tuple[tuple[int, int, int, int], bool] | None:
-    """The box of the plot in pictures of one layout, uint8 (N, H, W) or (N, H, W, C), and whether it is certain; None
-    where the plot fills the pictures. lossy: from a format that blurs colours.
+def find_plot(images: np.ndarray, *, lossy: bool) -> tuple[tuple[int, int, int, int], bool] | None:
+    """The box of the plot in images of one layout, uint8 (N, H, W) or (N, H, W, C), and whether it is certain; None
+    where the plot fills the images. lossy: from a format that blurs colours.
 
     Rows and columns at the edges are removed while they are outside the plot. Those in the plot's own background colour
     can belong to it: only if there are some on both sides, there is a border, and its end is not certain.
     """
-    layout = _Layout(pictures.reshape(*pictures.shape[:3], -1), lossy)
+    layout = _Layout(images.reshape(*images.shape[:3], -1), lossy)
     box = layout.shrink(layout.whole, background=False)
     inner = layout.shrink(box, background=True)
     certain = not (inner[0] > box[0] and inner[2] < box[2])
@@ -46,17 +46,17 @@ def describe_border(box: tuple[int, int, int, int], width: int, height: int) -> 
 
 
 class _Layout:
-    """What the pictures (N, H, W, C) of a set have in common, as masks (H, W)."""
+    """What the images (N, H, W, C) of a set have in common, as masks (H, W)."""
 
-    def __init__(self, pictures: np.ndarray, lossy: bool):
+    def __init__(self, images: np.ndarray, lossy: bool):
         # Luma and chroma of a JPEG waver near an edge; colours of other formats are exact.
-        tolerance = np.array([24, 40, 40])[: pictures.shape[-1]] if lossy else 2
-        usual = np.median(pictures, axis=0).astype(np.int16)
+        tolerance = np.array([24, 40, 40])[: images.shape[-1]] if lossy else 2
+        usual = np.median(images, axis=0).astype(np.int16)
         same = lambda image, colour: (np.abs(image - colour) <= tolerance).all(-1)
         height, width = usual.shape[:2]
         self.whole = (0, 0, width, height)
-        self.fixed = np.mean([same(picture, usual) for picture in pictures], axis=0) >= 0.9  # in nearly all pictures
-        middle = pictures[:, height // 4 : -(height // 4) or None, width // 4 : -(width // 4) or None]
+        self.fixed = np.mean([same(image, usual) for image in images], axis=0) >= 0.9  # in nearly all images
+        middle = images[:, height // 4 : -(height // 4) or None, width // 4 : -(width // 4) or None]
         self.background = self.fixed & same(usual, _most_frequent(middle))
         edges = [_most_frequent(_line(usual, self.whole, side)) for side in range(4)]
         self.margins = [self.fixed & same(usual, colour) for colour in edges]
@@ -72,7 +72,7 @@ class _Layout:
         return tuple(box)
 
     def is_outside(self, box: list[int], side: int, background: bool) -> bool:
-        """Whether the line at a side of the box is outside the plot: the same in nearly all pictures, and mostly in the
+        """Whether the line at a side of the box is outside the plot: the same in nearly all images, and mostly in the
         colour of that edge (a margin, with labels or a title that may vary) or of another one (frame, colour bar)."""
         fixed, margin = _line(self.fixed, box, side), _line(self.margins[side], box, side).mean()
         if (fixed & ~_line(self.background, box, side)).mean() >= 0.8:

@@ -39,7 +39,7 @@ class WindowFile:
 
 @dataclass(frozen=True)
 class Scan:
-    """The windows of a data folder, and the images in it that are none."""
+    """The windows of a data folder, and the ignored images."""
 
     files: tuple[WindowFile, ...]  # by user, condition, recording and window number
     found: int  # images in the folder
@@ -84,7 +84,7 @@ def find_windows(root: str | Path, *, min_users: int = 2, order: str = "number")
     if found.ignored:
         warnings.warn(f"{root}: {found.summary()}", stacklevel=2)
     if lone:
-        message = f"{count(len(lone), 'image')} with a name unlike the others, each a recording of one window"
+        message = f"{count(len(lone), 'image')} with an unusual name, each read as a recording of one window"
         warnings.warn(f"{root}: {message} ({', '.join(lone[:3])})", stacklevel=2)
     return list(found.files)
 
@@ -122,7 +122,7 @@ def scan(root: str | Path, *, order: str = "number", plain: bool = False) -> Sca
     files = sorted(files, key=_PLACE)
     if twins := [f"{root / a.path} and {root / b.path}" for a, b in pairwise(files) if _PLACE(a) == _PLACE(b)]:
         more = f" (and {count(len(twins) - 1, 'more pair')})" if len(twins) > 1 else ""
-        raise DataError(f"{twins[0]}: the same window twice by their names{more}; delete or rename one of them")
+        raise DataError(f"{twins[0]}: both names mean the same window{more}; delete or rename one of them")
     return Scan(tuple(files), len(files) + ignored.total(), tuple((p, n, why) for (p, why), n in ignored.items()))
 
 
@@ -153,7 +153,7 @@ def _images(root: Path) -> Iterator[Path]:
     """The images in and below `root` that are not hidden. A folder that links lead to again is skipped."""
 
     def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); change its rights, or move it away")
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); change its permissions or move it")
 
     seen = set()
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):

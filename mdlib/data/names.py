@@ -20,7 +20,7 @@ _RECORDING_WORD = re.compile(r"(?:rec|recording|session|take|trial|day|run|case|
 
 
 class _Column:
-    """What stands at one place of names that are alike, in each of them."""
+    """The texts at one position of names with the same pattern."""
 
     def __init__(self, kind: str, place: int, around: Sequence[str], texts: list[str]) -> None:
         self.kind, self.texts = kind, texts

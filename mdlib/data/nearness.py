@@ -1,4 +1,4 @@
-"""How near windows are as images: whether two show the same columns of a recording, whatever their names say."""
+"""Image similarity of windows: whether two share columns of a recording, regardless of their names."""
 
 import math
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ ROWS = 40  # windows of a user that are compared with other users': enough for a
 
 
 def residuals(windows: WindowSet, whole: bool = False) -> torch.Tensor:
-    """What a window has of its own, float (N, SIDE, SIDE): without the mean of its user and condition (unless `whole`),
-    without what is smooth, and with equal contrast everywhere. What remains is alike where windows share columns."""
+    """Residuals of windows, float (N, SIDE, SIDE): minus the means of set, user and condition (unless `whole`) and a
+    local mean, with local contrast normalised. They are similar where windows share columns."""
     images = to_float(windows.images).mean(1, keepdim=True)
     images = functional.interpolate(images, size=(SIDE, SIDE), mode="area" if images.shape[-1] > SIDE else "bilinear")
     kinds = ["all"] * len(windows), windows.labels.tolist(), [(file.user, file.condition) for file in windows.files]
@@ -79,7 +79,7 @@ def likeness(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 @dataclass(frozen=True)
 class Levels:
-    """What is usual for the likeness of a window and the most similar one of many."""
+    """Reference values of the similarity of a window and its most similar one."""
 
     apart: float  # median, if all of them show other columns
     apart_high: float  # 95 % quantile, if all of them show other columns

@@ -16,7 +16,7 @@ import torch
 from mdlib.data import colormaps
 from mdlib.data.crop import describe_border, find_plot, parse_crop
 from mdlib.data.files import WindowFile
-from mdlib.data.pictures import Head, Reader, decodable, for_each, read_head
+from mdlib.data.image_files import Head, Reader, decodable, for_each, read_head
 from mdlib.utils import DataError, count, whole_file
 
 _CACHE_VERSION = 4  # raise it when the same files would be read differently
@@ -32,7 +32,7 @@ class Reading:
     shape: tuple[int, int]  # height and width in pixels of what was read: the files, or the plots cropped from them
     bits: int  # of a channel on disk: 1, 8, 16 or 32
     crop: tuple[int, int, int, int] | None  # the box read: left, top, right, bottom in pixels; None: all of it
-    scale: tuple[float, float] | None  # what became 0 and 255, of grey of more than 8 bits
+    scale: tuple[float, float] | None  # values mapped to 0 and 255, for more than 8 bits
     notes: tuple[str, ...]  # what a user should know, one line each; () for an ordinary set
 
 
@@ -93,27 +93,27 @@ def _spread(paths: Sequence[Path], most: int) -> list[Path]:
 
 
 def _common_head(root: Path, files: Sequence[WindowFile]) -> Head:
-    """The header of all files; DataError where they differ in size or bits."""
+    """The header of all files; DataError if they differ in size or bits."""
     heads = for_each(read_head, [root / file.path for file in files])
     forms = [f"{w}x{h} pixels" + f" of {bits} bits" * (bits > 8) for (w, h), bits, _ in heads]
     for file, form in zip(files, forms, strict=True):
         if form != forms[0]:
             first = f"{files[0].path} has {forms[0]}"
-            raise DataError(f"{root}: images differ in size, {first} and {file.path} {form}; export them alike")
+            raise DataError(f"{root}: images differ: {first} and {file.path} {form}; export all in one format")
     return heads[0]
 
 
 def _read_sample(paths: Sequence[Path], reader: Reader) -> tuple[np.ndarray, str]:
-    """Pictures (N, H, W) or (N, H, W, 3) of one mode, and the mode."""
-    pictures, modes = zip(*for_each(reader.pixels, paths), strict=True)
+    """Images (N, H, W) or (N, H, W, 3) of one mode, and the mode."""
+    images, modes = zip(*for_each(reader.pixels, paths), strict=True)
     _check_modes(paths, modes)
     if len(set(modes)) > 1:  # JPEGs among others
         return _read_sample(paths, replace(reader, colormap="none"))
-    return np.stack(pictures), modes[0]
+    return np.stack(images), modes[0]
 
 
 def _check_modes(paths: Sequence[Path], modes: Sequence[str]) -> None:
-    """Raise DataError where some files are grey, and others have colours."""
+    """Raise DataError if some files are grey, and others have colours."""
     names = [{"L": "grey", "A": "transparency"}.get(mode, "colours") for mode in modes]
     for path, name in zip(paths, names, strict=True):
         if name != names[0]:
@@ -132,7 +132,7 @@ def _with_scale(reader: Reader, paths: Sequence[Path], bits: int) -> Reader:
 
 
 def _choose_box(root, files, sample: Sequence[Path], reader: Reader, head: Head, crop: str) -> tuple | None:
-    """The box to read; DataError where the images have a border that was not asked to be cropped."""
+    """The box to read; DataError if the images have a border that was not asked to be cropped."""
     width, height = head.size
     if crop not in ("none", "auto"):
         box = parse_crop(crop, width, height)
@@ -156,30 +156,30 @@ def _choose_box(root, files, sample: Sequence[Path], reader: Reader, head: Head,
 
 
 def _check_users(root: Path, files: Sequence[WindowFile], reader: Reader, head: Head) -> None:
-    """Raise DataError where the images of one user have a border."""
+    """Raise DataError if the images of one user have a border."""
     for user in sorted({file.user for file in files}):
         paths = _spread([root / file.path for file in files if file.user == user], 6)
         if len(paths) > 3 and (found := find_plot(_read_sample(paths, reader)[0], lossy=head.lossy)):
             border = describe_border(found[0], *head.size)
-            raise DataError(f"{root}: the images of ID_{user} have a border of {border}, others not; export them alike")
+            raise DataError(f"{root}: the images of ID_{user} have a border of {border}, others none; export all alike")
 
 
 def _detect_colormap(sample: Sequence[Path], reader: Reader, reversible: bool) -> str:
     """The colour map of a set, from a sample of its files."""
-    pictures, mode = _read_sample(sample, reader)
+    images, mode = _read_sample(sample, reader)
     try:
-        if pictures.ndim == 3:
-            colormap, levels = "grey", pictures
+        if images.ndim == 3:
+            colormap, levels = "grey", images
         else:
-            colormap = colormaps.recognise_colormap(pictures, mode=mode)
-            levels = colormaps.invert_colormap(pictures, colormap, mode=mode)
+            colormap = colormaps.recognise_colormap(images, mode=mode)
+            levels = colormaps.invert_colormap(images, colormap, mode=mode)
         return colormaps.upside_up(levels, colormap) if reversible else colormap
     except DataError as error:
         raise DataError(f"{sample[0]}: {error}") from error
 
 
 def _check_colormap(path: Path, image: np.ndarray, distance: float, reader: Reader, reversible: bool) -> None:
-    """Raise DataError where an image is drawn with another map than its set: a much nearer one, or the reverse."""
+    """Raise DataError if an image is drawn with another map than its set: a much nearer one, or the reverse."""
     other, name = "", reader.colormap.removesuffix("_r")
     if distance:
         pixels, mode = reader.pixels(path)
@@ -201,7 +201,7 @@ def _notes_on_pixels(reader: Reader, head: Head, images: np.ndarray, mode: str) 
         values = "{:g} to {:g}".format(*reader.scale)
         notes.append(f"grey of {head.bits} bits: {values} are read as 0 to 255, in all images")
     if mode == "A":
-        notes.append("the pictures are in the files' transparency: it is read as intensity")
+        notes.append("the images are in the alpha channel, which is read as intensity")
     low, high = np.percentile(_spread(images, 32), (0.1, 99.9))
     if reader.colormap != "none" and high - low < 64:
         notes.append(f"intensities of {low:.0f} to {high:.0f} only, of 0 to 255; they are not rescaled")
@@ -217,12 +217,12 @@ def _notes_on_colours(files, colormap: str, distances: np.ndarray, odd: np.ndarr
     if odd.any():
         names = ", ".join(files[i].path for i in np.flatnonzero(odd)[:3])
         lacks = f"{count(int(odd.sum()), 'image')} with colours that {colormap} lacks ({names})"
-        notes.append(f"{lacks}: axes, a tool bar or a caption in the picture?")
+        notes.append(f"{lacks}: axes, a tool bar or a caption in the image?")
     return notes
 
 
 def hashes(root: str | Path, paths: Iterable[str]) -> dict[str, str]:
-    """16 hex digits over the bytes of each file; paths relative to `root`. DataError where one cannot be read."""
+    """16 hex digits over the bytes of each file; paths relative to `root`. DataError if one cannot be read."""
     paths = list(paths)
     return dict(zip(paths, for_each(_digest, [Path(root, path) for path in paths]), strict=True))
 

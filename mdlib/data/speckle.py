@@ -1,9 +1,9 @@
-"""Speckle, the grain of real windows, for images that lack it: a codec returns the expectation.
+"""Add the speckle of real windows to codec outputs, which are smooth expectations.
 
 The power of a moving body's spectrogram is a smooth density times random speckle (Goodman 2007, "Speckle Phenomena in
 Optics"), correlated as the window and hop of the short-time Fourier transform correlate it. In dB its deviation is
 constant where many scatterers move independently. It is smaller on the steady trunk, and the display clips both ends.
-So its distribution is measured: which intensities real windows have where the smooth image has a given one.
+So its distribution is measured: the intensities of real windows given that of the smooth image.
 """
 
 from collections.abc import Iterable

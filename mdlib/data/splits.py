@@ -1,4 +1,4 @@
-"""Split windows by recording and time, so that overlapping neighbours never stand in two parts."""
+"""Split windows by recording and time, so that no windows of different parts overlap."""
 
 import json
 import os
@@ -43,8 +43,8 @@ def make_split(
             nothing with the one four numbers later.
         windows_per_user: number of training windows per user, evenly spaced over all of the user's; val and test do
             not depend on it.
-        unrecorded: condition → users whose windows in it all go to test, as if there were none to train on: what a
-            generator makes of them can then be compared with real ones.
+        unrecorded: condition → users whose windows in it all go to test, as if never recorded, so that generated
+        windows can be compared with real ones.
         fold: of cross-validation, 0 to `folds(test)` − 1: the timeline of each recording is rotated by `fold` test
             blocks before it is cut. Over all folds nearly every window is tested once.
 
@@ -108,7 +108,7 @@ def make_split(
 
 
 def folds(test: float = 0.25) -> int:
-    """Number of folds with tests that hardly meet: as many blocks of the fraction `test` as fit into a recording."""
+    """Number of folds with nearly disjoint test sets: blocks of the fraction `test` that fit into a recording."""
     return int(1 / test + 1e-9)
 
 
@@ -284,7 +284,7 @@ def _part(windows: WindowSet, split: dict, part: str) -> WindowSet:
 def describe_training(split: dict) -> str:
     """How a split's training windows were chosen, in words."""
     each = split.get("windows_per_user")
-    return f"{each} per user, evenly spaced" if each else "all that the split gives to training"
+    return f"{each} per user, evenly spaced" if each else "all training windows of the split"
 
 
 def split_summary(split: dict) -> str:

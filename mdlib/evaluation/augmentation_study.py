@@ -28,7 +28,7 @@ from mdlib.evaluation.evidence import (
     train_each,
 )
 from mdlib.evaluation.filters import keep_best, keep_plausible, scores
-from mdlib.evaluation.metrics import absent, figure, missing, paired_gain, scored
+from mdlib.evaluation.metrics import absent, metric, missing, paired_gain, scored
 from mdlib.models.classifier import Classifier, ResNet18, SmallCNN
 from mdlib.utils import DataError, best_device
 
@@ -52,8 +52,8 @@ class Arms:
 
 
 def unseen_classifiers(evidence: Evidence, protocol: Protocol, folder=None) -> list[SmallCNN]:
-    """Classifiers of validation and test windows. The generator's training windows, which generated ones imitate, are
-    new to them; `folder` saves them for other runs on the same split."""
+    """Classifiers trained on validation and test windows; the generator's training windows are unseen to them. `folder`
+    caches the classifiers for other runs on the same split."""
     return list(train_each(_jobs(evidence.unseen, protocol, folder), "classifiers of unseen windows"))
 
 
@@ -182,7 +182,7 @@ def _filtered(evidence: Evidence, protocol: Protocol) -> dict[tuple[str, float],
         for name, score in scores(generated, classifier).items()
         for fraction in protocol.keep
     }
-    if train.images.shape[1] == 1:  # gait is read off intensities
+    if train.images.shape[1] == 1:  # gait is measured from intensities
         mask = keep_plausible(generated, train)
         masks["kinematics", float(mask.mean())] = mask
     return {name: generated.select(torch.from_numpy(mask)) for name, mask in masks.items() if mask.any()}
@@ -228,7 +228,7 @@ def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Correctness of every arm's classifiers on the N test windows of one or more folds: the basis of all figures."""
+    """Correctness of every arm's classifiers on the N test windows of one or more folds: the basis of all metrics."""
 
     correct: dict[str, np.ndarray]  # by arm, real_only and real_plus_generated among them: (seeds, N) bool
     blocks: np.ndarray  # (N,), for intervals
@@ -269,8 +269,8 @@ def joined(folds: Sequence[Outcomes]) -> Outcomes:
 
 
 def compared(outcomes: Outcomes, per_user: float, no_more: str, num_users: int) -> dict:
-    """Every arm's accuracy, and gains of one arm over another. per_user: windows in real_only; no_more: why there is no
-    arm with more of them, where there is none; num_users: that the classifiers know."""
+    """Every arm's accuracy, and gains of one arm over another. per_user: windows in real_only; no_more: reason
+    if no arm has more real windows; num_users: of the classifiers."""
     correct, blocks, each = outcomes.correct, outcomes.blocks, []
     more = any(name.startswith("real_x") for name in correct)
     no_x2 = "not requested: add 2 to multiples" if more else no_more
@@ -322,7 +322,7 @@ def _equivalent(arm: np.ndarray, correct: dict, blocks: np.ndarray, per_user: fl
     arms = np.stack([arm, correct["real_only"], *(correct[f"real_x{factor}"] for factor in factors)])
     measured = metrics.equivalent_count(counts, arms.mean((1, 2))[None])[0]
     likely = metrics.interval(metrics.equivalent_count(counts, metrics.paired_bootstrap(arms, blocks)))
-    return {**figure(float(measured), len(blocks), likely), "between": [float(counts[0]), float(counts[-1])]}
+    return {**metric(float(measured), len(blocks), likely), "between": [float(counts[0]), float(counts[-1])]}
 
 
 def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:

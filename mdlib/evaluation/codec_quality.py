@@ -17,8 +17,8 @@ FAR_MEAN, FAR_STD = 0.5, (0.5, 2.0)  # latents beyond these were normalised with
 
 @torch.no_grad()
 def check_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict:
-    """A codec's figures on uint8 images (N, C, H, W) and labels (N,), preferably unseen ones: psnr_db and psnr_db_worst
-    (of one window), ssim, lpips (None without its weights, then lpips_reason), latents (see `latent_figures`), n, and
+    """A codec's metrics on uint8 images (N, C, H, W) and labels (N,), preferably unseen ones: psnr_db and psnr_db_worst
+    (of one window), ssim, lpips (None without its weights, then lpips_reason), latents (see `latent_metrics`), n, and
     verdict: one sentence."""
     wanted = (codec.config.in_channels, codec.config.image_size, codec.config.image_size)
     if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted or not len(images):
@@ -40,13 +40,13 @@ def check_codec(codec: torch.nn.Module, images: torch.Tensor, labels: torch.Tens
         "psnr_db_worst": float(each.min()),
         "ssim": float(ssim(decoded, real).mean()),
         **perceptual,
-        "latents": latent_figures(latents),
+        "latents": latent_metrics(latents),
         "n": len(images),
     }
     return found | {"verdict": _verdict(found)}
 
 
-def latent_figures(latents: torch.Tensor) -> dict:
+def latent_metrics(latents: torch.Tensor) -> dict:
     """Mean and std of each channel of latents (N, D, h, w), min, max, and beyond_4_sigma: the fraction of values more
     than four standard deviations from their channel's mean (6·10⁻⁵ for a Gaussian)."""
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -61,7 +61,7 @@ def latent_figures(latents: torch.Tensor) -> dict:
 
 
 def find_lpips(device: torch.device | str) -> torch.nn.Module:
-    """LPIPS; FileNotFoundError where its weights are not on this machine: they are not downloaded for a figure."""
+    """LPIPS; FileNotFoundError if its weights are not on this machine: they are not downloaded for a metric."""
     weights = checkpoint(LPIPS_BACKBONES["squeeze"])
     if not weights.exists():
         raise FileNotFoundError(f"{weights.name} is not on this machine: run python -m mdlib fetch lpips")

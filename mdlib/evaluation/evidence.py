@@ -37,7 +37,7 @@ FOLDS = 3  # of users, each held out in one
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much work the evaluation does."""
+    """Settings of the evaluation."""
 
     evaluation_steps: int = 400  # optimizer steps of each classifier
     seeds: int = 3  # classifiers per arm

@@ -15,7 +15,7 @@ from mdlib.evaluation import metrics
 from mdlib.evaluation.augmentation_study import Arms
 from mdlib.evaluation.codec_quality import find_lpips
 from mdlib.evaluation.evidence import COMPARED, Evidence, alike, compared_sets
-from mdlib.evaluation.metrics import absent, figure, missing, over_users
+from mdlib.evaluation.metrics import absent, metric, missing, over_users
 from mdlib.models.classifier import SmallCNN, features
 from mdlib.models.layers import parts
 from mdlib.models.pretrained import load_inception
@@ -67,15 +67,15 @@ def _distances(sets: dict[str, WindowSet], each: list[dict[str, torch.Tensor]]) 
     found = {name: {} for name in ("fd", *DISTANCES)}
     for key, (one, other) in COMPARED.items():
         pairs = [(own[one][rows[one]], own[other][rows[other]]) for own in each for rows in draws]
-        figures = [metrics.manifold_figures(second, first, k) for first, second in pairs]
-        for values, pair in zip(figures, pairs, strict=True):
+        manifolds = [metrics.manifold_metrics(second, first, k) for first, second in pairs]
+        for values, pair in zip(manifolds, pairs, strict=True):
             values |= {"fd": metrics.frechet_distance(*pair), "kid": metrics.kernel_distance(*pair)}
         for name, means in found.items():
-            means[key] = float(np.mean([values[name] for values in figures]))
+            means[key] = float(np.mean([values[name] for values in manifolds]))
     fd = found.pop("fd")
     return {
-        **{FRECHET[key]: figure(value, n) for key, value in fd.items()},
-        "fd_ratio": figure(fd["value"] / max(fd["real_vs_real"], 1e-9), n),
+        **{FRECHET[key]: metric(value, n) for key, value in fd.items()},
+        "fd_ratio": metric(fd["value"] / max(fd["real_vs_real"], 1e-9), n),
         **{name: {**values, "n": n} for name, values in found.items()},
     }
 
@@ -133,7 +133,7 @@ def _inception_score(classifiers: list[SmallCNN], sets: dict[str, WindowSet]) ->
     if not n:
         return absent("no user has both generated and unseen windows")
     of = lambda name: [metrics.inception_score(one.probabilities(sets[name].images[rows[name]])) for one in classifiers]
-    return {**figure(float(np.mean(of("generated"))), n), "real": float(np.mean(of("unseen")))}
+    return {**metric(float(np.mean(of("generated"))), n), "real": float(np.mean(of("unseen")))}
 
 
 @torch.no_grad()
@@ -224,7 +224,7 @@ def _spectrum(images: torch.Tensor) -> torch.Tensor:
 
 
 def _kolmogorov(sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
-    """Of features and labels, as many of a user in all sets: the statistic grows when they are fewer."""
+    """The metric ks of (features, labels), with equally many rows per user, as it depends on n."""
     of = lambda name, user: sets[name][0][sets[name][1] == user]
     users = [user for user in np.unique(sets["unseen"][1]) if len(of("unseen", user)) > 1]
     if not users:
@@ -251,8 +251,8 @@ def _mahalanobis(sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
     generated, real = distance(apart("generated")), distance(apart("second"))
     low, high = np.quantile(real, [0.05, 0.95])
     return {
-        "mahalanobis": {**figure(float(generated.mean()), len(generated)), "real": float(real.mean())},
-        "typical": figure(float(((generated >= low) & (generated <= high)).mean()), len(generated)),
+        "mahalanobis": {**metric(float(generated.mean()), len(generated)), "real": float(real.mean())},
+        "typical": metric(float(((generated >= low) & (generated <= high)).mean()), len(generated)),
     }
 
 
@@ -264,4 +264,4 @@ def _silhouette(sets: dict[str, tuple[np.ndarray, np.ndarray]], scale: np.ndarra
         if not 1 < len(np.unique(labels)) < len(labels):
             return absent("too few windows per user")
         value[name] = float(silhouette_score(found / scale, labels))
-    return {**figure(value["generated"], len(labels)), "real": value["unseen"]}
+    return {**metric(value["generated"], len(labels)), "real": value["unseen"]}

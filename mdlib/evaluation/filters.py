@@ -40,7 +40,7 @@ def keep_best(windows: WindowSet, score: np.ndarray, fraction: float) -> np.ndar
 
 def keep_plausible(windows: WindowSet, train: WindowSet) -> np.ndarray:
     """bool (N,): plausible windows whose SIFTED metrics lie within the range of the user's training windows. A metric
-    that cannot be read off a window does not remove it."""
+    that cannot be measured from a window does not remove it."""
     found, known = gait_metrics.measure(windows), gait_metrics.measure(train)
     of_users = known.groupby("label")[SIFTED]
     enough = of_users.count() > 2

@@ -1,4 +1,4 @@
-"""Gait physics read off windows: does a generated window move like its user?
+"""Gait metrics of windows: does a generated window move like its user?
 
 Envelopes after van Dorp & Groen, IET Radar Sonar Navig. 2 (2008); bandwidth after Kim & Ling, IEEE TGRS 47 (2009);
 asymmetry after Seifert, Amin & Zoubir, IEEE TBME 66 (2019). Windows carry no axes, see docs/evaluation.md.
@@ -17,7 +17,7 @@ STEP_S = (0.28, 1.10)  # shortest and longest duration of a step, s
 WINDOW_S = 4 * 0.58  # nominal length of a window, s
 VELOCITIES = (-0.922568922328, 3.866937823376)  # nominal edges of a window, m/s: the simulated radar's
 CHUNK = 16  # windows measured at once: at 256 px more would take gigabytes
-FIGURES = {  # of the report: the metric that `read` returns, and its unit
+METRICS = {  # of the report: the metric that `read` returns, and its unit
     "torso_speed": ("v_torso", "m/s"),
     "cadence": ("f_step", "relative steps/s"),
     "step_length": ("step_len", "relative m"),
@@ -27,7 +27,7 @@ FIGURES = {  # of the report: the metric that `read` returns, and its unit
     "bandwidth": ("bw_total", "m/s"),
     "left_right_asymmetry": ("asym_v", ""),
 }
-NAMES = (*list(FIGURES)[:4], "envelopes", *list(FIGURES)[4:], "plausible")
+NAMES = (*list(METRICS)[:4], "envelopes", *list(METRICS)[4:], "plausible")
 GATES = {"foot_ratio": (2.4, 5.0), "acf_step": (0.15, np.inf), "e_outside": (-np.inf, 0.02)}  # range of a walking adult
 DRAWS = 8  # samples of equally many windows of each set
 SPREAD = (5, 25, 50, 75, 95)  # percentiles of a user's windows
@@ -42,23 +42,23 @@ def physics(evidence: Evidence) -> dict:
 
 
 def measure(windows: WindowSet) -> pd.DataFrame:
-    """Gait of intensity windows of 8 × 8 pixels or more, the top row the highest velocity. A row a window: FIGURES (NaN
+    """Gait of intensity windows of 8 × 8 pixels or more, the top row the highest velocity. A row a window: METRICS (NaN
     where it cannot be read), plausible (within all GATES) and label."""
     channels, rows, columns = windows.images.shape[1:]
     if channels != 1:
-        raise ValueError(f"windows of {channels} channels: gait is read off intensities, load them with channels=1")
+        raise ValueError(f"windows of {channels} channels: gait needs intensities, load them with channels=1")
     if not len(windows):
-        return pd.DataFrame(columns=[*FIGURES, "plausible", "label"])
+        return pd.DataFrame(columns=[*METRICS, "plausible", "label"])
     axis, images = image_axis(rows), windows.images[:, 0].numpy()
     parts = [read(images[i : i + CHUNK] / 255, axis, WINDOW_S / columns) for i in range(0, len(images), CHUNK)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     found["asym_v"] = np.abs(found["asym_v"])  # which foot comes first is unknown
-    frame = pd.DataFrame({name: found[metric] for name, (metric, _) in FIGURES.items()})
+    frame = pd.DataFrame({name: found[metric] for name, (metric, _) in METRICS.items()})
     return frame.assign(plausible=plausible(found), label=windows.labels.numpy())
 
 
 def of_user(gaits: pd.DataFrame, name: str, label: int) -> np.ndarray:
-    """The values of one figure that could be read off a user's windows."""
+    """The values of one metric that could be measured from a user's windows."""
     return gaits.loc[gaits["label"] == label, name].dropna().to_numpy()
 
 
@@ -69,9 +69,9 @@ def image_axis(rows: int) -> np.ndarray:
 
 
 def compare(sets: dict[str, pd.DataFrame], num_users: int) -> dict:
-    """The figures NAMES of the sets generated, unseen, train, first and second (see `evidence.COMPARED`), with as many
+    """The metrics NAMES of the sets generated, unseen, train, first and second (see `evidence.COMPARED`), with as many
     windows of a user in all of them; see docs/evaluation.md."""
-    found = {name: _figure(name, sets, num_users) for name in FIGURES}
+    found = {name: _metric(name, sets, num_users) for name in METRICS}
     found["envelopes"] = _mean(found["upper_envelope"], found["lower_envelope"])
     inside, real = (sets[part]["plausible"].to_numpy(float) for part in ("generated", "unseen"))
     more = {"real": float(real.mean()), "gates": list(GATES)}
@@ -79,7 +79,7 @@ def compare(sets: dict[str, pd.DataFrame], num_users: int) -> dict:
     return {name: found[name] for name in NAMES}
 
 
-def _figure(name: str, sets: dict[str, pd.DataFrame], num_users: int) -> dict:
+def _metric(name: str, sets: dict[str, pd.DataFrame], num_users: int) -> dict:
     own = [{part: of_user(gaits, name, label) for part, gaits in sets.items()} for label in range(num_users)]
     least = [min(len(values) for values in user.values()) for user in own]
     if not any(least):
@@ -92,7 +92,7 @@ def _figure(name: str, sets: dict[str, pd.DataFrame], num_users: int) -> dict:
     return {
         **over_users(each[:, 0]),
         **found,
-        "unit": FIGURES[name][1],
+        "unit": METRICS[name][1],
         "n": sum(least),
         "ratio": found["value"] / found["real_vs_real"] if found["real_vs_real"] else None,
         "user_correlation": _correlation(means["generated"], means["unseen"]),

@@ -14,12 +14,12 @@ from sklearn.metrics import roc_curve
 from torch import nn
 
 from mdlib.data.files import UNKNOWN
-from mdlib.data.pictures import Reader
+from mdlib.data.image_files import Reader
 from mdlib.data.reading import hashes
 from mdlib.data.windows import WindowSet, load_windows, to_uint8
 from mdlib.evaluation.augmentation_study import Arms, chosen_arm, mixed
 from mdlib.evaluation.evidence import FOLDS, Evidence, Protocol, train_each
-from mdlib.evaluation.metrics import absent, bootstrapped, equal_error_rate, figure
+from mdlib.evaluation.metrics import absent, bootstrapped, equal_error_rate, metric
 from mdlib.models.classifier import SmallCNN
 from mdlib.utils import DataError, best_device, count, read_json, readable, whole_file
 
@@ -29,13 +29,13 @@ REMEDY = "restore it, or write the identifier again (run --from 06)"
 
 
 class Identifier(ModelMixin, ConfigMixin):
-    """Classifiers that differ in their seed; P(user) is the mean of theirs.
+    """An ensemble of classifiers with different seeds, averaged to P(user).
 
     Args:
         users: the label map: users[label] is the k of folder ID_k.
         ensemble: number of classifiers, `SmallCNN(len(users), channels, **network)`.
         image_size: side in pixels to which windows are reduced.
-        colormap: of the pictures that it was trained on; "none" with 3 channels.
+        colormap: of the images that it was trained on; "none" with 3 channels.
         reading: colormap, crop, order and scale for new folders, options of `load_windows`.
         arm: the set of training windows, see docs/evaluation.md.
         validation_accuracy: on the windows that chose the arm.
@@ -87,7 +87,7 @@ class Identifier(ModelMixin, ConfigMixin):
 
     def forward(self, images: torch.Tensor | list[Image.Image]) -> torch.Tensor:
         """P(user) (N, users) of windows of any size: uint8, or floating point in [−1, 1], (N, channels, H, W); or a
-        list of pictures, coloured as the training windows."""
+        list of images, coloured as the training windows."""
         channels, colormap = self.config.channels, self.config.colormap
         if isinstance(images, torch.Tensor):
             if images.ndim != 4 or images.shape[1] != channels:
@@ -96,7 +96,7 @@ class Identifier(ModelMixin, ConfigMixin):
             pixels, colormap = (images[:, 0], "grey") if channels == 1 else (np.moveaxis(images, 1, 3), "none")
         else:
             if deep := {one.mode for one in images} & {"I;16", "I;16B", "I", "F"}:
-                raise DataError(f"pictures of mode {min(deep)} have no range of their own: identify their folder")
+                raise DataError(f"images of mode {min(deep)} have no fixed value range: identify their folder")
             pixels = [np.asarray(one.convert("L" if one.mode in ("1", "L") else "RGB")) for one in images]
         reader = Reader(self.config.image_size, colormap)
         windows = [torch.tensor(reader.reduced(one)) for one in pixels]
@@ -141,23 +141,23 @@ def best_identifier(
         sure = every["probability"][_right(every)]
         limit[name] = absent(NO_THRESHOLD) | {"value": 0.0}
         if len(sure) and limit["equal_error_rate"]["value"] is not None:
-            limit[name] = figure(lower_limit(sure.to_numpy()), len(sure))
+            limit[name] = metric(lower_limit(sure.to_numpy()), len(sure))
     rates = {name: found["value"] for name, found in limit.items()}
     identifier.threshold, identifier.recording_threshold = rates["threshold"], rates["recording_threshold"]
     accuracy = float(_right(table).mean())
     identifier.register_to_config(validation_accuracy=accuracy, **rates)
     return identifier, {
         "arm": arm,
-        "validation_accuracy": figure(accuracy, len(table)),
+        "validation_accuracy": metric(accuracy, len(table)),
         "accuracy": bootstrapped(of_test, evidence.blocks),
-        "recording_accuracy": figure(float(of_recordings.mean()), len(of_recordings)),
+        "recording_accuracy": metric(float(of_recordings.mean()), len(of_recordings)),
         **limit,
     }
 
 
 def lower_limit(probabilities: np.ndarray) -> float:
-    """The probability below which 5 % of further correct answers are expected, from those of some (N,): their quantile;
-    for fewer than twenty, which have none, Student's prediction limit for their logits; 0 for a single one."""
+    """The probability below which 5 % of further correct predictions are expected, given some (N,): the 5 % quantile;
+    with fewer than twenty, Student's prediction limit of the logits; with one, 0."""
     count = len(probabilities)
     if count >= 1 / FALSE_REJECTION:
         return float(np.quantile(probabilities, FALSE_REJECTION, method="lower"))
@@ -175,7 +175,7 @@ def _right(table: pd.DataFrame) -> pd.Series:
 def stranger_rates(
     train: WindowSet, val: WindowSet, protocol: Protocol, folder: str | Path | None = None, backbone: str = ""
 ) -> dict:
-    """false_acceptance, false_rejection and equal_error_rate, as figures, by people whom classifiers do not know.
+    """false_acceptance, false_rejection and equal_error_rate, as metrics, by people whom classifiers do not know.
 
     Each user is held out in one of three folds. A classifier of the other users' training windows gives each validation
     window its largest P(user): those of held-out users are impostors, and those of the other users that are
@@ -200,9 +200,9 @@ def stranger_rates(
     false, true, _ = roc_curve(genuine, scores, drop_intermediate=False)
     place, of_genuine = (true >= 1 - FALSE_REJECTION).argmax(), sum(genuine)
     return {
-        "equal_error_rate": figure(equal_error_rate(false, true), len(scores)),
-        "false_acceptance": figure(float(false[place]), len(scores) - of_genuine),
-        "false_rejection": figure(float(1 - true[place]), of_genuine),
+        "equal_error_rate": metric(equal_error_rate(false, true), len(scores)),
+        "false_acceptance": metric(float(false[place]), len(scores) - of_genuine),
+        "false_rejection": metric(float(1 - true[place]), of_genuine),
     }
 
 

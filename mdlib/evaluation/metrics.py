@@ -1,4 +1,4 @@
-"""Figures and their 95 % intervals by bootstraps over blocks of windows, seeds or users; and the formulas of images,
+"""Metrics and their 95 % intervals by bootstraps over blocks of windows, seeds or users; and the formulas of images,
 tokens, features and probabilities."""
 
 import numpy as np
@@ -13,12 +13,12 @@ DISTINCTIVE_RATIO = 1.5  # a distinctive code is this many times as frequent in 
 SIDE = 32  # pixels a side at which windows are compared with training windows: speckle is finer
 
 
-def figure(value: float, n: int, ci95: list[float] | None = None) -> dict:
+def metric(value: float, n: int, ci95: list[float] | None = None) -> dict:
     return {"value": value, "n": n} | ({"ci95": ci95} if ci95 else {})
 
 
 def absent(reason: str) -> dict:
-    """A figure that was not measured."""
+    """A metric that was not measured."""
     return {"value": None, "reason": reason}
 
 
@@ -36,14 +36,14 @@ def over_users(values: np.ndarray) -> dict:
     over so few would be too narrow."""
     count, mean = len(values), float(np.mean(values))
     if count < 3:
-        return figure(mean, count)
+        return metric(mean, count)
     reach = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5)
-    return figure(mean, count, [mean - reach, mean + reach])
+    return metric(mean, count, [mean - reach, mean + reach])
 
 
 def scored(correct: np.ndarray, blocks: np.ndarray) -> dict:
     """Accuracy of classifiers whose correctness is (seeds, N); the interval resamples seeds and blocks of windows."""
-    return figure(float(correct.mean()), correct.shape[1], interval(paired_bootstrap(correct[None], blocks)[:, 0]))
+    return metric(float(correct.mean()), correct.shape[1], interval(paired_bootstrap(correct[None], blocks)[:, 0]))
 
 
 def paired_gain(first: np.ndarray, second: np.ndarray, blocks: np.ndarray) -> dict:
@@ -103,7 +103,7 @@ def code_counts(tokens: torch.Tensor, labels: torch.Tensor, num_codes: int, num_
     return torch.bincount(cell.flatten(), minlength=num_users * num_codes).view(num_users, num_codes)
 
 
-def codebook_figures(counts: torch.Tensor, images_per_user: torch.Tensor) -> dict[str, float]:
+def codebook_metrics(counts: torch.Tensor, images_per_user: torch.Tensor) -> dict[str, float]:
     """Use of a codebook from counts (num_users, num_codes) and windows per user (num_users,), see
     docs/evaluation.md."""
     total = counts.sum(0).double()
@@ -157,7 +157,7 @@ def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(poly_mmd(first.double(), second.double()))
 
 
-def manifold_figures(real: torch.Tensor, generated: torch.Tensor, k: int) -> dict[str, float]:
+def manifold_metrics(real: torch.Tensor, generated: torch.Tensor, k: int) -> dict[str, float]:
     """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D) and
     (M, D), with balls that reach to the k-th neighbour within each set."""
     between = torch.cdist(real, generated)  # (N, M)

@@ -1,6 +1,6 @@
-"""The evaluation protocol: real and generated windows in, the report out. docs/evaluation.md defines its figures.
+"""The evaluation protocol: computes the report of generated windows. docs/evaluation.md defines the metrics.
 
-Figures of whole sets (Fréchet distance, precision, silhouette, ratios of medians, codes used …) have no interval,
+Metrics of whole sets (Fréchet distance, precision, silhouette, ratios of medians, codes used …) have no interval,
 because resampling windows would bias them.
 """
 
@@ -32,7 +32,7 @@ from mdlib.evaluation.evidence import (
 from mdlib.evaluation.fidelity import fidelity, statistics
 from mdlib.evaluation.gait_metrics import physics
 from mdlib.evaluation.identifier import best_identifier
-from mdlib.evaluation.metrics import absent, bootstrapped, figure, interval, missing, scored
+from mdlib.evaluation.metrics import absent, bootstrapped, interval, metric, missing, scored
 from mdlib.models.classifier import Embedder, SmallCNN, features
 from mdlib.training.latents import encode_all
 
@@ -110,7 +110,7 @@ def reconstruction(evidence: Evidence, arms: study.Arms) -> dict:
 
 
 def other_label(evidence: Evidence, arms: study.Arms) -> dict:
-    """Figures of a conditional codec that is given a wrong user. If its output is often classified as that user, the
+    """Metrics of a conditional codec that is given a wrong user. If its output is often classified as that user, the
     identity comes from the label, and a good reconstruction does not show that the latents retain it."""
     codec, test = evidence.codec, evidence.test
     if not codec.conditional:
@@ -130,8 +130,8 @@ def codebook(evidence: Evidence) -> dict:
         return missing(*names, reason="no codec was given" if codec is None else "this codec has no codebook")
     tokens = encode_all(codec, unseen.images, "tokens")
     counts = metrics.code_counts(tokens, unseen.labels, codec.num_codes, unseen.num_users)
-    figures = metrics.codebook_figures(counts, torch.bincount(unseen.labels, minlength=unseen.num_users))
-    return {name: figure(figures[name], len(unseen)) for name in names} | {"counts": counts.sum(0).tolist()}
+    found = metrics.codebook_metrics(counts, torch.bincount(unseen.labels, minlength=unseen.num_users))
+    return {name: metric(found[name], len(unseen)) for name in names} | {"counts": counts.sum(0).tolist()}
 
 
 def identity(evidence: Evidence, classifiers: list[SmallCNN]) -> dict:
@@ -150,7 +150,7 @@ def identity(evidence: Evidence, classifiers: list[SmallCNN]) -> dict:
     return {
         "accuracy": scored(correct, np.arange(len(generated))),
         "classifier_accuracy": scored(own, chance_blocks(train, evidence.gap)),
-        "control_ratio": figure(metrics.control_ratio(probabilities.mean(0), generated.labels), len(generated)),
+        "control_ratio": metric(metrics.control_ratio(probabilities.mean(0), generated.labels), len(generated)),
         "confusion": confusion_matrix(*every, labels=range(users), normalize="true").tolist(),
         "per_user": per_user,
     }
@@ -194,7 +194,7 @@ def verification(evidence: Evidence, protocol: Protocol, folder: str | Path | No
         draws = resampled(of_folds)
         low, high = np.percentile(draws[:, 1:], [2.5, 97.5], axis=0).tolist()
         curves.append({"probes": name, "false": RATES.tolist(), "true": true, "low": low, "high": high})
-        errors[name] = figure(error, sum(int(one.genuine.sum()) for one in of_folds), interval(draws[:, 0]))
+        errors[name] = metric(error, sum(int(one.genuine.sum()) for one in of_folds), interval(draws[:, 0]))
     of_real = {"real": errors["real"]["value"], "real_ci95": errors["real"]["ci95"]}
     return {"verification_eer": {**errors["generated"], **of_real}, "roc": curves}
 
@@ -257,7 +257,7 @@ def memorisation(evidence: Evidence) -> dict:
     labels, size = evidence.generated.labels.numpy(), len(evidence.test)
     per_user = [(user, copies[labels == k]) for k, user in enumerate(evidence.generated.users)]
     return {
-        "nearest_train_ratio": figure(float(generated.median() / typical), len(generated)),
+        "nearest_train_ratio": metric(float(generated.median() / typical), len(generated)),
         "copies": bootstrapped(copies, np.arange(len(generated))),
         # For further real windows: this quantile of a small sample lies above that of the distribution.
         "copies_expected": (1 + COPY_QUANTILE * (size - 1)) / (size + 1),
@@ -310,11 +310,11 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     if (best["value"] - 1 / users) / (1 - 1 / users) < NEAR_CHANCE:
         reached = f"even the best setup reaches {after}" if pretrained else f"real windows alone reach {before}"
         sentence = (
-            f"Too early to say: {reached}, where chance is {100 / users:.1f} % ({users} users); train the classifiers "
+            f"Inconclusive: {reached}, where chance is {100 / users:.1f} % ({users} users); train the classifiers "
             f"longer or give more real windows. {sentence}"
         )
     if augmentation["blocks"] < FEW_BLOCKS:
-        sentence += f" The test has {augmentation['blocks']} independent stretches, too few for a reliable interval."
+        sentence += f" Only {augmentation['blocks']} independent blocks of test windows: the interval is unreliable."
     others, reference = (augmentation.get(name, {}) for name in ("gain_other_users", "resnet18_gain"))
     excludes_zero = others.get("ci95") and not others["ci95"][0] <= 0 <= others["ci95"][1]
     if pretrained:
@@ -331,7 +331,7 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     if leak:
         sentence += (
             f" {100 * leak:.2g} % of the test windows overlap a training window: accuracies are too high, and copies "
-            "of training windows look like help."
+            "of training windows count as gain."
         )
     if copied > COPIED:
         sentence += f" {100 * copied:.2g} % of the generated windows are copies of training windows."

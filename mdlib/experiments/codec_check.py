@@ -10,16 +10,16 @@ from mdlib.reports import plots
 from mdlib.systems import load_codec
 from mdlib.utils import DataError, best_device, readable, to_float
 
-SHOWN = 8  # windows in the picture
+SHOWN = 8  # windows in the image
 
 
 def check_codec_folder(
     folder: str | Path, data: str | Path, out: str | Path | None = None, split: str | Path | None = None, **reading: str
 ) -> dict:
-    """`check_codec` of the codec/ folder of a run on the windows of a data folder; returns its figures.
+    """`check_codec` of the codec/ folder of a run on the windows of a data folder; returns its metrics.
 
     Args:
-        out: file for a picture of windows, their reconstructions and the differences; None draws none.
+        out: file for a image of windows, their reconstructions and the differences; None draws none.
         split: a split file, whose validation windows are checked; None checks all windows.
         reading: colormap and crop of `load_windows`, else the split's.
 

@@ -95,11 +95,11 @@ def compare(
             except Exception as error:  # one system's failure must not lose the others
                 found[name] = {"error": " ".join(str(error).split()) or type(error).__name__}
                 print(f"{name}: {found[name]['error']}", flush=True)
-            figures = {name: found[name] for name in SYSTEMS if name in found}
-            measured = [runs[name] for name in figures if "error" not in figures[name]]
+            metrics = {name: found[name] for name in SYSTEMS if name in found}
+            measured = [runs[name] for name in metrics if "error" not in metrics[name]]
             windows = {"real": measured[0].parts["test"]} if measured else {}
             windows |= {run.path.name: load_generated(run.path / "generated", run.windows) for run in measured}
-            result = {**stamp(about), "versions": versions(), "conclusions": conclusions(figures), "systems": figures}
+            result = {**stamp(about), "versions": versions(), "conclusions": conclusions(metrics), "systems": metrics}
             write_comparison(result, windows, out)
     return result
 
@@ -152,7 +152,7 @@ def check_series(what: str, systems: list[str], preset: str, parameters: dict, e
 
 def claim_folder(out: Path, what: str, **settings) -> dict:
     """Write the settings of a comparison or study (`what`) to out/settings.json, and return them as they read back;
-    DataError where `out` holds runs with other settings."""
+    DataError if `out` holds runs with other settings."""
     settings["data"] = str(Path(settings["data"]).resolve())
     settings = json.loads(json.dumps(settings))  # as it reads back: a tuple is a list
     before = saved_settings(out) or settings

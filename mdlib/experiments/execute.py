@@ -47,8 +47,8 @@ def execute(
 
     Args:
         parameters: of any notebook.
-        first, last: numbers of notebooks ("03"). Naming `first` runs them again from there on; what the later ones
-            wrote is removed, because it depends on what is replaced. "01", on which nothing depends, removes nothing.
+        first, last: numbers of notebooks ("03"). `first` and all later ones run again, and their earlier results
+            are deleted. "01" deletes nothing, because no notebook depends on it.
         extend: continue training codec or prior to the `codec_steps` or `prior_steps` in `parameters`, see `extended`.
         given: data, system and preset; what is left out is the run's, or else the default.
 
@@ -75,7 +75,7 @@ def execute(
 
 @contextmanager
 def locked(out: Path):
-    """`with` the folder locked, until the end of this process at the latest; DataError where another one has it. On a
+    """`with` the folder locked, until the end of this process at the latest; DataError if another one has it. On a
     disk without locks, or read-only, it stays unlocked."""
     lock, holder = FileLock(out / ".lock", timeout=0), out / ".in-use"
     try:
@@ -123,7 +123,7 @@ def _execute_all(run: Run, names: tuple[str, ...], parameters: dict, first: str,
 
 
 def _check_values(out: Path, wanted: RunSettings, parameters: dict) -> None:
-    """DataError where notebook 05 or 06 cannot use its parameters: the prior does not take an option, …"""
+    """DataError if notebook 05 or 06 cannot use its parameters: the prior does not take an option, …"""
     least = dict.fromkeys(("images_per_user", "generation_seed", "evaluation_steps", "seeds", "max_minutes"), 0)
     for key, low in (least | {"batch_size": 1}).items():
         if parameters.get(key, low) < low:
@@ -153,7 +153,7 @@ def _check_values(out: Path, wanted: RunSettings, parameters: dict) -> None:
 
 
 def _check_done(out: Path, system: System, names: tuple[str, ...], parameters: dict, first: str) -> None:
-    """DataError where a parameter would be ignored, because the notebooks that take it do not run now, or where a
+    """DataError if a parameter would be ignored, because the notebooks that take it do not run now, or where a
     notebook before `first` is not done."""
     done = read_record(out)["steps"]
     if missing := [name for name in system.notebooks if "01" < name[:2] < first and name not in done]:
@@ -255,10 +255,10 @@ def _execute_one(name: str, out: Path, values: dict, again: str) -> None:
 
 @contextmanager
 def _kernel():
-    """`with` papermill's options for a kernel of this interpreter, whatever kernels are installed. Its sockets lie in a
-    folder of its own where the system has such: nothing else on the network can listen."""
+    """`with` papermill's options for a kernel of this interpreter, whatever kernels are installed. On POSIX, its
+    sockets are files in a temporary folder, out of the network's reach."""
     with tempfile.TemporaryDirectory(prefix="mdlib-", ignore_cleanup_errors=True) as folder:
-        # A kernel reports as errors the interrupt by which it is shut down; its history would go to the user's.
+        # A kernel logs its shutdown interrupt as an error, and would write to the user's history.
         quiet = ["--log-level=CRITICAL", "--HistoryManager.hist_file=:memory:"]
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", *quiet]
         spec = Path(folder, "kernels", "mdlib", "kernel.json")
@@ -281,8 +281,8 @@ def _interrupt_kernel(first: bool) -> None:
 
 
 def _forget(run: Run, first: str, keep: tuple[str, ...] = ()) -> None:
-    """Remove what the system's notebooks from number `first` on wrote, without the products `keep`, and the note that
-    they are done. Nothing depends on 01."""
+    """Delete the products of the notebooks from `first` on, except `keep`, and mark these notebooks as not done.
+    Nothing depends on 01."""
     names = [name for name in run.system.notebooks if name[:2] >= first]
     names = names[:1] if first == "01" else names
     patterns = [product for name in names for product in PRODUCTS[name[:2]] if product not in keep]

@@ -26,8 +26,8 @@ HOURS = 12  # after which Kaggle ends a session and discards its files
 MARGIN = 30 * 60  # seconds before that end in which training stops and files are written
 DEPTH = 6  # levels of folders below /kaggle/input that are searched
 NO_GPU = (
-    "Kaggle gives one only to an account whose phone number is verified, while the week's quota lasts, to a notebook "
-    "whose accelerator is set (GPU T4 x2)"
+    "a GPU needs a verified phone number, some of the weekly quota left, and the notebook's accelerator set to "
+    "GPU T4 x2"
 )
 
 
@@ -67,7 +67,7 @@ def begin(out: str | Path = "", data: str = "") -> str:
     attached = find_run(INPUT) if out else None
     if data:
         if attached:
-            print(f"the run in {attached} does not continue, because data starts a new one: leave data empty")
+            print(f"data starts a new run: leave data empty to continue the run in {attached}")
         return data
     if attached:
         copy_run(attached, Path(out), INPUT)
@@ -91,7 +91,7 @@ def session_end() -> float:
 
 def find_data(root: Path) -> Path | None:
     """The folder of windows below `root`: the one with ID_k folders, or with folders of conditions or parts that
-    hold them; DataError where there are several."""
+    hold them; DataError if there are several."""
     holding = [folder for folder in _folders(root) if holds_users(folder)]
     siblings = {f.parent for f in holding if sum(g.parent == f.parent for g in holding) > 1}
     found = {f.parent if f.parent in siblings and _within_one_input(f.parent, root) else f for f in holding}
@@ -105,7 +105,7 @@ def find_data(root: Path) -> Path | None:
 
 
 def find_run(root: Path) -> Path | None:
-    """The run folder below `root`; of several stages of one run the most advanced. DataError where there are runs with
+    """The run folder below `root`; of several stages of one run the most advanced. DataError if there are runs with
     different settings."""
     found = {folder: read_record(folder) for folder in _folders(root) if (folder / "run.json").exists()}
     kinds = {json.dumps({**record["settings"], "data": ""}, sort_keys=True) for record in found.values()}
@@ -119,7 +119,7 @@ def find_run(root: Path) -> Path | None:
 
 def copy_run(attached: Path, out: Path, root: Path) -> None:
     """Copy a run from the read-only inputs to `out`; if its windows have moved, they are looked for below `root`.
-    DataError where they are not attached, OSError where there is not enough room."""
+    DataError if they are not attached, OSError if there is not enough room."""
     record = read_record(attached)
     if not Path(record["settings"]["data"]).is_dir():
         if not (data := find_data(root)):

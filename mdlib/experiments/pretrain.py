@@ -95,7 +95,7 @@ class MarginSoftmax(nn.Module):
 
 
 def train_identifier(windows: WindowSet, minutes: float, run_dir: Path) -> SmallCNN:
-    """A `SmallCNN` whose features tell the users of the windows apart. Its last layer, of one user, is not trained."""
+    """Train a `SmallCNN` to identify the users of the windows. Its last layer, of one user, stays untrained."""
     how = dict(channels=windows.images.shape[1], widths=WIDTHS, image_size=windows.images.shape[-1])
     network = seeded(0, lambda: MarginSoftmax(SmallCNN(1, **how), windows.num_users))
     network.to(memory_format=torch.channels_last)
@@ -132,7 +132,7 @@ def _export(run: Run, trained_on: list[str]) -> MicroDopplerPipeline:
 
 
 def _in_float16(model):
-    """The model with parameters in float16. Its few buffers, averages that go on, stay as they are."""
+    """Convert the parameters to float16. Buffers (running averages) keep their type."""
     for parameter in model.parameters():
         parameter.data = parameter.data.half()
     return model

@@ -91,7 +91,7 @@ class Run:
 
     @cached_property
     def windows(self) -> WindowSet:
-        """All real windows at the preset's size; DataError where they are not those that the run began with."""
+        """All real windows at the preset's size; DataError if they are not those that the run began with."""
         windows = load_windows(self.settings["data"], size=self.preset.image_size, **self.reading)
         known = read_record(self.path).get("data_fingerprint")
         if known and known != data_fingerprint(found := hashes(windows.root, windows.paths)):
@@ -116,7 +116,7 @@ class Run:
             large = load_windows(self.settings["data"], size=size, **self.reading)
             split = check_split(large, split)  # a split that does not fit or leaks raises
             parts = apply_split(large, split)
-            parts["val"].condition_labels(parts["train"].conditions)  # that training shows: a prior knows no other
+            parts["val"].condition_labels(parts["train"].conditions)  # raises if training lacks one of them
             write_split({**split, "reading": self.reading}, path)
         with readable(path, "delete it: it is written again from the same windows"):
             return read_split(path)
@@ -157,24 +157,24 @@ class Run:
         return {
             **{key: self.settings[key] for key in ("system", "preset", "seed")},
             "data": Path(self.settings["data"]).name,
-            "training windows are": describe_training(self.split),
-            "models start": origin,
+            "training windows": describe_training(self.split),
+            "initial weights": origin,
             "device": device_name(),
             "time": ", ".join(f"{name} {step['seconds']:.0f} s" for name, step in record["steps"].items()),
         }
 
     def start(self, part: str, model: torch.nn.Module) -> None:
-        """Initialise a new model, the part "codec" or "prior", from what the settings name."""
+        """Initialise a new codec or prior (`part`) from the weights in the settings."""
         if self.init:
             start(model, self.init / part, other_users=True)
         elif source := self.settings[f"{part}_start"]:
             start(model, source)
 
     def expect(self, notebook: str) -> None:
-        """DataError where `notebook` is none of this run's system."""
+        """DataError if `notebook` is none of this run's system."""
         if notebook not in self.system.notebooks:
             known = ", ".join(self.system.notebooks)
-            raise DataError(f"{self.path}: {notebook} is no notebook of system {self.system.name}: {known}")
+            raise DataError(f"{self.path}: {notebook} is not a notebook of {self.system.name}: {known}")
 
     def done(self, notebook: str, started: float) -> None:
         """Note in run.json that `notebook`, started at time.monotonic() `started`, is done."""
@@ -192,7 +192,7 @@ def open_run(out: str | Path, **given) -> Run:
     Args:
         out: the folder.
         given: fields of `RunSettings`. For an existing run `data` may be left out: its settings then apply, and a
-            setting that is given all the same has to agree with them. DataError where it does not, or cannot be used.
+            setting that is given all the same has to agree with them. DataError if it does not, or cannot be used.
     """
     given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     out, wanted = Path(out).absolute(), RunSettings(**given).to_dict()
@@ -259,8 +259,8 @@ def resolve_preset(preset: str, stored: dict) -> str:
 
 
 def _found_again(out: Path, record: dict, data: str) -> str:
-    """The data folder of a run: the one it began with, or `data` if that holds the same windows, which run.json then
-    names. DataError where the folder is gone."""
+    """The data folder of a run: the stored one, or `data` if it holds the same windows (run.json is then updated).
+    DataError if the folder is missing."""
     known, before = record.get("data_fingerprint"), record["settings"]["data"]
     if not Path(data).is_dir():
         raise DataError(f"{out}: its windows are no longer in {data}: give their new place with --data")
@@ -275,7 +275,7 @@ def _found_again(out: Path, record: dict, data: str) -> str:
 
 
 def _check(run: Run) -> dict[str, str]:
-    """The contents of the windows; DataError where a setting cannot be used. The models are built and initialised on
+    """The contents of the windows; DataError if a setting cannot be used. The models are built and initialised on
     the meta device: sizes and weights that do not fit raise now, not after an hour of training."""
     settings, files = run.settings, find_windows(run.settings["data"], order=order_of(run.settings["reading"]))
     contents = hashes(settings["data"], (file.path for file in files))
@@ -283,7 +283,7 @@ def _check(run: Run) -> dict[str, str]:
     init, split, unrecorded = (settings[key] for key in ("init", "split", "unrecorded"))
     if run.init:
         if settings["codec_start"] or settings["prior_start"]:
-            raise DataError("init starts both codec and prior: leave codec_start and prior_start empty")
+            raise DataError("init sets both codec and prior: leave codec_start and prior_start empty")
         if not (Path(init) / "model_index.json").exists():
             raise DataError(f"init: {init} holds no pipeline: give the pipeline/ folder of a run")
     sizes = (len({file.user for file in files}), len({file.condition for file in files}))
@@ -330,7 +330,7 @@ def _check(run: Run) -> dict[str, str]:
 
 
 def check_sampling(run: Run, options: dict) -> None:
-    """ValueError where the run's prior, trained or not, could not sample with these options and the preset's."""
+    """ValueError if the run's prior, trained or not, could not sample with these options and the preset's."""
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         codec = make_codec(run.preset, run.settings["channels"])
         prior = make_prior(run.settings["system"], run.preset, codec, 1)
@@ -341,7 +341,7 @@ def check_sampling(run: Run, options: dict) -> None:
 
 
 def published_networks(preset: Preset) -> dict[str, torch.nn.Module]:
-    """The published networks of the preset's codec losses, as arguments of `attach_losses`; OSError where weights are
+    """The published networks of the preset's codec losses, as arguments of `attach_losses`; OSError if weights are
     missing."""
     networks = {}
     if preset.losses.get("perceptual_weight"):
@@ -352,7 +352,7 @@ def published_networks(preset: Preset) -> dict[str, torch.nn.Module]:
 
 
 def check_starts(settings: dict, split: dict) -> None:
-    """DataError where initial weights have seen test windows of the split, or its simulated people."""
+    """DataError if initial weights have seen test windows of the split, or its simulated people."""
     for key in STARTS:
         if settings.get(key, "") in NO_PATH:
             continue

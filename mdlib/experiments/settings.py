@@ -30,7 +30,7 @@ SAMPLING = {
 
 
 def check_type(name: str, value, kind: type) -> None:
-    """DataError where a parameter's value is of another type."""
+    """DataError if a parameter's value is of another type."""
     if not isinstance(value, {float: int | float, list: list | tuple}.get(kind, kind)):
         raise DataError(f"{name} must be of type {kind.__name__}, got {value!r}")
 
@@ -76,7 +76,7 @@ class RunSettings:
         "auto", "colour map: auto | jet | parula | viridis | grey | a matplotlib name; _r: reversed"
     )
     reading: dict = _setting(
-        {}, 'for figures with axes: {"crop": "auto"}; for file names without window numbers: {"order": "name"}'
+        {}, 'for images with axes: {"crop": "auto"}; for file names without window numbers: {"order": "name"}'
     )
     seed: int = _setting(0, "random seed of weights, data order and noise")
 

@@ -24,7 +24,7 @@ from mdlib.data.speckle import fit_speckle
 from mdlib.data.windows import WindowSet, to_uint8
 from mdlib.evaluation.evidence import through_codec, trained_once
 from mdlib.evaluation.fidelity import describe
-from mdlib.evaluation.metrics import code_counts, codebook_figures
+from mdlib.evaluation.metrics import code_counts, codebook_metrics
 from mdlib.experiments.run import Run, open_run, published_networks
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.codec import FeatureDistance
@@ -125,12 +125,12 @@ def train_stage(stage: Stage, show: Callable[[Path], None] | None = None) -> lis
     samples = run.path / "samples"
 
     def preview(_, step: int) -> np.ndarray:
-        picture = stage.draw()
+        image = stage.draw()
         with whole_file(file := samples / f"{stage.name}-{step:06}.png") as path:
-            Image.fromarray(picture).save(path, format="PNG")
+            Image.fromarray(image).save(path, format="PNG")
         if show:
             show(file)
-        return picture
+        return image
 
     def show_newest() -> None:
         if show and (files := sorted(samples.glob(f"{stage.name}-*.png"))):
@@ -150,13 +150,13 @@ def train_stage(stage: Stage, show: Callable[[Path], None] | None = None) -> lis
 
 
 def _tiles(rows: list, colormap: str) -> np.ndarray:
-    """Rows of windows (C, H, W) as one picture, uint8 (H, W, 3)."""
-    show = lambda window: plots.picture(window if window.dtype == torch.uint8 else window.float(), colormap)
+    """Rows of windows (C, H, W) as one image, uint8 (H, W, 3)."""
+    show = lambda window: plots.as_rgb(window if window.dtype == torch.uint8 else window.float(), colormap)
     return np.vstack([np.hstack([show(window) for window in row]) for row in rows])
 
 
 def _generator(run: Run) -> dict:
-    """What a pipeline knows of its run."""
+    """Pipeline arguments of a run."""
     return dict(users=run.parts["train"].users, conditions=run.conditions, sampling=run.preset.sampling)
 
 
@@ -256,8 +256,8 @@ def _held_out_codes(windows: WindowSet, codec: torch.nn.Module) -> dict[str, flo
         return {}
     tokens = encode_all(codec, windows.images, "tokens")
     used = code_counts(tokens, windows.labels, codec.num_codes, windows.num_users)
-    figures = codebook_figures(used, windows.labels.bincount(minlength=windows.num_users))
-    return {f"held_out_{key}": value for key, value in figures.items()}
+    found = codebook_metrics(used, windows.labels.bincount(minlength=windows.num_users))
+    return {f"held_out_{key}": value for key, value in found.items()}
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ def study(
 
     The generator is trained on exactly those windows, evenly spaced; validation and test windows are the same for all
     numbers. Several folds repeat this with other test windows (`make_split`); accuracies and gains are then over the
-    test windows of all folds, other figures the folds' mean. A second call continues where the first one stopped; other
-    numbers and further folds may join later.
+    test windows of all folds, other metrics are means over folds. A second call continues where the first one stopped
+    and may add numbers and folds.
 
     Args:
         data: folder of ID_k/ folders.
@@ -96,7 +96,7 @@ def _rows(out: Path) -> list[dict]:
 
 def _row(reports: list[dict]) -> dict:
     """The sections of one fold's report, or of several together: accuracies and gains over the test windows of all
-    folds, the folds' mean of other figures."""
+    folds, the folds' mean of other metrics."""
     if len(reports) == 1:
         return {"folds": 1, **{section: reports[0][section] for section in SECTIONS}}
     of_folds = [report["augmentation"] for report in reports]
@@ -113,14 +113,14 @@ def _row(reports: list[dict]) -> dict:
 
 
 def _means(sections: list[dict]) -> dict:
-    """The folds' mean of every figure that all of them have, and of the numbers in it but for intervals; n of each
-    fold. A figure that one fold did not measure stays not measured, with that fold's reason."""
+    """The folds' mean of every metric that all of them have, and of the numbers in it but for intervals; n of each
+    fold. A metric that one fold did not measure stays not measured, with that fold's reason."""
     found = {}
     for name in sections[0]:
-        figures = [section.get(name) for section in sections]
-        if not all(isinstance(figure, dict) and "value" in figure for figure in figures):
+        metrics = [section.get(name) for section in sections]
+        if not all(isinstance(metric, dict) and "value" in metric for metric in metrics):
             continue
-        missing = [figure for figure in figures if not isinstance(figure["value"], int | float)]
-        means = pd.DataFrame(figures).drop(columns="n", errors="ignore").select_dtypes("number").dropna(axis=1).mean()
-        found[name] = missing[0] if missing else {**means, "n_per_fold": [figure.get("n") for figure in figures]}
+        missing = [metric for metric in metrics if not isinstance(metric["value"], int | float)]
+        means = pd.DataFrame(metrics).drop(columns="n", errors="ignore").select_dtypes("number").dropna(axis=1).mean()
+        found[name] = missing[0] if missing else {**means, "n_per_fold": [metric.get("n") for metric in metrics]}
     return found

@@ -168,8 +168,8 @@ class FeatureDistance(nn.Module):
 
 
 class Alignment(nn.Module):
-    """Latents, projected by a 1×1 convolution, imitate the features of a frozen foundation. Held-out losses only log
-    it: a weight that follows gradients would make two evaluations incomparable.
+    """Aligns latents, projected by a 1×1 convolution, with features of a frozen network. In evaluation it is logged
+    only: its weight depends on gradients, so losses would not be comparable.
 
     Args:
         foundation: `VisionFeatures` or `ClassifierFeatures` (`mdlib.models.pretrained`); it is not saved.

@@ -35,7 +35,7 @@ class UserEmbedding(nn.Embedding):
         return torch.full_like(users, self.num_embeddings - 1)
 
     def check(self, users: Tensor, conditions: Tensor | None = None) -> None:
-        """Raise ValueError where one of users (B,) or conditions (B,) is unknown."""
+        """Raise ValueError if one of users (B,) or conditions (B,) is unknown."""
         known = dict(users=(users, self.num_embeddings), conditions=(conditions, self.num_conditions))
         for name, (labels, count) in known.items():
             if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < count:
@@ -83,7 +83,7 @@ def fingerprint(model: nn.Module, *tensors: Tensor | None) -> str:
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError where `value` is not among the `known` ones."""
+    """Raise ValueError if `value` is not among the `known` ones."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 

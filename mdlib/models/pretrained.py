@@ -287,7 +287,7 @@ def load_lpips(net: str = "squeeze") -> nn.Module:
 
 def load_inception() -> nn.Module:
     """torchvision's Inception v3 (Szegedy et al. 2016) without its last layer, frozen: images (B, 1 or 3, H, W) in
-    [−1, 1] → features (B, 2048). It is not the network of published FIDs: compare its figures with its own only.
+    [−1, 1] → features (B, 2048). It is not the network of published FIDs: compare its metrics with its own only.
     FileNotFoundError if its weights are not on this machine; they are not downloaded."""
     from torchvision.models import inception_v3
 

@@ -79,12 +79,12 @@ class Prior:
             raise ValueError(f"{len(users)} samples need {len(users)} generators, got {len(generator)}")
         if not self.denoises and (towards is not None or on_step):
             name = type(self).__name__
-            raise DataError(f"interpolation and pictures of denoising need a prior that denoises, not {name}")
+            raise DataError(f"interpolation and denoising frames need a diffusion or flow prior, not {name}")
         share = torch.as_tensor(share, dtype=torch.float32, device=users.device)
         if share.shape not in ((), (len(users),)) or not ((share >= 0) & (share <= 1)).all():
             raise ValueError(f"share must lie in [0, 1], one number or one per sample, got {share.tolist()}")
         if towards is None and share.any():
-            raise ValueError("share lies between two users: give towards as well")
+            raise ValueError("share needs a second user: give towards as well")
         share = share.expand(len(users))
         return self.draw(Request(users, conditions, generator, guidance_scale, towards, share, on_step), **options)
 

@@ -25,7 +25,7 @@ CHOICE_TEMPERATURE = 4.5  # of the Gumbel noise on token confidence in "mask_pre
 
 
 class MaskAndReplace:
-    """The noise: up to t a token stays with ᾱ_t, becomes any given code with β̄_t and the mask with γ̄_t; a mask stays.
+    """Noise: by time t a token stays with probability ᾱ_t, becomes a given code (β̄_t) or the mask (γ̄_t), which stays.
 
     ᾱ and γ̄ are linear in t, as in the authors' code: ᾱ from 0.99999 to 0.000009, γ̄ from 0.000009 to gamma_cum_end,
     and K·β̄ is the rest. Products of such (K + 1)×(K + 1) matrices have the same three numbers, so no matrix is formed.

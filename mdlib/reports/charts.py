@@ -1,4 +1,4 @@
-"""Names of figures (`templates/figures.toml`), and charts of a report, a comparison and a study: functions take figures
+"""Names of metrics (`templates/metrics.toml`), and charts of a report, a comparison and a study: functions take metrics
 of report.json and return a Figure."""
 
 import re
@@ -9,7 +9,7 @@ import numpy as np
 
 from mdlib.reports.plots import ACCENT, DOTTED, INK, SECOND, THIRD, Figure, coloured, heatmap, new_figure, style
 
-SECTIONS = tomllib.loads((Path(__file__).parent / "templates" / "figures.toml").read_text(encoding="utf-8"))
+SECTIONS = tomllib.loads((Path(__file__).parent / "templates" / "metrics.toml").read_text(encoding="utf-8"))
 CUES = {"": "", "higher": "↑ higher is better", "lower": "↓ lower is better"}
 ARMS = ("real_only", "real_plus_generated", "real_x2")
 HEADLINE = (*ARMS, *(f"pretrained_{name}" for name in ARMS))  # on top of a report, as far as they were measured
@@ -19,10 +19,10 @@ COLOURS = {"generated_only": SECOND} | {
 
 
 def describe(section: str, name: str) -> dict:
-    """A figure's label, unit, help, cue (what is good) and place on the page; a name that figures.toml lacks is its own
+    """A metric's label, unit, help, cue (what is good) and place on the page; a name that metrics.toml lacks is its own
     label."""
     about = {"label": name.replace("_", " "), "unit": "", "help": "", "cue": "", "place": 1000}
-    for place, (pattern, entry) in enumerate(SECTIONS[section]["figures"].items()):
+    for place, (pattern, entry) in enumerate(SECTIONS[section]["metrics"].items()):
         if found := re.fullmatch(pattern.replace("*", "(.+)"), name):
             label = entry["label"].format(*(part.replace("_", " ") for part in found.groups()))
             good = entry.get("good", "")
@@ -30,15 +30,15 @@ def describe(section: str, name: str) -> dict:
     return about
 
 
-def line(axis, places, figures: list[dict], colour, label: str) -> None:
-    """A line through figures of the report, in percent, with their intervals."""
-    values, ends = (100 * np.array([one[what] for one in figures]) for what in ("value", "ci95"))
+def line(axis, places, metrics: list[dict], colour, label: str) -> None:
+    """A line through metrics of the report, in percent, with their intervals."""
+    values, ends = (100 * np.array([one[what] for one in metrics]) for what in ("value", "ci95"))
     spread = [values - ends[:, 0], ends[:, 1] - values]
     axis.errorbar(places, values, spread, fmt="o-", color=colour, markersize=3, linewidth=1, label=label)
 
 
 def by_counts(axis, lines: list[tuple], scale: str = "log") -> None:
-    """Lines (name, rows, colour) through the figures of rows against their windows_per_user, a little apart from each
+    """Lines (name, rows, colour) through the metrics of rows against their windows_per_user, a little apart from each
     other, and an x axis that names these numbers."""
     for place, (name, rows, colour) in enumerate(lines):
         counts = np.array([row["windows_per_user"] for row in rows])
@@ -57,8 +57,8 @@ def confusion(fraction: list[list[float]], users: tuple[int, ...] | list[int]) -
 
 
 def accuracies(augmentation: dict, names: tuple[str, ...] = ()) -> Figure:
-    """Accuracy of classifiers that differ in their training windows (names; all where none is given): a dot a seed, the
-    bar its 95 % interval, dotted chance."""
+    """Accuracy of classifiers that differ in their training windows (names; default: all): one dot per seed, a bar for
+    the 95 % interval, a dotted line for chance."""
     every = [*HEADLINE, *(name for name in augmentation if name not in HEADLINE)]
     known = [name for name, entry in augmentation.items() if isinstance(entry, dict) and "per_seed" in entry]
     shown = [name for name in names or every if name in known]
@@ -104,7 +104,7 @@ def roc(curves: list[dict]) -> Figure:
 
 
 def user_means(physics: dict) -> Figure:
-    """A panel a metric, a dot a user: mean over generated windows against mean over unseen real ones, and equality."""
+    """One panel per metric, one dot per user: mean over generated windows against mean over unseen real ones."""
     shown = {name: one for name, one in physics.items() if "generated_means" in one}
     figure, axes = new_figure(2.2, 2.3, len(shown), 4)
     for axis, (name, one) in zip(axes, shown.items(), strict=True):
@@ -146,8 +146,8 @@ def study(rows: list[dict]) -> Figure:
     known = [name for name in HEADLINE if not name.endswith("x2") and all(name in row["augmentation"] for row in rows)]
     lines = []
     for name, colour in zip(known, (INK, ACCENT, SECOND, THIRD), strict=False):
-        figures = [{**row["augmentation"][name], "windows_per_user": row["windows_per_user"]} for row in rows]
-        lines.append((describe("augmentation", name)["label"], figures, colour))
+        metrics = [{**row["augmentation"][name], "windows_per_user": row["windows_per_user"]} for row in rows]
+        lines.append((describe("augmentation", name)["label"], metrics, colour))
     by_counts(axis, lines)
     doubled = [(2 * row["windows_per_user"], row["augmentation"]["real_x2"]["value"]) for row in rows]
     doubled = np.array([pair for pair in doubled if pair[1] is not None]).reshape(-1, 2)
@@ -157,7 +157,7 @@ def study(rows: list[dict]) -> Figure:
 
 
 def gains(systems: dict[str, dict]) -> Figure:
-    """The gain, in points, against generated windows per user; systems: the comparison's figures."""
+    """The gain, in points, against generated windows per user; systems: the comparison's metrics."""
     figure, (axis,) = new_figure(6.4, 3.0)
     axis.axhline(0, **DOTTED)
     by_counts(axis, coloured({name: one["augmentation"]["gain_by_windows"] for name, one in systems.items()}))

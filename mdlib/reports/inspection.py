@@ -1,4 +1,4 @@
-"""What `inspect` found in a data folder, for people: a table and a contact sheet."""
+"""The result of `inspect` as a table and a contact sheet."""
 
 from collections import Counter
 from pathlib import Path
@@ -76,5 +76,5 @@ def _overlap(found: Inspection) -> list[str]:
 
 
 def sheet(windows: WindowSet) -> plots.Figure:
-    """Contact sheet: a row a user, up to four windows of each, evenly spaced."""
-    return plots.pictures([("", plots.strip(windows, user, SHOWN, f"ID_{user}")) for user in windows.users])
+    """Contact sheet: one row per user, up to four windows of each, evenly spaced."""
+    return plots.image_rows([("", plots.strip(windows, user, SHOWN, f"ID_{user}")) for user in windows.users])

@@ -1,4 +1,4 @@
-"""Pages by the jinja2 templates in `templates/`, and how figures of a report are written on them. Pages open offline:
+"""Pages by the jinja2 templates in `templates/`, and how metrics of a report are written on them. Pages open offline:
 style and charts are part of the file."""
 
 import base64
@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mdlib.reports.charts import SECTIONS, describe
 from mdlib.utils import whole_file
 
-COLUMNS = {  # what stands next to a figure, and the column's heading
+COLUMNS = {  # what stands next to a metric, and the column's heading
     "real": "Real windows",
     "train": "Training windows",
     "common": "Real, common conditions",
@@ -33,36 +33,36 @@ def number(value: float | str | list | None, unit: str = "") -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def written(figure: dict | float | str | list | None, unit: str = "", reference: bool = False) -> str:
-    """A figure of report.json, or a bare value, with unit and 95 % interval: `+4.4 points [+1.0, +7.8]`; with
+def written(metric: dict | float | str | list | None, unit: str = "", reference: bool = False) -> str:
+    """A metric of report.json, or a bare value, with unit and 95 % interval: `+4.4 points [+1.0, +7.8]`; with
     `reference` followed by that of real windows, or by the ratio to it."""
-    figure = figure if isinstance(figure, dict) else {"value": figure}
-    if figure["value"] is None:
+    metric = metric if isinstance(metric, dict) else {"value": metric}
+    if metric["value"] is None:
         return "–"
-    unit = figure.get("unit", unit)
-    text = f"{number(figure['value'], unit)} {'%' if unit == 'percent' else unit} {interval(figure, unit)}"
-    if reference and figure.get("ratio") is not None:
-        text += f" ({number(figure['ratio'])}× real)"
-    elif reference and "real" in figure:
-        text += f" (real {number(figure['real'], unit)})"
+    unit = metric.get("unit", unit)
+    text = f"{number(metric['value'], unit)} {'%' if unit == 'percent' else unit} {interval(metric, unit)}"
+    if reference and metric.get("ratio") is not None:
+        text += f" ({number(metric['ratio'])}× real)"
+    elif reference and "real" in metric:
+        text += f" (real {number(metric['real'], unit)})"
     return " ".join(text.split())
 
 
-def interval(figure: dict, unit: str) -> str:
-    return f"[{number(figure['ci95'], unit)}]" if figure.get("ci95") else ""
+def interval(metric: dict, unit: str) -> str:
+    return f"[{number(metric['ci95'], unit)}]" if metric.get("ci95") else ""
 
 
-def table(section: str, figures: dict) -> list[dict]:
-    """A row for each measured figure of a report's section, in the page's order: `describe`, value and COLUMNS."""
+def table(section: str, metrics: dict) -> list[dict]:
+    """A row for each measured metric of a report's section, in the page's order: `describe`, value and COLUMNS."""
     rows = []
-    for name, figure in figures.items():
-        entry = figure if isinstance(figure, dict) else {"value": figure}
-        if isinstance(figure, list) or entry["value"] is None:
+    for name, metric in metrics.items():
+        entry = metric if isinstance(metric, dict) else {"value": metric}
+        if isinstance(metric, list) or entry["value"] is None:
             continue
         about = describe(section, name)
         unit = entry.get("unit", about["unit"])
         real = {"value": entry.get("real", entry.get("real_vs_real")), "ci95": entry.get("real_ci95")}
-        row = {"value": written(figure, unit), "real": written(real, unit), "train": written(entry.get("train"), unit)}
+        row = {"value": written(metric, unit), "real": written(real, unit), "train": written(entry.get("train"), unit)}
         row["common"] = written(entry.get("common"), unit)
         row |= {"ratio": written(entry.get("ratio")), "n": written(entry.get("n"))}
         own, of_real = (number(entry.get(f"user_correlation{suffix}")) for suffix in ("", "_real"))
@@ -74,19 +74,19 @@ def table(section: str, figures: dict) -> list[dict]:
 
 
 def not_measured(report: dict) -> list[tuple[str, str, str]]:
-    """Section, label and reason of every figure of a report that is null, in the page's order."""
+    """Section, label and reason of every metric of a report that is null, in the page's order."""
     found = []
     for key, section in SECTIONS.items():
-        for name, figure in report.get(key, {}).items():
-            if figure is None:
-                figure = {"value": None, "reason": "cannot be computed from these windows"}
-            if isinstance(figure, dict) and figure["value"] is None:
-                found.append((section["title"], describe(key, name)["label"], figure["reason"]))
+        for name, metric in report.get(key, {}).items():
+            if metric is None:
+                metric = {"value": None, "reason": "cannot be computed from these windows"}
+            if isinstance(metric, dict) and metric["value"] is None:
+                found.append((section["title"], describe(key, name)["label"], metric["reason"]))
     return found
 
 
 def compared(section: str, names: list[str], reports: list[dict]) -> list[dict]:
-    """A row for each of some figures of a section: `describe`, and cells with the figure in each report."""
+    """A row for each of some metrics of a section: `describe`, and cells with the metric in each report."""
     rows = []
     for name in names:
         about = describe(section, name)
@@ -105,9 +105,9 @@ def write_page(result: dict, out: str | Path, name: str, shown: dict, template: 
     options = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     templates = Environment(loader=PackageLoader("mdlib.reports"), **options)
     templates.globals |= dict(describe=describe, written=written, interval=interval, table=table, compared=compared)
-    pictures = {key: base64.b64encode(figure._repr_png_()).decode() for key, figure in shown.items()}
+    images = {key: base64.b64encode(figure._repr_png_()).decode() for key, figure in shown.items()}
     page = templates.get_template(f"{template or name}.html").render(
-        result=result, charts=pictures, name=name, columns=COLUMNS, sections=SECTIONS, **content
+        result=result, charts=images, name=name, columns=COLUMNS, sections=SECTIONS, **content
     )
     with whole_file(out / f"{name}.html") as path:
         path.write_text(page.replace(" %", "&nbsp;%"), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The look of every figure, and pictures of windows, codes and training. The only file that imports matplotlib;
+"""The look of every figure, and figures of windows, codes and training. The only file that imports matplotlib;
 functions take tensors or plain data and return a Figure."""
 
 from collections import Counter
@@ -26,8 +26,8 @@ DPI = 120
 SHEET_ROWS = 100  # of a contact sheet, each of ten windows
 
 
-class Picture(Figure):
-    """A figure that a notebook shows as a picture although pyplot does not know it."""
+class NotebookFigure(Figure):
+    """A figure that a notebook shows as an image although pyplot does not know it."""
 
     def __init__(self, **options):
         super().__init__(dpi=DPI, layout="constrained", **options)
@@ -42,7 +42,7 @@ def new_figure(width: float, height: float, panels: int = 1, columns: int = 12, 
     columns = min(columns, panels)
     rows = -(-panels // columns)
     size = round(width * columns, 6), round(height * rows, 6)  # else rounding errors take away a pixel
-    figure = Picture(figsize=size)
+    figure = NotebookFigure(figsize=size)
     axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
     for axis in axes[panels:]:
         axis.set_axis_off()
@@ -89,7 +89,7 @@ def _show(axis, image: np.ndarray | None, title: str = "", **options) -> None:
         axis.set_title(title, fontsize=8, color=INK)
 
 
-def pictures(lines: list[tuple[str, list]], side: float = 1.3) -> Figure:
+def image_rows(lines: list[tuple[str, list]], side: float = 1.3) -> Figure:
     """Rows of images: a row's name, and the (image, title) in it; the image may be None."""
     columns, rows = max(len(images) for _, images in lines), len(lines)
     figure, axes = new_figure(side + 0.3 / columns, side + 0.15 + 0.1 / rows, rows * columns, columns)
@@ -105,11 +105,11 @@ def strip(windows: WindowSet, user: int, each: int, title: str) -> list[tuple]:
     """`each` (image, title) of a user's windows, evenly spaced, the first one titled; None where there are fewer."""
     mine = windows.of_user(user)
     rows = np.linspace(0, len(mine) - 1, min(each, len(mine))).round().astype(int)
-    shown = [picture(mine.images[row], mine.colormap) for row in rows] + [None] * (each - len(rows))
+    shown = [as_rgb(mine.images[row], mine.colormap) for row in rows] + [None] * (each - len(rows))
     return list(zip(shown, [title] + [""] * (each - 1), strict=True))
 
 
-def picture(image: torch.Tensor, colormap: str) -> np.ndarray:
+def as_rgb(image: torch.Tensor, colormap: str) -> np.ndarray:
     """One image (C, H, W), uint8 or float in [−1, 1], as RGB (H, W, 3)."""
     image = image if image.dtype == torch.uint8 else to_uint8(image)
     if len(image) == 3:
@@ -133,8 +133,8 @@ def to_png(*figures: Figure) -> bytes:
 def windows(images, titles=None, colormap: str = "jet", columns: int = 8, side: float = 1.3) -> Figure:
     """A grid of windows (N, C, H, W) or a list of them, each `side` inches wide: Doppler up, time to the right."""
     titles = titles or [""] * len(images)
-    every = [(picture(image, colormap), title) for image, title in zip(images, titles, strict=True)]
-    return pictures([("", every[start : start + columns]) for start in range(0, len(every), columns)], side)
+    every = [(as_rgb(image, colormap), title) for image, title in zip(images, titles, strict=True)]
+    return image_rows([("", every[start : start + columns]) for start in range(0, len(every), columns)], side)
 
 
 def contact_sheet(folder: str | Path, rows: list[dict]) -> Figure:
@@ -158,24 +158,24 @@ def contact_sheet(folder: str | Path, rows: list[dict]) -> Figure:
 
 
 def real_and_generated(real: WindowSet, generated: WindowSet, users: list[int] | None = None, each: int = 4) -> Figure:
-    """Contact sheet: a row a user, real windows on the left, generated ones on the right; by default the first eight
-    users with generated windows."""
+    """Contact sheet: one row per user, real windows on the left, generated ones on the right; by default of the first
+    eight users with generated windows."""
     users = users or [user for user in real.users if len(generated.of_user(user))][:8]
     some = lambda user: strip(real, user, each, "real") + strip(generated, user, each, "generated")
-    return pictures([(f"ID_{user}", some(user)) for user in users], 1.2)
+    return image_rows([(f"ID_{user}", some(user)) for user in users], 1.2)
 
 
 def side_by_side(sets: dict[str, WindowSet], users: int = 2, each: int = 4) -> Figure:
     """A row a set, `each` windows of the first `users` users in it."""
     some = lambda part: [strip(part, user, each, f"ID_{user}") for user in part.users[:users]]
-    return pictures([(name, sum(some(part), [])) for name, part in sets.items()], 1.2)
+    return image_rows([(name, sum(some(part), [])) for name, part in sets.items()], 1.2)
 
 
 def reconstructions(real: torch.Tensor, decoded: torch.Tensor, colormap: str = "jet") -> Figure:
     """Windows (N, C, H, W) above their codec round trips, and the absolute difference below."""
-    lines = {name: [picture(one, colormap) for one in some] for name, some in (("real", real), ("round trip", decoded))}
+    lines = {name: [as_rgb(one, colormap) for one in some] for name, some in (("real", real), ("round trip", decoded))}
     lines["|difference|"] = colormaps["magma"]((decoded - real).abs().mean(1).clamp(0, 1).numpy())[..., :3]
-    return pictures([(name, [(image, "") for image in images]) for name, images in lines.items()])
+    return image_rows([(name, [(image, "") for image in images]) for name, images in lines.items()])
 
 
 def user_view(
@@ -188,12 +188,12 @@ def user_view(
             copy.
         stand_in: replaces a condition's name that no installed font can draw.
     """
-    some = lambda part, titles: list(zip([picture(one, part.colormap) for one in part.images], titles, strict=True))
+    some = lambda part, titles: list(zip([as_rgb(one, part.colormap) for one in part.images], titles, strict=True))
     lines = [("real", some(real, [""] * len(real)))]
     lines.append(("generated", some(generated, [str(place + 1) for place in range(len(generated))])))
     if nearest is not None:
         lines.append(("nearest training", some(nearest, [f"distance {ratio:.2f}" for ratio in ratios])))
-    figure = pictures(lines, 1.5)
+    figure = image_rows(lines, 1.5)
     user, condition = generated.files[0].user, generated.files[0].condition
     title = f"ID_{user} {condition if fonts(condition) else stand_in}".strip()
     figure.suptitle(title, fontsize=9, color=INK, fontfamily=fonts(condition))
@@ -233,7 +233,7 @@ def latent_statistics(latents: torch.Tensor) -> Figure:
     for values in channels:
         left.hist(values.clip(-5, 5), edges, density=True, histtype="step", color=ACCENT, alpha=0.5, linewidth=0.8)
     left.plot(edges, np.exp(-(edges**2) / 2) / (2 * np.pi) ** 0.5, color=INK, linestyle=":")
-    style(left, "normalised latent, a line a channel (dotted: N(0, 1))")
+    style(left, "normalised latent, one line per channel (dotted: N(0, 1))")
     right.bar(np.arange(len(channels)), channels.std(1), color=ACCENT)
     right.axhline(1, **DOTTED)
     style(right, "channel", "standard deviation")
@@ -264,7 +264,7 @@ def user_codes(counts: torch.Tensor, users: tuple[int, ...]) -> Figure:
 
 
 def heatmap(values: np.ndarray, users, size: tuple, x: str, y: str = "", **options) -> Figure:
-    """A heat map with a row a user."""
+    """A heat map with one row per user."""
     figure, (axis,) = new_figure(*size)
     names = [f"ID_{user}" for user in users]
     seaborn.heatmap(values, ax=axis, **{"xticklabels": False, "yticklabels": names, **options})
@@ -286,11 +286,11 @@ def code_tiles(book, times: torch.Tensor, number: int, page: int = 1) -> Figure:
 def code_card(book, code: int) -> Figure:
     """One code of a `Codebook`: what it decodes to and stands for, its cells, who uses it, windows with it marked."""
     windows, times, users = book.windows, int(book.times[code]), book.windows.users
-    figure = Picture(figsize=(9.0, 3.7))
+    figure = NotebookFigure(figsize=(9.0, 3.7))
     grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.15))
     panels = [("decodes to", book.decoded[code])] + ([("stands for, on average", book.real[code])] if times else [])
     for column, (title, patch) in enumerate(panels):
-        _show(figure.add_subplot(grid[0, column]), picture(patch, windows.colormap), title)
+        _show(figure.add_subplot(grid[0, column]), as_rgb(patch, windows.colormap), title)
     places = (book.tokens == code).double().mean(0).numpy()
     _show(figure.add_subplot(grid[0, 2]), places, "occurs in these cells", cmap="magma", aspect="auto", vmin=0)
     axis, rates = figure.add_subplot(grid[0, 3:]), book.rates[:, code].numpy()
@@ -300,7 +300,7 @@ def code_card(book, code: int) -> Figure:
     style(axis, title="uses per window, by user (dotted: mean)")
     axis.tick_params(labelsize=6)
     for column, row in enumerate(book.windows_with(code)):
-        axis, image = figure.add_subplot(grid[1, column]), picture(windows.images[row], windows.colormap)
+        axis, image = figure.add_subplot(grid[1, column]), as_rgb(windows.images[row], windows.colormap)
         _show(axis, image, f"ID_{windows.files[row].user}")
         cells = book.tokens[row] == code  # a white frame around each
         high, wide = (whole / part for whole, part in zip(image.shape[:2], cells.shape, strict=True))

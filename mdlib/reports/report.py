@@ -19,7 +19,7 @@ from mdlib.utils import DataError, read_history, to_float
 
 OVERLAP = 4  # windows of four steps, one step apart: n and n + 4 share nothing
 VQ_RATIO, VQ_USAGE = 1.1, 0.8  # see `choose_codec`
-BEST = {  # the figures by which systems are compared: section, name, which value is best, how the answer begins
+BEST = {  # the metrics by which systems are compared: section, name, which value is best, how the answer begins
     "gain": ("augmentation", "gain", max, "Largest gain"),
     "fidelity": ("fidelity", "fd_ratio", min, "Nearest to real windows by Fréchet distance"),
     "identity": ("identity", "accuracy", max, "Most often recognised as their user"),
@@ -28,7 +28,7 @@ BEST = {  # the figures by which systems are compared: section, name, which valu
 
 def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str, plots.Figure]:
     """Write report.json and report.html into `out`; returns the charts of the page for which there are data, by
-    name (see templates/figures.toml). Training curves need the run's codec/ and prior/ in `out`."""
+    name (see templates/metrics.toml). Training curves need the run's codec/ and prior/ in `out`."""
     shown = _charts(report, evidence)
     for part in ("codec", "prior"):
         if (Path(out) / part / "history.csv").exists():
@@ -60,7 +60,7 @@ def validate_folders(
     """The protocol over folders of images: load, evaluate, write the report into `out`; returns the report.
 
     Args:
-        pipeline: where given, its codec adds the reconstruction and codebook figures, at its own size and channels.
+        pipeline: where given, its codec adds the reconstruction and codebook metrics, at its own size and channels.
         channels, colormap, crop: how the real images are read, see `mdlib.data.windows.load_windows`; 0 and "": as
             when the split was made.
         user: k of the ID_k whose own page, report-user-k.html, is written as well; None: of no user.
@@ -74,12 +74,12 @@ def validate_folders(
         size, channels = loaded.codec.config.image_size, loaded.codec.config.in_channels
     parts = read_split(split)
     about = {"real": str(real), "generated": str(generated), "split": str(split)}
-    about["training windows are"] = describe_training(parts)
+    about["training windows"] = describe_training(parts)
     for weights in filter(None, (generated, pipeline)):
         if seen := seen_of_test(weights, parts, real):
             raise DataError(f"{weights} was trained on {seen} of the test windows: evaluate it with its own split")
         if others := seen_beyond(weights, parts, real):
-            about["weights trained on other windows too"] = f"{weights} was trained on {others} others too"
+            about["weights trained on other windows"] = f"{weights}: {others} windows outside this split"
     given = {"channels": channels, "colormap": colormap, "crop": crop}
     reading = {**parts.get("reading", {}), **{key: value for key, value in given.items() if value}}
     parts = check_split(load_windows(real, size=max(SIDE, size), **reading), {**parts, "reading": reading})
@@ -132,7 +132,7 @@ def select_folder(
 
 
 def gather(windows: WindowSet, split: dict, generated: WindowSet, pipeline=None) -> Evidence:
-    """What the protocol needs, from a set, its split, the generated windows and the pipeline that made them."""
+    """Collect the evaluation's inputs from a set, its split, generated windows and their pipeline."""
     gap = max(OVERLAP, split.get("gap", OVERLAP))  # intervals need the full overlap, even if a split ignores it
     parts, spare = apply_split(windows, split), spare_windows(windows, split)
     made_by = dict(codec=pipeline.codec, speckle=pipeline.config.speckle) if pipeline else {}
@@ -199,9 +199,9 @@ def write_study(result: dict, out: str | Path) -> None:
 
 
 def write_comparison(result: dict, windows: dict[str, WindowSet], out: str | Path) -> None:
-    """Write comparison.json and comparison.html into `out`. result: settings, conclusions and systems (figures, or an
+    """Write comparison.json and comparison.html into `out`. result: settings, conclusions and systems (metrics, or an
     error, by name), with mdlib and created; windows: "real" and those of each measured system, may be empty."""
-    measured = {name: figures for name, figures in result["systems"].items() if "error" not in figures}
+    measured = {name: metrics for name, metrics in result["systems"].items() if "error" not in metrics}
     shown = {"gains": charts.gains(measured)} if measured else {}
     if windows:
         shown["windows"] = plots.side_by_side(windows)
@@ -211,16 +211,16 @@ def write_comparison(result: dict, windows: dict[str, WindowSet], out: str | Pat
 def conclusions(systems: dict[str, dict]) -> dict:
     """Answers, each a dictionary with value and sentence: which system by gain, by Fréchet distance and by identity,
     and which kind of codec by the rule of `choose_codec`."""
-    measured, found = {name: figures for name, figures in systems.items() if "error" not in figures}, {}
+    measured, found = {name: metrics for name, metrics in systems.items() if "error" not in metrics}, {}
     for key, (section, name, pick, title) in BEST.items():
-        every = {system: figures[section][name] for system, figures in measured.items()}
-        values = {system: figure["value"] for system, figure in every.items() if figure["value"] is not None}
+        every = {system: metrics[section][name] for system, metrics in measured.items()}
+        values = {system: metric["value"] for system, metric in every.items() if metric["value"] is not None}
         if values:
             best = pick(values, key=values.get)
             text = written(every[best], describe(section, name)["unit"])
             found[key] = {"value": best, "sentence": f"{title}: {best}, {text}."}
     if "gain" in found:
-        ends = {system: figures["augmentation"]["gain"]["ci95"] for system, figures in measured.items()}
+        ends = {system: metrics["augmentation"]["gain"]["ci95"] for system, metrics in measured.items()}
         doubt = "" if any(low > 0 for low, _ in ends.values()) else "No system's generated windows clearly help. "
         low, _ = ends.pop(found["gain"]["value"])
         apart = [system for system, (_, high) in ends.items() if high < low]
@@ -235,8 +235,8 @@ def choose_codec(systems: dict[str, dict]) -> dict:
     """Choose VQ or KL by the codecs of best PSNR with and without a codebook: VQ if its PSNR is at least VQ_RATIO times
     that of KL and more than VQ_USAGE of its codes are used, else KL; all on unseen windows."""
     kinds: dict[str, dict] = {"vq": {}, "kl": {}}
-    for name, figures in systems.items():
-        psnr, usage = figures["reconstruction"]["psnr_db"]["value"], figures["codebook"]["usage"]["value"]
+    for name, metrics in systems.items():
+        psnr, usage = metrics["reconstruction"]["psnr_db"]["value"], metrics["codebook"]["usage"]["value"]
         if psnr is not None:
             kinds["kl" if usage is None else "vq"][name] = psnr, usage
     if not all(kinds.values()):

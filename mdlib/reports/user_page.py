@@ -1,4 +1,4 @@
-"""The page of one user: what a report says of this person, and the person's windows."""
+"""The page of one user: the report's metrics of this user, and the user's windows."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from mdlib.reports import charts, plots
 from mdlib.reports.charts import describe
 from mdlib.reports.pages import write_page
 
-GAIT = ("torso_speed", "cadence", "step_length", "foot_speed")  # whose spread within a user is pictured
+GAIT = ("torso_speed", "cadence", "step_length", "foot_speed")  # whose spread within a user is shown
 ARMS = ("real_only", "real_plus_generated")
 SHOWN = 8  # windows in a row
 
@@ -27,7 +27,7 @@ def write_user(report: dict, evidence: Evidence, user: int, out: str | Path) -> 
 
 
 def of_user(report: dict, user: int) -> dict:
-    """What a report says of a user: figures of its sections, None or left out where they were not measured."""
+    """What a report says of a user: metrics of its sections, None or left out where they were not measured."""
     row, confusion = report["users"].index(user), report["identity"]["confusion"]
     mine = lambda section: next((one for one in report[section]["per_user"] if one["user"] == user), None)
     others = [(other, k) for k, other in enumerate(report["users"])]

@@ -1,7 +1,7 @@
 """Interactive views: thin layers over functions of `codec_quality`, `pipeline` and `plots`.
 
-A view is shown together with a picture of it, which replaces it where widgets are not live (HTML, GitHub); a batch run
-shows the picture alone. Only what ipywidgets 7 and 8 share is used.
+A view is shown together with a image of it, which replaces it where widgets are not live (HTML, GitHub); a batch run
+shows the image alone. Only what ipywidgets 7 and 8 share is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mdlib.utils import DataError, batch_run, count
 
 try:
     import ipywidgets
-except ImportError:  # pictures will do
+except ImportError:  # images will do
     ipywidgets = None
 
 TILES = 32  # codes on a page of the codebook explorer
@@ -36,7 +36,7 @@ SLIDERS = {"guidance_scale": (0.0, 8.0), "temperature": (0.1, 2.0)}
 
 def browse_codes(codec, windows: WindowSet, tokens: torch.Tensor) -> None:
     """Codebook explorer: how often all users or one use each code in windows and their tokens (N, h, w), every code as
-    a picture, and for one code what it decodes to, who uses it and where it occurs."""
+    a image, and for one code what it decodes to, who uses it and where it occurs."""
     book = survey(codec, windows, tokens)
     card = plots.code_card(book, book.most_telling())
     figures = [plots.code_usage(book.times.numpy()), plots.code_tiles(book, book.times, TILES), card]
@@ -66,11 +66,11 @@ def browse_users(
     """
     browser = UserBrowser(real, generated, train, pipeline, each)
     first = generated.few(generated.files[0].user, generated.files[0].condition, each)
-    _display([browser.picture(first)], lambda: browser.controls(folder, seed, sampling))
+    _display([browser.figure(first)], lambda: browser.controls(folder, seed, sampling))
 
 
 def _display(figures: list, view: Callable[[], ipywidgets.VBox]) -> None:
-    """The view with the figures as its picture; the figures alone in a batch run or without ipywidgets."""
+    """The view with the figures as its image; the figures alone in a batch run or without ipywidgets."""
     if batch_run() or ipywidgets is None:
         for figure in figures:
             display(figure)
@@ -80,8 +80,8 @@ def _display(figures: list, view: Callable[[], ipywidgets.VBox]) -> None:
     display(shown | {"image/png": b64encode(plots.to_png(*figures)).decode()}, raw=True)
 
 
-def live_picture() -> Callable[[Path], None] | None:
-    """Show a picture that changes in place; returns the function that takes its next file. None in a batch run, whose
+def live_preview() -> Callable[[Path], None] | None:
+    """Show a image that changes in place; returns the function that takes its next file. None in a batch run, whose
     page would grow, and without ipywidgets."""
     if batch_run() or ipywidgets is None:
         return None
@@ -91,7 +91,7 @@ def live_picture() -> Callable[[Path], None] | None:
 
 
 def _attempt(line: ipywidgets.HTML, action: Callable[[], str | None]) -> bool:
-    """Run an action and write what it returns, or its error, on the line; whether it succeeded."""
+    """Run `action` and show its result or error in `line`; returns whether it succeeded."""
     try:
         line.value = html.escape(action() or "")
     except Exception as error:  # in a callback it would be lost in a log
@@ -102,8 +102,8 @@ def _attempt(line: ipywidgets.HTML, action: Callable[[], str | None]) -> bool:
     return True
 
 
-def _picture(line: ipywidgets.HTML, draw: Callable[[], plots.Figure], *controls) -> ipywidgets.Image:
-    """A picture of what `draw` returns, drawn again when a control changes; an error hides it and is on the line."""
+def _image(line: ipywidgets.HTML, draw: Callable[[], plots.Figure], *controls) -> ipywidgets.Image:
+    """A image of what `draw` returns, drawn again when a control changes; an error hides it and is on the line."""
     image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
     drawn = []
 
@@ -122,7 +122,7 @@ def _picture(line: ipywidgets.HTML, draw: Callable[[], plots.Figure], *controls)
 
 
 def code_explorer(book: Codebook) -> ipywidgets.VBox:
-    """A picture for each of three questions, and the controls that it follows: whose codes, which page, which code."""
+    """A image for each of three questions, and the controls that it follows: whose codes, which page, which code."""
     users = [("all users", -1)] + [(f"ID_{user}", label) for label, user in enumerate(book.windows.users)]
     whose = ipywidgets.Dropdown(options=users, description="codes of")
     pages = -(-len(book.times) // TILES)
@@ -130,10 +130,10 @@ def code_explorer(book: Codebook) -> ipywidgets.VBox:
     code = ipywidgets.BoundedIntText(value=book.most_telling(), max=len(book.times) - 1, description="code")
     line = ipywidgets.HTML()
     times = lambda: book.times if whose.value < 0 else book.counts[whose.value]
-    usage = _picture(line, lambda: plots.code_usage(times().numpy()), whose)
+    usage = _image(line, lambda: plots.code_usage(times().numpy()), whose)
     whose.observe(lambda _: setattr(page, "value", 1), names="value")
-    tiles = _picture(line, lambda: plots.code_tiles(book, times(), TILES, page.value), whose, page)
-    card = _picture(line, lambda: plots.code_card(book, code.value), code)
+    tiles = _image(line, lambda: plots.code_tiles(book, times(), TILES, page.value), whose, page)
+    card = _image(line, lambda: plots.code_card(book, code.value), code)
     return ipywidgets.VBox([ipywidgets.HBox([whose, page, code]), usage, tiles, line, card])
 
 
@@ -147,7 +147,7 @@ class UserBrowser:
         distance, _ = nearest_train(real, train)
         self.usual = float(distance[distance.isfinite()].median().clamp_min(1e-9))
 
-    def picture(self, generated: WindowSet) -> plots.Figure:
+    def figure(self, generated: WindowSet) -> plots.Figure:
         """Real windows, the generated ones, and the training windows nearest to those."""
         user, condition = generated.files[0].user, generated.files[0].condition
         distance, rows = nearest_train(generated, self.train)
@@ -157,7 +157,7 @@ class UserBrowser:
         return plots.user_view(self.real.few(user, condition, self.each), generated, *nearest, stand_in)
 
     def controls(self, folder: str | Path, seed: int, sampling: dict) -> ipywidgets.VBox:
-        """The controls around their picture."""
+        """The controls around their image."""
         known = self.pipeline.config.users if self.pipeline else {file.user for file in self.generated.files}
         users = [(f"ID_{user}", user) for user in self.real.users if user in known]
         self.user = ipywidgets.SelectionSlider(options=users, description="user", continuous_update=False)
@@ -174,15 +174,15 @@ class UserBrowser:
         self.button.on_click(lambda _: _attempt(self.line, self.save))
         who = [self.user, self.condition] if len(self.conditions) > 1 else [self.user]
         live = [self.seed, *self.sliders.values()]
-        for control in live:  # before the picture follows it
+        for control in live:  # before the image follows it
             control.observe(lambda _: setattr(self.source, "value", LIVE), names="value")
-        self.view = _picture(self.line, self.draw, *who, self.source, *live)
+        self.view = _image(self.line, self.draw, *who, self.source, *live)
         rows = [who, [self.source], live, self.selected, [self.folder, self.button]]
         rows = [ipywidgets.HBox(row) for row in (rows if self.pipeline else [who, *rows[3:]])]
         return ipywidgets.VBox([*rows[:-2], self.view, *rows[-2:], self.line])
 
     def draw(self) -> plots.Figure:
-        """The picture of what the controls say, with nothing selected."""
+        """The image of what the controls say, with nothing selected."""
         for button in self.selected:
             button.value, button.disabled = False, True
         user, condition = self.user.value, self.condition.value
@@ -196,7 +196,7 @@ class UserBrowser:
                 name = f"ID_{user}" + (f" with {condition}" if condition else "")
                 raise DataError(f"{shown.root} holds no window of {name}: generate some, or switch to {LIVE}")
             self.copy = lambda out, places: copy_windows(shown.root, [shown.paths[k] for k in places], out)
-        figure = self.picture(self.shown)
+        figure = self.figure(self.shown)
         for button in self.selected[: len(self.shown)]:
             button.disabled = False
         return figure
@@ -214,7 +214,7 @@ class UserBrowser:
         """Save the selected windows; returns how many and where."""
         places = [place for place, button in enumerate(self.selected) if button.value]
         if not places:
-            raise DataError("no window is selected: use the buttons below the picture")
+            raise DataError("no window is selected: use the buttons below the image")
         self.copy(self.folder.value, places)
         return f"{count(len(places), 'window')} of ID_{self.user.value} saved in {self.folder.value}"
 

@@ -1,6 +1,6 @@
 """Radar recordings of simulated walking people (`walker`) before a `radar`, cut into overlapping windows.
 
-Speckle, clutter and gait drift run on through a walk: overlapping windows share what they share in real recordings.
+Speckle, clutter and gait drift are continuous over a walk, so windows overlap as in real recordings.
 """
 
 import json
@@ -30,7 +30,7 @@ CUT_SD, STRETCH_SD = 0.5, 0.015  # windows cut at the steps: error of the cut in
 
 
 def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="normal", clock=False):
-    """Simulate the windows of one recording of one user, who walks to and fro for about two minutes, without the turns.
+    """Simulate the windows of one recording of one user, who walks back and forth for two minutes, without the turns.
 
     Args:
         user, recording, seed: numbers from 1, the seed from 0; user k of a seed is the same person in every call.

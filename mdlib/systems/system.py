@@ -128,7 +128,7 @@ class System:
         return (*self.sizes, *(MACHINES if "base" in self.sizes else ()))
 
     def sampling_options(self) -> dict:
-        """What sampling can be given as plain values: options of `prior.sample`, and speckle; with their defaults."""
+        """Sampling options with plain values (of `prior.sample`, and speckle), and their defaults."""
         return self.prior.sampling_options() | {"speckle": True}
 
     def table(self, preset: str) -> dict:
@@ -205,7 +205,7 @@ def get_preset(
         name: a size (smoke, demo, base, ...), a machine (size base on it), size@machine, or auto.
         codec_steps: -1 for a codec that is not trained, see `mdlib.experiments.settings.RunSettings`.
         init: a pipeline trained on other people from which both models start (fewer and smaller steps), or "none".
-        the others: see `mdlib.experiments.settings.RunSettings`. DataError where one cannot be used.
+        the others: see `mdlib.experiments.settings.RunSettings`. DataError if one cannot be used.
     """
     from mdlib.models.codec import Adversary, Alignment
     from mdlib.training.fit import TrainConfig
@@ -216,14 +216,14 @@ def get_preset(
         raise DataError(f"unknown codec {codec!r}: choose one of {', '.join(CODECS)}, or leave it empty")
     kind = resolve_name(CODECS[codec]) if codec else known.codec
     if known.prior.consumes == "tokens" and not hasattr(kind, "encode_tokens"):
-        raise DataError(f"this system's prior reads tokens, which a {codec} codec does not make: leave codec empty")
+        raise DataError(f"this system's prior needs tokens, which a {codec} codec lacks: leave codec empty")
     if not kind.aligned and (foundation not in ("", "none") or user_codec):
         raise DataError("foundation and user_codec need a VA-VAE: use system vavae-dit, or codec va")
     if init != "none":
         _fine_tune(table)
     aligned = _options(Alignment) | _options(Adversary) if kind.aligned else set()
     of_losses = {"perceptual_weight", "perceptual_net"} | aligned
-    # Of the sizes and losses of the system's codec another kind takes those that it has.
+    # Keep the sizes and losses that this kind of codec has.
     table |= dict(codec=_only(table["codec"], _options(kind)), losses=_only(table["losses"], of_losses))
     if not kind.aligned:
         table |= dict(foundation="none", stages=())
@@ -261,7 +261,7 @@ def get_preset(
 
 
 def _fine_tune(table: dict) -> None:
-    """Change a preset's table to the effort of a run that starts from a pipeline trained on other people.
+    """Adapt a preset's table to fine-tuning a pipeline trained on other people.
 
     Few small steps adapt the codec to the radar. The prior has to learn its users, so their embeddings learn fifty
     times as fast as the rest. One stride-recombined copy is enough: pretraining already keeps a prior from copying.
@@ -324,7 +324,7 @@ def seeded(seed: int, make, *arguments):
 
 
 def load_codec(path: str | Path):
-    """The codec of the codec/ folder of a run, of whichever kind; DataError where there is none."""
+    """The codec of the codec/ folder of a run, of whichever kind; DataError if there is none."""
     config = Path(path) / "config.json"
     classes = {*CODECS.values(), *(system.codec_class for system in SYSTEMS.values())}
     kinds = {name.split(":")[1]: name for name in classes}
@@ -350,7 +350,7 @@ def check_same(codec, folder: str | Path) -> None:
 
 def start(model, source: str | Path, other_users: bool = False) -> None:
     """Initialise a new codec or prior from the folder of another (codec/, pipeline/prior/ of a run), a diffusers
-    VQModel's, or from a published VA-VAE or LightningDiT file; DataError where the weights do not fit.
+    VQModel's, or from a published VA-VAE or LightningDiT file; DataError if the weights do not fit.
 
     other_users: the folder's model was trained on other people. Each user starts as the mean of its users; all other
     weights are taken as they are, the null label among them. Conditions are taken where their number fits, else they

@@ -79,9 +79,9 @@ def fit(
             with the same folder and batch_size × processes, `fit` resumes, also to more steps; a finished run returns
             at once.
         held_out: its mean loss decides which weights are best and when to stop early.
-        evaluate: returns further figures of the model (in eval mode, averaged weights) for the history.
+        evaluate: returns further metrics of the model (in eval mode, averaged weights) for the history.
         preview: called as preview(model, step), in the precision of training, at the first evaluation at or after each
-            multiple of preview_every steps, and at the last one; the picture that it returns, uint8 (H, W, 3) or None,
+            multiple of preview_every steps, and at the last one; the image that it returns, uint8 (H, W, 3) or None,
             goes to TensorBoard.
         launch: trains in other processes that call `fit` with this `run_dir` and global batch. Called if anything is
             left to train; this process then loads their checkpoint.
@@ -221,7 +221,7 @@ def _evaluate(state: State, logs, held_out, evaluate, preview) -> dict[str, str]
     row |= zip(logs, all_mean(torch.stack(values)).tolist(), strict=True) if logs else {}
 
     def measure() -> tuple:
-        picture = None
+        image = None
         state.model.eval()
         state.swap_average()
         with torch.no_grad():
@@ -232,13 +232,13 @@ def _evaluate(state: State, logs, held_out, evaluate, preview) -> dict[str, str]
                 row.update(evaluate(state.model))
             if preview:
                 with state.autocast:
-                    picture = preview(state.model, state.step)
+                    image = preview(state.model, state.step)
         state.history.append(row)
         state.swap_average()
         if state.run_dir:
             write_history(state.history, state.run_dir / "history.csv")
         if state.tensorboard:
-            _log(row, picture, state.tensorboard)
+            _log(row, image, state.tensorboard)
         return state.history, state.best, state.stale, state.stopped
 
     state.history, state.best, state.stale, state.stopped = on_first(measure)
@@ -259,17 +259,17 @@ def _held_out_logs(state: State, held_out: Batches) -> dict[str, float]:
     return {f"held_out_{key}": value / len(held_out) for key, value in sums.items()}
 
 
-def _log(row: dict, picture: np.ndarray | None, writer) -> None:
-    """Write a row of the history, and a picture where there is one, to TensorBoard."""
+def _log(row: dict, image: np.ndarray | None, writer) -> None:
+    """Write a row of the history, and a image where there is one, to TensorBoard."""
     for key in row.keys() - {"step"}:
         writer.add_scalar(key, row[key], row["step"])
-    if picture is not None:
-        writer.add_image("preview", picture, row["step"], dataformats="HWC")
+    if image is not None:
+        writer.add_image("preview", image, row["step"], dataformats="HWC")
     writer.flush()
 
 
 def _train_elsewhere(launch: Callable[[], None], state: State, name: str) -> None:
-    """Let other processes train, and load what they reached."""
+    """Train in other processes and load their checkpoint."""
     if time_is_up():
         _end_session(state, name)
     try:

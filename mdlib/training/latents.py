@@ -1,4 +1,4 @@
-"""A codec's tokens or latents: of a set of windows, computed once and cached; and trained together with a prior."""
+"""Encode windows to tokens or latents (cached), decode latents, and train codec and prior jointly."""
 
 from contextlib import suppress
 from pathlib import Path

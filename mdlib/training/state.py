@@ -34,7 +34,7 @@ class TrainConfig:
     seed: int = 0
     evaluate_every: int = 100  # optimizer steps between held-out losses
     save_every: int = 200  # optimizer steps between checkpoints
-    preview_every: int = 1  # optimizer steps between pictures, 500 in presets; 0: none
+    preview_every: int = 1  # optimizer steps between images, 500 in presets; 0: none
     patience: int = 0  # held-out evaluations without a better loss before stopping; 0 never stops early
     keep_best: bool = True  # end with the weights of the lowest held-out loss
     max_minutes: float = 0.0  # wall-clock budget over all resumes, the learning rate falls within it; 0 is none
@@ -55,7 +55,7 @@ class TrainConfig:
         check_choice("TrainConfig.compile", self.compile, MODES)
 
     def with_steps(self, steps: int) -> "TrainConfig":
-        """The same training in other steps, at most a tenth of them warm-up."""
+        """The same settings with `steps` steps, at most a tenth warm-up."""
         return replace(self, steps=steps, warmup_steps=min(self.warmup_steps, max(1, steps // 10)))
 
     def defining(self) -> dict:
@@ -148,11 +148,11 @@ class State:
             setattr(self, key, content[key])
         if self.stopped.startswith("the budget") and not self.budget_spent:
             self.stopped = ""  # a larger budget was granted
-        if self.config.steps > content["config"]["steps"]:  # training goes on, to more steps than it was to take
+        if self.config.steps > content["config"]["steps"]:  # training continues to more steps than first planned
             self.stopped, self.stale = "", 0
 
     def check_room(self, name: str) -> None:
-        """OSError without room for a checkpoint and the best weights, each twice: a new file replaces a whole one."""
+        """OSError without room for checkpoint and best weights, twice: old files stay until new ones are complete."""
         if self.run_dir:
             model = sum(tensor.nbytes for tensor in self.model.state_dict().values())
             moments = (2 + (self.ema is not None)) * sum(parameter.nbytes for parameter in self.parameters)
@@ -206,5 +206,5 @@ def precision(wanted: str) -> str:
     if wanted in ("fp16", "bf16") and not generation:
         raise ValueError(f"training in {wanted} needs a GPU")
     if wanted == "bf16" and generation < 8:
-        raise ValueError(f"{torch.cuda.get_device_name()} only emulates bf16, and slowly: take fp16")
+        raise ValueError(f"{torch.cuda.get_device_name()} only emulates bf16, and slowly: use fp16")
     return wanted

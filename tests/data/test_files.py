@@ -187,12 +187,12 @@ def test_many_short_recordings(tmp_path):
 def test_one_window_in_two_files_is_named(tmp_path, twin):
     root = named(tmp_path / "set", lambda u, r, k: f"w{k}")
     text = message(find_windows, touch(root, twin))
-    assert twin in text and "ID_1/w5.png" in text and "twice" in text and "delete" in text
+    assert twin in text and "ID_1/w5.png" in text and "the same window" in text and "delete" in text
 
 
 def test_uploads_of_one_window_are_named(tmp_path):
     root = named(tmp_path, lambda u, a, k: f"w{k}_png.rf.{digest(u, a, k)}", recordings=(1, 2))
-    assert "twice by their names (and 79 more pairs)" in message(find_windows, root)
+    assert "the same window (and 79 more pairs)" in message(find_windows, root)
 
 
 NAMELESS = {
@@ -245,7 +245,7 @@ def test_the_order_reaches_the_set(tmp_path):
 
 def test_an_image_unlike_the_others_is_pointed_out(tmp_path):
     root = touch(named(tmp_path, lambda u, r, k: f"w{k}"), "ID_1/overview.png")
-    with pytest.warns(UserWarning, match=r"1 image with a name unlike the others.*ID_1/overview\.png") as caught:
+    with pytest.warns(UserWarning, match=r"1 image with an unusual name.*ID_1/overview\.png") as caught:
         found = find_windows(root)
     assert len(found) == 81 and len(caught) == 1
 
@@ -352,7 +352,7 @@ def test_a_window_in_two_parts_is_named(tmp_path):
     for part, numbers in (("train", range(20)), ("test", range(19, 30))):
         touch(tmp_path, *(f"{part}/ID_{user}/w{k:03d}.png" for user in (1, 2) for k in numbers))
     text = message(find_windows, tmp_path)
-    assert "train/ID_1/w019.png" in text and "test/ID_1/w019.png" in text and "twice" in text
+    assert "train/ID_1/w019.png" in text and "test/ID_1/w019.png" in text and "the same window" in text
 
 
 def test_one_part_alone_splits_nothing(tmp_path):

@@ -292,7 +292,7 @@ def test_intensity_in_the_transparency(tmp_path, mode):
         plain = np.full((*image.shape, len(mode) - 1), 255, np.uint8)
         Image.fromarray(np.dstack([plain, image]), mode).save(path)
 
-    with pytest.warns(UserWarning, match="transparency: it is read as intensity"):
+    with pytest.warns(UserWarning, match="alpha channel, which is read as intensity"):
         windows = load_windows(write(tmp_path / "set", save), size=32)
     assert right(windows) > 0.999
 
@@ -376,7 +376,7 @@ def test_other_kinds_of_files_are_one_line(tmp_path, kind):
         Image.new("1", (5000, 4000)).save(path)
     expected = {
         "CMYK": "colour mode CMYK",
-        "animation": "2 pictures in one file",
+        "animation": "2 images in one file",
         "huge": "more than 16 million pixels",
     }
     text = message(load_windows, root)

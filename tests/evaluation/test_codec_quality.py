@@ -62,11 +62,11 @@ def test_latents_that_were_not_calibrated_are_told():
         assert "calibrate() was not called" in check_codec(codec, images())["verdict"]
 
 
-def test_latent_figures_are_those_of_their_channel():
+def test_latent_metrics_are_those_of_their_channel():
     latents = torch.randn(50, 3, 20, 20, generator=torch.manual_seed(0))
     latents[:, 1] = 3 * latents[:, 1] + 2
     latents[0, 0, 0, 0] = 9.0
-    found = codec_quality.latent_figures(latents)
+    found = codec_quality.latent_metrics(latents)
     assert found["mean"] == pytest.approx([0, 2, 0], abs=0.1) and found["std"] == pytest.approx([1, 3, 1], rel=0.05)
     assert found["max"] == pytest.approx(max(9.0, float(latents.max())))
     assert 1 / latents.numel() <= found["beyond_4_sigma"] < 3e-4

@@ -65,7 +65,7 @@ def test_windows_beyond_a_users_range_are_sifted(monkeypatch):
 
     def read(part):
         values = speeds["train" if len(part) == 12 else "made"]
-        every = {name: np.full(len(values), np.nan) for name in gait_metrics.FIGURES} | {"torso_speed": values}
+        every = {name: np.full(len(values), np.nan) for name in gait_metrics.METRICS} | {"torso_speed": values}
         return pd.DataFrame({**every, "plausible": np.arange(len(values)) != 3, "label": part.labels.numpy()})
 
     monkeypatch.setattr(gait_metrics, "measure", read)

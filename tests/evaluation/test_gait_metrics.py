@@ -208,9 +208,9 @@ def changed(windows: WindowSet, rows, images) -> WindowSet:
 
 
 def gaits(values: list[list[float]], name="torso_speed") -> pd.DataFrame:
-    """One figure's values of each user, the others unread."""
+    """One metric's values of each user, the others unread."""
     flat = np.concatenate([np.array(own, float) for own in values])
-    every = {other: np.full(len(flat), np.nan) for other in gait_metrics.FIGURES} | {name: flat}
+    every = {other: np.full(len(flat), np.nan) for other in gait_metrics.METRICS} | {name: flat}
     labels = np.repeat(np.arange(len(values)), [len(own) for own in values])
     return pd.DataFrame({**every, "plausible": True, "label": labels})
 
@@ -322,14 +322,14 @@ def test_what_cannot_be_read_is_null_with_its_reason(evidence, real):
     rgb = {name: replace(part, images=part.images.expand(-1, 3, -1, -1)) for name, part in rgb.items()}
     found = physics(replace(evidence, **rgb))
     assert found.keys() == set(gait_metrics.NAMES)
-    assert {figure["reason"] for figure in found.values()} == {"not measured on RGB windows: set channels=1"}
+    assert {metric["reason"] for metric in found.values()} == {"not measured on RGB windows: set channels=1"}
     with pytest.raises(ValueError, match="3 channels"):
         measure(rgb["train"])
 
 
 def test_the_chart_shows_every_metric(honest):
     panels = [axis for axis in charts.user_means(honest).axes if axis.get_title()]
-    labels = [charts.describe("physics", name)["label"] for name in gait_metrics.FIGURES]
+    labels = [charts.describe("physics", name)["label"] for name in gait_metrics.METRICS]
     assert [axis.get_title() for axis in panels] == labels
     _, dots = panels[0].get_lines()
     assert dots.get_ydata() == pytest.approx(honest["torso_speed"]["generated_means"])

@@ -97,7 +97,7 @@ def test_windows_of_any_size_and_kind_are_read_as_those_on_disk(case, folder):
     assert identifier([]).shape == (0, 4)
     assert "(N, 1, H, W), got (2, 3, 8, 8)" in message(identifier, torch.zeros(2, 3, 8, 8))
     deep = Image.fromarray(np.full((8, 8), 60_000, np.uint16))
-    assert "pictures of mode I;16 have no range of their own" in message(identifier, [deep])
+    assert "images of mode I;16 have no fixed value range" in message(identifier, [deep])
 
 
 def test_grey_of_16_bits_is_read_on_the_scale_of_the_training_windows(case, tmp_path, recwarn):

@@ -36,22 +36,22 @@ def test_codebook_figures_are_counted():
     tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 0], [0, 2]], [[3, 3], [3, 3]]])
     counts = metrics.code_counts(tokens, torch.tensor([0, 0, 1]), num_codes=6, num_users=2)
     assert counts.tolist() == [[5, 2, 1, 0, 0, 0], [0, 0, 0, 4, 0, 0]]
-    figures = metrics.codebook_figures(counts, torch.tensor([2, 1]))
+    found = metrics.codebook_metrics(counts, torch.tensor([2, 1]))
     share = np.array([5, 2, 1, 4]) / 12
-    assert figures["usage"] == pytest.approx(4 / 6)
-    assert figures["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
-    assert figures["codes_per_user"] == 2.0
-    assert figures["distinctive_codes_per_user"] == 2.0 and figures["distinctive_codes_least"] == 1.0
+    assert found["usage"] == pytest.approx(4 / 6)
+    assert found["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+    assert found["codes_per_user"] == 2.0
+    assert found["distinctive_codes_per_user"] == 2.0 and found["distinctive_codes_least"] == 1.0
     with_absent = torch.cat([counts, torch.zeros(1, 6, dtype=torch.long)])
-    assert metrics.codebook_figures(with_absent, torch.tensor([2, 1, 0])) == figures, "a user without windows"
+    assert metrics.codebook_metrics(with_absent, torch.tensor([2, 1, 0])) == found, "a user without windows"
 
 
 def test_codes_that_all_use_alike_or_hardly_are_not_distinctive():
     counts = torch.full((3, 10), 40)
-    assert metrics.codebook_figures(counts, torch.full((3,), 20))["distinctive_codes_per_user"] == 0
+    assert metrics.codebook_metrics(counts, torch.full((3,), 20))["distinctive_codes_per_user"] == 0
     rare = counts.clone()
     rare[0, 0], rare[1, 0], rare[2, 0] = 4, 0, 0  # 4 times in 20 windows: less than once in four
-    assert metrics.codebook_figures(rare, torch.full((3,), 20))["distinctive_codes_per_user"] == 0
+    assert metrics.codebook_metrics(rare, torch.full((3,), 20))["distinctive_codes_per_user"] == 0
 
 
 def test_control_ratio_is_one_for_chance():
@@ -123,13 +123,13 @@ def test_manifold_figures_are_what_the_papers_count():
     real, made, k = torch.randn(12, 3), torch.randn(9, 3) * 1.5, 3
     radius = lambda part, row: sorted(float((row - other).norm()) for other in part)[k]
     inside = lambda part, row, point: float((row - point).norm()) < radius(part, row)
-    found = metrics.manifold_figures(real, made, k)
+    found = metrics.manifold_metrics(real, made, k)
     assert found["precision"] == pytest.approx(np.mean([any(inside(real, row, m) for row in real) for m in made]))
     assert found["recall"] == pytest.approx(np.mean([any(inside(made, row, r) for row in made) for r in real]))
     assert found["density"] == pytest.approx(sum(inside(real, row, m) for row in real for m in made) / (k * len(made)))
     assert found["coverage"] == pytest.approx(np.mean([any(inside(real, row, m) for m in made) for row in real]))
-    assert set(metrics.manifold_figures(real, made + 100, k).values()) == {0.0}
-    collapsed = metrics.manifold_figures(real, real[:1] + 0.01 * torch.randn(9, 3), k)
+    assert set(metrics.manifold_metrics(real, made + 100, k).values()) == {0.0}
+    collapsed = metrics.manifold_metrics(real, real[:1] + 0.01 * torch.randn(9, 3), k)
     assert collapsed["precision"] == 1 and collapsed["recall"] < 0.3 and collapsed["coverage"] < 1
 
 

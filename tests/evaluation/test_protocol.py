@@ -46,7 +46,7 @@ def test_every_key_of_the_protocol_is_there(honest):
             if isinstance(value, dict):
                 assert value["value"] is not None and value["n"] > 0 or value["reason"], (section, name)
     assert honest["reconstruction"]["psnr_db"]["reason"] == "no codec was given"
-    assert all(figure["value"] is not None for figure in honest["physics"].values())
+    assert all(metric["value"] is not None for metric in honest["physics"].values())
     json.dumps(honest, allow_nan=False)
 
 
@@ -169,7 +169,7 @@ def test_a_codec_that_draws_the_user_it_is_given_is_found_out():
     with pytest.raises(DataError, match="the codec was trained with 3 users, these windows have 4"):
         evidence(made, codec=Stamp(**CODEC, num_users=3))
     plain = other_label(evidence(made, codec=VAVAE(**CODEC)), arms)
-    assert {figure["reason"] for figure in plain.values()} == {"this codec is not conditioned on users"}
+    assert {metric["reason"] for metric in plain.values()} == {"this codec is not conditioned on users"}
 
 
 @pytest.mark.parametrize(
@@ -184,13 +184,13 @@ def test_the_verdict_comes_from_the_interval(honest, ci95, word):
     told = verdict({**found, **others})["sentence"]
     assert ("would gain as well (+3.0 points, -1.0 to +7.0)." in told) == (word == "helps")
     assert told.endswith(" With ResNet-18, trained from scratch, the gain is -2.0 points, -4.0 to +0.0.")
-    assert "independent stretches" in verdict({**found, "blocks": 5})["sentence"]
+    assert "independent blocks" in verdict({**found, "blocks": 5})["sentence"]
     few = {**found, "real_only": {**found["real_only"], "value": 0.2}, "num_users": 4}
     assert verdict(few)["sentence"].startswith(
-        "Too early to say: real windows alone reach 20.0 %, where chance is 25.0 %"
+        "Inconclusive: real windows alone reach 20.0 %, where chance is 25.0 %"
     )
-    figure = {"value": 0.5, "ci95": ci95, "n": 9}
-    arms = dict.fromkeys(("chosen", "total_gain", "pretrained_gain", "pretraining_gain"), figure)
+    metric = {"value": 0.5, "ci95": ci95, "n": 9}
+    arms = dict.fromkeys(("chosen", "total_gain", "pretrained_gain", "pretraining_gain"), metric)
     told = verdict({**few, **arms, "total_real_windows": {"value": None}})["sentence"]
     assert told.startswith("With ") and "accuracy of 20.0 %" in told, "pretrained classifiers are far above chance"
     warned = verdict(found, copied=0.96)

@@ -54,7 +54,7 @@ def test_a_prior_trains_on_it_and_it_stays_bit_for_bit(finished, tmp_path, monke
     save_pipeline(prior)
     for place in (folder, run.path / "codec", run.path / "pipeline" / "codec"):
         assert same(weights(place), before), "codebook, its counts and the calibration among them"
-    assert run.about()["models start"] == f"from {folder}, used as it is"
+    assert run.about()["initial weights"] == f"from {folder}, used as it is"
     with pytest.raises(DataError, match="uses the codec in .* as it is: start a new run to train it further"):
         extended(run.path, RunSettings(**run.settings | {"codec_steps": 9}))
 

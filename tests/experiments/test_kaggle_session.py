@@ -144,7 +144,7 @@ def test_the_preset_follows_the_gpu(gpus, preset):
         ((7, 5), "auto", "fp16"),
         ((6, 0), "auto", "no"),
         ((8, 0), "bf16", "bf16"),
-        ((7, 5), "bf16", "only emulates bf16, and slowly: take fp16"),
+        ((7, 5), "bf16", "only emulates bf16, and slowly: use fp16"),
         (None, "fp16", "training in fp16 needs a GPU"),
         (None, "auto", "no"),
     ],
@@ -188,7 +188,7 @@ def test_a_session_without_the_gpu_it_requested_stops(session, monkeypatch, caps
     write_set(session.input / "windows")
     assert kaggle_session.begin("runs/demo") == str(session.input / "windows")
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and "a batch run: no GPU" in printed and "phone number is verified" in printed
+    assert printed.count("\n") == 1 and "a batch run: no GPU" in printed and "verified phone number" in printed
     assert "training stops by itself in" in printed and "GB may be written" in printed
     monkeypatch.setenv(kaggle_session.REQUESTED, "NvidiaTeslaT4")
     text = message(kaggle_session.begin, "runs/demo")
@@ -214,7 +214,7 @@ def test_a_run_is_copied_from_read_only_inputs_and_finds_its_windows(session, ca
         path.chmod(0o555)
     out = session.working / "runs" / "demo"
     assert "read /kaggle/input/gone: attach its windows too" in message(kaggle_session.begin, out)
-    assert kaggle_session.begin(out, "mine") == "mine" and "does not continue, because data" in capsys.readouterr().out
+    assert kaggle_session.begin(out, "mine") == "mine" and "data starts a new run: leave data empty" in capsys.readouterr().out
     people = write_set(session.input / "datasets" / "me" / "windows")
     assert kaggle_session.begin(out) == ""
     assert json.loads((out / "run.json").read_text())["settings"]["data"] == str(people)

@@ -60,9 +60,9 @@ def shipped(made, tmp_path, monkeypatch):
 def test_a_run_starts_from_the_weights_that_come_along(system, shipped, windows, tmp_path):
     run = open_run(tmp_path / "run", data=windows, system=system, preset="smoke")
     assert run.settings["init"] == read_record(run.path)["settings"]["init"] == "shipped"
-    assert run.about()["models start"] == "pretrained on 3 simulated people (shipped)"
+    assert run.about()["initial weights"] == "pretrained on 3 simulated people (shipped)"
     scratch = open_run(tmp_path / "scratch", data=windows, system=system, preset="smoke", init="none")
-    assert scratch.about()["models start"] == "from scratch" and scratch.preset.prior_training.user_rate == 1
+    assert scratch.about()["initial weights"] == "from scratch" and scratch.preset.prior_training.user_rate == 1
     assert run.preset.prior_training.user_rate > 1 and run.preset.codec_training.steps < 6
 
     stage, known = codec_stage(run), load_codec(shipped / system / "codec").float().state_dict()
@@ -107,7 +107,7 @@ def test_they_are_not_used_where_they_do_not_fit(shipped, windows, tmp_path, cap
         with pytest.raises(DataError, match="cannot start from|init: .*vae-diffusion"):  # asked for by name
             open_run(tmp_path / "strict", **common | case, init=str(shipped / "vae-diffusion"))
     named = open_run(tmp_path / "named", **common, init=shipped / "vae-diffusion")
-    assert named.about()["models start"] == f"pretrained on 3 simulated people ({shipped / 'vae-diffusion'})"
+    assert named.about()["initial weights"] == f"pretrained on 3 simulated people ({shipped / 'vae-diffusion'})"
     started = open_run(tmp_path / "started", **common, codec_start=str(shipped / "vae-diffusion" / "codec"))
     assert started.settings["init"] == "none"
     shutil.rmtree(shipped)

@@ -89,11 +89,11 @@ def test_a_notebook_that_runs_again_removes_its_pictures(people, tmp_path):
 def test_one_picture_changes_in_place_and_a_batch_run_shows_none(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(widgets, "display", shown.append)
-    show = widgets.live_picture()
+    show = widgets.live_preview()
     for content in (b"first", b"second"):
         (tmp_path / "preview.png").write_bytes(content)
         show(tmp_path / "preview.png")
     (image,) = shown
     assert image.value == b"second"
     monkeypatch.setenv("MDLIB_BATCH", "1")
-    assert widgets.live_picture() is None and len(shown) == 1
+    assert widgets.live_preview() is None and len(shown) == 1

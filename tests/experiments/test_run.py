@@ -179,7 +179,7 @@ def test_a_run_starts_from_one_on_other_people(finished, people, tmp_path):
     options = dict(data=str(tmp_path / "others"), preset="smoke")
     with pytest.raises(DataError, match="init: .*others holds no pipeline: give the pipeline/ folder of a run"):
         open_run(tmp_path / "one", **options, init=str(tmp_path / "others"))
-    with pytest.raises(DataError, match="init starts both codec and prior: leave codec_start and prior_start empty"):
+    with pytest.raises(DataError, match="init sets both codec and prior: leave codec_start and prior_start empty"):
         open_run(tmp_path / "one", **options, init=str(source), codec_start=str(source / "codec"))
     with pytest.raises(DataError, match="prior holds a TokenPrior, this system's prior is a VQDiffusion"):
         open_run(tmp_path / "one", **options, system="vq-diffusion", init=str(source))
@@ -198,7 +198,7 @@ def test_codec_and_prior_that_start_from_other_people_train_together_too(denoise
 
 
 def test_a_notebook_of_another_system_is_refused(denoised, finished):
-    with pytest.raises(DataError, match="04_train_diffusion is no notebook of system vqvae-transformer: 01_env"):
+    with pytest.raises(DataError, match="04_train_diffusion is not a notebook of vqvae-transformer: 01_env"):
         open_run(finished[0]).expect("04_train_diffusion")
     open_run(denoised["vqvae-ldm"]).expect("04_train_diffusion")
 

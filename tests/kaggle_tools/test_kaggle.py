@@ -194,7 +194,7 @@ def test_parameters_override_the_notebooks_own(tmp_path):
         ("02_train_vqvae", {"system": "vae-difusion"}, False, "unknown system 'vae-difusion'"),
         ("02_train_vqvae", {"preset": "hug"}, False, "unknown preset 'hug'"),
         ("03_train_prior", {"seed": 3}, False, "seed: settings of a run are given to notebook 02"),
-        ("02_train_vqvae", {"seed": 3}, True, "a resumed run has its settings: leave out seed"),
+        ("02_train_vqvae", {"seed": 3}, True, "a resumed run keeps its settings: leave out seed"),
     ],
 )
 def test_a_parameter_that_would_be_ignored_is_refused(notebook, parameters, resume, message, tmp_path):

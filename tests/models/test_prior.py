@@ -367,7 +367,7 @@ def test_bad_sampling_options_are_refused(make, options, message):
         (dict(users=torch.tensor([-1, -1])), "^users must lie in 0…5, got -1…-1$"),
         (dict(towards=torch.tensor([9, 9]), share=0.5), "0…5, got 9…9"),
         (dict(towards=torch.tensor([2, 2]), share=3.0), "share must lie in"),
-        (dict(share=0.5), "share lies between two users: give towards as well"),
+        (dict(share=0.5), "share needs a second user: give towards as well"),
     ],
 )
 def test_bad_requests_are_refused(make, options, message):

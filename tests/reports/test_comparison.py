@@ -1,4 +1,4 @@
-"""The comparison's and the study's pages, and conclusions that follow from the figures."""
+"""The comparison's and the study's pages, and conclusions that follow from the metrics."""
 
 import copy
 import json
@@ -53,13 +53,13 @@ def test_the_study_is_one_page_that_opens_offline(report, tmp_path):  # noqa: F8
     page = Page(html)
     assert len(page.images) == 1 and "http" not in html and page.text.count(report["verdict"]["sentence"]) == 2
     heads = next(row for row in page.rows if row[0] == "Real windows per user")
-    assert heads == ["Real windows per user", "5", "10", "What is good"]
+    assert heads == ["Real windows per user", "5", "10", "Good value"]
     folds = next(row for row in page.rows if row[0].startswith("gain of each fold"))
     assert folds[1:3] == ["–", "+1.0, -2.0 points"]
     assert any(row[0].startswith("equivalent real windows") for row in page.rows)
 
 
-def figures(psnr: float, usage: float | None, gain: tuple, fd: float, identity: float) -> dict:
+def metrics(psnr: float, usage: float | None, gain: tuple, fd: float, identity: float) -> dict:
     value, low, high = gain
     return {
         "reconstruction": {"psnr_db": {"value": psnr}},
@@ -70,11 +70,11 @@ def figures(psnr: float, usage: float | None, gain: tuple, fd: float, identity: 
     }
 
 
-def test_conclusions_follow_from_the_figures():
+def test_conclusions_follow_from_the_metrics():
     systems = {
-        "transformer": figures(27.6, 0.9, (0.01, -0.01, 0.02), 1.2, 0.7),
-        "diffusion": figures(25.0, None, (0.05, 0.03, 0.07), 1.5, 0.9),
-        "worse": figures(24.0, 0.2, (0.0, -0.01, 0.02), 1.6, 0.3),
+        "transformer": metrics(27.6, 0.9, (0.01, -0.01, 0.02), 1.2, 0.7),
+        "diffusion": metrics(25.0, None, (0.05, 0.03, 0.07), 1.5, 0.9),
+        "worse": metrics(24.0, 0.2, (0.0, -0.01, 0.02), 1.6, 0.3),
     }
     found = conclusions(systems)
     assert found["codec"]["value"] == "vq" and "27.6 dB, is 1.10 times" in found["codec"]["sentence"]
@@ -86,8 +86,8 @@ def test_conclusions_follow_from_the_figures():
 
 def test_without_enough_usage_or_with_wide_intervals_nothing_is_concluded():
     systems = {
-        "transformer": figures(27.6, 0.7, (0.01, -0.01, 0.04), 1.2, 0.7),
-        "diffusion": figures(25.0, None, (0.05, -0.03, 0.07), 1.5, 0.9),
+        "transformer": metrics(27.6, 0.7, (0.01, -0.01, 0.04), 1.2, 0.7),
+        "diffusion": metrics(25.0, None, (0.05, -0.03, 0.07), 1.5, 0.9),
     }
     found = conclusions(systems)
     assert found["codec"]["value"] == "kl" and found["gain"]["sentence"].endswith("It overlaps that of transformer.")
@@ -107,8 +107,8 @@ def test_without_enough_usage_or_with_wide_intervals_nothing_is_concluded():
     [(27.5, 0.9, 25.0, "vq"), (27.5, 0.8, 25.0, "kl"), (27.4, 0.9, 25.0, "kl"), (20.0, 1.0, 25.0, "kl")],
 )
 def test_the_codec_is_chosen_by_the_rule(vq, usage, kl, choice):
-    codecs = {"a": figures(vq, usage, (0, 0, 0), 1, 1), "b": figures(kl, None, (0, 0, 0), 1, 1)}
-    found = choose_codec(codecs | {"c": figures(vq - 1, 1.0, (0, 0, 0), 1, 1)})
+    codecs = {"a": metrics(vq, usage, (0, 0, 0), 1, 1), "b": metrics(kl, None, (0, 0, 0), 1, 1)}
+    found = choose_codec(codecs | {"c": metrics(vq - 1, 1.0, (0, 0, 0), 1, 1)})
     assert found["value"] == choice and found["ratio"] == pytest.approx(vq / kl)
     assert (found["vq_psnr_db"], found["kl_psnr_db"], found["usage"]) == (vq, kl, usage)
     assert found["sentence"].startswith(f"Take the {choice.upper()} codec") and f"{vq:.1f} dB" in found["sentence"]

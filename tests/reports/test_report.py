@@ -143,7 +143,7 @@ def test_every_figure_is_labelled_on_the_page_and_defined_in_the_docs(report):
             if isinstance(figure, list):
                 continue
             about = pages.describe(section, name)
-            assert about["help"] or section == "split", f"{section}.{name} is not in figures.toml"
+            assert about["help"] or section == "split", f"{section}.{name} is not in metrics.toml"
             if isinstance(figure, dict) and not name.startswith(("resnet18", "gain_", "cross")):
                 assert f"`{name}`" in docs, f"{section}.{name} is not in docs/evaluation.md"
     assert len(docs.splitlines()) <= 150
@@ -186,7 +186,7 @@ def test_the_verdict_is_not_confident_at_chance(from_scratch):
     gain = {"value": 0.015, "ci95": [0.01, 0.02]}
     near = {**augmentation, "real_only": {"value": 0.27, "n": 100}, "gain": gain}
     sentence = verdict(near)["sentence"]
-    assert sentence.startswith("Too early to say: real windows alone reach 27.0 %, where chance is 25.0 % (4 users)")
+    assert sentence.startswith("Inconclusive: real windows alone reach 27.0 %, where chance is 25.0 % (4 users)")
     far = {**near, "real_only": {"value": 0.6, "n": 100}}
     assert verdict(far)["sentence"].startswith("Generated windows help")
 

@@ -266,7 +266,7 @@ def test_a_condition_in_chinese_is_drawn_without_warnings(real, installed, monke
     users = browser(part, part, part, None, each=2)
     users.condition.value = "正常"
     assert users.line.value == "" and bytes(users.view.value).startswith(b"\x89PNG")
-    title = users.picture(users.shown).get_suptitle()
+    title = users.figure(users.shown).get_suptitle()
     assert title == ("ID_3 正常" if installed else "ID_3 condition 2")
     plots.fonts.cache_clear()
 

@@ -34,12 +34,12 @@ class Reader:
 
     size: int  # of the windows
     colormap: str  # "none": RGB; "auto": not known yet
-    scale: tuple[float, float] | None = None  # what is 0 and what is 255, of grey of more than 8 bits
+    scale: tuple[float, float] | None = None  # values mapped to 0 and 255, for more than 8 bits
     box: tuple[int, int, int, int] | None = None  # the part that is read: left, top, right, bottom
 
     def pixels(self, path: Path) -> tuple[np.ndarray, str]:
         """Pixels of a file as uint8 (of more bits without a scale), and their mode: "L" (H, W), "A" (H, W) where the
-        picture is in the transparency, "RGB" or, of most JPEGs, "YCbCr" (H, W, 3)."""
+        image is in the transparency, "RGB" or, of most JPEGs, "YCbCr" (H, W, 3)."""
         array, mode, alpha = _decode(path, self.box, rgb=self.colormap == "none")
         if self.scale:
             low, high = self.scale
@@ -90,7 +90,7 @@ def read_head(path: Path) -> Head:
     if width * height > MOST_PIXELS:
         raise DataError(f"{path}: {width}x{height}, more than {MOST_PIXELS // 10**6} million pixels; export it smaller")
     if frames > 1:
-        raise DataError(f"{path}: {frames} pictures in one file (an animation?); export each as a PNG")
+        raise DataError(f"{path}: {frames} images in one file (an animation?); export each as a PNG")
     if mode not in _MODES:
         raise DataError(f"{path}: colour mode {mode}; export it as RGB or grey")
     return Head((width, height), _BITS.get(mode, 8), lossy)
