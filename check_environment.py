@@ -10,7 +10,6 @@ reports on the Python that calls it. One other process imports the packages: if 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -22,11 +21,9 @@ from pathlib import Path
 
 import setup_environment as setup
 
-LPIPS_BACKBONES = ["squeezenet1_1-b8a52dc0.pth", "alexnet-owt-7be5be79.pth", "vgg16-397923af.pth"]
 GIB = 1 << 30
 LEAST_DISK, LEAST_MEMORY, LEAST_CORES, LEAST_SHARED = 5 * GIB, 6 * GIB, 2, GIB // 4
 WORKING = Path("/kaggle/working")
-KAGGLE_OUTPUT, KAGGLE_HOURS = 20 * GIB, 12
 # The machines of the presets: GPU name, at least this number of GPUs, each with at least this memory in MiB.
 EXPECTED = {"cpu": ("", 0, 0), "gpu": ("", 1, 0), "p100": ("P100", 1, 0), "t4": ("T4", 1, 0)}
 EXPECTED.update({"t4x2": ("T4", 2, 0), "gpu-6gb": ("", 1, 5500), "gpu-8gb": ("", 1, 7500), "gpu-16gb": ("", 1, 14500)})
@@ -39,10 +36,9 @@ CAUSES = {
     "accelerator": "Kaggle gives another accelerator, or none, without an error",
     "driver": "CUDA 12 needs driver 525 or later, CUDA 13 driver 580",
     "data": "the path of a data set below /kaggle/input differs between sessions and accounts",
-    "download": "weights are downloaded when they are first used, which fails without a network",
     "precision": "before capability 8.0 bf16 is emulated, before 7.0 nothing is compiled for the GPU",
     "foreign": "diffusers and transformers import peft, xformers, bitsandbytes and tensorflow where they are installed",
-    "resources": "a run that fills the disk or the memory, or outlasts the session, ends without its results",
+    "resources": "a run that fills the disk or the memory ends without its results",
     "widgets": "the page shows widgets of one major version; another one stays at 'Loading widget...'",
     "package": "the package is missing, damaged or outside the range that mdlib supports",
 }
@@ -82,17 +78,8 @@ def check(python: Path | str | None = None, *, expect: str = "") -> list[dict]:
     return [*rows, *check_packages(s, here, conflicts.result()), *check_files(online.result())]
 
 
-def session_hours() -> float:
-    """How long this container has been running; 0 if unknown."""
-    try:
-        started = int(Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return (float(Path("/proc/uptime").read_text().split()[0]) - started) / 3600
-    except (OSError, ValueError, IndexError):
-        return 0.0
-
-
 def check_machine():
-    """Cores, memory, disk, shared memory and the limits of a Kaggle session."""
+    """Cores, memory, disk and shared memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
     for file in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
@@ -109,12 +96,6 @@ def check_machine():
     if size:  # several GPUs and data workers exchange data here
         remedy = "start the container with --shm-size=1g, or train in one process without workers"
         table.append(("shared memory", f"{size / GIB:.2f} GiB", size < LEAST_SHARED, remedy))
-    if setup.hosted() == "Kaggle":
-        hours, used = session_hours(), sum(f.stat().st_size for f in WORKING.rglob("*") if f.is_file())
-        remedy = "save a version now and resume its run folder in a new session"
-        table.append(("session", f"{hours:.1f} of {KAGGLE_HOURS} hours", hours > KAGGLE_HOURS - 2, remedy))
-        full = used > KAGGLE_OUTPUT - LEAST_DISK
-        table.append(("output", f"{used / GIB:.1f} of 20 GiB", full, f"delete files below {WORKING}"))
     return [row(name, detail, remedy if bad else "", "resources") for name, detail, bad, remedy in table]
 
 
@@ -235,47 +216,16 @@ def check_packages(s: setup.State, here: bool, conflicts):
         yield row("widgets", f"{version}, {s.host} shows version {major}{batch}", wrong and remedy, "widgets")
 
 
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # Python 3.11
-
-
-def damaged_files(folder: Path) -> list[str]:
-    """The files of a folder that differ from its SHA256SUMS."""
-    manifest = folder / "SHA256SUMS"
-    text = manifest.read_text(encoding="utf-8") if manifest.is_file() else ""
-    sums = re.findall(r"^([0-9a-f]{64}) [ *](.+)$", text, re.MULTILINE)
-    return [name for digest, name in sums if not (folder / name).is_file() or sha256(folder / name) != digest]
-
-
 def check_files(online: bool):
-    """The network, LPIPS weights, and data and wheels below /kaggle/input, found by what they hold."""
+    """The network, and data and wheels below /kaggle/input, found by what they hold."""
     offline = "" if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0") else ", HF_HUB_OFFLINE is set"
     answer = "answers" if online else "does not answer: nothing can be downloaded"
     yield row("network", f"the package index {answer}{offline}")
-    torch_home = os.environ.get("TORCH_HOME") or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/torch"
-    folder = Path(torch_home).expanduser() / "hub" / "checkpoints"
-    there = [folder / name for name in LPIPS_BACKBONES if (folder / name).is_file()]
-    # The names end with the first digits of the SHA-256.
-    damaged = [str(file) for file in there if not sha256(file).startswith(file.stem.rpartition("-")[2])]
-    detail, remedy = ", ".join(file.name for file in there), ""
-    if damaged:
-        detail, remedy = f"{', '.join(damaged)}: incomplete", "delete the file"
-    elif not there:
-        detail = "none on disk"
-        remedy = "LPIPS downloads them at first use" if online else f"put {LPIPS_BACKBONES[0]} (5 MB) into {folder}"
-    yield row("lpips weights", detail, remedy, "download")
     choose = "choose by the notebooks' parameter data; for conditions give the folder above"
-    inputs = (("data", "ID_[0-9]*/", choose), ("wheelhouse", setup.WHEELHOUSE_MARKER, "choose one with --wheelhouse"))
+    inputs = (("data", "ID_[0-9]*/", choose), ("wheels", setup.WHEELHOUSE_MARKER, "attach one data set of wheels"))
     for name, marker, remedy in inputs if setup.INPUTS.is_dir() else ():
         found = setup.find_marked(marker, setup.INPUTS)
-        damaged = [str(folder / file) for folder in found for file in damaged_files(folder)]
-        detail = ", ".join(map(str, found)) or f"none below {setup.INPUTS}"
-        if damaged:
-            detail = f"{len(damaged)} files differ from SHA256SUMS: {', '.join(damaged[:3])}"
-            yield row(name, detail, "upload the data set again, or attach another version", "data", "fail")
-        else:
-            yield row(name, detail, len(found) > 1 and remedy, "data")
+        yield row(name, ", ".join(map(str, found)) or f"none below {setup.INPUTS}", len(found) > 1 and remedy, "data")
 
 
 def main(argv: list[str]) -> int:

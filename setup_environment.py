@@ -625,14 +625,11 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--extra", action="append", default=[], help="of pyproject.toml, e.g. test")
     parser.add_argument("--wheelhouse", default="", metavar="DIR", help="folder of wheels to install from")
     parser.add_argument("--python", help="repair: an interpreter outside .venv")
-    parser.add_argument("--out", help="demo: run folder (default: runs/demo)")
-    parser.add_argument("--users", help="demo: simulated people (default: 31)")
     args, args.rest = parser.parse_known_args(argv)
     if args.rest and args.command not in ("test", "demo"):
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
-    for option, word in (("python", "repair"), ("out", "demo"), ("users", "demo")):
-        if getattr(args, option) is not None and args.command != word:
-            parser.error(f"--{option} needs the command {word}")
+    if args.python is not None and args.command != "repair":
+        parser.error("--python needs the command repair")
     command = args.command or ("repair" if hosted() else "install")
     given = args.python or (sys.executable if command == "repair" and hosted() else "")
     if command == "repair" and not given and not venv_python().exists():
@@ -654,11 +651,10 @@ def run(argv: list[str]) -> int:
         # Two processes; the README's commands, which most long tests need, run once, in one of them.
         return module("pytest", "-n", "2", *args.rest, cwd=ROOT)
     if command == "demo":
-        out, data = args.out or "runs/demo", f"{args.out or 'runs/demo'}-data"
-        code = module("mdlib", "simulate", "--out", data, "--users", args.users or "31", "--windows", "60")
+        code = module("mdlib", "simulate", "--out", "runs/demo-data", "--users", "31", "--windows", "60")
         few = ("-p", "windows_per_user=5", "-p", "images_per_user=10")
         system = ("--system", "vae-diffusion", "--preset", "demo", *few)
-        return code or module("mdlib", "run", *system, "--data", data, "--out", out, *args.rest)
+        return code or module("mdlib", "run", *system, "--data", "runs/demo-data", "--out", "runs/demo", *args.rest)
     if not args.command:
         import check_environment
 

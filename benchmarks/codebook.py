@@ -13,7 +13,7 @@ import torch
 from diffusers.models.autoencoders.vae import VectorQuantizer
 from torch import Tensor, nn
 
-from mdlib.data.augment import as_they_are
+from mdlib.data.augment import no_augmentation
 from mdlib.data.files import find_windows
 from mdlib.data.splits import apply_split, make_split
 from mdlib.data.windows import load_windows
@@ -69,7 +69,7 @@ def main() -> None:
             if name == "gradient":
                 sizes = (codec.num_codes, codec.config.code_dim, codec.config.commitment_weight)
                 codec.quantizer = seeded(seed, GradientCodebook, *sizes)
-            batches = Batches((train.images, train.labels), as_they_are)
+            batches = Batches((train.images, train.labels), no_augmentation)
             fit(codec, batches, replace(preset.codec_training, seed=seed), progress=False)
             tokens = encode_all(codec, test.images, "tokens")
             counts = code_counts(tokens, test.labels, codec.num_codes, test.num_users)

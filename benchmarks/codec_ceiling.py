@@ -51,7 +51,7 @@ def main() -> None:
         evidence = gather(real, split, made)
         found = augmentation(evidence, protocol, train_arms(evidence, protocol))
         told = [f"{arm} {100 * found[arm]['value']:.1f}" for arm in ("real_only", "real_plus_generated", "real_x2")]
-        low, high = found["gain_ci95"]
+        low, high = found["gain"]["ci95"]
         print(f"{name}: {', '.join(told)}, alone {100 * found['generated_only']['value']:.1f}", end="")
         print(f", gain {100 * found['gain']['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", flush=True)
 

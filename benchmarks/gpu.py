@@ -26,7 +26,7 @@ from diffusion_peers import Ddp, Unet2d, count
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdlib.data.augment import as_they_are, classical_augmentation, cutmix
+from mdlib.data.augment import classical_augmentation, cutmix, no_augmentation
 from mdlib.models.classifier import ResNet18, SmallCNN
 from mdlib.models.codec import FeatureDistance
 from mdlib.models.pretrained import ClassifierFeatures
@@ -116,7 +116,7 @@ def trainings(system: str, name: str) -> tuple:
         inputs = torch.randint(codec.num_codes, (WINDOWS, *codec.token_shape))
     else:
         inputs = torch.randn(WINDOWS, *codec.latent_shape)
-    parts = ("codec", codec, Batches((images, users), as_they_are), preset.codec_training)
+    parts = ("codec", codec, Batches((images, users), no_augmentation), preset.codec_training)
     return codec, prior, (parts, ("prior", prior, Batches((inputs, users)), preset.prior_training))
 
 

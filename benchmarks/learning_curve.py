@@ -11,7 +11,7 @@ import argparse
 from mdlib.data.splits import apply_split, make_split
 from mdlib.data.windows import load_windows
 from mdlib.evaluation.augmentation_study import correctness
-from mdlib.evaluation.evidence import chance_blocks, train_each
+from mdlib.evaluation.evidence import bootstrap_blocks, train_each
 from mdlib.evaluation.metrics import scored
 from mdlib.models.classifier import SmallCNN
 
@@ -23,7 +23,7 @@ def point(windows, count: int, seeds: range, steps: int) -> dict:
     train, test = parts["train"], parts["test"]
     jobs = [(SmallCNN, None, train.images, train.labels, train.num_users, steps, seed) for seed in seeds]
     correct = correctness(list(train_each(jobs, f"{count} windows")), test.images, test.labels)
-    return scored(correct, chance_blocks(test, split["gap"]))
+    return scored(correct, bootstrap_blocks(test, split["gap"]))
 
 
 def main() -> None:

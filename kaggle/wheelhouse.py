@@ -8,7 +8,6 @@ GPUs. Needs setuptools and pip, as in .venv.
 """
 
 import argparse
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from metadata import ROOT, Stop, pins
 
 LACKING = ("lpips", "pytorch-metric-learning")  # in Kaggle's image, which has everything else
 SCRIPTS = ("check_environment.py", "setup_environment.py", "pyproject.toml", "kaggle/install_mdlib.py")
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "mdlib")
 
 
 def build(out: Path) -> list[Path]:
@@ -42,21 +40,14 @@ def build(out: Path) -> list[Path]:
         files = sorted([*wheels.glob("*.whl"), *(ROOT / name for name in SCRIPTS)])
         for file in files:
             shutil.copy(file, out)
-        # For check_environment.py: an interrupted upload leaves damaged files.
-        sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
-        (out / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
     return sorted(path for path in out.iterdir() if path.name != "dataset-metadata.json")
 
 
 def _sources(folder: Path) -> Path:
     """Copy the sources of the wheel: setuptools leaves files among the sources and packages them the next time."""
-    folder.mkdir()
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder)
+    shutil.copytree(ROOT / "mdlib", folder / "mdlib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
     return folder
 
 

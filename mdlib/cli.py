@@ -254,13 +254,12 @@ def validate(
         str, typer.Option(help="initial weights of pretrained classifiers: auto (attached, shipped), none, or a folder")
     ] = "auto",
     counts: Annotated[str, typer.Option(help="also measure the gain with 5,10,25 generated windows per user")] = "",
-    keep: Annotated[str, typer.Option(help="also measure the gain with the fractions 0.5,0.25, by each filter")] = "",
     user: Annotated[int | None, typer.Option(help="also write the page of this user, report-user-3.html for 3")] = None,
 ):
     """Evaluate generated windows against real ones the generator was not trained on."""
     _exist(real, generated, split, *([pipeline] if pipeline else []))
     protocol = dict(evaluation_steps=evaluation_steps, seeds=seeds, reference=reference, backbone=backbone)
-    protocol |= dict(keep=_numbers("keep", keep, float), counts=_numbers("counts", counts, int) or None)
+    protocol |= dict(counts=_numbers("counts", counts, int) or None)
     how = dict(size=size, pipeline=pipeline, channels=channels, colormap=colormap, crop=crop, user=user)
     report = mdlib.validate_folders(real, generated, split, out, **how, **protocol)
     pages = [out / "report.html", *([] if user is None else [out / f"report-user-{user}.html"])]

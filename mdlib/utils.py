@@ -65,15 +65,11 @@ def failed_import(error: BaseException) -> str:
         return ""
     while cause := error.__cause__ or (not error.__suppress_context__ and error.__context__):
         error = cause
-    packages, imports = [], False
-    for frame in traceback.extract_tb(error.__traceback__):
-        parts = Path(frame.filename).parts
-        place = next((n for n, part in enumerate(parts) if part in ("site-packages", "dist-packages")), -2)
-        if place >= 0 and (name := parts[place + 1].removesuffix(".py")) != "mdlib":
-            packages.append(name)
-            imports |= frame.name == "<module>"
-    if not imports:
+    pattern, frames = r"(?:site|dist)-packages[\\/](?!mdlib\b)(\w+)", traceback.extract_tb(error.__traceback__)
+    places = [(found[1], one.name) for one in frames if (found := re.search(pattern, one.filename))]
+    if not any(name == "<module>" for _, name in places):
         return ""
+    packages = [package for package, _ in places]
     # If torch loads a library on behalf of a package, that package is at fault.
     culprit = next((one for one in reversed(packages) if one not in ("torch", packages[0])), packages[0])
     because = f" because of {culprit}" if culprit != packages[0] else ""
@@ -92,7 +88,7 @@ def to_float(images):
 
 
 @contextmanager
-def whole_file(path: str | Path):
+def atomic_write(path: str | Path):
     """`with` a temporary name to write to; the complete file then replaces `path`. On an error it is removed; OSError
     names `path` and the free space where it cannot be written."""
     path = Path(path)
@@ -115,7 +111,7 @@ def whole_file(path: str | Path):
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of `whole_file` that killed processes left below `folder`."""
+    """Remove the temporary files of `atomic_write` that killed processes left below `folder`."""
     for path in folder.rglob(".*"):
         if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
             path.unlink()
@@ -166,7 +162,7 @@ def write_history(history: list[dict], path: Path) -> None:
     """Write a training's history as a CSV file, a row an evaluation."""
     import pandas as pd  # slow to import
 
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         pd.DataFrame(history).to_csv(temporary, index=False)
 
 

@@ -110,13 +110,15 @@ def test_the_table_of_conditions_tells_recorded_from_not():
     assert found["bag_unrecorded"]["value"] == 1 and found["bag_unrecorded"]["real"] == 0
     assert found["bag_unrecorded_gain"]["value"] == 1 and found["normal_gain"]["value"] == 0
     generated = of("bag")  # normal windows of ID_4, which training windows show, and ID_7 with a bag
-    assert not Evidence(train=train, val=train, test=test, generated=generated, gap=1).fills, "nobody had a bag"
+    assert not Evidence(train=train, val=train, test=test, generated=generated, gap=1).has_unrecorded, (
+        "nobody had a bag"
+    )
     both = listed(range(4), 4, condition="normal") + listed(range(4, 8), 4, condition="bag")
     both = tuple(both + listed(range(8), 7, condition="normal"))
     shown = type(windows)(windows.images, windows.labels, windows.users, both, "jet", "data")
     filled = Evidence(train=shown, val=train, test=test, generated=generated, gap=1)
-    assert filled.fills and {(file.user, file.condition) for file in filled.added.files} == {(7, "bag")}
-    assert not case.fills and case.added is case.generated
+    assert filled.has_unrecorded and {(file.user, file.condition) for file in filled.added.files} == {(7, "bag")}
+    assert not case.has_unrecorded and case.added is case.generated
     assert len(of_common_conditions(train)) == len(train)
     assert of_common_conditions(test) is None
     sure, wrong = (

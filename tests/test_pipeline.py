@@ -425,7 +425,7 @@ def test_what_only_a_prior_that_denoises_can_is_refused_in_one_line(pipeline, di
 
 def test_a_prior_of_another_codec_is_refused(pipeline, diffusion):
     other = KLVAE(image_size=32, block_out_channels=(8,), norm_num_groups=4, latent_channels=2)
-    with pytest.raises(DataError, match=r"do not fit: the prior makes latents .*, the codec reads \(2, 32, 32\)"):
+    with pytest.raises(DataError, match=r"do not match: prior latents .*, codec latents \(2, 32, 32\)"):
         MicroDopplerPipeline(other, diffusion.prior)
     with pytest.raises(DataError, match="needs a codec with a codebook, not KLVAE"):
         MicroDopplerPipeline(other, pipeline.prior)

@@ -12,7 +12,7 @@ def enlarge(images: torch.Tensor, groups: torch.Tensor, variants: int, seed: int
     """Windows uint8 (N, C, H, W), shifts of them by one stride, and `variants` copies of each, recombined within groups
     (N,): (N·(2 + variants), C, H, W); and the source row of each, (N·(2 + variants),)."""
     generator = torch.Generator().manual_seed(seed)
-    copies = [images, stride_shift(images, 2)] + [stride_recombine(images, groups, generator) for _ in range(variants)]
+    copies = [images, stride_shift(images)] + [stride_recombine(images, groups, generator) for _ in range(variants)]
     return torch.cat(copies), torch.arange(len(images)).repeat(variants + 2)
 
 
@@ -23,7 +23,7 @@ def classical_augmentation(images: torch.Tensor, labels: torch.Tensor, generator
     noise = torch.randn(images.shape, **options) * 0.02
     gain = 1 + 0.05 * (2 * torch.rand(len(images), 1, 1, 1, **options) - 1)
     shifted = torch.rand(len(images), 1, 1, 1, **options) < 0.5
-    images = torch.where(shifted, stride_shift(images, 2), images)
+    images = torch.where(shifted, stride_shift(images), images)
     return ((images + 1) * gain - 1 + noise).clamp(-1, 1), labels
 
 
@@ -47,7 +47,7 @@ def radar_augmentation(images: torch.Tensor, labels: torch.Tensor, generator: to
     shifted, dynamic, gain, sharp = between(0, 1) < 0.5, between(0.75, 1.35), between(0.85, 1.1), between(0, 1)
     noise = torch.randn(images.shape, **options) * between(0, 0.06)
     threshold, values = between(-0.1, 0.12), images.float() / 255
-    values = torch.where(shifted, stride_shift(values, 2), values)
+    values = torch.where(shifted, stride_shift(values), values)
     values = ((values - 1) * dynamic + 1).clamp(0, 1) * gain
     blurred = F.avg_pool2d(F.pad(values, (1, 1, 1, 1), mode="replicate"), 3, 1)
     values = sharp * values + (1 - sharp) * blurred + noise
@@ -55,18 +55,15 @@ def radar_augmentation(images: torch.Tensor, labels: torch.Tensor, generator: to
     return 2 * values - 1, labels
 
 
-def as_they_are(images: torch.Tensor, *labels_and_generator):
+def no_augmentation(images: torch.Tensor, *labels_and_generator):
     """A uint8 batch without augmentation, float in [−1, 1]; labels pass through."""
     *labels, _ = labels_and_generator
     return to_float(images), *labels
 
 
-def stride_shift(images: torch.Tensor, steps: int) -> torch.Tensor:
-    """Windows (B, C, H, W) shifted circularly by an even number of steps, later in time where positive: by whole
-    strides, so that left and right steps stay where they were."""
-    if steps % 2:
-        raise ValueError(f"steps must be whole strides (even), got {steps}")
-    return images.roll(steps * images.shape[-1] // STEPS, -1)
+def stride_shift(images: torch.Tensor) -> torch.Tensor:
+    """Windows (B, C, H, W) shifted circularly by a stride, so that left and right steps stay where they were."""
+    return images.roll(2 * images.shape[-1] // STEPS, -1)
 
 
 def stride_recombine(images: torch.Tensor, groups: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -77,7 +74,5 @@ def stride_recombine(images: torch.Tensor, groups: torch.Tensor, generator: torc
     first = number.cumsum(0) - number
     sampled = torch.rand(len(groups), STEPS, generator=generator, device=generator.device).to(groups.device)
     source = order[first[group, None] + (sampled * number[group, None]).long()].to(images.device)
-    width = images.shape[-1]
-    edges = [width * step // STEPS for step in range(STEPS + 1)]
-    steps = [images[..., edges[k] : edges[k + 1]][source[:, k]] for k in range(STEPS)]
-    return torch.cat(steps, dim=-1)
+    steps = images.tensor_split([images.shape[-1] * step // STEPS for step in range(1, STEPS)], -1)
+    return torch.cat([step[source[:, k]] for k, step in enumerate(steps)], -1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdlib.data.files import Scan, WindowFile, scan
-from mdlib.data.nearness import SIDE, Neighbours, nearness, neighbours
+from mdlib.data.overlap import SIDE, Neighbours, nearness, neighbours
 from mdlib.data.reading import hashes
 from mdlib.data.splits import NO_PATH, PARTS, STARTS, apply_split, make_split, read_split, write_folders, write_split
 from mdlib.data.windows import WindowSet, load_windows
@@ -91,7 +91,7 @@ def check_nearness(parts: dict[str, WindowSet]) -> None:
     """DataError if test windows share columns with training windows by their images."""
     measured = nearness(parts)
     if measured and FEWEST <= (number := int(measured.near.sum())) > LEAK * len(measured.near):
-        row = int(measured.likeness.argmax())
+        row = int(measured.similarity.argmax())
         pair = f"{measured.test.paths[row]} and {measured.train.paths[row]}"
         raise DataError(
             f"{number} of {len(measured.near)} test windows show the same steps as a training window, such as {pair}: "

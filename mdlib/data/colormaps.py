@@ -40,7 +40,7 @@ LEAST_SKEW = 0.3
 
 @lru_cache
 def colormap_table(name: str) -> np.ndarray:
-    """The colour map as a uint8 table (256, 3); row i is the colour of intensity i. ValueError: no such map."""
+    """The colour map as a uint8 table (256, 3); row i is the colour of intensity i. DataError: no such map."""
     if name.endswith("_r"):
         return colormap_table(name[:-2])[::-1]
     if name == "grey":
@@ -56,7 +56,7 @@ def colormap_table(name: str) -> np.ndarray:
         from matplotlib import colormaps
 
         if name not in colormaps:
-            raise ValueError(f"unknown colour map {name!r}; choose {', '.join(COLORMAPS)}, or a name of matplotlib")
+            raise DataError(f"colormap={name!r}: choose {', '.join(COLORMAPS)}, a name of matplotlib, or auto")
         table = 255 * colormaps[name](np.arange(256) / 255)[:, :3]  # twilight has 510 entries
     table = np.round(table).astype(np.uint8)
     table.setflags(write=False)
@@ -75,9 +75,6 @@ def invert_colormap(pixels: np.ndarray, colormap: str, *, mode: str = "RGB") -> 
     simulated jet spectrograms saved as JPEG 4:2:0, quality 75, the RMS error is 2.9 of 255. mode: "RGB" or "YCbCr"; a
     JPEG decoder's own YCbCr is better, because its RGB has been clipped.
     """
-    pixels = np.asarray(pixels)
-    if pixels.dtype != np.uint8 or pixels.shape[-1:] != (3,):
-        raise ValueError(f"expected uint8 pixels (..., 3), got {pixels.dtype} {pixels.shape}")
     known = _known(colormap, mode)
     red, green, blue = np.moveaxis(pixels.astype(np.uint32), -1, 0)
     code = red << 16 | green << 8 | blue
@@ -119,7 +116,7 @@ def recognise_colormap(images: np.ndarray, *, mode: str = "RGB") -> str:
     return best.name
 
 
-def upside_up(images: np.ndarray, colormap: str) -> str:
+def orient_colormap(images: np.ndarray, colormap: str) -> str:
     """`colormap` or its reverse, `colormap`_r, whichever puts the background of a spectrogram at the low end. images:
     levels (N, H, W) according to `colormap`. DataError if neither is clear."""
     score = level_skew(images)
@@ -184,11 +181,8 @@ def _blocks(images: np.ndarray, n: int = 400) -> np.ndarray:
 
 def _to_ycbcr(pixels: np.ndarray, mode: str) -> np.ndarray:
     """Float (..., 3) luma and centred chroma."""
-    if mode == "YCbCr":
-        return pixels.astype(np.float32) - np.array([0, 128, 128], np.float32)
-    if mode == "RGB":
-        return pixels.astype(np.float32) @ _YCBCR.T.astype(np.float32)
-    raise ValueError(f"unknown pixel mode {mode!r}; choose RGB or YCbCr")
+    pixels = pixels.astype(np.float32)
+    return pixels - np.float32([0, 128, 128]) if mode == "YCbCr" else pixels @ _YCBCR.T.astype(np.float32)
 
 
 @lru_cache

@@ -10,7 +10,7 @@ import numpy as np
 
 from mdlib.data.files import WindowFile, by
 from mdlib.data.windows import WindowSet
-from mdlib.utils import DataError, count, whole_file
+from mdlib.utils import DataError, atomic_write, count
 
 PARTS = ("train", "val", "test")
 STARTS = ("init", "codec_start", "prior_start")  # a run's settings that name weights to start from
@@ -98,8 +98,6 @@ def make_split(
     return {
         **{part: [f.path for f in files] for part, files in parts.items()},
         "gap": gap,
-        "val_fraction": val,
-        "test_fraction": test,
         "windows_per_user": windows_per_user,
         "unrecorded": unrecorded or {},
         "fold": fold,
@@ -203,13 +201,12 @@ def _thinned(files: list[WindowFile], n: int, user: int) -> tuple[list[WindowFil
 
 def write_split(split: dict, path: str | Path) -> None:
     """Write a split as JSON, whole or not at all."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(split, indent=1) + "\n", encoding="utf-8")
 
 
 def write_folders(windows: WindowSet, split: dict, out: str | Path) -> None:
-    """Copy the windows of a split to `out`/train, val and test, named by their numbers, with a summary in
-    split_info.txt.
+    """Copy the windows of a split to `out`/train, val and test, named by their numbers, with a line in split_info.txt.
 
     Read as a data folder, `out` is that split again: windows beyond windows_per_user and those dropped in the gaps are
     not copied.
@@ -220,17 +217,14 @@ def write_folders(windows: WindowSet, split: dict, out: str | Path) -> None:
     out, root = Path(out).resolve(), Path(windows.root).resolve()
     if out.is_relative_to(root) or (out.exists() and any(out.iterdir())):
         raise DataError(f"{out} is not empty, or lies in {root}: give a new folder outside of it")
-    row_of, lines = {file.path: file for file in windows.files}, []
+    files = {file.path: file for file in windows.files}
     for part in PARTS:
-        for file in map(row_of.__getitem__, split[part]):
-            suffix = Path(file.path).suffix
-            name = Path(file.condition, f"ID_{file.user}", file.recording, f"window_{file.number:05d}{suffix}")
-            (out / part / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / file.path, out / part / name)
-        fraction = len(split[part]) / sum(len(split[one]) for one in PARTS)
-        lines.append(f"{part}: {count(len(split[part]), 'window')}, {100 * fraction:.1f} %")
-    lines = [f"{root.name}, {split_summary(split)}", f"gap {split['gap']}", *lines]
-    (out / "split_info.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for file in map(files.__getitem__, split[part]):
+            name = f"window_{file.number:05d}{Path(file.path).suffix}"
+            target = out / part / file.condition / f"ID_{file.user}" / file.recording / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / file.path, target)
+    (out / "split_info.txt").write_text(f"{root.name}, {split_summary(split)}, gap {split['gap']}\n", encoding="utf-8")
 
 
 def read_split(path: str | Path) -> dict:

@@ -75,6 +75,12 @@ class WindowSet:
         return self.select([rows[place] for place in places])
 
 
+def concatenate(*sets: WindowSet) -> WindowSet:
+    """The sets as one, with the first one's label map."""
+    images, labels = (torch.cat([getattr(one, name) for one in sets]) for name in ("images", "labels"))
+    return replace(sets[0], images=images, labels=labels, files=sum((one.files for one in sets), ()))
+
+
 def load_windows(
     root: str | Path,
     *,
@@ -111,10 +117,7 @@ def load_windows(
     if channels not in (1, 3):
         raise DataError(f"channels={channels}: choose 1 (intensity) or 3 (RGB)")
     if channels == 1 and colormap != "auto":
-        try:
-            colormap_table(colormap)
-        except ValueError as error:
-            raise DataError(f"colormap={colormap!r}: {error}, or auto") from error
+        colormap_table(colormap)  # DataError where there is no such map
     root = Path(root)
     files = find_windows(root, min_users=0 if plain else 2 if users is None else 1, order=order)
     users = tuple(sorted({f.user for f in files}) if users is None else users)

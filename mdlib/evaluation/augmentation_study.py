@@ -27,8 +27,7 @@ from mdlib.evaluation.evidence import (
     through_codec,
     train_each,
 )
-from mdlib.evaluation.filters import keep_best, keep_plausible, scores
-from mdlib.evaluation.metrics import absent, metric, missing, paired_gain, scored
+from mdlib.evaluation.metrics import metric, missing, paired_gain, scored, unmeasured
 from mdlib.models.classifier import Classifier, ResNet18, SmallCNN
 from mdlib.utils import DataError, best_device
 
@@ -40,14 +39,13 @@ TIMES = (1, 2, 5, 10)  # generated windows per real one for which the gain is me
 
 @dataclass(frozen=True)
 class Arms:
-    """Correctness of every arm's classifiers: bool (seeds, N) for N test windows. by_count and by_selection: the same
-    for real_plus_generated with that many generated windows per user, or with the fraction that a filter retains."""
+    """Correctness of every arm's classifiers: bool (seeds, N) for N test windows. by_count: the same for
+    real_plus_generated with that many generated windows per user."""
 
     networks: dict[str, list[SmallCNN]]  # of the arms DEPLOYED and pretrained_DEPLOYED
     correct: dict[str, np.ndarray]
     fraction: float  # of generated windows in a batch of real_plus_generated
     by_count: dict[int, np.ndarray] = field(default_factory=dict)
-    by_selection: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)
     backbone: str = ""  # folder that the pretrained arms started from; "": there are none
 
 
@@ -79,16 +77,14 @@ def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
         if str(name).removeprefix("pretrained_") in DEPLOYED:
             networks[name] = own
     correct["chosen"] = correct[chosen_arm(networks, evidence)]
-    by_count, by_selection = (
-        {name: correct.pop(name) for name in list(correct) if isinstance(name, kind)} for kind in (int, tuple)
-    )
-    return Arms(networks, correct, fraction, by_count, by_selection, backbone)
+    by_count = {name: correct.pop(name) for name in list(correct) if isinstance(name, int)}
+    return Arms(networks, correct, fraction, by_count, backbone)
 
 
 def chosen_arm(networks: dict[str, list[SmallCNN]], evidence: Evidence) -> str:
     """The arm whose classifiers are most accurate on validation windows (mean over seeds); the first of equals. If
     generated windows show unrecorded conditions, which validation windows cannot, only arms with them count."""
-    arms, val = [arm for arm in networks if arm.endswith("generated") or not evidence.fills], evidence.val
+    arms, val = [arm for arm in networks if arm.endswith("generated") or not evidence.has_unrecorded], evidence.val
     accuracy = {arm: correctness(networks[arm], val.images, val.labels).mean() for arm in arms}
     return max(accuracy, key=accuracy.get)
 
@@ -121,21 +117,20 @@ def _jobs(
 
 
 def _sets(evidence: Evidence, protocol: Protocol, fraction: float) -> dict:
-    """Windows of the arms by name. A number stands for real_plus_generated with that many generated windows per user, a
-    filter's name and fraction for that with the windows it keeps."""
+    """Windows of the arms by name. A number stands for real_plus_generated with that many generated windows per
+    user."""
     train, generated, counts = evidence.train, evidence.added, protocol.counts
     if counts is None:
         counts = [round(len(train) / train.num_users * factor) for factor in TIMES]
     fewest = _fewest(evidence)
     some = {count: first_of_each(generated, count) for count in counts if 0 < count < fewest}
-    some |= _filtered(evidence, protocol)
     more = {f"real_x{factor}": times(evidence, factor) for factor in sorted(set(protocol.multiples))}
     if evidence.codec is not None:
         copies = to_uint8(through_codec(evidence.codec, train.images, train.labels))
         if evidence.speckle:
             copies = Speckle(**evidence.speckle).add(copies, range(len(train)))
         more["codec_copies"] = mixed(train, replace(train, images=copies), fraction)
-    if evidence.fills:
+    if evidence.has_unrecorded:
         more["common_conditions"] = of_common_conditions(train)
     return {
         "real_only": train,
@@ -170,24 +165,6 @@ def _best_fraction(evidence: Evidence, protocol: Protocol) -> float:
     return protocol.fractions[int(np.argmax(accuracy))]
 
 
-def _filtered(evidence: Evidence, protocol: Protocol) -> dict[tuple[str, float], WindowSet]:
-    """The generated windows that each filter keeps, by its name and the fraction kept. The filters' classifier is
-    trained on the generator's training windows and evaluates nothing."""
-    generated, train = evidence.added, evidence.train
-    if not protocol.keep:
-        return {}
-    (classifier,) = train_each(_jobs(train, protocol, seeds=[protocol.seeds + 1]), "classifier of the filters")
-    masks = {
-        (name, fraction): keep_best(generated, score, fraction)
-        for name, score in scores(generated, classifier).items()
-        for fraction in protocol.keep
-    }
-    if train.images.shape[1] == 1:  # gait is measured from intensities
-        mask = keep_plausible(generated, train)
-        masks["kinematics", float(mask.mean())] = mask
-    return {name: generated.select(torch.from_numpy(mask)) for name, mask in masks.items() if mask.any()}
-
-
 def of_common_conditions(windows: WindowSet) -> WindowSet | None:
     """The windows of the conditions in which every user has some; None where there is no such condition."""
     pairs = pd.DataFrame(list(windows.files))
@@ -219,11 +196,10 @@ def mixed(real: WindowSet, generated: WindowSet, fraction: float) -> WindowSet:
 def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
     """`count` rows: each as often as possible, the rest at random from the users in turn, so that users occur as often
     as in the windows themselves."""
-    whole, rest = divmod(count, len(windows))
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     place = pd.Series(order).groupby(windows.labels[order].numpy()).cumcount()  # among the user's own windows
     in_turn = order[np.argsort(place, kind="stable").to_numpy()]
-    return torch.cat([torch.arange(len(windows)).repeat(whole), in_turn[:rest]])
+    return in_turn.repeat(-(-count // len(windows)))[:count]
 
 
 @dataclass(frozen=True)
@@ -271,7 +247,7 @@ def joined(folds: Sequence[Outcomes]) -> Outcomes:
 def compared(outcomes: Outcomes, per_user: float, no_more: str, num_users: int) -> dict:
     """Every arm's accuracy, and gains of one arm over another. per_user: windows in real_only; no_more: reason
     if no arm has more real windows; num_users: of the classifiers."""
-    correct, blocks, each = outcomes.correct, outcomes.blocks, []
+    correct, blocks = outcomes.correct, outcomes.blocks
     more = any(name.startswith("real_x") for name in correct)
     no_x2 = "not requested: add 2 to multiples" if more else no_more
     no_backbone = "no pretrained arms: backbone is none, or no attached or shipped weights fit these windows"
@@ -279,28 +255,23 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str, num_users: int) 
 
     def gain(arm: str, other: str, reason: str) -> dict:
         known = arm in correct and other in correct
-        return paired_gain(correct[other], correct[arm], blocks) if known else absent(reason)
+        return paired_gain(correct[other], correct[arm], blocks) if known else unmeasured(reason)
 
     def worth(arm: str, reason: str) -> dict:
-        return _equivalent(correct[arm], correct, blocks, per_user) if more and arm else absent(reason)
+        return _equivalent(correct[arm], correct, blocks, per_user) if more and arm else unmeasured(reason)
 
     real, both = correct["real_only"], correct["real_plus_generated"]
-    for user in np.unique(outcomes.users).tolist():
-        own = outcomes.users == user
-        accuracy = {"real_only": float(real[:, own].mean()), "real_plus_generated": float(both[:, own].mean())}
-        each.append({"user": user, "n": int(own.sum()), **accuracy})
-    of_users = np.array([row["real_plus_generated"] - row["real_only"] for row in each])
-    first = gain("real_plus_generated", "real_only", "")
+    by_user = pd.DataFrame({name: correct[name].mean(0) for name in DEPLOYED}).groupby(outcomes.users)
+    each = by_user.mean().assign(n=by_user.size()).rename_axis("user").reset_index()
     no_resnet = "ResNet-18 is trained on a GPU or with reference=resnet18"
     return {
-        "real_x2": absent(no_x2),
+        "real_x2": unmeasured(no_x2),
         **{name: {**scored(rows, blocks), "per_seed": rows.mean(1).tolist()} for name, rows in correct.items()},
-        "gain": first,
-        "gain_ci95": first["ci95"],
+        "gain": paired_gain(real, both, blocks),
         "p_value": metrics.p_value(real, both, blocks),
         "resnet18_gain": gain("resnet18_real_plus_generated", "resnet18_real_only", no_resnet),
         "gain_over_copies": gain("real_plus_generated", "codec_copies", "no codec was given"),
-        "gain_other_users": metrics.over_users(of_users),
+        "gain_other_users": metrics.over_users((each["real_plus_generated"] - each["real_only"]).to_numpy()),
         "gain_over_x2": gain("real_plus_generated", "real_x2", no_x2),
         "equivalent_real_windows": worth("real_plus_generated", no_more),
         "pretraining_gain": gain("pretrained_real_only", "real_only", no_backbone),
@@ -311,7 +282,7 @@ def compared(outcomes: Outcomes, per_user: float, no_more: str, num_users: int) 
         "real_windows_per_user": per_user,
         "blocks": len(np.unique(blocks)),
         "seeds": len(real),
-        "per_user": each,
+        "per_user": each.to_dict("records"),
     }
 
 
@@ -334,19 +305,10 @@ def augmentation(evidence: Evidence, protocol: Protocol, arms: Arms) -> dict:
     no_more = no_spare if evidence.spare is None else too_few
     section = compared(found, per_user, no_more, users)
     real, both = arms.correct["real_only"], arms.correct["real_plus_generated"]
-    by_count, by_selection = {**arms.by_count, of_all: both}, {(name, 1.0): both for name, _ in arms.by_selection}
-    gains = {n: paired_gain(real, correct, found.blocks) for n, correct in sorted(by_count.items())}
-    for factor in TIMES:
-        wanted = round(per_user * factor)
-        why = f"not measured with {wanted} generated windows per user: generate as many, or add {wanted} to counts"
-        section[f"gain_{factor}_to_1"] = gains.get(wanted, absent(why))
+    gains = {n: paired_gain(real, one, found.blocks) for n, one in sorted({**arms.by_count, of_all: both}.items())}
     return section | {
         "not_gait": scored(not_gait(evidence)[None], found.blocks),
         "gain_by_windows": [{"windows_per_user": n, **gain} for n, gain in gains.items()],
-        "gain_by_selection": [
-            {"by": name, "kept": kept, **paired_gain(real, correct, found.blocks)}
-            for (name, kept), correct in {**by_selection, **arms.by_selection}.items()
-        ],
         "generated_fraction": arms.fraction,
         "generated_windows_per_user": of_all,
         "generated_users": len(evidence.added.labels.unique()),

@@ -101,7 +101,7 @@ class Codebook:
         """Uses in a window of each user, on average (num_users, K); nan for a user without windows."""
         return self.counts / self.windows.labels.bincount(minlength=self.windows.num_users).unsqueeze(1)
 
-    def most_telling(self) -> int:
+    def most_distinctive(self) -> int:
         """The code whose rate of one user exceeds the average user's most."""
         known = self.rates[~self.rates.isnan().any(1)]
         return int((known.amax(0) - known.mean(0)).argmax())

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 
 from mdlib.data.augment import classical_augmentation, cutmix
 from mdlib.data.checks import seen_people
-from mdlib.data.windows import WindowSet
+from mdlib.data.windows import WindowSet, concatenate
 from mdlib.models.classifier import Embedder, ResNet18, SmallCNN
 from mdlib.models.pretrained import fits_windows, pretrained_backbone
 from mdlib.training.capture import MODES
@@ -43,7 +43,6 @@ class Protocol:
     seeds: int = 3  # classifiers per arm
     fractions: tuple[float, ...] = (0.125, 0.25, 0.5)  # of generated windows in a batch; validation windows choose
     counts: tuple[int, ...] | None = None  # generated windows per user for gain_by_windows; None: TIMES real ones
-    keep: tuple[float, ...] = ()  # fractions of the generated windows, best first, to measure each filter's gain with
     multiples: tuple[int, ...] = (2,)  # of the real windows, for the arms real_x2 …, where there are spare ones
     reference: str = "auto"  # ResNet-18 on a GPU; resnet18: always; none: never
     backbone: str = "auto"  # of the pretrained arms: auto (attached or shipped), none, or the folder of a SmallCNN
@@ -55,8 +54,6 @@ class Protocol:
         counts = self.counts or ()
         if any(not isinstance(n, int) or n < 1 for n in counts) or len(set(counts)) < len(counts):
             raise DataError(f"counts must be different whole numbers of 1 or more, got {list(counts)}")
-        if any(not isinstance(fraction, int | float) or not 0 < fraction < 1 for fraction in self.keep):
-            raise DataError(f"keep must be fractions between 0 and 1, got {list(self.keep)}")
         if any(not isinstance(n, int) or n < 2 for n in self.multiples):
             raise DataError(f"multiples must be whole numbers of 2 or more, got {list(self.multiples)}")
         for name, known in (("reference", REFERENCES), ("evaluation_compile", MODES)):
@@ -87,10 +84,10 @@ class Evidence:
     def added(self) -> WindowSet:
         """The generated windows that are added to real ones: only those of users in conditions that their training
         windows lack, if there are such windows; otherwise all."""
-        return self.generated.select(self._unrecorded) if self.fills else self.generated
+        return self.generated.select(self._unrecorded) if self.has_unrecorded else self.generated
 
     @property
-    def fills(self) -> bool:
+    def has_unrecorded(self) -> bool:
         """Whether some generated windows show users in conditions in which training windows show other users only."""
         return bool(self._unrecorded.any())
 
@@ -107,8 +104,8 @@ class Evidence:
 
     @property
     def blocks(self) -> np.ndarray:
-        """Block id (N,) of each test window, see `chance_blocks`."""
-        return chance_blocks(self.test, self.gap)
+        """Block id (N,) of each test window, see `bootstrap_blocks`."""
+        return bootstrap_blocks(self.test, self.gap)
 
 
 def by_recording(windows: WindowSet):
@@ -123,7 +120,7 @@ def time_blocks(windows: WindowSet, gap: int) -> np.ndarray:
     return place.groupby([recordings.ngroup(), place]).ngroup().to_numpy()
 
 
-def chance_blocks(windows: WindowSet, gap: int) -> np.ndarray:
+def bootstrap_blocks(windows: WindowSet, gap: int) -> np.ndarray:
     """Block id (N,) of each window for intervals: three gaps, because a block must be long against the overlap (Künsch
     1989). With windows that overlap by three quarters, 95 % intervals covered the truth in 92 to 96 of 100 trials."""
     return time_blocks(windows, 3 * gap)
@@ -145,12 +142,6 @@ def halves(windows: WindowSet, gap: int) -> list[list[int]]:
     return chosen
 
 
-def concatenate(first: WindowSet, second: WindowSet) -> WindowSet:
-    """Both sets as one, with the first one's label map."""
-    images, labels = torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels])
-    return replace(first, images=images, labels=labels, files=first.files + second.files)
-
-
 def first_of_each(windows: WindowSet, count: int) -> WindowSet:
     """`count` windows of each user, from the user's conditions in turn."""
     frame = pd.DataFrame(list(windows.files))
@@ -170,7 +161,7 @@ def compared_sets(evidence: Evidence) -> dict[str, WindowSet]:
     return dict(generated=generated, unseen=unseen, train=evidence.train, first=first, second=second)
 
 
-def alike(sets: dict[str, WindowSet], seed: int) -> dict[str, torch.Tensor]:
+def balanced_rows(sets: dict[str, WindowSet], seed: int) -> dict[str, torch.Tensor]:
     """Rows sampled from each set: of each user the number that the smallest set has of that user."""
     least = torch.stack([torch.bincount(part.labels, minlength=part.num_users) for part in sets.values()]).min(0).values
     rows = {}

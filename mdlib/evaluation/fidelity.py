@@ -8,14 +8,13 @@ import pandas as pd
 import torch
 from scipy.stats import ks_2samp
 from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
 
 from mdlib.data.windows import WindowSet
 from mdlib.evaluation import metrics
 from mdlib.evaluation.augmentation_study import Arms
 from mdlib.evaluation.codec_quality import find_lpips
-from mdlib.evaluation.evidence import COMPARED, Evidence, alike, compared_sets
-from mdlib.evaluation.metrics import absent, metric, missing, over_users
+from mdlib.evaluation.evidence import COMPARED, Evidence, balanced_rows, compared_sets
+from mdlib.evaluation.metrics import metric, missing, over_users, unmeasured
 from mdlib.models.classifier import SmallCNN, features
 from mdlib.models.layers import parts
 from mdlib.models.pretrained import load_inception
@@ -30,12 +29,9 @@ MAP_USERS, MAP_WINDOWS = 8, 12  # shown in the map: users, and windows of each i
 LEVELS = 32  # grey levels of the co-occurrence matrix
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))  # rows and columns to the neighbour: four directions, one pixel
 BANDS = (0.0, 0.05, 0.1, 0.2, 0.5)  # edges of the spectrum's bands, cycles a pixel
-FEATURES = (
-    *("mean", "deviation", "skewness", "kurtosis"),
-    *("contrast", "dissimilarity", "homogeneity", "energy"),
-    *(f"spectrum_{band}" for band in range(1, len(BANDS))),
-)
-STATISTICS = ("ks", "mahalanobis", "typical", "silhouette")
+FEATURES = "mean deviation skewness kurtosis contrast dissimilarity homogeneity energy".split()
+FEATURES += [f"spectrum_{band}" for band in range(1, len(BANDS))]
+STATISTICS = ("ks", "mahalanobis", "typical")
 
 
 def fidelity(evidence: Evidence, arms: Arms) -> dict:
@@ -57,7 +53,7 @@ def fidelity(evidence: Evidence, arms: Arms) -> dict:
 def _distances(sets: dict[str, WindowSet], each: list[dict[str, torch.Tensor]]) -> dict:
     """Means over classifiers and samples. All but kid depend on the number of windows, which is that of each user in
     the smallest set."""
-    draws = [alike(sets, seed) for seed in range(DRAWS)]
+    draws = [balanced_rows(sets, seed) for seed in range(DRAWS)]
     n = len(draws[0]["unseen"])
     if n < 2:
         why = "no user has generated windows, training windows and windows in both halves of the unseen"
@@ -109,7 +105,7 @@ def _diversity(sets: dict[str, WindowSet], gap: int, most: int, distance: Callab
         spread[name] = np.array([distance(name, *pairs) if pairs.numel() else np.nan for pairs in some])
     both = np.isfinite(spread["generated"]) & np.isfinite(spread["unseen"])
     if not both.any():
-        return absent("no user has two generated windows and two unseen ones that share no step")
+        return unmeasured("no user has two generated windows and two unseen ones that share no step")
     value, real = over_users(spread["generated"][both]), float(spread["unseen"][both].mean())
     return {**value, "real": real, "ratio": value["value"] / max(real, 1e-9)}
 
@@ -128,10 +124,10 @@ def pairs_apart(windows: WindowSet, gap: int) -> list[torch.Tensor]:
 
 
 def _inception_score(classifiers: list[SmallCNN], sets: dict[str, WindowSet]) -> dict:
-    rows = alike({name: sets[name] for name in ("generated", "unseen")}, seed=0)
+    rows = balanced_rows({name: sets[name] for name in ("generated", "unseen")}, seed=0)
     n = len(rows["unseen"])
     if not n:
-        return absent("no user has both generated and unseen windows")
+        return unmeasured("no user has both generated and unseen windows")
     of = lambda name: [metrics.inception_score(one.probabilities(sets[name].images[rows[name]])) for one in classifiers]
     return {**metric(float(np.mean(of("generated"))), n), "real": float(np.mean(of("unseen")))}
 
@@ -142,11 +138,11 @@ def _fd_inception(sets: dict[str, WindowSet]) -> dict:
     try:
         network = load_inception().to(best_device())
     except FileNotFoundError as error:
-        return absent(str(error))
-    rows = alike(sets, seed=0)
+        return unmeasured(str(error))
+    rows = balanced_rows(sets, seed=0)
     n = len(rows["unseen"])
     if n < 2:
-        return absent("too few windows of a user in one of the sets")
+        return unmeasured("too few windows of a user in one of the sets")
     batches = {name: parts(best_device(), 32, sets[name].images[some]) for name, some in rows.items()}
     found = {name: torch.cat([network(to_float(part)).cpu() for (part,) in some]) for name, some in batches.items()}
     values = {key: metrics.frechet_distance(found[one], found[other]) for key, (one, other) in COMPARED.items()}
@@ -158,7 +154,7 @@ def _lpips_diversity(sets: dict[str, WindowSet], gap: int) -> dict:
     try:
         network = find_lpips(best_device())
     except FileNotFoundError as error:
-        return absent(str(error))
+        return unmeasured(str(error))
     images = lambda name, rows: to_float(sets[name].images[rows].to(best_device()))
     mean = lambda name, one, other: float(network(images(name, one), images(name, other)).mean())
     return _diversity(sets, gap, LPIPS_PAIRS, mean)
@@ -168,14 +164,13 @@ def statistics(evidence: Evidence) -> dict:
     """The section `statistics` of the report: how alike generated and real windows are in FEATURES. A window can be
     right in all of them and show no gait."""
     sets = compared_sets(evidence)
-    rows = alike(sets, seed=0)
+    rows = balanced_rows(sets, seed=0)
     if len(rows["unseen"]) < 2:
         why = "no user has windows in all sets: generated, training, both halves of the unseen"
         return missing(*STATISTICS, reason=why)
     every = {name: (describe(part.images), part.labels.numpy()) for name, part in sets.items()}
     some = {name: (found[rows[name]], labels[rows[name]]) for name, (found, labels) in every.items()}
-    scale = every["unseen"][0].std(0) + 1e-9
-    return {**_kolmogorov(some), **_mahalanobis(every), "silhouette": _silhouette(some, scale)}
+    return {**_kolmogorov(some), **_mahalanobis(every)}
 
 
 def describe(images: torch.Tensor, batch_size: int = 256) -> np.ndarray:
@@ -254,14 +249,3 @@ def _mahalanobis(sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
         "mahalanobis": {**metric(float(generated.mean()), len(generated)), "real": float(real.mean())},
         "typical": metric(float(((generated >= low) & (generated <= high)).mean()), len(generated)),
     }
-
-
-def _silhouette(sets: dict[str, tuple[np.ndarray, np.ndarray]], scale: np.ndarray) -> dict:
-    """How far users lie apart in features; real: of as many unseen windows."""
-    value = {}
-    for name in ("generated", "unseen"):
-        found, labels = sets[name]
-        if not 1 < len(np.unique(labels)) < len(labels):
-            return absent("too few windows per user")
-        value[name] = float(silhouette_score(found / scale, labels))
-    return {**metric(value["generated"], len(labels)), "real": value["unseen"]}

@@ -1,7 +1,7 @@
 """Gait metrics of windows: does a generated window move like its user?
 
-Envelopes after van Dorp & Groen, IET Radar Sonar Navig. 2 (2008); bandwidth after Kim & Ling, IEEE TGRS 47 (2009);
-asymmetry after Seifert, Amin & Zoubir, IEEE TBME 66 (2019). Windows carry no axes, see docs/evaluation.md.
+Envelopes after van Dorp & Groen, IET Radar Sonar Navig. 2 (2008); bandwidth after Kim & Ling, IEEE TGRS 47 (2009).
+Windows carry no axes, see docs/evaluation.md.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from scipy.stats import wasserstein_distance
 
 from mdlib.data.windows import WindowSet
 from mdlib.evaluation.evidence import COMPARED, Evidence, compared_sets
-from mdlib.evaluation.metrics import absent, bootstrapped, missing, over_users
+from mdlib.evaluation.metrics import bootstrapped, missing, over_users, unmeasured
 
 STEP_S = (0.28, 1.10)  # shortest and longest duration of a step, s
 WINDOW_S = 4 * 0.58  # nominal length of a window, s
@@ -25,9 +25,8 @@ METRICS = {  # of the report: the metric that `read` returns, and its unit
     "upper_envelope": ("u97", "m/s"),
     "lower_envelope": ("l03", "m/s"),
     "bandwidth": ("bw_total", "m/s"),
-    "left_right_asymmetry": ("asym_v", ""),
 }
-NAMES = (*list(METRICS)[:4], "envelopes", *list(METRICS)[4:], "plausible")
+NAMES = (*METRICS, "plausible")
 GATES = {"foot_ratio": (2.4, 5.0), "acf_step": (0.15, np.inf), "e_outside": (-np.inf, 0.02)}  # range of a walking adult
 DRAWS = 8  # samples of equally many windows of each set
 SPREAD = (5, 25, 50, 75, 95)  # percentiles of a user's windows
@@ -52,7 +51,6 @@ def measure(windows: WindowSet) -> pd.DataFrame:
     axis, images = image_axis(rows), windows.images[:, 0].numpy()
     parts = [read(images[i : i + CHUNK] / 255, axis, WINDOW_S / columns) for i in range(0, len(images), CHUNK)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    found["asym_v"] = np.abs(found["asym_v"])  # which foot comes first is unknown
     frame = pd.DataFrame({name: found[metric] for name, (metric, _) in METRICS.items()})
     return frame.assign(plausible=plausible(found), label=windows.labels.numpy())
 
@@ -72,18 +70,16 @@ def compare(sets: dict[str, pd.DataFrame], num_users: int) -> dict:
     """The metrics NAMES of the sets generated, unseen, train, first and second (see `evidence.COMPARED`), with as many
     windows of a user in all of them; see docs/evaluation.md."""
     found = {name: _metric(name, sets, num_users) for name in METRICS}
-    found["envelopes"] = _mean(found["upper_envelope"], found["lower_envelope"])
     inside, real = (sets[part]["plausible"].to_numpy(float) for part in ("generated", "unseen"))
     more = {"real": float(real.mean()), "gates": list(GATES)}
-    found["plausible"] = bootstrapped(inside, np.arange(len(inside))) | more
-    return {name: found[name] for name in NAMES}
+    return found | {"plausible": bootstrapped(inside, np.arange(len(inside))) | more}
 
 
 def _metric(name: str, sets: dict[str, pd.DataFrame], num_users: int) -> dict:
     own = [{part: of_user(gaits, name, label) for part, gaits in sets.items()} for label in range(num_users)]
     least = [min(len(values) for values in user.values()) for user in own]
     if not any(least):
-        return absent("no user has windows in every set from which it can be measured")
+        return unmeasured("no user has windows in every set from which it can be measured")
     distances = [_distances(user, n) if n else None for user, n in zip(own, least, strict=True)]
     each = np.array([row for row in distances if row is not None])  # (users, comparisons)
     means = {part: [float(user[part].mean()) if len(user[part]) else None for user in own] for part in sets}
@@ -111,15 +107,6 @@ def _distances(own: dict[str, np.ndarray], n: int) -> np.ndarray:
         sample = {part: rng.choice(own[part], n, replace=False) for part, rng in zip(sorted(own), rngs, strict=True)}
         total += [wasserstein_distance(sample[one], sample[other]) for one, other in COMPARED.values()]
     return total / DRAWS
-
-
-def _mean(upper: dict, lower: dict) -> dict:
-    if None in (upper["value"], lower["value"]):
-        return upper if upper["value"] is None else lower
-    pairs = {key: (upper[key], lower[key]) for key in (*COMPARED, "user_correlation", "user_correlation_real")}
-    found = {key: None if None in pair else sum(pair) / 2 for key, pair in pairs.items()}
-    ratio = found["value"] / found["real_vs_real"] if found["real_vs_real"] else None
-    return {**found, "unit": upper["unit"], "n": min(upper["n"], lower["n"]), "ratio": ratio}
 
 
 def _correlation(first: list, second: list) -> float | None:
@@ -207,19 +194,11 @@ def envelopes(images: np.ndarray, velocity: np.ndarray) -> tuple[np.ndarray, ...
     return upper, lower, u97, l03
 
 
-def step_peaks(upper: np.ndarray, start: float, period: float) -> np.ndarray:
-    """Peak speed of each whole step of one window's upper envelope, split at `start` + (j ± ½) `period` columns."""
+def step_peak(upper: np.ndarray, start: float, period: float) -> float:
+    """Mean peak speed of the whole steps of a window's upper envelope, split at `start` + (j ± ½) `period` columns."""
     edges = [int(round(start + (j - 0.5) * period)) for j in range(-1, int(len(upper) / period) + 3)]
     whole = [upper[a:b] for a, b in zip(edges, edges[1:], strict=False) if a >= 0 and b <= len(upper) and b - a > 2]
-    return np.array([np.sort(step)[-2:].mean() for step in whole])
-
-
-def asymmetry(peaks: np.ndarray) -> float:
-    """Difference of alternate steps' peak speeds over their sum, of arbitrary sign; NaN with fewer than three steps."""
-    if len(peaks) < 3:
-        return np.nan
-    odd, even = peaks[::2].mean(), peaks[1::2].mean()
-    return (odd - even) / (odd + even)
+    return np.mean([np.sort(step)[-2:].mean() for step in whole]) if whole else np.nan
 
 
 def read(images: np.ndarray, velocity: np.ndarray, column_s: float | np.ndarray) -> dict[str, np.ndarray]:
@@ -230,8 +209,6 @@ def read(images: np.ndarray, velocity: np.ndarray, column_s: float | np.ndarray)
         velocity: (rows,) in m/s, evenly spaced, rising or falling.
         column_s: seconds a column, a number or (N,).
     """
-    if images.ndim != 3 or min(images.shape[1:]) < 8 or images.size and images.max() > 1:
-        raise ValueError(f"images {images.shape}: expected (N, rows, columns) in [0, 1], 8 or more rows and columns")
     if velocity[0] > velocity[-1]:
         images, velocity = images[:, ::-1], velocity[::-1]
     column_s, t = np.broadcast_to(column_s, len(images)), np.arange(images.shape[2])
@@ -244,8 +221,7 @@ def read(images: np.ndarray, velocity: np.ndarray, column_s: float | np.ndarray)
     smooth = median_filter(upper, size=(1, 3), mode="nearest")
     once_a_step = np.exp(-2j * np.pi * t / period[:, None])
     angle = np.angle(((u97 - u97.mean(1, keepdims=True)) * once_a_step).sum(1))
-    peaks = [step_peaks(u, -a / (2 * np.pi) * p, p) for u, a, p in zip(upper, angle, period, strict=True)]
-    v_foot = np.array([own.mean() if len(own) else np.nan for own in peaks])
+    v_foot = np.array([step_peak(*own) for own in zip(upper, -angle / (2 * np.pi) * period, period, strict=True)])
     row_speed = velocity[None, :, None]
     outside = (row_speed < -1.2) | (row_speed > 5.5 * np.maximum(torso[:, None], 0.1))
     found = {
@@ -258,7 +234,6 @@ def read(images: np.ndarray, velocity: np.ndarray, column_s: float | np.ndarray)
         "bw_total": np.percentile(smooth, 95, axis=1) - np.percentile(lower, 5, axis=1),  # between the envelopes, m/s
         "u97": np.percentile(u97, 95, axis=1),  # 95th percentile of the velocity below which 97 % of a column lies, m/s
         "l03": l03.mean(1),  # mean velocity below which 3 % of a column lies, m/s
-        "asym_v": np.array([asymmetry(own) for own in peaks]),
         "e_outside": (images * outside).sum((1, 2)) / np.maximum(images.sum((1, 2)), 1e-9),  # fraction of the intensity
     }
     flat = np.ptp(images, axis=(1, 2)) == 0

@@ -19,9 +19,9 @@ from mdlib.data.reading import hashes
 from mdlib.data.windows import WindowSet, load_windows, to_uint8
 from mdlib.evaluation.augmentation_study import Arms, chosen_arm, mixed
 from mdlib.evaluation.evidence import FOLDS, Evidence, Protocol, train_each
-from mdlib.evaluation.metrics import absent, bootstrapped, equal_error_rate, metric
+from mdlib.evaluation.metrics import bootstrapped, equal_error_rate, metric, unmeasured
 from mdlib.models.classifier import SmallCNN
-from mdlib.utils import DataError, best_device, count, read_json, readable, whole_file
+from mdlib.utils import DataError, atomic_write, best_device, count, read_json, readable
 
 FALSE_REJECTION = 0.05  # of correctly classified windows, or recordings, of known users
 NO_THRESHOLD = "a threshold needs three users or more, each with correctly classified validation windows"
@@ -37,11 +37,8 @@ class Identifier(ModelMixin, ConfigMixin):
         image_size: side in pixels to which windows are reduced.
         colormap: of the images that it was trained on; "none" with 3 channels.
         reading: colormap, crop, order and scale for new folders, options of `load_windows`.
-        arm: the set of training windows, see docs/evaluation.md.
-        validation_accuracy: on the windows that chose the arm.
         threshold: P(user) below which a window is "unknown"; 0 names every window.
         recording_threshold: P(user) below which a recording is "unknown".
-        false_acceptance, false_rejection, equal_error_rate: see `stranger_rates`.
         trained_on: contents (`mdlib.data.reading.hashes`) of the windows that it was trained on or chosen by, or that
             overlap those: accuracies leave them out.
     """
@@ -56,13 +53,8 @@ class Identifier(ModelMixin, ConfigMixin):
         network: dict = {},  # noqa: B006
         colormap: str = "jet",
         reading: dict = {},  # noqa: B006
-        arm: str = "",
-        validation_accuracy: float | None = None,
         threshold: float = 0.0,
         recording_threshold: float = 0.0,
-        false_acceptance: float | None = None,
-        false_rejection: float | None = None,
-        equal_error_rate: float | None = None,
         trained_on: list[str] = [],  # noqa: B006
     ):
         super().__init__()
@@ -104,7 +96,7 @@ class Identifier(ModelMixin, ConfigMixin):
             return torch.empty(0, len(self.users))
         return torch.stack([network.probabilities(torch.stack(windows)) for network in self.networks]).mean(0)
 
-    def named(self, probabilities: torch.Tensor) -> list[str]:
+    def predict(self, probabilities: torch.Tensor) -> list[str]:
         """The answer to each row of probabilities (N, users): "ID_k", or "unknown" below the threshold."""
         sure, labels = probabilities.max(1)
         return [f"ID_{self.users[i]}" if p >= self.threshold else "unknown" for p, i in zip(sure, labels, strict=True)]
@@ -117,7 +109,7 @@ def best_identifier(
     and the section `identifier` of the report. `folder` saves the threshold's classifiers of real windows."""
     train, val, test, split = evidence.train, evidence.val, evidence.test, evidence.split
     arm = chosen_arm(arms.networks, evidence)
-    networks, reading = arms.networks[arm], split.get("reading", {})
+    networks, reading, contents = arms.networks[arm], split.get("reading", {}), split.get("hashes", {})
     scale = {"scale": train.about.scale} if train.about and train.about.scale else {}
     identifier = Identifier(
         list(train.users),
@@ -127,8 +119,7 @@ def best_identifier(
         network={name: networks[0].config[name] for name in ("widths", "image_size")},
         colormap=train.colormap,
         reading={key: value for key, value in reading.items() if key != "channels"} | scale,
-        arm=arm,
-        trained_on=sorted(content for path, content in split.get("hashes", {}).items() if path not in set(test.paths)),
+        trained_on=sorted(contents[path] for path in contents.keys() - set(test.paths)),
     ).to(networks[0].device)
     for own, given in zip(identifier.networks, networks, strict=True):
         own.load_state_dict(given.state_dict())
@@ -136,19 +127,17 @@ def best_identifier(
     of_test, of_recordings = (_right(one).to_numpy(float) for one in tables(identifier, test))
     windows = mixed(train, evidence.added, arms.fraction) if arm.endswith("generated") else train
     folder, backbone = None if arm.endswith("generated") else folder, arms.backbone * arm.startswith("pretrained")
-    limit = stranger_rates(windows, val, protocol, folder, backbone)
+    limit = open_set_rates(windows, val, protocol, folder, backbone)
     for name, every in (("threshold", table), ("recording_threshold", recordings)):
         sure = every["probability"][_right(every)]
-        limit[name] = absent(NO_THRESHOLD) | {"value": 0.0}
+        limit[name] = unmeasured(NO_THRESHOLD) | {"value": 0.0}
         if len(sure) and limit["equal_error_rate"]["value"] is not None:
             limit[name] = metric(lower_limit(sure.to_numpy()), len(sure))
-    rates = {name: found["value"] for name, found in limit.items()}
-    identifier.threshold, identifier.recording_threshold = rates["threshold"], rates["recording_threshold"]
-    accuracy = float(_right(table).mean())
-    identifier.register_to_config(validation_accuracy=accuracy, **rates)
+        setattr(identifier, name, limit[name]["value"])
+        identifier.register_to_config(**{name: limit[name]["value"]})
     return identifier, {
         "arm": arm,
-        "validation_accuracy": metric(accuracy, len(table)),
+        "validation_accuracy": metric(float(_right(table).mean()), len(table)),
         "accuracy": bootstrapped(of_test, evidence.blocks),
         "recording_accuracy": metric(float(of_recordings.mean()), len(of_recordings)),
         **limit,
@@ -172,7 +161,7 @@ def _right(table: pd.DataFrame) -> pd.Series:
     return table["user"] == table["true_user"]
 
 
-def stranger_rates(
+def open_set_rates(
     train: WindowSet, val: WindowSet, protocol: Protocol, folder: str | Path | None = None, backbone: str = ""
 ) -> dict:
     """false_acceptance, false_rejection and equal_error_rate, as metrics, by people whom classifiers do not know.
@@ -196,7 +185,7 @@ def stranger_rates(
         scores += sure[unknown | right].tolist()
         genuine += right[unknown | right].tolist()
     if len(set(genuine)) < 2:
-        return dict.fromkeys(("false_acceptance", "false_rejection", "equal_error_rate"), absent(NO_THRESHOLD))
+        return dict.fromkeys(("false_acceptance", "false_rejection", "equal_error_rate"), unmeasured(NO_THRESHOLD))
     false, true, _ = roc_curve(genuine, scores, drop_intermediate=False)
     place, of_genuine = (true >= 1 - FALSE_REJECTION).argmax(), sum(genuine)
     return {
@@ -245,17 +234,14 @@ def identify_folder(
     Raises:
         DataError: see `load_windows`; also an identifier or a threshold that cannot be used.
     """
-    known, out = Identifier.from_pretrained(identifier).to(best_device()), Path(out)
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise DataError(f"threshold must be between 0 and 1, got {threshold}")
-    if threshold is not None:
-        known.threshold = known.recording_threshold = threshold
+    limits = {} if threshold is None else dict(threshold=threshold, recording_threshold=threshold)
+    known, out = Identifier.from_pretrained(identifier, **limits).to(best_device()), Path(out)
     config, given = known.config, {key: value for key, value in reading.items() if value}
     how = dict(size=config.image_size, channels=config.channels, plain=True)
     windows = load_windows(data, **how | config.reading | given)
     found = tables(known, windows)
     for path, table in zip((out, out.with_name(f"{out.stem}-recordings{out.suffix}")), found, strict=True):
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
     sizes = " in ".join(count(len(table), what) for table, what in zip(found, ("window", "recording"), strict=True))
     unknown = " and ".join(str((table["user"] == "unknown").sum()) for table in found)

@@ -17,13 +17,13 @@ def metric(value: float, n: int, ci95: list[float] | None = None) -> dict:
     return {"value": value, "n": n} | ({"ci95": ci95} if ci95 else {})
 
 
-def absent(reason: str) -> dict:
+def unmeasured(reason: str) -> dict:
     """A metric that was not measured."""
     return {"value": None, "reason": reason}
 
 
 def missing(*names: str, reason: str) -> dict:
-    return {name: absent(reason) for name in names}
+    return {name: unmeasured(reason) for name in names}
 
 
 def bootstrapped(values: np.ndarray, blocks: np.ndarray) -> dict:
@@ -140,9 +140,6 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½. With Σ = RᵀR the eigenvalues of (Σ₁Σ₂)^½ are the singular values of
     R₁R₂ᵀ, so no root of a singular matrix is taken where there are fewer samples than features.
     """
-    if min(len(first), len(second)) < 2 or first.shape[1] != second.shape[1]:
-        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
-        raise ValueError(f"a Fréchet distance needs two sets of two rows or more, equally wide; got {shapes}")
     means = [part.double().mean(0) for part in (first, second)]
     scaled = [(part - mean) / (len(part) - 1) ** 0.5 for part, mean in zip((first, second), means, strict=True)]
     root, other = (torch.linalg.qr(part, mode="r").R for part in scaled)
@@ -180,16 +177,15 @@ def inception_score(probabilities: torch.Tensor) -> float:
 
 def nearest_train(queries: WindowSet, train: WindowSet) -> tuple[torch.Tensor, torch.Tensor]:
     """Distance (N,) of each window to the nearest training window of its user, at the best circular shift in time, and
-    that one's row (N,); inf and row 0 where the user has no training window."""
-    distance, row = torch.full((len(queries),), torch.inf), torch.zeros(len(queries), dtype=torch.long)
+    that one's row (N,). Every user has training windows, see `apply_split`."""
+    distance, row = torch.empty(len(queries)), torch.empty(len(queries), dtype=torch.long)
     small = (torch.nn.functional.interpolate(part.float(), size=(SIDE, SIDE), mode="area") for part in (queries, train))
     windows, references = (part.double().flatten(1, 2) for part in small)  # distances are differences of large sums
     for user in queries.labels.unique():
         asked, known = (torch.nonzero(labels == user).flatten() for labels in (queries.labels, train.labels))
-        if len(known):
-            parts = [_shifted_distance(part, references[known]).min(1) for part in windows[asked].split(64)]
-            distance[asked] = torch.cat([part.values for part in parts]).float()
-            row[asked] = known[torch.cat([part.indices for part in parts])]
+        parts = [_shifted_distance(part, references[known]).min(1) for part in windows[asked].split(64)]
+        distance[asked] = torch.cat([part.values for part in parts]).float()
+        row[asked] = known[torch.cat([part.indices for part in parts])]
     return distance, row
 
 

@@ -1,6 +1,6 @@
 """The evaluation protocol: computes the report of generated windows. docs/evaluation.md defines the metrics.
 
-Metrics of whole sets (Fréchet distance, precision, silhouette, ratios of medians, codes used …) have no interval,
+Metrics of whole sets (Fréchet distance, precision, ratios of medians, codes used …) have no interval,
 because resampling windows would bias them.
 """
 
@@ -15,7 +15,7 @@ from sklearn.metrics import confusion_matrix, roc_curve
 
 from mdlib import __version__
 from mdlib.data.checks import LEAK
-from mdlib.data.nearness import overlap
+from mdlib.data.overlap import overlap
 from mdlib.data.splits import PARTS
 from mdlib.data.windows import to_uint8
 from mdlib.evaluation import augmentation_study as study
@@ -24,7 +24,7 @@ from mdlib.evaluation.evidence import (
     FOLDS,
     Evidence,
     Protocol,
-    chance_blocks,
+    bootstrap_blocks,
     concatenate,
     through_codec,
     train_each,
@@ -32,7 +32,7 @@ from mdlib.evaluation.evidence import (
 from mdlib.evaluation.fidelity import fidelity, statistics
 from mdlib.evaluation.gait_metrics import physics
 from mdlib.evaluation.identifier import best_identifier
-from mdlib.evaluation.metrics import absent, bootstrapped, interval, metric, missing, scored
+from mdlib.evaluation.metrics import bootstrapped, interval, metric, missing, scored, unmeasured
 from mdlib.models.classifier import Embedder, SmallCNN, features
 from mdlib.training.latents import encode_all
 
@@ -142,17 +142,15 @@ def identity(evidence: Evidence, classifiers: list[SmallCNN]) -> dict:
     correct = (named == generated.labels).numpy()
     own = study.correctness(classifiers, train.images, train.labels)
     every = (generated.labels.repeat(len(named)), named.flatten())
-    per_user = []
-    for label, user in enumerate(generated.users):
-        mine = (generated.labels == label).numpy()
-        if mine.any():
-            per_user.append({"user": user, "n": int(mine.sum()), "accuracy": float(correct[:, mine].mean())})
+    per_user = [(user, correct[:, generated.labels == label]) for label, user in enumerate(generated.users)]
     return {
         "accuracy": scored(correct, np.arange(len(generated))),
-        "classifier_accuracy": scored(own, chance_blocks(train, evidence.gap)),
+        "classifier_accuracy": scored(own, bootstrap_blocks(train, evidence.gap)),
         "control_ratio": metric(metrics.control_ratio(probabilities.mean(0), generated.labels), len(generated)),
         "confusion": confusion_matrix(*every, labels=range(users), normalize="true").tolist(),
-        "per_user": per_user,
+        "per_user": [
+            {"user": user, "n": own.shape[1], "accuracy": float(own.mean())} for user, own in per_user if own.size
+        ],
     }
 
 
@@ -178,7 +176,7 @@ def verification(evidence: Evidence, protocol: Protocol, folder: str | Path | No
     """
     groups = folds(evidence.train.num_users)
     if not groups:
-        return {"verification_eer": absent("users are held out, which needs four or more of them")}
+        return {"verification_eer": unmeasured("users are held out, which needs four or more of them")}
     real, jobs = concatenate(evidence.train, evidence.unseen), []
     for seed, held in enumerate(groups):
         others = real.select(~torch.isin(real.labels, torch.from_numpy(held)))
@@ -186,7 +184,7 @@ def verification(evidence: Evidence, protocol: Protocol, folder: str | Path | No
     embedders = train_each(jobs, "embedders that verify users")
     trials = [_trials(embedder, evidence, held) for held, embedder in zip(groups, embedders, strict=True)]
     if not all(one.genuine.any() and not one.genuine.all() for fold in trials for one in fold.values()):
-        return {"verification_eer": absent("a fold has fewer than two users with windows to enrol and to probe with")}
+        return {"verification_eer": unmeasured("a fold has fewer than two users with windows to enrol and to probe")}
     errors, curves = {}, []
     for name in PROBES:
         of_folds = [fold[name] for fold in trials]
@@ -273,7 +271,7 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     """The verdict: a word (helps, no evidence or hurts) by the interval of the generated windows' gain, of pretrained
     classifiers if there are any, and a sentence that explains it. leak: fraction of test windows that overlap a
     training window; copied: fraction of generated windows that are copies of one."""
-    pretrained = augmentation.get("total_gain", absent(""))["value"] is not None
+    pretrained = augmentation.get("total_gain", unmeasured(""))["value"] is not None
     gain = augmentation["pretrained_gain" if pretrained else "gain"]
     low, high = gain["ci95"]
     word = "helps" if low > 0 else "hurts" if high < 0 else "no evidence"

@@ -128,7 +128,7 @@ def _check_values(out: Path, wanted: RunSettings, parameters: dict) -> None:
     for key, low in (least | {"batch_size": 1}).items():
         if parameters.get(key, low) < low:
             raise DataError(f"{key} must be {low} or more, got {parameters[key]}")
-    protocol = ("seeds", "counts", "keep", "reference", "backbone", "evaluation_compile")
+    protocol = ("seeds", "counts", "reference", "backbone", "evaluation_compile")
     Protocol(**{key: parameters[key] for key in protocol if parameters.get(key)})
     options, known = parameters.get("sampling", {}), get_system(wanted.system).sampling_options()
     if unknown := ", ".join(sorted(options.keys() - known)):

@@ -14,7 +14,7 @@ import torch
 from mdlib import __version__
 from mdlib.data.checks import check_identical, check_split, data_fingerprint, seen, seen_of_test, seen_people
 from mdlib.data.files import find_windows
-from mdlib.data.nearness import SIDE
+from mdlib.data.overlap import SIDE
 from mdlib.data.reading import hashes
 from mdlib.data.splits import (
     FOUND,

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mdlib.data.augment import as_they_are, enlarge
+from mdlib.data.augment import enlarge, no_augmentation
 from mdlib.data.speckle import fit_speckle
 from mdlib.data.windows import WindowSet, to_uint8
 from mdlib.evaluation.evidence import through_codec, trained_once
@@ -37,7 +37,7 @@ from mdlib.training.distributed import ERROR, check_batch, launch, processes
 from mdlib.training.fit import Batches, TrainConfig, fit_stages
 from mdlib.training.latents import encode_all
 from mdlib.training.state import State
-from mdlib.utils import best_device, readable, to_float, whole_file
+from mdlib.utils import atomic_write, best_device, readable, to_float
 
 SHOWN = 8  # windows in a preview: few, because a prior samples them while training waits
 SPECKLED = 500  # training windows, at most, on which speckle is fitted
@@ -81,7 +81,7 @@ def codec_stage(run: Run, max_minutes: float = 0.0) -> Stage:
         run.start("codec", codec)
     some = val.select(torch.linspace(0, len(val) - 1, min(SHOWN, len(val))).long())
     draw = lambda: _tiles([some.images, through_codec(codec, some.images, some.labels)], val.colormap)
-    batches = Batches((images, labels), as_they_are), Batches((val.images, val.labels), as_they_are)
+    batches = Batches((images, labels), no_augmentation), Batches((val.images, val.labels), no_augmentation)
     options = {"stages": run.preset.stages, "evaluate": partial(_held_out_codes, val)}
     return Stage(run, "codec", codec, codec, images, *batches, config, draw, options)
 
@@ -126,7 +126,7 @@ def train_stage(stage: Stage, show: Callable[[Path], None] | None = None) -> lis
 
     def preview(_, step: int) -> np.ndarray:
         image = stage.draw()
-        with whole_file(file := samples / f"{stage.name}-{step:06}.png") as path:
+        with atomic_write(file := samples / f"{stage.name}-{step:06}.png") as path:
             Image.fromarray(image).save(path, format="PNG")
         if show:
             show(file)
@@ -189,7 +189,7 @@ def save_codec(stage: Stage) -> None:
     if not run.finished_codec:
         codec.calibrate(to_float(train.images), train.labels)
     codec.save_pretrained(run.path / "codec")
-    with whole_file(run.path / "codec" / "losses.safetensors") as path:
+    with atomic_write(run.path / "codec" / "losses.safetensors") as path:
         save_file({key: value.contiguous() for key, value in codec.losses.state_dict().items()}, path)
 
 

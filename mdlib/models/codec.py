@@ -20,8 +20,6 @@ from mdlib.models.layers import all_mean, parts
 
 GRADIENT_FLOOR = 1e-4
 HALF_PRECISION_SCALE = 1024.0
-# Of losses, what a stage of training may change.
-OPTIONS = {"alignment_weight", "cosine_margin", "distance_margin", "adversarial_weight", "adversarial_start"}
 
 
 class Codec(ModelMixin, ConfigMixin):
@@ -82,8 +80,6 @@ class Codec(ModelMixin, ConfigMixin):
     def configure(self, **options) -> None:
         """Change options of the attached losses by name, as a stage of training does. Options of losses that are not
         attached have no effect."""
-        if unknown := sorted(options.keys() - OPTIONS):
-            raise ValueError(f"cannot change {', '.join(unknown)}: only {', '.join(sorted(OPTIONS))}")
         for loss in self.losses.values():
             for name in options.keys() & vars(loss).keys():
                 setattr(loss, name, options[name])

@@ -122,12 +122,8 @@ class TokenPrior(Prior, ModelMixin, ConfigMixin):
         embeddings, attended = self.tokens(inputs), users
         if self.config.conditioning == "add":
             embeddings, attended = embeddings + users, None
-        output = self.gpt(
-            inputs_embeds=embeddings,
-            encoder_hidden_states=attended,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        options = dict(encoder_hidden_states=attended, past_key_values=cache, use_cache=cache is not None)
+        output = self.gpt(inputs_embeds=embeddings, **options)
         return output.last_hidden_state, output.past_key_values
 
     def draw(

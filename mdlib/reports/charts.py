@@ -76,19 +76,11 @@ def accuracies(augmentation: dict, names: tuple[str, ...] = ()) -> Figure:
 
 
 def gain_curves(augmentation: dict) -> Figure:
-    """The gain, in points, against generated windows per user, and against the fraction of them that filters retain."""
-    filters: dict[str, list[dict]] = {}
-    for row in augmentation["gain_by_selection"]:
-        filters.setdefault(row["by"], []).append(row)
-    figure, axes = new_figure(4.0, 2.6, 2 if filters else 1, sharey=True)
-    for axis in axes:
-        axis.axhline(0, **DOTTED)
-    by_counts(axes[0], coloured({"all": augmentation["gain_by_windows"]}), "linear")
-    style(axes[0], "generated windows per user", "gain, points")
-    if filters:
-        for name, rows, colour in coloured(filters):
-            line(axes[1], [row["kept"] for row in rows], rows, colour, name)
-        style(axes[1], "fraction that a filter retains", legend=len(filters) > 1)
+    """The gain, in points, against generated windows per user."""
+    figure, (axis,) = new_figure(4.0, 2.6)
+    axis.axhline(0, **DOTTED)
+    by_counts(axis, coloured({"all": augmentation["gain_by_windows"]}), "linear")
+    style(axis, "generated windows per user", "gain, points")
     return figure
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mdlib.reports.charts import SECTIONS, describe
-from mdlib.utils import whole_file
+from mdlib.utils import atomic_write
 
 COLUMNS = {  # what stands next to a metric, and the column's heading
     "real": "Real windows",
@@ -33,7 +33,7 @@ def number(value: float | str | list | None, unit: str = "") -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def written(metric: dict | float | str | list | None, unit: str = "", reference: bool = False) -> str:
+def format_metric(metric: dict | float | str | list | None, unit: str = "", reference: bool = False) -> str:
     """A metric of report.json, or a bare value, with unit and 95 % interval: `+4.4 points [+1.0, +7.8]`; with
     `reference` followed by that of real windows, or by the ratio to it."""
     metric = metric if isinstance(metric, dict) else {"value": metric}
@@ -62,9 +62,9 @@ def table(section: str, metrics: dict) -> list[dict]:
         about = describe(section, name)
         unit = entry.get("unit", about["unit"])
         real = {"value": entry.get("real", entry.get("real_vs_real")), "ci95": entry.get("real_ci95")}
-        row = {"value": written(metric, unit), "real": written(real, unit), "train": written(entry.get("train"), unit)}
-        row["common"] = written(entry.get("common"), unit)
-        row |= {"ratio": written(entry.get("ratio")), "n": written(entry.get("n"))}
+        row = {name: format_metric(entry.get(name), unit) for name in ("train", "common")}
+        row |= {"value": format_metric(metric, unit), "real": format_metric(real, unit)}
+        row |= {"ratio": format_metric(entry.get("ratio")), "n": format_metric(entry.get("n"))}
         own, of_real = (number(entry.get(f"user_correlation{suffix}")) for suffix in ("", "_real"))
         row["correlation"] = "–" if own == "–" else f"{own} ({of_real})"
         if between := entry.get("between"):
@@ -90,7 +90,7 @@ def compared(section: str, names: list[str], reports: list[dict]) -> list[dict]:
     rows = []
     for name in names:
         about = describe(section, name)
-        cells = [written(report[section].get(name), about["unit"], reference=True) for report in reports]
+        cells = [format_metric(report[section].get(name), about["unit"], reference=True) for report in reports]
         if set(cells) != {"–"}:
             rows.append(about | {"cells": cells})
     return rows
@@ -100,14 +100,14 @@ def write_page(result: dict, out: str | Path, name: str, shown: dict, template: 
     """Write NAME.json, which holds `result`, and NAME.html by the `template` (default: of that name), which shows
     `result`, the charts `shown` by key and `content`, into `out`."""
     out = Path(out)
-    with whole_file(out / f"{name}.json") as path:
+    with atomic_write(out / f"{name}.json") as path:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     options = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     templates = Environment(loader=PackageLoader("mdlib.reports"), **options)
-    templates.globals |= dict(describe=describe, written=written, interval=interval, table=table, compared=compared)
+    templates.globals |= {one.__name__: one for one in (describe, format_metric, interval, table, compared)}
     images = {key: base64.b64encode(figure._repr_png_()).decode() for key, figure in shown.items()}
     page = templates.get_template(f"{template or name}.html").render(
         result=result, charts=images, name=name, columns=COLUMNS, sections=SECTIONS, **content
     )
-    with whole_file(out / f"{name}.html") as path:
+    with atomic_write(out / f"{name}.html") as path:
         path.write_text(page.replace(" %", "&nbsp;%"), encoding="utf-8")

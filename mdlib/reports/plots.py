@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from mdlib.data.colormaps import colorize
 from mdlib.data.windows import WindowSet, to_uint8
+from mdlib.evaluation.metrics import nearest_train
 
 INK, ACCENT, SECOND, THIRD = "#1f2933", "#2463a4", "#c4572e", "#5f8f4e"
 DOTTED = {"color": INK, "linewidth": 0.7, "linestyle": ":"}
@@ -178,21 +179,18 @@ def reconstructions(real: torch.Tensor, decoded: torch.Tensor, colormap: str = "
     return image_rows([(name, [(image, "") for image in images]) for name, images in lines.items()])
 
 
-def user_view(
-    real: WindowSet, generated: WindowSet, nearest: WindowSet | None = None, ratios=(), stand_in: str = "condition 1"
-) -> Figure:
+def user_view(real: WindowSet, generated: WindowSet, train: WindowSet, usual: float, stand_in: str) -> Figure:
     """Windows of one user: real ones, generated ones, and below each of those the training window nearest to it.
 
     Args:
-        ratios: distance to `nearest` over that of real unseen windows: 1 for one as new as a real window, less for a
-            copy.
+        usual: distance of real unseen windows to training windows; relative to it a copy's is well below 1.
         stand_in: replaces a condition's name that no installed font can draw.
     """
+    distance, rows = nearest_train(generated, train)
     some = lambda part, titles: list(zip([as_rgb(one, part.colormap) for one in part.images], titles, strict=True))
     lines = [("real", some(real, [""] * len(real)))]
     lines.append(("generated", some(generated, [str(place + 1) for place in range(len(generated))])))
-    if nearest is not None:
-        lines.append(("nearest training", some(nearest, [f"distance {ratio:.2f}" for ratio in ratios])))
+    lines.append(("nearest training", some(train.select(rows), [f"distance {one:.2f}" for one in distance / usual])))
     figure = image_rows(lines, 1.5)
     user, condition = generated.files[0].user, generated.files[0].condition
     title = f"ID_{user} {condition if fonts(condition) else stand_in}".strip()
@@ -213,9 +211,10 @@ def neighbourhoods(points: list[dict]) -> Figure:
     return figure
 
 
-def history(rows: list[dict], keys: list[tuple[str, ...]]) -> Figure:
-    """Training curves over optimizer steps: one panel for each tuple of keys of the history's rows."""
-    figure, axes = new_figure(3.4, 2.5, len(keys))
+def history(rows: list[dict]) -> Figure:
+    """Training curves over optimizer steps: a panel for each figure with a held-out one, and for the learning rate."""
+    keys = [(name, f"held_out_{name}") for name in rows[-1] if f"held_out_{name}" in rows[-1]] + [("learning_rate",)]
+    figure, axes = new_figure(3.4, 2.5, len(keys), 4)
     for axis, names in zip(axes, keys, strict=True):
         for name, colour in zip(names, (ACCENT, SECOND, THIRD), strict=False):
             steps, values = zip(*((row["step"], row[name]) for row in rows if name in row), strict=True)

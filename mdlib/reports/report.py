@@ -3,17 +3,17 @@
 from pathlib import Path
 
 from mdlib.data.checks import check_split, seen_beyond, seen_of_test
-from mdlib.data.nearness import SIDE
+from mdlib.data.overlap import SIDE
 from mdlib.data.splits import apply_split, describe_training, read_split, spare_windows
 from mdlib.data.windows import WindowSet, load_windows
 from mdlib.evaluation.evidence import Evidence, Protocol, through_codec, train_classifier
 from mdlib.evaluation.filters import FILTERS, keep_best, keep_plausible, scores
-from mdlib.evaluation.metrics import absent
+from mdlib.evaluation.metrics import unmeasured
 from mdlib.evaluation.protocol import evaluate
 from mdlib.pipeline import copy_windows, load_pipeline
 from mdlib.reports import charts, plots
 from mdlib.reports.charts import describe
-from mdlib.reports.pages import not_measured, write_page, written
+from mdlib.reports.pages import format_metric, not_measured, write_page
 from mdlib.reports.user_page import GAIT, write_user
 from mdlib.utils import DataError, read_history, to_float
 
@@ -32,14 +32,10 @@ def write_report(report: dict, evidence: Evidence, out: str | Path) -> dict[str,
     shown = _charts(report, evidence)
     for part in ("codec", "prior"):
         if (Path(out) / part / "history.csv").exists():
-            history = read_history(Path(out) / part)
-            pairs = [(name, f"held_out_{name}") for name in history[-1] if f"held_out_{name}" in history[-1]]
-            shown[part] = plots.history(history, pairs[:4])
-    measured = {**report, "training": {}, "augmentation": dict(report["augmentation"])}
+            shown[part] = plots.history(read_history(Path(out) / part))
+    measured = {**report, "training": {}}
     if not {"codec", "prior"} & shown.keys():
-        measured["training"]["curves"] = absent("no training logs in this folder")
-    if not report["augmentation"]["gain_by_selection"]:
-        measured["augmentation"]["filters"] = absent("no filters were requested: set keep to the fractions to retain")
+        measured["training"]["curves"] = unmeasured("no training logs in this folder")
     write_page(report, out, "report", shown, measured=measured, missing=not_measured(measured))
     return shown
 
@@ -159,7 +155,7 @@ def _charts(report: dict, evidence: Evidence) -> dict[str, plots.Figure]:
         "confusion": charts.confusion(report["identity"]["confusion"], report["users"]),
         "nearest": _nearest_pairs(report["memorisation"]["nearest"], evidence),
     }
-    if len(augmentation["gain_by_windows"]) > 1 or augmentation["gain_by_selection"]:
+    if len(augmentation["gain_by_windows"]) > 1:
         shown["gain_curves"] = charts.gain_curves(augmentation)
     if "roc" in report["identity"]:
         shown["verification"] = charts.roc(report["identity"]["roc"])
@@ -217,7 +213,7 @@ def conclusions(systems: dict[str, dict]) -> dict:
         values = {system: metric["value"] for system, metric in every.items() if metric["value"] is not None}
         if values:
             best = pick(values, key=values.get)
-            text = written(every[best], describe(section, name)["unit"])
+            text = format_metric(every[best], describe(section, name)["unit"])
             found[key] = {"value": best, "sentence": f"{title}: {best}, {text}."}
     if "gain" in found:
         ends = {system: metrics["augmentation"]["gain"]["ci95"] for system, metrics in measured.items()}

@@ -55,7 +55,5 @@ def _windows(evidence: Evidence, user: int) -> list[plots.Figure]:
     found, usual = [], nearest_train(evidence.test, evidence.train)[0].median().clamp_min(1e-9)
     for k, condition in enumerate(evidence.generated.of_user(user).conditions, 1):
         real, generated = (part.few(user, condition, SHOWN) for part in (evidence.unseen, evidence.generated))
-        distance, rows = nearest_train(generated, evidence.train)
-        nearest = (evidence.train.select(rows), (distance / usual).tolist()) if distance.isfinite().all() else ()
-        found.append(plots.user_view(real, generated, *nearest, stand_in=f"condition {k}"))
+        found.append(plots.user_view(real, generated, evidence.train, usual, f"condition {k}"))
     return found

@@ -38,7 +38,7 @@ def browse_codes(codec, windows: WindowSet, tokens: torch.Tensor) -> None:
     """Codebook explorer: how often all users or one use each code in windows and their tokens (N, h, w), every code as
     a image, and for one code what it decodes to, who uses it and where it occurs."""
     book = survey(codec, windows, tokens)
-    card = plots.code_card(book, book.most_telling())
+    card = plots.code_card(book, book.most_distinctive())
     figures = [plots.code_usage(book.times.numpy()), plots.code_tiles(book, book.times, TILES), card]
     _display(figures, lambda: code_explorer(book))
 
@@ -127,7 +127,7 @@ def code_explorer(book: Codebook) -> ipywidgets.VBox:
     whose = ipywidgets.Dropdown(options=users, description="codes of")
     pages = -(-len(book.times) // TILES)
     page = ipywidgets.IntSlider(min=1, max=pages, description="page", continuous_update=False)
-    code = ipywidgets.BoundedIntText(value=book.most_telling(), max=len(book.times) - 1, description="code")
+    code = ipywidgets.BoundedIntText(value=book.most_distinctive(), max=len(book.times) - 1, description="code")
     line = ipywidgets.HTML()
     times = lambda: book.times if whose.value < 0 else book.counts[whose.value]
     usage = _image(line, lambda: plots.code_usage(times().numpy()), whose)
@@ -144,17 +144,13 @@ class UserBrowser:
     def __init__(self, real: WindowSet, generated: WindowSet, train: WindowSet, pipeline, each: int):
         self.real, self.generated, self.train, self.pipeline, self.each = real, generated, train, pipeline, each
         self.conditions = pipeline.config.conditions if pipeline else generated.conditions
-        distance, _ = nearest_train(real, train)
-        self.usual = float(distance[distance.isfinite()].median().clamp_min(1e-9))
+        self.usual = float(nearest_train(real, train)[0].median().clamp_min(1e-9))
 
     def figure(self, generated: WindowSet) -> plots.Figure:
         """Real windows, the generated ones, and the training windows nearest to those."""
         user, condition = generated.files[0].user, generated.files[0].condition
-        distance, rows = nearest_train(generated, self.train)
-        nearest = (self.train.select(rows), (distance / self.usual).tolist())
-        nearest = nearest if distance.isfinite().all() else (None, ())  # no training window shows this user
         stand_in = f"condition {list(self.conditions).index(condition) + 1}"
-        return plots.user_view(self.real.few(user, condition, self.each), generated, *nearest, stand_in)
+        return plots.user_view(self.real.few(user, condition, self.each), generated, self.train, self.usual, stand_in)
 
     def controls(self, folder: str | Path, seed: int, sampling: dict) -> ipywidgets.VBox:
         """The controls around their image."""

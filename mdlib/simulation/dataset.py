@@ -4,7 +4,6 @@ Speckle, clutter and gait drift are continuous over a walk, so windows overlap a
 """
 
 import json
-import os
 import shutil
 import tempfile
 from itertools import product
@@ -107,11 +106,9 @@ def simulate_dataset(out, users=31, windows=150, size=256, seed=0, condition="no
                 done.update(number)
         pd.DataFrame(rows).to_csv(work / "parameters.csv", index=False)
         (work / "simulation.json").write_text(json.dumps(arguments, indent=1))
-        if not out.exists():
-            os.replace(work, out)
-        else:  # empty; it may be the working directory or a mount point, which cannot be replaced
-            for path in sorted(work.iterdir(), key=lambda path: path.name == "simulation.json"):
-                shutil.move(path, out)
+        out.mkdir(exist_ok=True)  # it may be the working directory or a mount point, which cannot be replaced
+        for path in sorted(work.iterdir(), key=lambda path: path.name == "simulation.json"):
+            shutil.move(path, out)
     return out
 
 

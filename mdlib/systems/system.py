@@ -12,8 +12,6 @@ from pkgutil import resolve_name
 
 from mdlib.utils import DataError, read_json, readable
 
-# Columns of history.csv worth plotting, of any codec and prior.
-CURVES = "mse psnr_db perplexity kl align_cosine align_distance nats_per_token denoising_mse velocity_mse cosine vb aux"
 CODECS = {"vq": "mdlib.models.vqvae:VQVAE", "kl": "mdlib.models.kl:KLVAE", "va": "mdlib.models.kl:VAVAE"}
 TEACHER_WEIGHT = 0.2  # of the distance of the teacher's features in the codec's loss
 # Of TrainConfig.
@@ -23,7 +21,7 @@ BASE = dict(batch_size=64, mixed_precision="auto", save_every=250)
 PRIOR = dict(batch_size=32, learning_rate=1e-3, weight_decay=0.01, keep_best=False)
 # What all systems have in common at a size: arguments of the models and of TrainConfig, and fields of `Preset`. Sizes
 # that are not named here start from base.
-EFFORTS = {
+COMMON_SIZES = {
     "smoke": dict(  # seconds: for tests
         codec=dict(image_size=32, patch_size=(2, 2), block_out_channels=(8, 16), norm_num_groups=4),
         codec_training=SMOKE,
@@ -60,7 +58,7 @@ EFFORTS = {
         | dict(steps=20_000, learning_rate=2e-4, warmup_steps=500, ema_decay=0.9995, evaluate_every=1000),
         teacher_steps=1500,
         images_per_user=50,
-        validation=dict(evaluation_steps=1500, multiples=(2, 4), keep=(0.5,)),  # time: docs/gpus.md
+        validation=dict(evaluation_steps=1500, multiples=(2, 4)),  # time: docs/gpus.md
     ),
 }
 # Of size base: the batch of all GPUs together, and the precision. A size with a smaller batch keeps it.
@@ -100,10 +98,9 @@ class System:
 
     Args:
         codec_class, prior_class: "module:Class".
-        sizes: for each size what it adds to EFFORTS: fields of `Preset` with arguments of models and TrainConfig.
+        sizes: for each size what it adds to COMMON_SIZES: fields of `Preset` with arguments of models and TrainConfig.
         base_on: the same for a machine that takes another model of size base.
         notebooks: those that train and evaluate it, in order; the default trains a prior that denoises.
-        curves: columns of history.csv worth plotting, of codec and prior; those that a training lacks are left out.
     """
 
     name: str
@@ -112,7 +109,6 @@ class System:
     sizes: dict[str, dict]
     base_on: dict[str, dict] = field(default_factory=dict)
     notebooks: tuple[str, ...] = ("01_env_check", "02_train_vqvae", "04_train_diffusion", "05_generate", "06_validate")
-    curves: tuple[str, ...] = tuple(CURVES.split())
 
     @property
     def codec(self) -> type:
@@ -138,7 +134,7 @@ class System:
         if size not in self.sizes or "@" in name and machine not in MACHINES:
             known = f"choose one of {', '.join(('auto', *self.presets))}, or SIZE@MACHINE such as demo@t4x2"
             raise DataError(f"unknown preset {preset!r} of system {self.name}: {known}")
-        table = EFFORTS.get(size, EFFORTS["base"])
+        table = COMMON_SIZES.get(size, COMMON_SIZES["base"])
         for changes in (self.sizes[size], self.base_on.get(machine, {}) if size == "base" else {}):
             joined = ("codec", "prior", "codec_training", "prior_training", "losses", "sampling")
             table = {**table, **changes, **{part: table.get(part, {}) | changes.get(part, {}) for part in joined}}

@@ -9,17 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mdlib.models.layers import fingerprint, parts
-from mdlib.utils import to_float, whole_file
+from mdlib.utils import atomic_write, to_float
 
 
 @torch.no_grad()
 def encode_all(
-    codec,
-    images: torch.Tensor,
-    kind: str,
-    cache: str | Path | None = None,
-    batch_size: int = 128,
-    labels: torch.Tensor | None = None,
+    codec, images: torch.Tensor, kind: str, cache: str | Path | None = None, labels: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Tokens (N, h, w) or latents (N, D, h, w), by `kind`, of uint8 images (N, C, H, W) and, for a conditional codec,
     users (N,). cache: folder for the result, in a file named by the codec's weights and the data."""
@@ -28,10 +23,10 @@ def encode_all(
         with suppress(SafetensorError, KeyError):  # damaged: computed again
             return load_file(path)[kind]
     encode = codec.eval().encode_tokens if kind == "tokens" else codec.eval().encode
-    batches = parts(codec.device, batch_size, images, labels)
+    batches = parts(codec.device, 128, images, labels)
     result = torch.cat([encode(to_float(part), *users).cpu() for part, *users in batches])
     if path:
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file({kind: result.contiguous()}, temporary)
     return result
 

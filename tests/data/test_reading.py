@@ -143,7 +143,8 @@ def test_foreign_objects_in_a_picture_are_pointed_out(tmp_path):
 
 def test_wrong_options(tmp_path):
     root = write_set(tmp_path / "set")
-    assert "jet, parula, viridis, grey, or a name of matplotlib" in message(load_windows, root, colormap="magmatic")
+    choices = "jet, parula, viridis, grey, a name of matplotlib, or auto"
+    assert choices in message(load_windows, root, colormap="magmatic")
     assert "none, auto, or left,top,right,bottom" in message(load_windows, root, crop="1,2")
     assert "32x32 pixels; choose less" in message(load_windows, root, crop="0,0,64,64")
     assert "choose 1 (intensity) or 3 (RGB)" in message(load_windows, root, channels=2)

@@ -112,11 +112,6 @@ def test_a_filters_choice_keeps_its_fractions_of_users():
 def test_the_gain_is_measured_for_as_many_generated_windows_as_real_ones_and_more():
     found = studied(evidence(windows(7, 7)), Protocol(evaluation_steps=2, seeds=2))
     assert [row["windows_per_user"] for row in found["gain_by_windows"]] == [3, 6, 7], "five times three were not made"
-    assert found["gain_2_to_1"]["value"] == found["gain_by_windows"][1]["value"]
-    assert (
-        found["gain_5_to_1"]["reason"]
-        == "not measured with 15 generated windows per user: generate as many, or add 15 to counts"
-    )
 
 
 def test_the_gain_is_measured_for_fewer_generated_windows():
@@ -174,34 +169,6 @@ def test_classifiers_do_not_see_the_windows_they_are_tested_on(monkeypatch):
     assert all(not rows(images) & test for images in arms)
 
 
-def test_a_filter_decides_which_windows_its_arm_sees(monkeypatch):
-    seen = []
-    rows = lambda images: {image.numpy().tobytes() for image in images}
-
-    def fake(images, labels, num_users, steps, seed, *_, **__):
-        seen.append((seed, rows(images)))
-        return SmallCNN(num_users).eval()
-
-    monkeypatch.setattr(evidence_file, "train_classifier", fake)
-    monkeypatch.setattr(augmentation_study, "keep_plausible", lambda made, train: np.arange(len(made)) % 10 == 0)
-    monkeypatch.setattr(augmentation_study, "scores", lambda made, judge: {"confidence": np.tile(np.arange(10.0), 4)})
-    case = evidence(windows(10, 7), spare=None)
-    protocol = Protocol(evaluation_steps=1, seeds=2, fractions=(0.5,), counts=(), keep=(0.5, 0.2))
-    arms = train_arms(case, protocol)
-    assert list(arms.by_selection) == [("confidence", 0.5), ("confidence", 0.2), ("kinematics", 0.1)]
-    found = augmentation(case, protocol, arms)
-    told = found["gain_by_selection"]
-    assert [row["kept"] for row in told] == [1, 1, 0.5, 0.2, 0.1] and all(row["n"] == 100 for row in told)
-    assert all(row["value"] == found["gain"]["value"] for row in told[:2]), "a curve begins with all windows"
-    train, images = rows(case.train.images), case.generated.images
-    place = np.arange(40) % 10
-    for wanted in (place >= 5, place >= 8, place == 0):
-        expected = train | rows(images[torch.from_numpy(wanted)])
-        assert sum(found == expected for _, found in seen) == 2, "one a seed"
-    filters = [found for seed, found in seen if seed == 3]
-    assert filters == [train], "the filter saw training windows only"
-
-
 ARMS = ("real_only", "real_plus_generated", "generated_only", "real_x2")
 
 
@@ -245,7 +212,7 @@ def test_a_window_in_two_folds_counts_once():
 
 def test_more_folds_narrow_the_interval_as_more_windows_do():
     wide, narrow = (compared(joined([measured(seed) for seed in range(n)]), 10.0, "none", 10) for n in (1, 8))
-    width = [np.diff(found["gain_ci95"])[0] for found in (wide, narrow)]
+    width = [np.diff(found["gain"]["ci95"])[0] for found in (wide, narrow)]
     assert width[1] < 0.7 * width[0]
 
 
@@ -256,7 +223,7 @@ def test_users_who_gain_unlike_one_another_widen_what_other_people_could_expect(
     both = ~own
     found = compared(Outcomes({"real_only": own, "real_plus_generated": both}, *_where(outcomes)), 10.0, "none", 10)
     low, high = found["gain_other_users"]["ci95"]
-    assert found["gain_other_users"]["n"] == 10 and high - low > 1.5 * np.diff(found["gain_ci95"])[0]
+    assert found["gain_other_users"]["n"] == 10 and high - low > 1.5 * np.diff(found["gain"]["ci95"])[0]
     assert [row["real_only"] for row in found["per_user"][:5]] == [1.0] * 5 and found["per_user"][0]["n"] == 20
     assert found["gain_other_users"]["value"] == pytest.approx(
         np.mean([row["real_plus_generated"] - row["real_only"] for row in found["per_user"]])

@@ -173,7 +173,7 @@ def test_the_most_telling_code_is_the_one_that_users_share_least(surveyed):
     tokens[:, 0, :2] = 3  # everybody's
     tokens[3:, 2, 1:3] = 6  # the second user's
     tokens[:3, 2, 1], tokens[:3, 2, 2] = 3, 2
-    assert survey(codec, windows, tokens).most_telling() == 6
+    assert survey(codec, windows, tokens).most_distinctive() == 6
 
 
 def test_cells_of_unequal_sides_lie_where_they_are():

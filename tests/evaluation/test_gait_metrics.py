@@ -54,14 +54,7 @@ def test_a_drawn_walker_is_measured():
     assert m["step_len"] == pytest.approx(0.6, rel=0.03)
     assert m["v_foot"] == pytest.approx(3.0, abs=0.15)
     assert m["foot_ratio"] == pytest.approx(3.0, rel=0.06)
-    assert abs(m["asym_v"]) < 0.02
     assert m["e_outside"] < 1e-3 and m["acf_step"] > 0.6
-
-
-def test_alternating_peaks_are_an_asymmetry():
-    even, uneven = (read(walker(peaks=p)[None], VELOCITY, DT) for p in ((3.0, 3.0), (3.4, 2.6)))
-    assert abs(uneven["asym_v"][0]) == pytest.approx(0.8 / 6.0, rel=0.2)
-    assert abs(even["asym_v"][0]) < 0.02
 
 
 def test_rows_either_way_up_and_batches_agree():
@@ -150,12 +143,6 @@ def test_an_image_without_contrast_gives_nan_and_leaves_the_others_alone():
     assert all(np.isnan(v[[0, 2]]).all() for v in m.values())
     assert np.isfinite(m["v_torso"][1])
     assert plausible(m)[[0, 2]].sum() == 0
-
-
-@pytest.mark.parametrize("images", [np.zeros((126, 60)), np.zeros((1, 126, 7)), np.full((1, 126, 60), 200.0)])
-def test_wrong_input_is_named(images):
-    with pytest.raises(ValueError, match="expected"):
-        read(images, VELOCITY, DT)
 
 
 @pytest.fixture(scope="module")
@@ -264,8 +251,6 @@ def test_held_out_real_windows_are_as_near_as_real_ones(honest):
     for name in ("torso_speed", "step_length", "upper_envelope", "bandwidth"):
         assert 0.4 < honest[name]["ratio"] < 1.7, name
     assert honest["torso_speed"]["user_correlation"] > 0.9
-    envelopes = [honest[name]["value"] for name in ("upper_envelope", "lower_envelope")]
-    assert honest["envelopes"]["value"] == pytest.approx(np.mean(envelopes))
     assert abs(honest["plausible"]["value"] - honest["plausible"]["real"]) < 0.15
     assert honest["plausible"]["real"] > 0.7
     json.dumps(honest, allow_nan=False)
@@ -282,7 +267,7 @@ def test_users_are_told_apart_by_their_speed(simulated, evidence, honest):
 def test_windows_of_another_user_are_far(evidence, real, honest):
     shifted = changed(evidence.generated, slice(None), evidence.generated.images.roll(20, 0))
     found = compare({**real, "generated": measure(shifted)}, len(USERS))
-    for name in ("torso_speed", "step_length", "envelopes"):
+    for name in ("torso_speed", "step_length", "upper_envelope"):
         assert found[name]["value"] > 1.5 * honest[name]["value"], name
         assert found[name]["train"] == pytest.approx(honest[name]["train"])
     assert found["torso_speed"]["user_correlation"] < 0.5

@@ -214,7 +214,8 @@ def test_a_run_is_copied_from_read_only_inputs_and_finds_its_windows(session, ca
         path.chmod(0o555)
     out = session.working / "runs" / "demo"
     assert "read /kaggle/input/gone: attach its windows too" in message(kaggle_session.begin, out)
-    assert kaggle_session.begin(out, "mine") == "mine" and "data starts a new run: leave data empty" in capsys.readouterr().out
+    assert kaggle_session.begin(out, "mine") == "mine"
+    assert "data starts a new run: leave data empty" in capsys.readouterr().out
     people = write_set(session.input / "datasets" / "me" / "windows")
     assert kaggle_session.begin(out) == ""
     assert json.loads((out / "run.json").read_text())["settings"]["data"] == str(people)

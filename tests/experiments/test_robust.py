@@ -171,7 +171,6 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
 @pytest.mark.parametrize(
     "first, parameters, message",
     [
-        ("06", {"keep": [3]}, "keep must be fractions between 0 and 1, got .3."),
         ("06", {"counts": "5,10"}, "counts must be of type list, got '5,10'"),
         ("06", {"reference": "vgg"}, "reference must be one of auto, resnet18, none"),
         ("06", {"evaluation_compile": "yes"}, "evaluation_compile must be one of auto, graph, compile, no"),
@@ -181,7 +180,6 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
         ("05", {"conditions": ["bag"]}, "conditions: .* holds no 'bag'"),
         ("05", {"users": ["1"]}, "users: .* holds no '1'; there are "),
         ("05", {"sampling": {"temperature": -1.0}}, "temperature must be above 0"),
-        ("06", {"keep": ["0.5"]}, "keep must be fractions between 0 and 1"),
         ("05", {}, "02_train_vqvae, 03_train_prior is not done yet: leave out --from"),
     ],
 )

@@ -357,7 +357,7 @@ def test_a_first_attempt_that_failed_may_be_corrected(people, tmp_path):
         (dict(prior_options={"ema_decay": "x"}), "TrainConfig.ema_decay must be of type float"),
         (dict(split="none.json"), "none.json"),
         (dict(preset="t4x2"), "'t4x2': training in fp16 needs a GPU; demo"),
-        (dict(codec="kl"), "reads tokens, which a kl codec does not make"),
+        (dict(codec="kl"), "needs tokens, which a kl codec lacks"),
         (dict(system="vae-diffusion", prior_options={"attention": "linear"}), "attention must be one of full, window"),
         (dict(system="vae-diffusion", prior_options=3), "prior_options must be of type dict, got 3"),
         (dict(system="vae-diffusion", prior_options={"block_out_channels": 64}), "codec_options or prior_options: "),

@@ -15,8 +15,6 @@ import nbformat
 import pytest
 from helpers import ROOT, write_set
 
-from check_environment import damaged_files
-
 sys.path.insert(0, str(ROOT / "kaggle"))
 import metadata  # noqa: E402
 import push  # noqa: E402
@@ -287,10 +285,8 @@ def test_the_wheelhouse_installs_without_a_network(tmp_path, monkeypatch):
     wheels = [name for name in files if name.endswith(".whl")]
     assert sorted(name.split("-")[0] for name in wheels) == ["lpips", "mdlib", "pytorch_metric_learning"]
     assert all(name.endswith("-py3-none-any.whl") for name in wheels), "for every Python version"
-    scripts = {"check_environment.py", "setup_environment.py", "install_mdlib.py", "pyproject.toml", "SHA256SUMS"}
+    scripts = {"check_environment.py", "setup_environment.py", "install_mdlib.py", "pyproject.toml"}
     assert set(files) - set(wheels) == scripts
-    assert len((tmp_path / "house" / "SHA256SUMS").read_text().splitlines()) == len(files) - 1
-    assert not damaged_files(tmp_path / "house")
     target = tmp_path / "installed"
     house = [str(tmp_path / "house" / name) for name in wheels]
     wheelhouse.pip("install", "--no-index", "--no-deps", "--target", target, *house)

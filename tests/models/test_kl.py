@@ -186,7 +186,7 @@ def test_users_reach_calibration_and_whole_sets(tmp_path):
     windows = torch.randint(0, 256, (7, 1, 16, 16), dtype=torch.uint8)
     images, users = windows / 127.5 - 1, torch.tensor([0, 1, 2, 0, 1, 2, 0])
     codec.calibrate(images, users, batch_size=3)
-    latents = encode_all(codec, windows, "latents", tmp_path, 3, users)
+    latents = encode_all(codec, windows, "latents", tmp_path, users)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(latents, codec.encode(images, users))

@@ -61,7 +61,7 @@ def case():
 
 @pytest.fixture(scope="module")
 def report(case):
-    return evaluate(case, Protocol(evaluation_steps=2, seeds=2, keep=(0.5,)), about={"data": "<toy> & more"})
+    return evaluate(case, Protocol(evaluation_steps=2, seeds=2), about={"data": "<toy> & more"})
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def written(case, report, tmp_path_factory):
     """The page of a run folder with training logs, its charts, and its HTML."""
     out = tmp_path_factory.mktemp("run")
     for part in ("codec", "prior"):
-        rows = [{"step": 10 * row, "seconds": row, "mse": 1 / row, "held_out_mse": 1.1 / row} for row in (1, 2)]
+        rows = [dict(step=10 * row, learning_rate=0.1, mse=1 / row, held_out_mse=1.1 / row) for row in (1, 2)]
         (out / part).mkdir()
         write_history(rows, out / part / "history.csv")
         assert read_history(out / part) == rows
@@ -161,7 +161,7 @@ def test_every_figure_is_labelled_on_the_page_and_defined_in_the_docs(report):
     ],
 )
 def test_a_figure_is_written_for_people(figure, unit, text):
-    assert pages.written(figure, unit) == text
+    assert pages.format_metric(figure, unit) == text
 
 
 def test_a_figure_stands_next_to_that_of_real_windows():
@@ -223,7 +223,7 @@ def test_the_page_of_a_user_shows_that_user_alone(case, report, tmp_path):
         assert f"{100 * value:.1f} %" in page.text
     speed = report["physics"]["torso_speed"]
     values = (speed["unseen_means"][row], speed["generated_means"][row], speed["per_user"][row], speed["value"])
-    assert ["trunk speed", *(pages.written(value, "m/s") for value in values)] in page.rows
+    assert ["trunk speed", *(pages.format_metric(value, "m/s") for value in values)] in page.rows
     named = next(cells for cells in page.rows if cells[0] == "The generated windows are classified as")[1]
     assert named.count("ID_") == sum(fraction > 0 for fraction in report["identity"]["confusion"][row])
     assert len(page.images) == 2 and "://" not in html

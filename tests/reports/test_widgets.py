@@ -108,7 +108,7 @@ def labels(figure):
 
 
 def test_a_codes_number_shows_that_code(codes):
-    code = codes.book.most_telling()
+    code = codes.book.most_distinctive()
     assert codes.code.value == code and codes.card.value == plots.to_png(plots.code_card(codes.book, code))
     codes.code.value = other = (code + 5) % 40
     assert codes.card.value == plots.to_png(plots.code_card(codes.book, other))
@@ -131,10 +131,9 @@ def test_choosing_a_user_draws_that_users_codes_most_used_first(codes):
 def test_moving_the_slider_shows_that_user_with_the_nearest_training_windows(users, real, generated, train):
     users.user.value = 7
     made = generated.select([2, 3])
-    distance, nearest = nearest_train(made, train)
-    ratios = (distance / nearest_train(real, train)[0].median()).tolist()
-    assert {file.user for file in train.select(nearest).files} == {7}
-    expected = plots.user_view(real.select([3, 5]), made, train.select(nearest), ratios)
+    assert {file.user for file in train.select(nearest_train(made, train)[1]).files} == {7}
+    usual = float(nearest_train(real, train)[0].median())
+    expected = plots.user_view(real.select([3, 5]), made, train, usual, "")
     assert users.view.value == plots.to_png(expected) and users.view.layout.visibility == "visible"
 
 

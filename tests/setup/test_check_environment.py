@@ -1,6 +1,5 @@
 """check_environment.py with simulated probes."""
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -167,19 +166,6 @@ def test_precision_is_what_the_gpu_is_fast_in(capability, advice):
     assert check_environment.precision_of(capability) == advice
 
 
-def test_lpips_weights_are_found_in_torch_home_and_hashed(facts, tmp_path, monkeypatch):
-    monkeypatch.setattr(check_environment, "LPIPS_BACKBONES", ["squeezenet1_1-9a129038.pth"])
-    assert by_name(check_environment.check())["lpips weights"]["status"] == "warn"
-    file = tmp_path / "hub" / "checkpoints" / check_environment.LPIPS_BACKBONES[0]
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"weights")
-    row = by_name(check_environment.check())["lpips weights"]
-    assert row["status"] == "ok" and "squeeze" in row["detail"]
-    file.write_bytes(b"weig")  # a download that was cut off
-    row = by_name(check_environment.check())["lpips weights"]
-    assert row["status"] == "warn" and "incomplete" in row["detail"]
-
-
 def test_an_old_python_fails(facts, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 0))
     row = by_name(check_environment.check())["python"]
@@ -291,13 +277,7 @@ def test_data_and_wheels_are_found_by_what_they_hold(facts, tmp_path):
     people = tmp_path / "input" / "datasets" / "somebody" / "gait"
     (people / "ID_1").mkdir(parents=True)
     assert found("data") == ("ok", f"{people}  ")
-    assert "none below" in found("wheelhouse")[1]
-    sums = hashlib.sha256(b"image").hexdigest() + "  ID_1/1.png\n"
-    (people / "SHA256SUMS").write_text(sums)
-    status, text = found("data")
-    assert status == "fail" and "1 files differ" in text
-    (people / "ID_1" / "1.png").write_bytes(b"image")
-    assert found("data")[0] == "ok"
+    assert "none below" in found("wheels")[1]
     (tmp_path / "input" / "gait" / "ID_2").mkdir(parents=True)
     status, text = found("data")
     assert status == "warn" and str(people) in text and "differs between sessions" in text
@@ -333,16 +313,6 @@ def test_no_compiler_next_to_a_torch_that_compiles(facts, gpus):
     assert "TORCH_DISABLE_NATIVE_JIT=1" in found("triton")[1]
 
 
-def test_the_limits_of_a_kaggle_session(facts, monkeypatch, tmp_path):
-    assert "session" not in by_name(check_environment.check("/opt/other/bin/python"))
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    monkeypatch.setattr(check_environment, "session_hours", lambda: 1.0)
-    assert found("session")[0] == found("output")[0] == "ok"
-    monkeypatch.setattr(check_environment, "session_hours", lambda: 11.0)
-    monkeypatch.setattr(check_environment, "KAGGLE_OUTPUT", 0)
-    assert found("session")[0] == found("output")[0] == "warn"
-
-
 def test_little_memory_disk_and_cores(facts, monkeypatch):
     for name in ("LEAST_MEMORY", "LEAST_DISK", "LEAST_CORES", "LEAST_SHARED"):
         monkeypatch.setattr(check_environment, name, 1 << 60)
@@ -364,4 +334,3 @@ def test_widgets_of_another_major_than_the_page_shows(facts, monkeypatch):
 def test_offline_is_reported_with_the_place_of_the_weights(facts, monkeypatch):
     monkeypatch.setattr(setup, "index_answers", lambda python: False)
     assert "nothing can be downloaded" in found("network")[1]
-    assert "squeezenet1_1-b8a52dc0.pth" in found("lpips weights")[1]

@@ -60,14 +60,14 @@ class Copy:
         return done
 
     def failures(self):
-        """{check: detail} of the failures and warnings of check_environment.py, except weights and machine."""
+        """{check: detail} of the failures and warnings of check_environment.py, except the machine's."""
         done = self.run(
             sys.executable,
             "-c",
             "import check_environment as c, json; print(json.dumps(c.check(c.setup.venv_python())))",
         )
         rows = json.loads(done.stdout.splitlines()[-1])
-        machine = ("lpips weights", "cores", "memory", "disk", "shared memory")
+        machine = ("cores", "memory", "disk", "shared memory")
         return {r["name"]: r["detail"] for r in rows if r["status"] != "ok" and r["name"] not in machine}
 
     def versions(self):

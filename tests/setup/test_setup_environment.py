@@ -897,13 +897,12 @@ def modules_run(make, monkeypatch):
     return world, calls
 
 
-def test_demo_simulates_and_runs(modules_run, tmp_path, capsys):
+def test_demo_simulates_and_runs(modules_run, capsys):
     _, calls = modules_run
-    out = str(tmp_path / "demo")
-    assert setup.main(["demo", "--out", out, "--users", "4", "-p", "epochs=1"]) == 0
+    assert setup.main(["demo", "-p", "epochs=1"]) == 0
     simulate, run = calls
-    assert simulate == ["mdlib", "simulate", "--out", f"{out}-data", "--users", "4", "--windows", "60"]
-    assert run[:4] == ["mdlib", "run", "--system", "vae-diffusion"] and run[-4:] == ["--out", out, "-p", "epochs=1"]
+    assert simulate[:2] == ["mdlib", "simulate"] and run[-2:] == ["-p", "epochs=1"]
+    assert run[:4] == ["mdlib", "run", "--system", "vae-diffusion"]
     assert "windows_per_user=5" in run, "few windows, with the pretrained weights that come along"
 
 

@@ -68,7 +68,7 @@ def test_a_system_takes_the_other_kind_of_codec_at_the_same_grid():
     own, other = (make_codec(get_preset("vae-diffusion", "smoke", codec=kind)) for kind in ("", "vq"))
     assert type(own).__name__ == "KLVAE" and type(other).__name__ == "VQVAE"
     assert own.latent_shape[1:] == other.latent_shape[1:]
-    with pytest.raises(DataError, match="reads tokens, which a kl codec does not make"):
+    with pytest.raises(DataError, match="needs tokens, which a kl codec lacks"):
         get_preset("vqvae-transformer", "smoke", codec="kl")
     with pytest.raises(DataError, match="unknown codec 'vqgan': choose one of vq, kl"):
         get_preset("vae-diffusion", "smoke", codec="vqgan")
@@ -255,7 +255,6 @@ SYSTEM = System(
     codec_class="mdlib.models.vqvae:VQVAE",
     prior_class="mdlib.models.transformer:TokenPrior",
     notebooks=("01_env_check", "02_train_vqvae", "03_train_prior", "05_generate", "06_validate"),
-    curves=("mse", "nats_per_token"),
     sizes={
         "smoke": dict(
             codec=dict(patch_size=(4, 4), block_out_channels=(8,), norm_num_groups=4, num_codes=8, code_dim=4),

@@ -20,7 +20,7 @@ def codec() -> VQVAE:
 def test_the_cache_is_keyed_by_weights_and_images(tmp_path):
     model = codec()
     images = torch.randint(0, 256, (5, 1, 16, 16), dtype=torch.uint8)
-    tokens = encode_all(model, images, "tokens", tmp_path, batch_size=2)
+    tokens = encode_all(model, images, "tokens", tmp_path)
     assert torch.equal(tokens, model.encode_tokens(images.float() / 127.5 - 1))
     assert len(list(tmp_path.iterdir())) == 1
     assert torch.equal(encode_all(model, images, "tokens", tmp_path), tokens)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mdlib.data.augment import as_they_are, classical_augmentation, cutmix, radar_augmentation
+from mdlib.data.augment import classical_augmentation, cutmix, no_augmentation, radar_augmentation
 from mdlib.models.classifier import SmallCNN
 from mdlib.models.codec import FeatureDistance
 from mdlib.models.pretrained import ClassifierFeatures
@@ -50,7 +50,7 @@ def parts(system: str, **options):
         inputs = torch.randint(0, codec.num_codes, (WINDOWS, *codec.token_shape))
     else:
         inputs = torch.randn(WINDOWS, *codec.latent_shape)
-    yield "codec", codec, Batches((images, users), as_they_are), preset.codec_training
+    yield "codec", codec, Batches((images, users), no_augmentation), preset.codec_training
     yield "prior", prior, Batches((inputs, users)), preset.prior_training
 
 
@@ -90,7 +90,7 @@ def test_nor_does_one_of_a_prior_with_a_user_encoder(changes, watched):
 def test_nor_does_one_of_a_conditional_codec_or_a_classifier(watched):
     _, codec, data, config = next(parts("vavae-dit", user_codec=True))
     fit(codec, data, config, progress=False)
-    mixed = lambda images, users, generator: cutmix(*as_they_are(images, users, generator), USERS, generator)
+    mixed = lambda images, users, generator: cutmix(*no_augmentation(images, users, generator), USERS, generator)
     for augmentation in (classical_augmentation, radar_augmentation, mixed):
         fit(SmallCNN(USERS), Batches(data.tensors, augmentation), TrainConfig(steps=3, batch_size=8), progress=False)
     assert len(watched) == 5 + 3 * 2

@@ -2,25 +2,26 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn import functional
 
 from mdlib.data.files import WindowFile
 from mdlib.data.splits import PARTS
-from mdlib.data.windows import WindowSet
+from mdlib.data.windows import WindowSet, concatenate
 from mdlib.utils import to_float
 
 SIDE = 64  # pixels at which windows are compared: speckle, which only the same columns have in common, is that fine
 FARTHEST = SIDE * 3 // 4  # longest shift in time that is tried: windows that share less than a quarter pass as apart
 FEW = 4  # windows of a kind, below which their mean is not known
-# Between the likeness of windows apart (0) and of neighbours (1): above it, windows share columns. Two thirds of the
+# Between the similarity of windows apart (0) and of neighbours (1): above it, windows share columns. Two thirds of the
 # pairs that share half of their columns are above it, and under 3 % of the test windows of proper splits.
 SHARED = 0.6
-COPY = 0.9  # likeness from which on two windows are one image, recompressed or shifted by a few columns
+COPY = 0.9  # similarity from which on two windows are one image, recompressed or shifted by a few columns
 IN_ORDER = 0.3  # fraction of consecutive windows that share columns, below which names do not give the order in time
 LEAST = 20  # windows of a set, below which nothing is said of their order
 ROWS = 40  # windows of a user that are compared with other users': enough for a median
@@ -48,12 +49,12 @@ def _smooth(images: torch.Tensor) -> torch.Tensor:
     return functional.avg_pool2d(functional.avg_pool2d(padded, (9, 1), 1), (1, 9), 1)
 
 
-def likeness(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def similarity(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How alike residuals (N, SIDE, SIDE) and (M, SIDE, SIDE) are: their correlation at the best shift in time, times
     the root of the fraction of columns that overlap there; or at the best circular shift, if that is more.
 
     Returns:
-        likeness (N, M): 1 for copies, up to 0.87 for windows that share three quarters, about 0.1 for windows apart;
+        similarity (N, M): 1 for copies, up to 0.87 for windows that share three quarters, about 0.1 for windows apart;
         and the shift (N, M) in pixels, positive where `a` is later.
     """
     spectra = [torch.fft.rfft(x, 2 * SIDE).permute(2, 0, 1) for x in (a, b)]
@@ -92,10 +93,10 @@ class Levels:
 
 
 def levels(same: torch.Tensor, other: torch.Tensor, best_other: torch.Tensor, best: torch.Tensor) -> Levels:
-    """Levels from the likenesses of windows of a user (same), of different users, who share nothing (other), and of
+    """Levels from the similarities of windows of a user (same), of different users, who share nothing (other), and of
     windows to the most similar one of another user's (best_other) and of their own user's (best), all flat.
 
-    Windows of a user are more alike than those of different users. The lower half of their likenesses, without those
+    Windows of a user are more alike than those of different users. The lower half of their similarities, without those
     as high as neighbours', gives place and scale.
     """
     neighbours = float(best.median())
@@ -112,36 +113,27 @@ class Nearness:
 
     test: WindowSet
     train: WindowSet  # the most similar window of each test window
-    likeness: torch.Tensor  # (N,)
+    similarity: torch.Tensor  # (N,)
     levels: Levels
-
-    @property
-    def ratio(self) -> float:
-        """1 where test windows are as far from training windows as windows apart, 0 where as near as neighbours."""
-        apart, neighbours = self.levels.apart, self.levels.neighbours
-        ratio = (neighbours - float(self.likeness.median())) / max(neighbours - apart, 1e-6)
-        return min(1.0, max(0.0, ratio))
 
     @property
     def near(self) -> torch.Tensor:
         """Which test windows (N,) share columns with a training window."""
-        return self.likeness > self.levels.shared
+        return self.similarity > self.levels.shared
 
 
 def nearness(parts: dict[str, WindowSet]) -> Nearness | None:
     """How near test windows are to training windows of their user; None where there is one user only."""
-    every = [parts[part] for part in PARTS]
-    images, labels = (torch.cat([getattr(part, name) for part in every]) for name in ("images", "labels"))
-    both = replace(every[0], images=images, labels=labels, files=sum((part.files for part in every), ()))
-    own, generator, found = residuals(both), torch.Generator().manual_seed(0), []
+    both = concatenate(*(parts[part] for part in PARTS))
+    own, labels, generator, found = residuals(both), both.labels, torch.Generator().manual_seed(0), []
     is_train, is_test = torch.zeros(2, len(both), dtype=torch.bool)
-    is_train[: len(every[0])], is_test[len(both) - len(every[2]) :] = True, True
+    is_train[: len(parts["train"])], is_test[len(both) - len(parts["test"]) :] = True, True
     for user in labels[is_test].unique().tolist():
         mine, others = (labels == user).nonzero()[:, 0], (labels != user).nonzero()[:, 0]
         train, test = mine[is_train[mine]], mine[is_test[mine]]
         others = others[torch.randperm(len(others), generator=generator)[: len(train)]]
         if len(train) and len(others):
-            score, other = likeness(own[test], own[mine])[0], likeness(own[test], own[others])[0]
+            score, other = similarity(own[test], own[mine])[0], similarity(own[test], own[others])[0]
             score[test[:, None] == mine] = -1.0
             same = score[:, is_train[mine]]
             nearest, column = same.max(1)
@@ -173,11 +165,11 @@ def neighbours(windows: WindowSet) -> Neighbours:
     copies, found, following = [], [], []
     for user in windows.labels.unique().tolist():
         mine, others = (windows.labels == user).nonzero()[:, 0], (windows.labels != user).nonzero()[:, 0]
-        score, shift = likeness(own[mine], own[mine])
+        score, shift = similarity(own[mine], own[mine])
         score.fill_diagonal_(-1.0)
         files = [windows.files[row] for row in mine.tolist()]
         # a copy that is shifted against the user's mean is like the window before the mean is taken away
-        same = torch.maximum(score, likeness(whole[mine], whole[mine])[0]).fill_diagonal_(-1.0) > COPY
+        same = torch.maximum(score, similarity(whole[mine], whole[mine])[0]).fill_diagonal_(-1.0) > COPY
         copies += [(files[i].path, files[j].path) for i, j in same.triu().nonzero().tolist()]
         score[same] = -1.0
         for i, j in pairwise(range(len(files))):  # a set is ordered by condition, recording and number
@@ -186,7 +178,7 @@ def neighbours(windows: WindowSet) -> Neighbours:
                 following.append((float(score[j, i]), abs(int(shift[j, i])), b.number - a.number))
         others = others[torch.randperm(len(others), generator=generator)[: len(mine)]]
         if len(mine) > 1 and len(others):
-            other = likeness(own[mine[:: -(-len(mine) // ROWS)]], own[others])[0]
+            other = similarity(own[mine[:: -(-len(mine) // ROWS)]], own[others])[0]
             same = score[~torch.eye(len(mine), dtype=torch.bool)]
             found.append((same, other.flatten(), other.amax(1), score.amax(1)))
     usual = levels(*(torch.cat(some) for some in zip(*found, strict=True))) if len(windows) >= LEAST and found else None
@@ -205,9 +197,8 @@ def overlap(parts: dict[str, WindowSet], *, gap: int = 4) -> dict:
     Returns:
         dict with "min_distance", the smallest difference of window numbers between parts, within recordings (None: no
         recording is shared); "test_windows"; "test_share_overlapping", the fraction of test windows closer than `gap`
-        to a training window by their numbers; "test_share_near", the fraction that share columns with one by the images
-        (None: there is one user); and "nearest_train_ratio", how far test windows are from training windows: 1 as far
-        as windows apart, 0 as near as neighbours.
+        to a training window by their numbers; and "test_share_near", the fraction that share columns with one by the
+        images (None: there is one user).
     """
     numbers = [_number_distance(parts[a].files, parts[b].files) for a, b in (PARTS[:2], PARTS[1:], PARTS[::2])]
     smallest = min((float(pairs.min()) for pairs in numbers if pairs.numel()), default=torch.inf)
@@ -217,15 +208,13 @@ def overlap(parts: dict[str, WindowSet], *, gap: int = 4) -> dict:
         "test_windows": len(parts["test"]),
         "test_share_overlapping": float((numbers[2] < gap).any(0).float().mean()),
         "test_share_near": float(measured.near.float().mean()) if measured else None,
-        "nearest_train_ratio": measured.ratio if measured else None,
     }
 
 
 def _number_distance(a: Sequence[WindowFile], b: Sequence[WindowFile]) -> torch.Tensor:
     """Differences (len(a), len(b)) of window numbers; infinite between recordings."""
-    ids: dict[tuple, int] = {}
-    rows = [[(ids.setdefault((f.user, f.condition, f.recording), len(ids)), f.number) for f in some] for some in (a, b)]
-    # float64 is exact for numbers that are time stamps, too.
-    apart = [torch.tensor(some, dtype=torch.float64).view(-1, 2) for some in rows]
-    recording, number = (apart[0][:, None] - apart[1][None]).abs().unbind(-1)
-    return number.masked_fill(recording > 0, torch.inf)
+    files = pd.DataFrame([*a, *b])
+    recording = torch.tensor(files.groupby(["user", "condition", "recording"]).ngroup().to_numpy())
+    number = torch.tensor(files["number"].to_numpy(float))  # exact for numbers that are time stamps, too
+    apart = (number[: len(a), None] - number[len(a) :]).abs()
+    return apart.masked_fill(recording[: len(a), None] != recording[len(a) :], torch.inf)
