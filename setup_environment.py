@@ -622,7 +622,7 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("command", nargs="?", choices=("install", "repair", "test", "demo"))
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
-    parser.add_argument("--extra", action="append", default=[], help="of pyproject.toml, e.g. test")
+    parser.add_argument("--extra", action="append", default=[], help="an extra of pyproject.toml, e.g. test")
     parser.add_argument("--wheelhouse", default="", metavar="DIR", help="folder of wheels to install from")
     parser.add_argument("--python", help="repair: an interpreter outside .venv")
     args, args.rest = parser.parse_known_args(argv)

@@ -1,8 +1,8 @@
-"""What pictures while training cost: seconds of one, of a step, and the fraction at the default of `preview_every`.
+"""What preview images cost: seconds of one, of a step, and the fraction at the default of `preview_every`.
 
     python benchmarks/previews.py --data FOLDER [--systems vae-diffusion] [--parts prior] [--steps 200]
 
-Trains codec and prior of a run on real windows by `train_stage`, with a picture at the end. CPU time of the process, so
+Trains codec and prior of a run on real windows by `train_stage`, with an image at the end. CPU time of the process, so
 that other programs hardly change it; wall time where there is a GPU.
 """
 
@@ -33,14 +33,16 @@ def main() -> None:
     def timed(*arguments, preview, **options):
         def measured(*words):
             started = clock()
-            picture = preview(*words)
+            image = preview(*words)
             spent.append(clock() - started)
-            return picture
+            return image
 
         return train(*arguments, preview=measured, **options)
 
     steps.fit_stages = timed
-    print(f"| system | training | ms a step | ms a picture | one picture in {every} steps |\n|---|---|--:|--:|--:|")
+    print(
+        f"| system | training | ms per step | ms per preview | overhead, one in {every} steps |\n|---|---|--:|--:|--:|"
+    )
     for system in systems:
         with tempfile.TemporaryDirectory() as folder:
             settings = dict(codec_steps=given.steps, prior_steps=given.steps, init="none", preset=given.preset)
@@ -53,9 +55,9 @@ def main() -> None:
                 started = clock()
                 steps.train_stage(stage)
                 step = (clock() - started - sum(spent)) / given.steps
-                picture = sum(spent) / len(spent)
-                fraction = picture / (picture + every * step)
-                row = f"{1e3 * step:.0f} | {1e3 * picture:.0f} | {fraction:.2%} of the time"
+                each = sum(spent) / len(spent)
+                fraction = each / (each + every * step)
+                row = f"{1e3 * step:.0f} | {1e3 * each:.0f} | {fraction:.2%} of the time"
                 print(f"| {system} | {stage.name} | {row} |", flush=True)
                 if stage.name == "codec":
                     steps.save_codec(stage)

@@ -59,7 +59,7 @@ def kernel(
     after: Annotated[str, typer.Option(help="notebook whose output it continues from; for 05 the default is 03")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="continue from the output of its last version")] = False,
     tag: Annotated[str, typer.Option(help="end of the notebooks' names on Kaggle, to distinguish runs")] = "",
-    owner: Annotated[str, typer.Option(help="Kaggle user name; yours when left out")] = "",
+    owner: Annotated[str, typer.Option(help="Kaggle user name; default: yours")] = "",
     out: Annotated[Path, typer.Option(help="folder for the pushed notebook and its output")] = ROOT / "runs" / "kaggle",
     files: Annotated[str, typer.Option(help="regular expression of the outputs to fetch")] = ALL_BUT_CHECKPOINTS,
     prepare: Annotated[bool, typer.Option("--prepare", help="only write the folder")] = False,
@@ -97,8 +97,8 @@ def kernel(
 def dataset(
     folder: Annotated[Path, typer.Argument(help="a wheelhouse, or a folder of ID_k/ folders")],
     name: Annotated[str, typer.Option(help="name of the data set, 6 to 50 characters")],
-    owner: Annotated[str, typer.Option(help="Kaggle user name; yours when left out")] = "",
-    message: Annotated[str, typer.Option(help="of a new version")] = "new version",
+    owner: Annotated[str, typer.Option(help="Kaggle user name; default: yours")] = "",
+    message: Annotated[str, typer.Option(help="message of a new version")] = "new version",
 ):
     """Upload a folder as a private data set, or as a new version of it, and wait until Kaggle has unpacked it.
 

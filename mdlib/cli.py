@@ -184,7 +184,7 @@ def study(
     precision: Precision = "",
 ):
     """Train and evaluate a system at several numbers of windows per user, up to study.html; run it again to resume."""
-    numbers, given = _numbers("windows", windows, int), _parameters(parameter, precision)
+    numbers, given = _numbers("windows", windows), _parameters(parameter, precision)
     _check(data, system, preset, given)
     use_gpus(devices)
     result = mdlib.study(data, out, system, preset, numbers, folds, given)
@@ -259,7 +259,7 @@ def validate(
     """Evaluate generated windows against real ones the generator was not trained on."""
     _exist(real, generated, split, *([pipeline] if pipeline else []))
     protocol = dict(evaluation_steps=evaluation_steps, seeds=seeds, reference=reference, backbone=backbone)
-    protocol |= dict(counts=_numbers("counts", counts, int) or None)
+    protocol |= dict(counts=_numbers("counts", counts) or None)
     how = dict(size=size, pipeline=pipeline, channels=channels, colormap=colormap, crop=crop, user=user)
     report = mdlib.validate_folders(real, generated, split, out, **how, **protocol)
     pages = [out / "report.html", *([] if user is None else [out / f"report-user-{user}.html"])]
@@ -349,12 +349,11 @@ def _exist(*paths: Path) -> None:
             raise ValueError(f"{path}: no such file or folder")
 
 
-def _numbers(name: str, text: str, kind: type) -> tuple:
+def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(kind(number) for number in text.split(",") if number)
+        return tuple(int(number) for number in text.split(",") if number)
     except ValueError as error:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"{name}: {what} separated by commas, got {text!r}") from error
+        raise ValueError(f"{name}: whole numbers separated by commas, got {text!r}") from error
 
 
 def main() -> None:

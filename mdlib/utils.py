@@ -1,4 +1,4 @@
-"""Whole-file writes, damaged files, histories, the progress bar, the device, and a session's limits (time, disk)."""
+"""Atomic writes, damaged files, histories, the progress bar, the device, and a session's limits (time, disk)."""
 
 import importlib.util
 import json

@@ -99,7 +99,9 @@ def _common_head(root: Path, files: Sequence[WindowFile]) -> Head:
     for file, form in zip(files, forms, strict=True):
         if form != forms[0]:
             first = f"{files[0].path} has {forms[0]}"
-            raise DataError(f"{root}: images differ: {first} and {file.path} {form}; export all in one format")
+            raise DataError(
+                f"{root}: images differ: {first} and {file.path} {form}; export all at one size and bit depth"
+            )
     return heads[0]
 
 
@@ -113,7 +115,7 @@ def _read_sample(paths: Sequence[Path], reader: Reader) -> tuple[np.ndarray, str
 
 
 def _check_modes(paths: Sequence[Path], modes: Sequence[str]) -> None:
-    """Raise DataError if some files are grey, and others have colours."""
+    """Raise DataError if some files are grey and others have colours."""
     names = [{"L": "grey", "A": "transparency"}.get(mode, "colours") for mode in modes]
     for path, name in zip(paths, names, strict=True):
         if name != names[0]:

@@ -44,13 +44,13 @@ def make_split(
         windows_per_user: number of training windows per user, evenly spaced over all of the user's; val and test do
             not depend on it.
         unrecorded: condition → users whose windows in it all go to test, as if never recorded, so that generated
-        windows can be compared with real ones.
+            windows can be compared with real ones.
         fold: of cross-validation, 0 to `folds(test)` − 1: the timeline of each recording is rotated by `fold` test
             blocks before it is cut. Over all folds nearly every window is tested once.
 
     Returns:
         dict with the lists of paths "train", "val", "test", "spare" (training windows that `windows_per_user` leaves
-        out) and "dropped" (next to another part), the arguments and "users".
+        out) and "dropped" (next to another part), "gap", "windows_per_user", "unrecorded", "fold" and "users".
 
     Raises:
         DataError: a user has too few windows, or an argument is out of range.

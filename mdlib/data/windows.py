@@ -117,7 +117,7 @@ def load_windows(
     if channels not in (1, 3):
         raise DataError(f"channels={channels}: choose 1 (intensity) or 3 (RGB)")
     if channels == 1 and colormap != "auto":
-        colormap_table(colormap)  # DataError where there is no such map
+        colormap_table(colormap)  # DataError if there is no such map
     root = Path(root)
     files = find_windows(root, min_users=0 if plain else 2 if users is None else 1, order=order)
     users = tuple(sorted({f.user for f in files}) if users is None else users)

@@ -196,10 +196,11 @@ def mixed(real: WindowSet, generated: WindowSet, fraction: float) -> WindowSet:
 def _repeated(windows: WindowSet, count: int) -> torch.Tensor:
     """`count` rows: each as often as possible, the rest at random from the users in turn, so that users occur as often
     as in the windows themselves."""
+    whole, rest = divmod(count, len(windows))
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     place = pd.Series(order).groupby(windows.labels[order].numpy()).cumcount()  # among the user's own windows
     in_turn = order[np.argsort(place, kind="stable").to_numpy()]
-    return in_turn.repeat(-(-count // len(windows)))[:count]
+    return torch.cat([torch.arange(len(windows)).repeat(whole), in_turn[:rest]])
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def _spectrum(images: torch.Tensor) -> torch.Tensor:
 
 
 def _kolmogorov(sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
-    """The metric ks of (features, labels), with equally many rows per user, as it depends on n."""
+    """The metric ks of (features, labels), with equally many rows per user in all sets, because it depends on n."""
     of = lambda name, user: sets[name][0][sets[name][1] == user]
     users = [user for user in np.unique(sets["unseen"][1]) if len(of("unseen", user)) > 1]
     if not users:

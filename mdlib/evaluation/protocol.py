@@ -40,7 +40,7 @@ NEAR_CHANCE = 0.1  # accuracy of real only, corrected for chance, below which th
 PAIRS_SHOWN = 6  # generated windows shown with their nearest training window
 COPY_QUANTILE = 0.01  # a copy is nearer to a training window than all but 1 % of the test windows are
 COPIED = 0.1  # fraction of copies from which the verdict warns
-FEW_BLOCKS = 12  # independent stretches of test windows, below which intervals are too narrow
+FEW_BLOCKS = 12  # independent blocks of test windows, below which intervals are too narrow
 OTHER_LABEL = ("psnr_db_other_label", "taken_for_other_label")
 EMBEDDING = 64  # numbers an embedding
 PROBES = ("generated", "real")
@@ -55,7 +55,7 @@ def evaluate(
     classifiers_folder: str | Path | None = None,
     identifier_folder: str | Path | None = None,
 ) -> dict:
-    """The report as a dictionary; its keys are stable.
+    """The report as a dictionary, see docs/evaluation.md.
 
     Args:
         about: what the reader should know of the run (system, preset, data …), copied into the report.

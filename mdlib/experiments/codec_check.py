@@ -19,7 +19,7 @@ def check_codec_folder(
     """`check_codec` of the codec/ folder of a run on the windows of a data folder; returns its metrics.
 
     Args:
-        out: file for a image of windows, their reconstructions and the differences; None draws none.
+        out: file for an image of windows, their reconstructions and the differences; None draws none.
         split: a split file, whose validation windows are checked; None checks all windows.
         reading: colormap and crop of `load_windows`, else the split's.
 

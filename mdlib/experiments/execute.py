@@ -47,8 +47,8 @@ def execute(
 
     Args:
         parameters: of any notebook.
-        first, last: numbers of notebooks ("03"). `first` and all later ones run again, and their earlier results
-            are deleted. "01" deletes nothing, because no notebook depends on it.
+        first, last: numbers of notebooks ("03"). Those from `first` to `last` run again; the results of `first` and of
+            all later ones are deleted. "01" deletes nothing, because no notebook depends on it.
         extend: continue training codec or prior to the `codec_steps` or `prior_steps` in `parameters`, see `extended`.
         given: data, system and preset; what is left out is the run's, or else the default.
 

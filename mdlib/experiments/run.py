@@ -171,7 +171,7 @@ class Run:
             start(model, source)
 
     def expect(self, notebook: str) -> None:
-        """DataError if `notebook` is none of this run's system."""
+        """DataError if `notebook` is not one of this run's system."""
         if notebook not in self.system.notebooks:
             known = ", ".join(self.system.notebooks)
             raise DataError(f"{self.path}: {notebook} is not a notebook of {self.system.name}: {known}")

@@ -78,8 +78,7 @@ class Codec(ModelMixin, ConfigMixin):
         self.losses = nn.ModuleDict()
 
     def configure(self, **options) -> None:
-        """Change options of the attached losses by name, as a stage of training does. Options of losses that are not
-        attached have no effect."""
+        """Change options of the attached losses by name, as a stage of training does. Others have no effect."""
         for loss in self.losses.values():
             for name in options.keys() & vars(loss).keys():
                 setattr(loss, name, options[name])

@@ -212,7 +212,7 @@ def neighbourhoods(points: list[dict]) -> Figure:
 
 
 def history(rows: list[dict]) -> Figure:
-    """Training curves over optimizer steps: a panel for each figure with a held-out one, and for the learning rate."""
+    """Training curves over optimizer steps: one panel per metric with a held-out value, and the learning rate."""
     keys = [(name, f"held_out_{name}") for name in rows[-1] if f"held_out_{name}" in rows[-1]] + [("learning_rate",)]
     figure, axes = new_figure(3.4, 2.5, len(keys), 4)
     for axis, names in zip(axes, keys, strict=True):

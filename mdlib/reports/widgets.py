@@ -1,6 +1,6 @@
 """Interactive views: thin layers over functions of `codec_quality`, `pipeline` and `plots`.
 
-A view is shown together with a image of it, which replaces it where widgets are not live (HTML, GitHub); a batch run
+A view is shown together with an image of it, which replaces it where widgets are not live (HTML, GitHub); a batch run
 shows the image alone. Only what ipywidgets 7 and 8 share is used.
 """
 
@@ -36,7 +36,7 @@ SLIDERS = {"guidance_scale": (0.0, 8.0), "temperature": (0.1, 2.0)}
 
 def browse_codes(codec, windows: WindowSet, tokens: torch.Tensor) -> None:
     """Codebook explorer: how often all users or one use each code in windows and their tokens (N, h, w), every code as
-    a image, and for one code what it decodes to, who uses it and where it occurs."""
+    an image, and for one code what it decodes to, who uses it and where it occurs."""
     book = survey(codec, windows, tokens)
     card = plots.code_card(book, book.most_distinctive())
     figures = [plots.code_usage(book.times.numpy()), plots.code_tiles(book, book.times, TILES), card]
@@ -81,7 +81,7 @@ def _display(figures: list, view: Callable[[], ipywidgets.VBox]) -> None:
 
 
 def live_preview() -> Callable[[Path], None] | None:
-    """Show a image that changes in place; returns the function that takes its next file. None in a batch run, whose
+    """Show an image that changes in place; returns the function that takes its next file. None in a batch run, whose
     page would grow, and without ipywidgets."""
     if batch_run() or ipywidgets is None:
         return None
@@ -103,7 +103,7 @@ def _attempt(line: ipywidgets.HTML, action: Callable[[], str | None]) -> bool:
 
 
 def _image(line: ipywidgets.HTML, draw: Callable[[], plots.Figure], *controls) -> ipywidgets.Image:
-    """A image of what `draw` returns, drawn again when a control changes; an error hides it and is on the line."""
+    """An image of what `draw` returns, drawn again when a control changes; an error hides it and is on the line."""
     image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
     drawn = []
 
@@ -122,7 +122,7 @@ def _image(line: ipywidgets.HTML, draw: Callable[[], plots.Figure], *controls) -
 
 
 def code_explorer(book: Codebook) -> ipywidgets.VBox:
-    """A image for each of three questions, and the controls that it follows: whose codes, which page, which code."""
+    """An image for each of three questions, and the controls that it follows: whose codes, which page, which code."""
     users = [("all users", -1)] + [(f"ID_{user}", label) for label, user in enumerate(book.windows.users)]
     whose = ipywidgets.Dropdown(options=users, description="codes of")
     pages = -(-len(book.times) // TILES)

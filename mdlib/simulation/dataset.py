@@ -4,6 +4,7 @@ Speckle, clutter and gait drift are continuous over a walk, so windows overlap a
 """
 
 import json
+import os
 import shutil
 import tempfile
 from itertools import product
@@ -29,7 +30,7 @@ CUT_SD, STRETCH_SD = 0.5, 0.015  # windows cut at the steps: error of the cut in
 
 
 def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="normal", clock=False):
-    """Simulate the windows of one recording of one user, who walks back and forth for two minutes, without the turns.
+    """Simulate the windows of one recording of one user, who walks back and forth for about two minutes, without turns.
 
     Args:
         user, recording, seed: numbers from 1, the seed from 0; user k of a seed is the same person in every call.
@@ -57,10 +58,10 @@ def simulate_recording(user, recording=1, seed=0, n_windows=150, condition="norm
         rng = np.random.default_rng([seed, 2, *key, run])
         windows = int(rng.integers(14, 26))
         power, truth = _simulate_run(rng, walker, height, condition, windows, away, clock)
-        pictures, truth = _cut(rng, power, truth, windows, clock)
+        cut, truth = _cut(rng, power, truth, windows, clock)
         same = {"run": run + 1, "away": int(away), "height": height}
         truths.append(truth | {name: np.full(windows, value) for name, value in same.items()})
-        images.append(pictures)
+        images.append(cut)
         numbers.append(number + np.arange(windows))
         number += windows + int(rng.integers(3, 18))
         run, away = run + 1, not away
@@ -106,9 +107,11 @@ def simulate_dataset(out, users=31, windows=150, size=256, seed=0, condition="no
                 done.update(number)
         pd.DataFrame(rows).to_csv(work / "parameters.csv", index=False)
         (work / "simulation.json").write_text(json.dumps(arguments, indent=1))
-        out.mkdir(exist_ok=True)  # it may be the working directory or a mount point, which cannot be replaced
-        for path in sorted(work.iterdir(), key=lambda path: path.name == "simulation.json"):
-            shutil.move(path, out)
+        if not out.exists():
+            os.replace(work, out)
+        else:  # empty; it may be the working directory or a mount point, which cannot be replaced
+            for path in sorted(work.iterdir(), key=lambda path: path.name == "simulation.json"):
+                shutil.move(path, out)
     return out
 
 

@@ -260,7 +260,7 @@ def _held_out_logs(state: State, held_out: Batches) -> dict[str, float]:
 
 
 def _log(row: dict, image: np.ndarray | None, writer) -> None:
-    """Write a row of the history, and a image where there is one, to TensorBoard."""
+    """Write a row of the history, and an image where there is one, to TensorBoard."""
     for key in row.keys() - {"step"}:
         writer.add_scalar(key, row[key], row["step"])
     if image is not None:
