@@ -8,8 +8,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from PIL import Image
-from scipy.special import expit, logit
-from scipy.stats import t
+from scipy.special import expit, logit, stdtrit
 from sklearn.metrics import roc_curve
 from torch import nn
 
@@ -153,7 +152,7 @@ def lower_limit(probabilities: np.ndarray) -> float:
     if count < 2:
         return 0.0
     logits = logit(probabilities.clip(1e-6, 1 - 1e-6))
-    reach = t.ppf(1 - FALSE_REJECTION, count - 1) * logits.std(ddof=1) * (1 + 1 / count) ** 0.5
+    reach = stdtrit(count - 1, 1 - FALSE_REJECTION) * logits.std(ddof=1) * (1 + 1 / count) ** 0.5
     return float(expit(logits.mean() - reach))
 
 

@@ -3,9 +3,8 @@ tokens, features and probabilities."""
 
 import numpy as np
 import torch
-from scipy.stats import t
-from torchmetrics.functional.image import structural_similarity_index_measure
-from torchmetrics.image.kid import poly_mmd
+import torch.nn.functional as F
+from scipy.special import stdtrit
 
 from mdlib.data.windows import WindowSet
 
@@ -37,7 +36,7 @@ def over_users(values: np.ndarray) -> dict:
     count, mean = len(values), float(np.mean(values))
     if count < 3:
         return metric(mean, count)
-    reach = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5)
+    reach = float(stdtrit(count - 1, 0.975) * np.std(values, ddof=1) / count**0.5)
     return metric(mean, count, [mean - reach, mean + reach])
 
 
@@ -93,8 +92,16 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al. 2004) of each image (B, C, H, W)."""
-    return structural_similarity_index_measure(images, references, data_range=2.0, reduction="none")
+    """Structural similarity (Wang et al. 2004) of each image (B, C, H, W) in [−1, 1], by Gaussian windows of 11 × 11
+    pixels with σ = 1.5."""
+    weights = torch.exp(-torch.arange(-5, 6, device=images.device).double().square() / 4.5)
+    window = (weights.outer(weights) / weights.sum().square()).repeat(images.shape[1], 1, 1, 1)
+    local = lambda values: F.conv2d(F.pad(values, (5, 5, 5, 5), mode="reflect"), window, groups=len(window))
+    images, references = images.double(), references.double()  # differences of squares below
+    x, y, c1, c2 = local(images), local(references), 0.02**2, 0.06**2
+    spread = local(images.square()) - x.square() + local(references.square()) - y.square()
+    shared = local(images * references) - x * y
+    return ((2 * x * y + c1) * (2 * shared + c2) / ((x.square() + y.square() + c1) * (spread + c2))).mean((1, 2, 3))
 
 
 def code_counts(tokens: torch.Tensor, labels: torch.Tensor, num_codes: int, num_users: int) -> torch.Tensor:
@@ -151,7 +158,10 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
 def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """Kernel distance (Bińkowski et al. 2018) of features (N, D) and (N, D): unbiased squared maximum mean discrepancy
     with the kernel (xᵀy/D + 1)³."""
-    return float(poly_mmd(first.double(), second.double()))
+    kernel = lambda x, y: (x @ y.mT / x.shape[1] + 1) ** 3
+    first, second = first.double(), second.double()
+    own = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(first, first), kernel(second, second))]
+    return float(sum(own) - 2 * kernel(first, second).mean())
 
 
 def manifold_metrics(real: torch.Tensor, generated: torch.Tensor, k: int) -> dict[str, float]:

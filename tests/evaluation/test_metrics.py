@@ -7,6 +7,7 @@ import scipy.stats
 import torch
 from sklearn.metrics import roc_curve
 from torch import nn
+from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import PeakSignalNoiseRatio
 from torchmetrics.image.fid import FrechetInceptionDistance
 from toys import windows
@@ -24,12 +25,14 @@ def test_psnr_knows_the_range():
     assert float(metrics.psnr(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.2))) == pytest.approx(20.0, rel=1e-4)
 
 
-def test_ssim_is_one_for_the_same_image_and_per_image():
-    images = torch.rand(3, 1, 32, 32) * 2 - 1
-    noisy = images.clone()
-    noisy[1] += 0.5 * torch.randn(1, 32, 32)
-    value = metrics.ssim(noisy.clamp(-1, 1), images)
-    assert value.shape == (3,) and value[0] == pytest.approx(1) and value[1] < 0.9
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ssim_agrees_with_torchmetrics(channels):
+    images = torch.rand(3, channels, 32, 40) * 2 - 1
+    noisy = (images + torch.tensor([0.0, 0.1, 0.5]).view(3, 1, 1, 1) * torch.randn_like(images)).clamp(-1, 1)
+    value = metrics.ssim(noisy, images)
+    expected = structural_similarity_index_measure(noisy, images, data_range=2.0, reduction="none")
+    torch.testing.assert_close(value.float(), expected, atol=1e-4, rtol=0)
+    assert value[0] == pytest.approx(1) and value[2] < 0.9
 
 
 def test_codebook_figures_are_counted():
