@@ -105,7 +105,7 @@ def run(
     ] = "",
     preset: PresetName = "",
     parameter: Parameters = [],  # noqa: B006
-    first: Annotated[str, typer.Option("--from", help="number of the notebook (03) from which to run again")] = "",
+    first: Annotated[str, typer.Option("--from", help="number of the notebook (05) from which to run again")] = "",
     last: Annotated[str, typer.Option("--to", help="number of the last notebook (06) to run")] = "",
     extend: Annotated[bool, typer.Option("--extend", help="train longer: more codec_steps or prior_steps")] = False,
     devices: Devices = 0,

@@ -88,7 +88,7 @@ class Levels:
 
     @property
     def shared(self) -> float:
-        """Likeness above which two windows share columns."""
+        """Similarity above which two windows share columns."""
         return max(self.apart + SHARED * (self.neighbours - self.apart), self.apart_high)
 
 

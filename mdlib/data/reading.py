@@ -219,7 +219,7 @@ def _notes_on_colours(files, colormap: str, distances: np.ndarray, odd: np.ndarr
     if odd.any():
         names = ", ".join(files[i].path for i in np.flatnonzero(odd)[:3])
         lacks = f"{count(int(odd.sum()), 'image')} with colours that {colormap} lacks ({names})"
-        notes.append(f"{lacks}: axes, a tool bar or a caption in the image?")
+        notes.append(f"{lacks}: leave them out if they show axes or a caption")
     return notes
 
 

@@ -70,7 +70,7 @@ def train_arms(evidence: Evidence, protocol: Protocol, folder=None) -> Arms:
         if backbone and name in PRETRAINED:
             names.append(f"pretrained_{name}")
             jobs += _jobs(windows, protocol, saved, backbone=backbone)
-    classifiers, correct, networks = train_each(jobs, "classifiers of the arms"), {}, {}
+    classifiers, correct, networks = train_each(jobs, "classifiers of each training set"), {}, {}
     for name in names:
         own = [next(classifiers) for _ in range(protocol.seeds)]
         correct[name] = correctness(own, evidence.test.images, evidence.test.labels)
@@ -160,7 +160,7 @@ def _best_fraction(evidence: Evidence, protocol: Protocol) -> float:
         return protocol.fractions[0]
     for fraction in protocol.fractions:
         jobs += _jobs(mixed(evidence.train, evidence.added, fraction), protocol, seeds=[protocol.seeds])
-    classifiers = train_each(jobs, "classifiers that choose the fraction")
+    classifiers = train_each(jobs, "classifiers that choose the fraction of generated windows")
     accuracy = [correctness([one], val.images, val.labels).mean() for one in classifiers]
     return protocol.fractions[int(np.argmax(accuracy))]
 

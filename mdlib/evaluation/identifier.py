@@ -177,7 +177,7 @@ def open_set_rates(
         how = (protocol.evaluation_steps, 0, backbone, protocol.evaluation_compile)
         jobs.append((SmallCNN, folder, others.images, labels, len(users), *how))
         known.append(users)
-    trained, scores, genuine = train_each(jobs, "classifiers without some users"), [], []
+    trained, scores, genuine = train_each(jobs, "classifiers with users left out"), [], []
     for users, network in zip(known, trained, strict=True):
         sure, place = network.probabilities(val.images).max(1)
         unknown, right = ~torch.isin(val.labels, users), users[place] == val.labels
@@ -252,5 +252,5 @@ def identify_folder(
         right = [100 * (table["user"] == table["true_user"]).mean() for table in tables(known, windows.select(new))]
         line += f"; accuracy {right[0]:.1f} % by window, {right[1]:.1f} % by recording"
     if left := int((mine & ~new).sum()):
-        line += f"; not counted: {count(left, 'window')} used in training, or overlapping such windows"
+        line += f"; not counted: {count(left, 'window')} outside the test part of the identifier's data"
     return line

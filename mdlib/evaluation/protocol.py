@@ -286,23 +286,22 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
     given = f"{augmentation['real_windows_per_user']:.3g} real windows per user"
     before, after = (f"{100 * one['value']:.1f} %" for one in (real, both))
     if pretrained:
-        worth, total = augmentation["total_real_windows"], augmentation["total_gain"]
-        equal = ""
+        worth, equal = augmentation["total_real_windows"], ""
         if worth["value"] is not None:  # measured up to the most real windows of any arm
             most = worth["between"][1]
-            number = f"{most:.3g} or more" if worth["value"] > 0.995 * most else f"{worth['value']:.3g}"
-            equal = f", as much as {number} real windows per user would"
+            number = f"at least {most:.3g}" if worth["value"] > 0.995 * most else f"{worth['value']:.3g}"
+            equal = f", which from scratch takes {number} real windows per user"
+        arms = (augmentation[f"pretrained_{name}"]["value"] for name in ("real_only", "real_plus_generated"))
+        without, added = (f"{100 * value:.1f} %" for value in arms)
         sentence = (
-            f"With {given}, classifiers trained from scratch reach an accuracy of {before} on unseen windows. The best "
-            f"setup, chosen on validation windows, reaches {after}{equal} (gain {_points(total)}, 95 % interval, "
-            f"{measured}). Pretraining on simulated people gains {_points(augmentation['pretraining_gain'])}; adding "
-            f"generated windows to it gains {_points(gain)}. {meaning}."
+            f"{meaning}: with {given}, pretrained classifiers reach an accuracy of {without} on test windows, and "
+            f"{added} when generated windows are added ({_points(gain)}, {measured}). From scratch, real windows alone "
+            f"reach {before}. The best setup, chosen on validation windows, reaches {after}{equal}."
         )
     else:
         sentence = (
-            f"{meaning}: with {given}, accuracy on unseen windows goes from {before} to {after} when generated windows "
-            f"are added (gain {100 * gain['value']:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
-            f"{measured})."
+            f"{meaning}: with {given}, accuracy on test windows goes from {before} to {after} when generated windows "
+            f"are added ({_points(gain)}, {measured})."
         )
     users, best = max(2, augmentation["num_users"]), both if pretrained else real
     if (best["value"] - 1 / users) / (1 - 1 / users) < NEAR_CHANCE:
@@ -338,4 +337,4 @@ def verdict(augmentation: dict, leak: float = 0.0, copied: float = 0.0) -> dict:
 
 def _points(gain: dict) -> str:
     low, high = gain["ci95"]
-    return f"{100 * gain['value']:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{100 * gain['value']:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"

@@ -112,7 +112,7 @@ def _execute_all(run: Run, names: tuple[str, ...], parameters: dict, first: str,
         check = name[:2] == "01" and not first and not expects
         if check and passed.exists():
             run.done(name, time.monotonic())
-            print(f"{name}: passed here before (--from 01 runs it again)", flush=True)
+            print(f"{name}: passed before with these packages (--from 01 runs it again)", flush=True)
             continue
         values = {key: common[key] for key in notebook_parameters(name) if key in common}
         _execute_one(name, run.path, values, again)

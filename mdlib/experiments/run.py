@@ -34,7 +34,7 @@ from mdlib.systems.system import check_same, gpus, preset_for
 from mdlib.training.distributed import check_batch, processes
 from mdlib.training.latents import JointFineTuning
 from mdlib.training.state import precision
-from mdlib.utils import DataError, peak_memory_gb, read_json, readable
+from mdlib.utils import DataError, count, peak_memory_gb, read_json, readable
 
 # What a notebook writes, as patterns; it is removed before the notebook runs again.
 PRODUCTS = {
@@ -210,8 +210,8 @@ def open_run(out: str | Path, **given) -> Run:
         if not changed:
             return Run(out, stored)
         if any(any(out.glob(product)) for products in PRODUCTS.values() for product in products):
-            differences = ", ".join(f"{key}: {stored[key]!r} is not {wanted[key]!r}" for key in changed)
-            advice = "choose another --out or those settings"
+            differences = ", ".join(f"{key} was {stored[key]!r}, not {wanted[key]!r}" for key in changed)
+            advice = "choose another --out or the earlier settings"
             if set(changed) <= {"codec_steps", "prior_steps"}:
                 options = " ".join(f"-p {key}={wanted[key]}" for key in changed)
                 command = f"python -m mdlib run --out {out} {options} --extend"
@@ -219,7 +219,7 @@ def open_run(out: str | Path, **given) -> Run:
             raise DataError(f"{out} holds a run with other settings ({differences}): {advice}")
         wanted = {**stored, **relevant}
     if not wanted["data"]:
-        raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
+        raise DataError(f"{out} holds no run: correct --out, or start a run with --data FOLDER_OF_WINDOWS")
     found = wanted["init"] in FOUND
     run = Run(out, wanted | {"init": "none"} if found else wanted)
     contents = _check(run)  # before anything is written
@@ -249,7 +249,7 @@ def find_init(run: Run) -> str:
             reason = "have other sizes"
         else:
             return place
-        print(f"init=auto: the {place} pretrained weights are not used because they {reason}", flush=True)
+        print(f"init=auto: codec and prior train from scratch, the {place} weights {reason}", flush=True)
     return "none"
 
 
@@ -376,5 +376,5 @@ def versions() -> dict[str, str]:
 
 def device_name() -> str:
     if not torch.cuda.is_available():
-        return f"CPU, {torch.get_num_threads()} threads"
+        return f"CPU, {count(torch.get_num_threads(), 'thread')}"
     return f"{processes()} × {torch.cuda.get_device_name()}" if processes() > 1 else torch.cuda.get_device_name()

@@ -3,6 +3,7 @@
 import ast
 import json
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 from mdlib.data.files import find_windows
@@ -140,8 +141,9 @@ def check_names(system: str, preset: str, parameters) -> System:
         if key not in known:
             if key in SAMPLING:
                 raise DataError(f'{key} is an option of sampling: give it as sampling={{"{key}": …}}')
-            names = ", ".join(sorted(known.keys() - {"system", "preset", "data", "out"}))
-            raise DataError(f"no notebook has a parameter {key!r}; there are {names}")
+            near = " or ".join(get_close_matches(key, known))
+            hint = f"did you mean {near}?" if near else "docs/options.md lists all"
+            raise DataError(f"no notebook has a parameter {key!r}; {hint}")
         check_type(key, value, type(known[key]))
     if preset != "auto":
         found.table(preset)
@@ -164,7 +166,7 @@ def check_request(
     settings = RunSettings(**settings_of(wanted))
     notebooks = check_names(settings.system, settings.preset, parameters).notebooks
     if not settings.data:
-        raise DataError(f"{out} holds no run yet: give the folder of your windows as data")
+        raise DataError(f"{out} holds no run: correct --out, or start a run with --data FOLDER_OF_WINDOWS")
     if not stored or given.get("data"):
         find_windows(settings.data, order=order_of(settings.reading))
     if first > last > "":

@@ -238,7 +238,7 @@ def test_training_windows_do_not_count_as_accuracy(folder, named, tmp_path):
     identifier.save_pretrained(tmp_path / "again")
     _, answer, every, _ = named(tmp_path / "data", identifier=tmp_path / "again")
     assert f"accuracy {50 * (every['user'][4:] == 'ID_2').sum():.1f} % by window" in answer
-    assert "not counted: 4 windows used in training" in answer
+    assert "not counted: 4 windows outside the test part" in answer
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_they_are_not_used_where_they_do_not_fit(shipped, windows, tmp_path, cap
     cases = [{"codec_options": wider}, {"prior_options": wider}, {"channels": 3}, {"codec": "vq"}, {"preset": "demo"}]
     for number, case in enumerate(cases):
         assert open_run(tmp_path / str(number), **common | case).settings["init"] == "none", case
-        assert "the shipped pretrained weights are not used because they have other sizes" in capsys.readouterr().out
+        assert "codec and prior train from scratch, the shipped weights have other sizes" in capsys.readouterr().out
         with pytest.raises(DataError, match="cannot start from|init: .*vae-diffusion"):  # asked for by name
             open_run(tmp_path / "strict", **common | case, init=str(shipped / "vae-diffusion"))
     named = open_run(tmp_path / "named", **common, init=shipped / "vae-diffusion")
@@ -118,7 +118,7 @@ def test_people_of_the_pretraining_are_no_data_for_it(shipped, tmp_path, capsys)
     same = simulate_dataset(tmp_path / "same", users=2, windows=40, size=32, seed=SEED, progress=False)
     common = dict(data=same, system="vae-diffusion", preset="smoke")
     assert open_run(tmp_path / "auto", **common).settings["init"] == "none"
-    assert "not used because they were trained on the simulated people in" in capsys.readouterr().out
+    assert "weights were trained on the simulated people in" in capsys.readouterr().out
     with pytest.raises(DataError, match="init: .* was trained on the simulated people in .*: simulate others"):
         open_run(tmp_path / "named", **common, init=str(shipped / "vae-diffusion"))
 

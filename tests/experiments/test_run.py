@@ -396,7 +396,7 @@ def test_split_from_the_command_line(people, here, tmp_path):
         (["run", "--data", "{data}", "--out", "{out}", "--preset", "huge"], "unknown preset 'huge'"),
         (
             ["run", "--data", "{data}", "--out", "{out}", "-p", "codec_step=3"],
-            "no notebook has a parameter 'codec_step'; there are ",
+            "no notebook has a parameter 'codec_step'; did you mean codec_steps",
         ),
         (["run", "--data", "{data}", "--out", "{out}", "--from", "04"], "no notebook '04'"),
         (["run", "--data", "{out}/none", "--out", "{out}/run"], "no such folder; give the folder that holds ID_1"),
@@ -503,7 +503,7 @@ def snapshot(folder):
         (["--from", "06", "-p", "max_minutes=3"], "02_train_vqvae does not run now and would ignore max_minutes"),
         (["--from", "05", "--extend", "-p", "prior_steps=9"], "already reruns what the longer training changes: "),
         (["--from", "07"], "this system has no notebook '07'"),
-        (["-p", "prior_steps=9"], "prior_steps: 0 is not 9): to train it further, python -m mdlib run --out "),
+        (["-p", "prior_steps=9"], "prior_steps was 0, not 9): to train it further, python -m mdlib run --out "),
         (["-p", "prior_steps=6", "--extend"], "prior_steps=6: the prior has 6 steps already, give more"),
         (["-p", "seed=3", "--extend"], "--extend takes more codec_steps or prior_steps and no other change, got seed"),
         (["--extend"], "no other change, got nothing"),
@@ -570,7 +570,7 @@ def test_the_machine_is_checked_once(people, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mdlib.experiments.execute._execute_one", executed)
     for name in ("one", "two", "two"):
         execute(tmp_path / name, {}, last="01", data=str(people), preset="smoke")
-    assert ran == ["01_env_check"] and "01_env_check: passed here before" in capsys.readouterr().out
+    assert ran == ["01_env_check"] and "01_env_check: passed before" in capsys.readouterr().out
     assert "01_env_check" in json.loads((tmp_path / "two" / "run.json").read_text())["steps"]
     execute(tmp_path / "two", {}, "01", "01")
     assert len(ran) == 2, "--from 01 asks for it"

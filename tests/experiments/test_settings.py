@@ -100,7 +100,7 @@ def test_a_folder_without_images_of_users_is_refused_at_once(tmp_path):
         (["--help"], 0, "Generative models"),
         (["run", "--help"], 0, "--extend"),
         (["run", "--out", "{out}", "--sytem", "x"], 2, "No such option"),
-        (["run", "--out", "{out}"], 1, "holds no run yet: give the folder of your windows as data"),
+        (["run", "--out", "{out}"], 1, "holds no run: correct --out, or start a run with --data"),
         (["run", "--out", "{out}", "--data", "{out}/none"], 1, "no such folder"),
         (["run", "--out", "{out}", "--data", "{out}", "--preset", "huge"], 1, "unknown preset 'huge' of system vqvae"),
         (["run", "--out", "{out}", "--data", "{out}", "-p", "codec_step=3"], 1, "no notebook has a parameter"),

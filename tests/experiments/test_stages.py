@@ -199,7 +199,7 @@ def test_one_of_the_processes_says_in_one_line_why_it_stops(tmp_path, monkeypatc
     with pytest.raises(ValueError):
         steps.main()
     assert capsys.readouterr().out == (
-        f"mdlib: DataError: {tmp_path} holds no run yet: give the folder of your windows as data\n"
+        f"mdlib: DataError: {tmp_path} holds no run: correct --out, or start a run with --data FOLDER_OF_WINDOWS\n"
     )
 
 

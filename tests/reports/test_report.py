@@ -195,7 +195,7 @@ def test_the_verdict_explains_a_gain_for_other_people_that_disagrees(from_scratc
     others = {"gain_other_users": {"value": 0.02, "ci95": [0.01, 0.03]}}
     found = {**from_scratch, "real_only": {"value": 0.6, "n": 100}, **others}
     gained = lambda *ci95: {**found, "gain": {"value": 0.0, "ci95": ci95}}
-    text = "The interval of the gain for other people (+2.0 points, +1.0 to +3.0) does exclude 0: it resamples users"
+    text = "other people (+2.0 points, 95 % interval +1.0 to +3.0) does exclude 0: it resamples users"
     assert text in verdict(gained(-0.01, 0.02))["sentence"]
     assert text not in verdict(gained(0.01, 0.02))["sentence"]
 
