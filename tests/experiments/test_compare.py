@@ -88,7 +88,7 @@ def test_other_settings_are_refused(compared, people):
             "codec_steps is no parameter of a comparison: the time budget decides",
         ),
         ("all", "smoke", dict(parameters={"prior_options": 5}), "prior_options must be of type dict, got 5"),
-        ("all", "smoke", dict(parameters={"codec_step": 5}), "has a parameter 'codec_step'; there are"),
+        ("all", "smoke", dict(parameters={"codec_step": 5}), "has a parameter 'codec_step'; did you mean codec_steps"),
     ],
 )
 def test_bad_input_raises_before_anything_is_written(people, tmp_path, systems, preset, options, expected):

@@ -328,7 +328,7 @@ def test_from_with_other_settings_is_refused_before_anything_is_removed(finished
     out, _ = finished
     before = sorted(out.rglob("*"))
     answer = here("run", "--data", people, "--out", out, "--preset", "demo", "--from", "03")
-    assert answer.returncode == 1 and "other settings (preset: 'smoke' is not 'demo')" in answer.err
+    assert answer.returncode == 1 and "other settings (preset was 'smoke', not 'demo')" in answer.err
     assert sorted(out.rglob("*")) == before
 
 
@@ -423,7 +423,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(arguments, message, peo
 def test_a_run_of_other_settings_is_refused(people, tmp_path):
     open_run(tmp_path, data=people, preset="smoke")
     (tmp_path / "codec").mkdir()  # from now on something is made
-    with pytest.raises(DataError, match="other settings .seed: 0 is not 1.: choose another --out"):
+    with pytest.raises(DataError, match="other settings .seed was 0, not 1.: choose another --out"):
         open_run(tmp_path, data=people, preset="smoke", seed=1)
     assert open_run(tmp_path).settings["preset"] == "smoke"
 
@@ -518,9 +518,9 @@ def test_a_finished_run_loses_nothing_by_a_wrong_option(words, message, finished
 
 def test_a_setting_that_would_be_ignored_is_an_error(finished):
     """As in a notebook whose parameters were edited: `data` is empty, and everything else a default but one."""
-    with pytest.raises(DataError, match="prior_steps: 0 is not 60.: to train it further, python -m mdlib run --out /"):
+    with pytest.raises(DataError, match="prior_steps was 0, not 60.: to train it further, python -m mdlib run --out /"):
         open_run(finished[0], prior_steps=60)
-    with pytest.raises(DataError, match="other settings .windows_per_user: 0 is not 3.: choose another --out"):
+    with pytest.raises(DataError, match="other settings .windows_per_user was 0, not 3.: choose another --out"):
         open_run(finished[0], windows_per_user=3)
     assert open_run(finished[0], preset="smoke", prior_steps=0).settings["preset"] == "smoke"
 
