@@ -71,7 +71,7 @@ def accuracies(augmentation: dict, names: tuple[str, ...] = ()) -> Figure:
     axis.axvline(100 / augmentation["num_users"], **DOTTED)
     axis.set_yticks(range(len(shown)), [describe("augmentation", name)["label"] for name in shown])
     axis.set_ylim(len(shown) - 0.5, -0.5)
-    style(axis, "accuracy on unseen windows, % (dotted: chance)")
+    style(axis, "accuracy on test windows, % (dotted: chance)")
     return figure
 
 
@@ -133,7 +133,7 @@ def user_spreads(physics: dict, users: list[int], names: tuple[str, ...]) -> Fig
 
 
 def study(rows: list[dict]) -> Figure:
-    """Accuracy on unseen windows against real training windows per user; rows: of study.json. Hollow: 2× real data."""
+    """Accuracy on test windows against real training windows per user; rows: of study.json. Hollow: 2× real data."""
     figure, (axis,) = new_figure(5.8, 3.4)
     known = [name for name in HEADLINE if not name.endswith("x2") and all(name in row["augmentation"] for row in rows)]
     lines = []
@@ -144,7 +144,7 @@ def study(rows: list[dict]) -> Figure:
     doubled = [(2 * row["windows_per_user"], row["augmentation"]["real_x2"]["value"]) for row in rows]
     doubled = np.array([pair for pair in doubled if pair[1] is not None]).reshape(-1, 2)
     axis.plot(doubled[:, 0], 100 * doubled[:, 1], "o", color=INK, markerfacecolor="none", label="2× real data")
-    style(axis, "real windows per user", "accuracy on unseen windows, %", legend="lower right")  # accuracy rises
+    style(axis, "real windows per user", "accuracy on test windows, %", legend="lower right")  # accuracy rises
     return figure
 
 
