@@ -23,17 +23,7 @@ from mdlib.data.colormaps import colorize
 from mdlib.data.speckle import Speckle
 from mdlib.data.windows import to_uint8
 from mdlib.models.layers import check_choice, fingerprint
-from mdlib.utils import (
-    DataError,
-    atomic_write,
-    bar,
-    best_device,
-    end_session,
-    read_json,
-    readable,
-    time_is_up,
-    to_float,
-)
+from mdlib.utils import DataError, atomic_file, bar, best_device, end_session, read_json, readable, time_is_up, to_float
 
 LAST = "last"  # diffusers variant of a prior's weights: those of the last step, stored next to the best ones
 WEIGHTS = ("", "best", LAST)  # "": those that the run uses
@@ -128,7 +118,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
     @wraps(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, folder: str | Path, *arguments, **options) -> None:
         super().save_pretrained(folder, *arguments, **options)
-        with atomic_write(Path(folder) / "pipeline.py") as path:  # diffusers loads it for custom_pipeline="pipeline"
+        with atomic_file(Path(folder) / "pipeline.py") as path:  # diffusers loads it for custom_pipeline="pipeline"
             path.write_text("from mdlib.pipeline import MicroDopplerPipeline  # noqa: F401\n")
 
     @classmethod
@@ -319,7 +309,7 @@ class MicroDopplerPipeline(DiffusionPipeline):
 
     def _write(self, out: Path, rows: list[dict], images: torch.Tensor) -> None:
         for row, image in zip(rows, self.to_pil(images), strict=True):
-            with atomic_write(out / row["path"]) as temporary:
+            with atomic_file(out / row["path"]) as temporary:
                 image.save(temporary, format="PNG")
 
     def _made_by(self, sampling: dict) -> dict:
@@ -369,7 +359,7 @@ def copy_windows(folder: str | Path, paths: list[str], out: str | Path) -> list[
         ) from error
     _claim(out, {key: value for key, value in made_by.items() if key != "seed"})
     for path in paths:
-        with atomic_write(out / path) as temporary:
+        with atomic_file(out / path) as temporary:
             shutil.copyfile(folder / path, temporary)
     return _write_manifest(rows, out)
 
@@ -387,7 +377,7 @@ def _claim(out: Path, made_by: dict) -> None:
                 "delete it"
             )
         return
-    with atomic_write(note) as temporary:
+    with atomic_file(note) as temporary:
         temporary.write_text(json.dumps(made_by, indent=1) + "\n")
 
 
@@ -405,6 +395,6 @@ def _write_manifest(rows: list[dict], out: Path) -> list[dict]:
     """Add rows to the manifest of `out`, take out those of windows that are gone; returns `rows`."""
     before = _read_manifest(out).to_dict("records") if (out / "manifest.csv").exists() else []
     table = pd.DataFrame(before + rows, columns=["path", "user", "condition", "number", "seed"]).drop_duplicates("path")
-    with atomic_write(out / "manifest.csv") as temporary:
+    with atomic_file(out / "manifest.csv") as temporary:
         table[[(out / path).exists() for path in table["path"]]].to_csv(temporary, index=False)
     return rows

@@ -88,7 +88,7 @@ def to_float(images):
 
 
 @contextmanager
-def atomic_write(path: str | Path):
+def atomic_file(path: str | Path):
     """`with` a temporary name to write to; the complete file then replaces `path`. On an error it is removed; OSError
     names `path` and the free space where it cannot be written."""
     path = Path(path)
@@ -111,7 +111,7 @@ def atomic_write(path: str | Path):
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of `atomic_write` that killed processes left below `folder`."""
+    """Remove the temporary files of `atomic_file` that killed processes left below `folder`."""
     for path in folder.rglob(".*"):
         if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
             path.unlink()
@@ -162,7 +162,7 @@ def write_history(history: list[dict], path: Path) -> None:
     """Write a training's history as a CSV file, a row an evaluation."""
     import pandas as pd  # slow to import
 
-    with atomic_write(path) as temporary:
+    with atomic_file(path) as temporary:
         pd.DataFrame(history).to_csv(temporary, index=False)
 
 

@@ -9,7 +9,7 @@ import torch
 from helpers import ROOT
 from safetensors.torch import save_file
 
-from mdlib.utils import amount, atomic_write, best_device, require_room
+from mdlib.utils import amount, atomic_file, best_device, require_room
 
 WRITERS = {
     "text": lambda path: path.write_text("x" * 10**6),
@@ -20,11 +20,11 @@ WRITERS = {
 LIMITED = """
 import resource, signal, sys
 sys.path[:0] = ["tests", "."]
-from test_utils import WRITERS, atomic_write
+from test_utils import WRITERS, atomic_file
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    with atomic_write({path!r}) as temporary:
+    with atomic_file({path!r}) as temporary:
         WRITERS[{writer!r}](temporary)
 except OSError as error:
     print(error)
@@ -43,9 +43,9 @@ def test_a_file_that_does_not_fit_is_named_with_the_space_that_is_left(writer, t
 
 def test_an_errno_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"/file cannot be written \(No space left on device\): .* are left there"):
-        with atomic_write(tmp_path / "file"):
+        with atomic_file(tmp_path / "file"):
             raise OSError(28, "No space left on device")
-    with pytest.raises(TypeError), atomic_write(tmp_path / "file"):
+    with pytest.raises(TypeError), atomic_file(tmp_path / "file"):
         raise TypeError("a mistake is no full disk")
 
 

@@ -17,7 +17,7 @@ from mdlib.data import colormaps
 from mdlib.data.crop import describe_border, find_plot, parse_crop
 from mdlib.data.files import WindowFile
 from mdlib.data.image_files import Head, Reader, decodable, for_each, read_head
-from mdlib.utils import DataError, atomic_write, count
+from mdlib.utils import DataError, atomic_file, count
 
 _CACHE_VERSION = 4  # raise it when the same files would be read differently
 
@@ -50,7 +50,7 @@ def read_images(
         return torch.from_numpy(file["images"]), Reading(**ast.literal_eval(str(file["about"])))
     images, about = _read_files(root, files, Reader(size, colormap, scale), crop)
     try:
-        with atomic_write(cache) as temporary, open(temporary, "wb") as file:
+        with atomic_file(cache) as temporary, open(temporary, "wb") as file:
             np.savez(file, images=images.numpy(), about=repr(asdict(about)))
     except OSError as error:
         message = f"{cache.parent}: cannot cache images there ({error}); point MDLIB_CACHE to another folder"

@@ -10,7 +10,7 @@ import numpy as np
 
 from mdlib.data.files import WindowFile, by
 from mdlib.data.windows import WindowSet
-from mdlib.utils import DataError, atomic_write, count
+from mdlib.utils import DataError, atomic_file, count
 
 PARTS = ("train", "val", "test")
 STARTS = ("init", "codec_start", "prior_start")  # a run's settings that name weights to start from
@@ -201,7 +201,7 @@ def _thinned(files: list[WindowFile], n: int, user: int) -> tuple[list[WindowFil
 
 def write_split(split: dict, path: str | Path) -> None:
     """Write a split as JSON, whole or not at all."""
-    with atomic_write(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(split, indent=1) + "\n", encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from mdlib.evaluation.augmentation_study import Arms, chosen_arm, mixed
 from mdlib.evaluation.evidence import FOLDS, Evidence, Protocol, train_each
 from mdlib.evaluation.metrics import bootstrapped, equal_error_rate, metric, unmeasured
 from mdlib.models.classifier import SmallCNN
-from mdlib.utils import DataError, atomic_write, best_device, count, read_json, readable
+from mdlib.utils import DataError, atomic_file, best_device, count, read_json, readable
 
 FALSE_REJECTION = 0.05  # of correctly classified windows, or recordings, of known users
 NO_THRESHOLD = "a threshold needs three users or more, each with correctly classified validation windows"
@@ -240,7 +240,7 @@ def identify_folder(
     windows = load_windows(data, **how | config.reading | given)
     found = tables(known, windows)
     for path, table in zip((out, out.with_name(f"{out.stem}-recordings{out.suffix}")), found, strict=True):
-        with atomic_write(path) as temporary:
+        with atomic_file(path) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
     sizes = " in ".join(count(len(table), what) for table, what in zip(found, ("window", "recording"), strict=True))
     unknown = " and ".join(str((table["user"] == "unknown").sum()) for table in found)

@@ -20,7 +20,7 @@ from mdlib.experiments.settings import RunSettings, check_names, order_of, read_
 from mdlib.pipeline import load_pipeline
 from mdlib.reports.report import conclusions, load_generated, write_comparison
 from mdlib.systems import SYSTEMS, get_preset
-from mdlib.utils import DataError, atomic_write, read_history, read_json
+from mdlib.utils import DataError, atomic_file, read_history, read_json
 
 UNLIMITED = 1_000_000  # optimizer steps that only the time limit ends
 TIMED = 32  # windows of the batch whose sampling is timed
@@ -118,7 +118,7 @@ def _measure(run: Run, parameters: dict) -> dict:
         seconds = min(repeat(lambda: [*pipeline.stream(rows, TIMED, **chosen)], number=1, repeat=3)) / TIMED
         sizes = {part: getattr(pipeline, part).num_parameters() for part in ("codec", "prior")}
         release_memory(pipeline)  # the next system trains in another process, on the same GPU
-        with atomic_write(file) as path:
+        with atomic_file(file) as path:
             path.write_text(json.dumps({"sampling": {"seconds_per_window": seconds}, "parameters": sizes}) + "\n")
     peaks = [step["peak_memory_gb"] for name, step in steps.items() if name[:2] in ("02", "03", "04")]
     resources = {
@@ -161,7 +161,7 @@ def claim_folder(out: Path, what: str, **settings) -> dict:
     pairs = [(key, before.get(key), value) for key, value in settings.items()]
     if changed := ", ".join(f"{key}: {old!r} is not {new!r}" for key, old, new in pairs if old != new):
         raise DataError(f"{out} holds {what} with other settings ({changed}): choose another --out or those settings")
-    with atomic_write(out / "settings.json") as path:
+    with atomic_file(out / "settings.json") as path:
         path.write_text(json.dumps(settings, indent=1) + "\n")
     return settings
 

@@ -21,7 +21,7 @@ from mdlib.models.classifier import SmallCNN
 from mdlib.pipeline import MicroDopplerPipeline
 from mdlib.systems import SYSTEMS, get_preset, get_system, make_codec, make_prior, seeded, start
 from mdlib.training.fit import Batches, TrainConfig, fit
-from mdlib.utils import DataError, atomic_write, read_history, read_json
+from mdlib.utils import DataError, atomic_file, read_history, read_json
 
 WINDOWS = 60  # of each person
 CODEC_FRACTION = 0.25  # of the minutes
@@ -73,7 +73,7 @@ def pretrain(
     card = dict(name=system, mdlib=__version__, command=command, preset=preset, people=people)
     card |= dict(windows=WINDOWS, seed=seed, trained_on=trained_on)
     card |= {name: dict(steps=int(row["step"]), minutes=round(row["seconds"] / 60, 1)) for name, row in last.items()}
-    with atomic_write(weights / "weights.json") as path:  # last: with it the folder counts
+    with atomic_file(weights / "weights.json") as path:  # last: with it the folder counts
         path.write_text(json.dumps(card, indent=1) + "\n")
     return weights
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mdlib.data.files import find_windows
 from mdlib.systems import SYSTEMS, System, get_system
-from mdlib.utils import DataError, atomic_write, read_json
+from mdlib.utils import DataError, atomic_file, read_json
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
@@ -185,7 +185,7 @@ def read_record(out: Path) -> dict:
 
 
 def write_record(out: Path, record: dict) -> None:
-    with atomic_write(out / "run.json") as path:
+    with atomic_file(out / "run.json") as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
 
 

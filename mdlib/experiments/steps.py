@@ -37,7 +37,7 @@ from mdlib.training.distributed import ERROR, check_batch, launch, processes
 from mdlib.training.fit import Batches, TrainConfig, fit_stages
 from mdlib.training.latents import encode_all
 from mdlib.training.state import State
-from mdlib.utils import atomic_write, best_device, readable, to_float
+from mdlib.utils import atomic_file, best_device, readable, to_float
 
 SHOWN = 8  # windows in a preview: few, because a prior samples them while training waits
 SPECKLED = 500  # training windows, at most, on which speckle is fitted
@@ -126,7 +126,7 @@ def train_stage(stage: Stage, show: Callable[[Path], None] | None = None) -> lis
 
     def preview(_, step: int) -> np.ndarray:
         image = stage.draw()
-        with atomic_write(file := samples / f"{stage.name}-{step:06}.png") as path:
+        with atomic_file(file := samples / f"{stage.name}-{step:06}.png") as path:
             Image.fromarray(image).save(path, format="PNG")
         if show:
             show(file)
@@ -189,7 +189,7 @@ def save_codec(stage: Stage) -> None:
     if not run.finished_codec:
         codec.calibrate(to_float(train.images), train.labels)
     codec.save_pretrained(run.path / "codec")
-    with atomic_write(run.path / "codec" / "losses.safetensors") as path:
+    with atomic_file(run.path / "codec" / "losses.safetensors") as path:
         save_file({key: value.contiguous() for key, value in codec.losses.state_dict().items()}, path)
 
 

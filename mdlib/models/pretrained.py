@@ -21,7 +21,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mdlib.models.classifier import SmallCNN
-from mdlib.utils import DataError, atomic_write, read_json, readable, to_float
+from mdlib.utils import DataError, atomic_file, read_json, readable, to_float
 
 INSIDE = ("ema", "model", "state_dict")  # entries of a training's checkpoint that hold weights, best first
 PROJECTION = "losses.alignment.projection.weight"
@@ -255,7 +255,7 @@ def checkpoint(file: str) -> Path:
     this Kaggle notebook is copied there."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
     if not path.exists() and (found := attached(file)):
-        with atomic_write(path) as temporary:
+        with atomic_file(path) as temporary:
             shutil.copyfile(found[0], temporary)
     return path
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mdlib.reports.charts import SECTIONS, describe
-from mdlib.utils import atomic_write
+from mdlib.utils import atomic_file
 
 COLUMNS = {  # what stands next to a metric, and the column's heading
     "real": "Real windows",
@@ -100,7 +100,7 @@ def write_page(result: dict, out: str | Path, name: str, shown: dict, template: 
     """Write NAME.json, which holds `result`, and NAME.html by the `template` (default: of that name), which shows
     `result`, the charts `shown` by key and `content`, into `out`."""
     out = Path(out)
-    with atomic_write(out / f"{name}.json") as path:
+    with atomic_file(out / f"{name}.json") as path:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     options = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     templates = Environment(loader=PackageLoader("mdlib.reports"), **options)
@@ -109,5 +109,5 @@ def write_page(result: dict, out: str | Path, name: str, shown: dict, template: 
     page = templates.get_template(f"{template or name}.html").render(
         result=result, charts=images, name=name, columns=COLUMNS, sections=SECTIONS, **content
     )
-    with atomic_write(out / f"{name}.html") as path:
+    with atomic_file(out / f"{name}.html") as path:
         path.write_text(page.replace(" %", "&nbsp;%"), encoding="utf-8")

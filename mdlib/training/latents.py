@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mdlib.models.layers import fingerprint, parts
-from mdlib.utils import atomic_write, to_float
+from mdlib.utils import atomic_file, to_float
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def encode_all(
     batches = parts(codec.device, 128, images, labels)
     result = torch.cat([encode(to_float(part), *users).cpu() for part, *users in batches])
     if path:
-        with atomic_write(path) as temporary:
+        with atomic_file(path) as temporary:
             save_file({kind: result.contiguous()}, temporary)
     return result
 

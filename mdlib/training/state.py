@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mdlib.models.layers import broadcast_from_first, check_choice, check_number, world
 from mdlib.training.capture import MODES
-from mdlib.utils import atomic_write, best_device, readable, require_room
+from mdlib.utils import atomic_file, best_device, readable, require_room
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class State:
         """Write `run_dir`/state.pt, whole or not at all."""
         content = {key: getattr(self, key) for key in (*self.PLAIN, "ema")}
         content |= {key: getattr(self, key).state_dict() for key in ("model", "optimizer", "scaler")}
-        with atomic_write(self.run_dir / "state.pt") as path:
+        with atomic_file(self.run_dir / "state.pt") as path:
             torch.save({**content, "config": asdict(self.config) | self.config.defining()}, path)
 
     def resume(self) -> None:
@@ -164,7 +164,7 @@ class State:
         if loss < self.best:
             self.best, self.stale = loss, 0
             if self.config.keep_best and self.run_dir:
-                with atomic_write(self.run_dir / "best.safetensors") as path:
+                with atomic_file(self.run_dir / "best.safetensors") as path:
                     save_file({key: value.contiguous() for key, value in self.model.state_dict().items()}, path)
             return
         self.stale += 1
